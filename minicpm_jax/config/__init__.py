@@ -1,0 +1,39 @@
+"""Frozen configuration dataclasses: data only, no jax."""
+
+from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from minicpm_jax.config.infer import SamplingConfig
+from minicpm_jax.config.mesh import MeshConfig
+from minicpm_jax.config.model import (
+  DTypeName,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  MTPConfig,
+  RopeConfig,
+  SparseAttentionConfig,
+)
+from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
+from minicpm_jax.config.override import as_python, override, overrides
+from minicpm_jax.config.train import CheckpointConfig, TrainConfig
+
+__all__ = [
+  "CheckpointConfig",
+  "DTypeName",
+  "DataConfig",
+  "MLAConfig",
+  "MTPConfig",
+  "MeshConfig",
+  "MoEConfig",
+  "ModelConfig",
+  "OptimConfig",
+  "PhaseConfig",
+  "RopeConfig",
+  "SamplingConfig",
+  "ScheduleConfig",
+  "SourceConfig",
+  "SparseAttentionConfig",
+  "TrainConfig",
+  "as_python",
+  "override",
+  "overrides",
+]

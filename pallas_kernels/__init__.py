@@ -1,0 +1,1 @@
+"""Kernels with references and several backends; depends on jax and numpy only."""

@@ -1,0 +1,1 @@
+"""Dense attention: causal, grouped-query, packed."""

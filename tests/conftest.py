@@ -1,0 +1,42 @@
+"""Test set-up: CPU with 8 host devices, runtime shape checks, absl flags parsed."""
+
+import os
+import sys
+
+
+def _wants_hardware(argv: list[str]) -> bool:
+  for flag, value in zip(argv, argv[1:], strict=False):
+    if flag == "-m" and value.strip() in ("gpu", "tpu"):
+      return True
+  return False
+
+
+if not _wants_hardware(sys.argv):
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  flags = os.environ.get("XLA_FLAGS", "")
+  if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("minicpm_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+from absl import flags as absl_flags  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+absl_flags.FLAGS.mark_as_parsed()
+
+import pathlib  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> pathlib.Path:
+  """The folder of real data beside the checkout (MINICPM_JAX_SHARED or ../shared), or a skip."""
+  root = os.environ.get("MINICPM_JAX_SHARED") or pathlib.Path(__file__).parents[2] / "shared"
+  path = pathlib.Path(root)
+  if not path.is_dir():
+    pytest.skip(f"no shared data: {path} is missing (set MINICPM_JAX_SHARED)")
+  return path
