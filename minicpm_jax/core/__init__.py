@@ -1,0 +1,1 @@
+"""Shared low layer: types, trees, mesh, randomness, metrics, logging, downloads."""
