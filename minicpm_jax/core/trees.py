@@ -1,0 +1,85 @@
+"""Parameter trees by path: "layers/attn/q/kernel" names, regex labels, counts, casts."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def path_str(path: Sequence[Any]) -> str:
+  """A jax key path as "a/b/c"."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def flatten_paths(tree: Any) -> dict[str, Any]:
+  """Path -> leaf, in tree order."""
+  return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dict of "a/b/c" -> leaf; refuses a path that is both a leaf and a folder."""
+  tree: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+      if not isinstance(node, dict):
+        raise ValueError(f"{path}: found a leaf at {parent!r}, expected a subtree")
+    if name in node:
+      raise ValueError(f"{path}: found twice (as a leaf or a subtree), expected once")
+    node[name] = leaf
+  return tree
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """`fn(path, leaf, *leaves of rest)` on every leaf, path as "a/b/c"."""
+  return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_str(p), *xs), tree, *rest)
+
+
+def match_all(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], tree: Any) -> Any:
+  """Labels every leaf with the value of the first regex that matches its whole path.
+
+  Raises ValueError naming the leaves that no pattern covers and patterns that cover nothing.
+  """
+  pairs = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
+  hit = set()
+
+  def label(path: str, leaf: Any) -> Any:
+    del leaf
+    for i, (pattern, value) in enumerate(pairs):
+      if re.fullmatch(pattern, path):
+        hit.add(i)
+        return value
+    return missing
+
+  missing = object()
+  labels = map_with_path(label, tree)
+  bare = [path for path, value in flatten_paths(labels).items() if value is missing]
+  if bare:
+    raise ValueError(f"patterns: found no match for {bare}, expected every leaf to be covered")
+  idle = [pattern for i, (pattern, _) in enumerate(pairs) if i not in hit]
+  if idle:
+    raise ValueError(f"patterns: {idle} match no leaf; leaves are {list(flatten_paths(tree))}")
+  return labels
+
+
+def num_params(tree: Any) -> int:
+  """Number of scalars in arrays or shape structs."""
+  return sum(int(x.size) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+  """Bytes of arrays or shape structs."""
+  return sum(int(x.size) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """Floating-point leaves to `dtype`; integers, bools and keys stay."""
+
+  def one(x: Any) -> Any:
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(one, tree)
