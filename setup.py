@@ -13,18 +13,12 @@ EXTRAS = {
   "oracle": ["torch>=2.6", "transformers>=5.17"],
 }
 EXTRAS["quickstart"] = sorted({d for e in ("text", "gguf", "data", "plot") for d in EXTRAS[e]})
+EXTRAS["smoke"] = sorted(
+  set(EXTRAS["quickstart"]) | {"pytest>=8", "hypothesis>=6.100", "beartype>=0.20"}
+)
 EXTRAS["dev"] = sorted(
-  {d for e in ("quickstart", "bench", "oracle") for d in EXTRAS[e]}
-  | {
-    "pytest>=8",
-    "hypothesis>=6.100",
-    "beartype>=0.20",
-    "ruff>=0.12",
-    "nbclient>=0.10",
-    "jupytext>=1.16",
-    "ipykernel>=6.29",
-    "portpicker>=1.6",
-  }
+  {d for e in ("smoke", "bench", "oracle") for d in EXTRAS[e]}
+  | {"ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
 )
 
 setup(
