@@ -103,11 +103,16 @@ class SparseAttentionConfig:
   @classmethod
   def from_hf(
     cls,
-    sparse_config: dict[str, Any],
+    sparse_config: dict[str, Any] | None,
     selection: Literal["joint", "split"] = "joint",
-    lse: Literal["exact", "coarse"] = "exact",
-  ) -> "SparseAttentionConfig":
-    """From the `sparse_config` dict of a released config.json; unknown keys are refused."""
+    lse: Literal["exact", "coarse"] = "coarse",
+  ) -> "SparseAttentionConfig | None":
+    """From the `sparse_config` dict of a released config.json; None (dense) gives None.
+
+    Unknown keys are refused. `coarse` is what MiniCPM4.1 checkpoints are served with.
+    """
+    if sparse_config is None:
+      return None
     unknown = sorted(set(sparse_config) - set(cls._HF_KEYS))
     require(not unknown, "sparse_config", unknown, f"only the keys {list(cls._HF_KEYS)}")
     return cls(selection=selection, lse=lse, **sparse_config)
