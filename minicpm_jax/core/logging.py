@@ -1,0 +1,166 @@
+"""Metrics to JSONL and TensorBoard (main process only), progress bar on a TTY, lines elsewhere."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from minicpm_jax.core import mesh
+
+JSONL = "metrics.jsonl"
+
+
+class MetricWriter:
+  """Appends `{"step": ..., name: value}` lines to `workdir/metrics.jsonl` and TensorBoard events.
+
+  `resume_step=k` is the step that the run restarts from: what an earlier, longer attempt logged
+  after k is dropped, so the file never holds a step twice. Other processes write nothing.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
+    self._file: TextIO | None = None
+    self._board: Any = None
+    if not mesh.is_main_process():
+      return
+    import tensorboardX
+
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_after(folder / JSONL, -1 if resume_step is None else resume_step)
+    self._file = open(folder / JSONL, "a", encoding="utf-8")
+    purge = None if resume_step is None else resume_step + 1
+    self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One line; numbers that are not finite become null in JSON."""
+    if self._file is None:
+      return
+    row: dict[str, float | int | None] = {"step": int(step)}
+    for name, value in values.items():
+      number = float(value)
+      row[name] = number if math.isfinite(number) else None
+      self._board.add_scalar(name, number, step)
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+
+def drop_after(path: str | os.PathLike, step: int) -> None:
+  """Rewrites a metrics file without lines after `step` and without a torn last line."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return
+  text = path.read_text(encoding="utf-8")
+  kept = "".join(json.dumps(row) + "\n" for row in _rows(text, path) if row["step"] <= step)
+  if kept != text:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(kept, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | None]]:
+  """Rows of `workdir/metrics.jsonl` in order."""
+  path = pathlib.Path(workdir) / JSONL
+  return _rows(path.read_text(encoding="utf-8"), path)
+
+
+def _rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+  rows = []
+  lines = text.splitlines()
+  for i, line in enumerate(lines):
+    try:
+      row = json.loads(line)
+      row["step"] = int(row["step"])
+    except (ValueError, KeyError, TypeError):
+      if i == len(lines) - 1:
+        break  # a process that died while writing
+      raise ValueError(
+        f"{path} line {i + 1}: found {line[:80]!r}, expected JSON with a step"
+      ) from None
+    rows.append(row)
+  return rows
+
+
+class Progress:
+  """Shows a run: a rich bar with the last values on a TTY, one plain line per update elsewhere."""
+
+  def __init__(self, total: int, *, start: int = 0, stream: TextIO | None = None):
+    self._total, self._start, self._began = total, start, time.monotonic()
+    self._stream = stream or sys.stdout
+    self._bar: Any = None
+    self._is_quiet = not mesh.is_main_process()
+    if not self._is_quiet and self._stream.isatty():
+      from rich import console, progress
+
+      self._bar = progress.Progress(
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        console=console.Console(file=self._stream),
+      )
+      self._task = self._bar.add_task("", total=total, completed=start)
+      self._bar.start()
+
+  def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+    """After `step` steps; without values a plain stream prints nothing."""
+    if self._is_quiet:
+      return
+    text = "  ".join(f"{name} {_format(value)}" for name, value in (values or {}).items())
+    if self._bar is not None:
+      shown = {"description": text} if text else {}
+      self._bar.update(self._task, completed=step, **shown)
+    elif text:
+      print(
+        f"step {step}/{self._total}  {text}  eta {self._eta(step)}", file=self._stream, flush=True
+      )
+
+  def message(self, text: str) -> None:
+    """A line of its own, above the bar."""
+    if self._is_quiet:
+      return
+    if self._bar is not None:
+      self._bar.console.print(text, markup=False, highlight=False)
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def _eta(self, step: int) -> str:
+    done = max(step - self._start, 1)
+    seconds = int((time.monotonic() - self._began) / done * max(self._total - step, 0))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def progress(total: int, *, start: int = 0, stream: TextIO | None = None) -> Progress:
+  """`with progress(num_steps, start=k) as bar: bar.update(step, {"loss": ...})`."""
+  return Progress(total, start=start, stream=stream)
+
+
+def _format(value: float) -> str:
+  number = float(value)
+  if number and (abs(number) >= 1e5 or abs(number) < 1e-3):
+    return f"{number:.3g}"
+  return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
