@@ -1,1 +1,1 @@
-"""Cross entropy of a language-model head without the full logits in memory."""
+"""Cross entropy of an unembedding without the [tokens, vocabulary] logits in memory."""
