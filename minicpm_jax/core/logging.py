@@ -1,5 +1,6 @@
 """Metrics to JSONL and TensorBoard (main process only), progress bar on a TTY, lines elsewhere."""
 
+import io
 import json
 import math
 import os
@@ -7,9 +8,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
-from minicpm_jax.core import mesh
+from minicpm_jax.core import mesh, types
 
 JSONL = "metrics.jsonl"
 
@@ -17,12 +18,13 @@ JSONL = "metrics.jsonl"
 class MetricWriter:
   """Appends `{"step": ..., name: value}` lines to `workdir/metrics.jsonl` and TensorBoard events.
 
-  `resume_step=k` is the step that the run restarts from: what an earlier, longer attempt logged
-  after k is dropped, so the file never holds a step twice. Other processes write nothing.
+  `resume_step=k` is the last step that the restored state has done (-1: a run from scratch): what
+  an earlier attempt logged after k is dropped, so no step is there twice. Other processes write
+  nothing.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
-    self._file: TextIO | None = None
+  def __init__(self, workdir: str | os.PathLike, *, resume_step: int = -1):
+    self._file: io.TextIOBase | None = None
     self._board: Any = None
     if not mesh.is_main_process():
       return
@@ -30,12 +32,13 @@ class MetricWriter:
 
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    drop_after(folder / JSONL, -1 if resume_step is None else resume_step)
+    drop_after(folder / JSONL, resume_step)
     self._file = open(folder / JSONL, "a", encoding="utf-8")
-    purge = None if resume_step is None else resume_step + 1
-    self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    self._board = tensorboardX.SummaryWriter(
+      str(folder / "tensorboard"), purge_step=resume_step + 1
+    )
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, values: Mapping[str, types.ArrayLike]) -> None:
     """One line; numbers that are not finite become null in JSON."""
     if self._file is None:
       return
@@ -72,7 +75,7 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
     os.replace(partial, path)
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | None]]:
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int | None]]:
   """Rows of `workdir/metrics.jsonl` in order."""
   path = pathlib.Path(workdir) / JSONL
   return _rows(path.read_text(encoding="utf-8"), path)
@@ -98,7 +101,7 @@ def _rows(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
 class Progress:
   """Shows a run: a rich bar with the last values on a TTY, one plain line per update elsewhere."""
 
-  def __init__(self, total: int, *, start: int = 0, stream: TextIO | None = None):
+  def __init__(self, total: int, *, start: int = 0, stream: io.TextIOBase | None = None):
     self._total, self._start, self._began = total, start, time.monotonic()
     self._stream = stream or sys.stdout
     self._bar: Any = None
@@ -116,7 +119,7 @@ class Progress:
       self._task = self._bar.add_task("", total=total, completed=start)
       self._bar.start()
 
-  def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+  def update(self, step: int, values: Mapping[str, types.ArrayLike] | None = None) -> None:
     """After `step` steps; without values a plain stream prints nothing."""
     if self._is_quiet:
       return
@@ -154,12 +157,12 @@ class Progress:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def progress(total: int, *, start: int = 0, stream: TextIO | None = None) -> Progress:
+def progress(total: int, *, start: int = 0, stream: io.TextIOBase | None = None) -> Progress:
   """`with progress(num_steps, start=k) as bar: bar.update(step, {"loss": ...})`."""
   return Progress(total, start=start, stream=stream)
 
 
-def _format(value: float) -> str:
+def _format(value: types.ArrayLike) -> str:
   number = float(value)
   if number and (abs(number) >= 1e5 or abs(number) < 1e-3):
     return f"{number:.3g}"

@@ -48,8 +48,9 @@ def reduce(sets: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
-  """Host floats; waits for the device."""
-  return {name: float(m.mean) for name, m in jax.device_get(dict(metrics)).items()}
+  """Host floats (0 where nothing was counted); waits for the device."""
+  host = jax.device_get(dict(metrics))
+  return {name: float(m.sum) / float(m.weight) if m.weight else 0.0 for name, m in host.items()}
 
 
 def matmul_params(cfg: config.ModelConfig) -> int:
@@ -92,6 +93,7 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
   ("GH200", {"bf16": 989e12, "f16": 989e12, "f32": 494e12}),
   ("B200", {"bf16": 2250e12, "f16": 2250e12, "f32": 1125e12}),
   ("A100", {"bf16": 312e12, "f16": 312e12, "f32": 156e12}),
+  ("L40S", {"bf16": 362e12, "f16": 362e12, "f32": 183e12}),
   ("L40", {"bf16": 181e12, "f16": 181e12, "f32": 90.5e12}),
   ("L4", {"bf16": 121e12, "f16": 121e12, "f32": 60e12}),
   ("RTX 4090", {"bf16": 165e12, "f16": 165e12, "f32": 82.6e12}),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float, Int
 
@@ -77,7 +78,12 @@ def _adamw(
     return AdamState(jnp.zeros((), jnp.int32), mu, nu)
 
   def update(
-    grads: Any, state: AdamState, params: Any, *, lr: float | Float[types.Array, ""], **_: Any
+    grads: Any,
+    state: AdamState,
+    params: Any,
+    *,
+    lr: float | np.floating | Float[types.Array, ""],
+    **_: Any,
   ) -> tuple[Any, AdamState]:
     count = optax.safe_increment(state.count)
     t = count.astype(jnp.float32)

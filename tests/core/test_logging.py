@@ -1,0 +1,78 @@
+"""JSONL survives a crash and a resume; plain lines without a TTY, rich on one."""
+
+import io
+import json
+
+import pytest
+
+from minicpm_jax.core import logging
+
+
+def steps(workdir):
+  return [row["step"] for row in logging.read_metrics(workdir)]
+
+
+def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
+  with logging.MetricWriter(tmp_path) as writer:
+    for step in range(5):
+      writer.write(step, {"loss": 5.0 - step})
+  with logging.MetricWriter(tmp_path, resume_step=2) as writer:
+    writer.write(3, {"loss": 9.0})
+  assert steps(tmp_path) == [0, 1, 2, 3]
+  assert logging.read_metrics(tmp_path)[-1] == {"step": 3, "loss": 9.0}
+  with logging.MetricWriter(tmp_path):
+    pass
+  assert steps(tmp_path) == []
+  assert list((tmp_path / "tensorboard").glob("events.*"))
+  assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_torn_last_line_is_dropped_but_a_bad_middle_line_is_reported(tmp_path):
+  path = tmp_path / logging.JSONL
+  path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+  with logging.MetricWriter(tmp_path, resume_step=5) as writer:
+    writer.write(6, {"loss": 1.0})
+  assert steps(tmp_path) == [1, 6]
+  path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+  with pytest.raises(ValueError, match="line 2.*rubbish"):
+    logging.read_metrics(tmp_path)
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+  with logging.MetricWriter(tmp_path) as writer:
+    writer.write(1, {"loss": float("nan"), "norm": float("inf")})
+  line = (tmp_path / logging.JSONL).read_text()
+  assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None}
+
+
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr("minicpm_jax.core.mesh.is_main_process", lambda: False)
+  out = io.StringIO()
+  with logging.MetricWriter(tmp_path) as writer, logging.progress(4, stream=out) as bar:
+    writer.write(1, {"loss": 1.0})
+    bar.update(1, {"loss": 1.0})
+    bar.message("hello")
+  assert list(tmp_path.iterdir()) == [] and out.getvalue() == ""
+
+
+def test_plain_lines_without_a_terminal():
+  out = io.StringIO()
+  with logging.progress(100, start=50, stream=out) as bar:
+    bar.update(51)
+    bar.update(60, {"loss": 3.14159, "lr": 0.0001234, "tok/s": 12345.6})
+    bar.message("saved [60]")
+  lines = out.getvalue().splitlines()
+  assert lines[0].startswith("step 60/100  loss 3.142  lr 0.000123  tok/s 12,346  eta 0:00:0")
+  assert lines[1:] == ["saved [60]"]
+
+
+def test_a_terminal_gets_a_bar():
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  out = Terminal()
+  with logging.progress(4, stream=out) as bar:
+    bar.update(4, {"loss": 1.5})
+    bar.message("saved [4]")
+  assert "4/4" in out.getvalue() and "loss 1.5" in out.getvalue() and "saved [4]" in out.getvalue()
