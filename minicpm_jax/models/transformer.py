@@ -1,0 +1,283 @@
+"""The decoder-only Transformer of the family (models.md 3): MiniCPM, Llama form, MiniCPM3, MoE.
+
+One forward serves training (packed rows, remat, scan over layers) and decoding (cache in, cache
+out). RoPE tables are made once and shared by all layers. Which attention, MLP and residual scale
+a block has comes from the config alone.
+"""
+
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
+
+from minicpm_jax.config import ModelConfig
+from minicpm_jax.core import mesh, types
+from minicpm_jax.models import cache as cache_lib
+from minicpm_jax.nn import attention, functional, kv, layers, mla, moe, mtp, rope
+
+
+@flax.struct.dataclass
+class Output:
+  """Result of a forward; `aux` has the un-weighted MoE balance loss summed over layers."""
+
+  logits: Any  # [B, T, vocab_size] float32, or None
+  hidden: Any  # [B, T, D] after the final norm, before the logit divisor
+  cache: Any = None  # KVCache or None
+  aux: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class Context:
+  """What every layer of one forward shares."""
+
+  tables: rope.RopeTables
+  segment_ids_BT: Any = None
+  kv_segment_ids_BS: Any = None
+
+
+class Block(nn.Module):
+  """h + r attn(norm h), h + r mlp(norm h); carries (hidden, cache), yields the balance loss."""
+
+  cfg: ModelConfig
+  residual_scale: float
+  is_dense: bool = False  # the MTP block has no experts
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[Float[Array, "B T D"], kv.LayerCache | None], ctx: Context
+  ) -> tuple[tuple[Float[Array, "B T D"], kv.LayerCache | None], Float[Array, ""] | None]:
+    cfg, (x_BTD, cache) = self.cfg, carry
+    x_BTD = checkpoint_name(x_BTD, "block_input")
+    normed = layers.RMSNorm(cfg, name="attn_norm")(x_BTD)
+    attn = attention.Attention if cfg.mla is None else mla.MLA
+    branch, cache = attn(cfg, name="attn")(
+      normed, ctx.tables, ctx.segment_ids_BT, ctx.kv_segment_ids_BS, cache
+    )
+    x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
+    x_BTD = mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed")
+    normed = layers.RMSNorm(cfg, name="mlp_norm")(x_BTD)
+    loss = None
+    if cfg.moe is None or self.is_dense:
+      branch = layers.MLP(cfg, name="mlp")(normed)
+    else:
+      is_token_BT = None if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
+      branch, loss = moe.MoE(cfg, name="moe")(normed, is_token_BT)
+    x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
+    return (mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), cache), loss
+
+
+def remat(block: type[nn.Module], policy: Literal["none", "dots", "full", "offload"]) -> Any:
+  """The block under a rematerialisation policy.
+
+  dots keeps matmul results without batch dimensions (all projections, no attention scores), full
+  keeps the block's input only, offload keeps that in host memory.
+  """
+  if policy == "none":
+    return block
+  policies = jax.checkpoint_policies
+  chosen = None
+  if policy == "dots":
+    chosen = policies.dots_with_no_batch_dims_saveable
+  elif policy == "offload":
+    chosen = policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["block_input"],
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  return nn.remat(block, policy=chosen, prevent_cse=False)
+
+
+class MTP(nn.Module):
+  """One more dense block that predicts token i + 2 from h_i and token i + 1 (MiniCPM4 §2.3.2).
+
+  Fixed where the paper is silent (training.md 10.3): h is taken after the final norm, the embedding
+  is scaled before its norm, the projection's rows are h first, and nothing stands between the block
+  and the shared head.
+  """
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, hidden_BTD: Float[Array, "B T D"], embedded_BTD: Float[Array, "B T D"], ctx: Context
+  ) -> Float[Array, "B T D"]:
+    cfg, scale = self.cfg, 1.0
+    if cfg.mtp.scale_depth_over_sqrt_layers and cfg.scale_depth is not None:
+      scale = cfg.scale_depth / math.sqrt(cfg.num_layers + 1)
+    h_BTD = layers.RMSNorm(cfg, name="hidden_norm")(hidden_BTD)
+    e_BTD = layers.RMSNorm(cfg, name="embed_norm")(embedded_BTD)
+    shape = (2 * cfg.model_dim, cfg.model_dim)
+    proj = layers.Linear(cfg, shape, ("embed", None), name="proj")
+    x_BTD = proj(jnp.concatenate((h_BTD, e_BTD), axis=-1))
+    (x_BTD, _), _ = remat(Block, cfg.remat)(cfg, scale, True, name="layer")((x_BTD, None), ctx)
+    return x_BTD
+
+
+class Transformer(nn.Module):
+  """Embedding, blocks, final norm, head; see `__call__` and the parameter paths in style.md 2.3."""
+
+  cfg: ModelConfig
+
+  def setup(self):
+    cfg = self.cfg
+    self.embed_tokens = layers.Embed(cfg, name="embed")
+    block = remat(Block, cfg.remat)
+    if cfg.scan_layers:
+      scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=cfg.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      self.layers = scanned(cfg, cfg.residual_scale)
+    else:
+      self.layers = [block(cfg, cfg.residual_scale) for _ in range(cfg.num_layers)]
+    self.final_norm = layers.RMSNorm(cfg)
+    if not cfg.tie_embeddings:
+      self.lm_head = layers.Head(cfg)
+    if cfg.mtp is not None:
+      self.mtp = MTP(cfg)
+
+  def __call__(
+    self,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None = None,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+    cache: cache_lib.KVCache | None = None,
+    *,
+    rope_length: int | None = None,
+    return_logits: bool = True,
+  ) -> Output:
+    """Forward pass.
+
+    segment_ids_BT: 1, 2, ... per packed document, 0 = padding (attends to nothing).
+    positions_BT: default restarts at 0 in every segment and continues what the cache holds.
+    rope_length: static length that dynamic NTK and LongRoPE scale for; default is the largest
+      position + 1 of this forward, or the capacity of the cache.
+    """
+    cfg = self.cfg
+    num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
+    if not self.is_initializing():
+      attention.check_dense(cfg, num_keys)
+    if cache is not None and segment_ids_BT is None:
+      segment_ids_BT = jnp.ones_like(tokens_BT)
+    if positions_BT is None:
+      positions_BT = default_positions(tokens_BT, segment_ids_BT, cache)
+    if rope_length is None and cache is not None:
+      rope_length = cache.capacity
+    ctx = self._context(positions_BT, segment_ids_BT, rope_length)
+    x_BTD = self.embed(tokens_BT)
+    if cache is not None:
+      cache, ctx = _extend(cache, segment_ids_BT, ctx)
+    x_BTD, cache, losses = self._run_layers(x_BTD, cache, ctx)
+    hidden_BTD = self.final_norm(x_BTD)
+    if cfg.mtp is not None and self.is_initializing():
+      self.mtp_hidden(hidden_BTD, tokens_BT, positions_BT, segment_ids_BT)
+    return Output(
+      logits=self.unembed(hidden_BTD) if return_logits else None,
+      hidden=hidden_BTD,
+      cache=cache,
+      aux={} if losses is None else {"moe_balance_loss": losses},
+    )
+
+  def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Token embeddings times scale_emb, in compute dtype."""
+    return self.embed_tokens(tokens_BT)
+
+  def unembed(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """float32 logits over cfg.vocab_size; the divisor is applied to the hidden state."""
+    tied = self.cfg.tie_embeddings
+    logits_BTV = self.embed_tokens.attend(hidden_BTD) if tied else self.lm_head(hidden_BTD)
+    logits_BTV = mesh.constrain(logits_BTV, "act_batch", "act_seq", "act_vocab")
+    is_padded = self.cfg.padded_vocab_size != self.cfg.vocab_size
+    return logits_BTV[..., : self.cfg.vocab_size] if is_padded else logits_BTV
+
+  def mtp_hidden(
+    self,
+    hidden_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None = None,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Hidden states whose `unembed` at position i predicts token i + 2 (the last: nothing)."""
+    if positions_BT is None:
+      positions_BT = default_positions(tokens_BT, segment_ids_BT, None)
+    ctx = self._context(positions_BT, segment_ids_BT, None)
+    return self.mtp(hidden_BTD, self.embed(mtp.shift_left(tokens_BT)), ctx)
+
+  def _context(self, positions_BT, segment_ids_BT, rope_length) -> Context:
+    cfg = self.cfg
+    tables = rope.tables(cfg.rope, cfg.rotary_dim, cfg.max_position, positions_BT, rope_length)
+    return Context(tables, segment_ids_BT, segment_ids_BT)
+
+  def _run_layers(self, x_BTD, cache, ctx):
+    if self.cfg.scan_layers:
+      view = None if cache is None else cache_lib.layer_view(cache, None)
+      (x_BTD, view), losses = self.layers((x_BTD, view), ctx)
+      if cache is not None:
+        cache = cache.replace(k=view.k, v=view.v, length=cache.length + x_BTD.shape[1])
+      return x_BTD, cache, None if losses is None else jnp.sum(losses)
+    views, total = [], None
+    for i, block in enumerate(self.layers):
+      view = None if cache is None else cache_lib.layer_view(cache, i)
+      (x_BTD, view), loss = block((x_BTD, view), ctx)
+      views.append(view)
+      total = loss if total is None else total + loss
+    if cache is not None:
+      k, v = tuple(w.k for w in views), tuple(w.v for w in views)
+      cache = cache.replace(k=k, v=v, length=cache.length + x_BTD.shape[1])
+    return x_BTD, cache, total
+
+
+def default_positions(
+  tokens_BT: Int[Array, "B T"],
+  segment_ids_BT: Int[Array, "B T"] | None,
+  cache: cache_lib.KVCache | None,
+) -> Int[Array, "one_or_B T"]:
+  """0, 1, ... in every segment; a segment that began in the cache goes on counting."""
+  if segment_ids_BT is None:
+    return jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+  positions_BT = rope.packed_positions(segment_ids_BT)
+  if cache is None:
+    return positions_BT
+  is_first_run_BT = jnp.cumprod(segment_ids_BT == segment_ids_BT[:, :1], axis=1)
+  is_used_1S = jnp.arange(cache.capacity)[None, :] < cache.length
+  is_same_BS = is_used_1S & (cache.segment_ids_BS == segment_ids_BT[:, :1])
+  return positions_BT + is_first_run_BT * jnp.sum(is_same_BS, axis=1, keepdims=True)
+
+
+def _extend(cache: cache_lib.KVCache, segment_ids_BT, ctx: Context):
+  """The cache with the new tokens' segment ids, and the context whose keys are all its slots."""
+  zero = jnp.zeros((), jnp.int32)
+  ids_BS = jax.lax.dynamic_update_slice(
+    cache.segment_ids_BS, segment_ids_BT.astype(jnp.int32), (zero, cache.length)
+  )
+  return cache.replace(segment_ids_BS=ids_BS), ctx.replace(kv_segment_ids_BS=ids_BS)
+
+
+def init_params(model: Transformer, key: Key[Array, ""]) -> types.Params:
+  """Random parameters as a plain nested dict (MiniCPM Table 7 standard deviations)."""
+  return jax.jit(lambda key: nn.unbox(_init(model, key)))(key)
+
+
+def _init(model: Transformer, key: Key[Array, ""]) -> types.Params:
+  return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def abstract_params(model: Transformer) -> tuple[types.Params, types.Params]:
+  """(ShapeDtypeStruct tree, tree of PartitionSpecs of logical axis names), nothing computed."""
+  boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+  return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def head_weight(cfg: ModelConfig, params: types.Params) -> Array:
+  """[D, padded vocab] head: logits = hidden / cfg.logit_divisor @ head."""
+  return params["embed"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]

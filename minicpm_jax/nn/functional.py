@@ -1,0 +1,63 @@
+"""Elementwise and normalisation math of the family (models.md 3): arrays in, arrays out."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+Act = Literal["silu", "fatrelu"]
+
+
+def rms_norm(
+  x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
+) -> Float[Array, "*rows D"]:
+  """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, then times `scale` (Llama's order)."""
+  x32 = x.astype(jnp.float32)
+  normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return normed.astype(x.dtype) * jnp.reshape(scale.astype(x.dtype), (1,) * (x.ndim - 1) + (-1,))
+
+
+def activation(
+  x: Float[Array, "*shape"], act: Act, threshold: float = 0.0
+) -> Float[Array, "*shape"]:
+  """silu, or MiniCPM-S's FATReLU: x where x > threshold (strictly), else 0."""
+  if act == "silu":
+    return jax.nn.silu(x)
+  return jnp.where(x > threshold, x, jnp.zeros_like(x))
+
+
+def gated(
+  gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: Act, threshold: float = 0.0
+) -> Float[Array, "*shape"]:
+  """act(gate) * up, the inner product of SwiGLU and of MiniCPM-S's FFN."""
+  return activation(gate, act, threshold) * up
+
+
+def linear(
+  x: Float[Array, "*rows"], kernel: Num[Array, "*kernel"], num_in: int = 1
+) -> Float[Array, "*out"]:
+  """Contracts the last `num_in` axes of x with the first of the kernel, in x's dtype."""
+  return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_in)
+
+
+def add_branch(
+  x: Float[Array, "*shape"], branch: Float[Array, "*shape"], scale: float
+) -> Float[Array, "*shape"]:
+  """Residual stream plus the scaled branch output; the stream itself is never scaled."""
+  return x + branch if scale == 1.0 else x + branch * scale
+
+
+def unembed(
+  hidden_BTD: Float[Array, "B T D"], head: Num[Array, "..."], divisor: float, *, is_tied: bool
+) -> Float[Array, "B T V"]:
+  """float32 logits of (hidden / divisor) @ W; the hidden state is divided, not the logits.
+
+  `head` is the embedding table [V, D] when tied, else the head kernel [D, V].
+  """
+  if divisor != 1.0:
+    hidden_BTD = hidden_BTD / divisor
+  equation = "BTD,VD->BTV" if is_tied else "BTD,DV->BTV"
+  return jnp.einsum(
+    equation, hidden_BTD, head.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+  )

@@ -1,0 +1,122 @@
+"""Linen shells that own parameters: Kernel, Linear, RMSNorm, Embed, MLP.
+
+Every kernel names its logical axes (style.md 2.3); initial standard deviations follow MiniCPM
+Table 7: init_std / sqrt(width ratio) for matrices, by role, never by fan-in.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minicpm_jax.config import ModelConfig
+from minicpm_jax.core import mesh, types
+from minicpm_jax.nn import functional
+
+
+def matrix_std(cfg: ModelConfig) -> float:
+  """Initial std of a matrix: init_std / sqrt(w)."""
+  return cfg.init_std / math.sqrt(cfg.width_ratio)
+
+
+def embedding_std(cfg: ModelConfig) -> float:
+  """Initial std of the embedding table under either reading of Table 7."""
+  return matrix_std(cfg) if cfg.mup_embedding == "matrix" else cfg.init_std
+
+
+class Kernel(nn.Module):
+  """A normal-initialised array under the name `kernel`, in storage dtype."""
+
+  cfg: ModelConfig
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  std: float | None = None  # None: matrix_std
+
+  @nn.compact
+  def __call__(self) -> Array:
+    std = matrix_std(self.cfg) if self.std is None else self.std
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), self.axes)
+    return self.param("kernel", init, self.shape, types.dtype_of(self.cfg.param_dtype))
+
+
+class Linear(nn.Module):
+  """Matmul without bias over the last `num_in` axes: kernel [*in, *out]."""
+
+  cfg: ModelConfig
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  num_in: int = 1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    init = nn.with_logical_partitioning(nn.initializers.normal(matrix_std(self.cfg)), self.axes)
+    kernel = self.param("kernel", init, self.shape, types.dtype_of(self.cfg.param_dtype))
+    return functional.linear(x, kernel, self.num_in)
+
+
+class RMSNorm(nn.Module):
+  """RMSNorm with a scale that starts at 1."""
+
+  cfg: ModelConfig
+  eps: float | None = None  # None: cfg.norm_eps
+  axis: str | None = "embed"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale = self.param("scale", init, x.shape[-1:], types.dtype_of(self.cfg.param_dtype))
+    return functional.rms_norm(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
+
+
+class Embed(nn.Module):
+  """Token embedding times scale_emb; also the head of a tied model."""
+
+  cfg: ModelConfig
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.with_logical_partitioning(
+      nn.initializers.normal(embedding_std(cfg)), ("vocab", "embed")
+    )
+    shape = (cfg.padded_vocab_size, cfg.model_dim)
+    self.embedding = self.param("embedding", init, shape, types.dtype_of(cfg.param_dtype))
+
+  def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(types.dtype_of(self.cfg.dtype))
+    x_BTD = x_BTD if self.cfg.scale_emb == 1.0 else x_BTD * self.cfg.scale_emb
+    return mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed")
+
+  def attend(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """float32 logits with the table as head."""
+    return functional.unembed(hidden_BTD, self.embedding, self.cfg.logit_divisor, is_tied=True)
+
+
+class Head(nn.Module):
+  """Output head of an untied model."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    cfg = self.cfg
+    init = nn.with_logical_partitioning(nn.initializers.normal(matrix_std(cfg)), ("embed", "vocab"))
+    shape = (cfg.model_dim, cfg.padded_vocab_size)
+    kernel = self.param("kernel", init, shape, types.dtype_of(cfg.param_dtype))
+    return functional.unembed(hidden_BTD, kernel, cfg.logit_divisor, is_tied=False)
+
+
+class MLP(nn.Module):
+  """down(act(gate x) * up x)."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    cfg = self.cfg
+    D, F = cfg.model_dim, cfg.mlp_dim
+    gate_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="gate")(x_BTD)
+    up_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="up")(x_BTD)
+    h_BTF = functional.gated(gate_BTF, up_BTF, cfg.act, cfg.act_threshold)
+    h_BTF = mesh.constrain(h_BTF, "act_batch", "act_seq", "act_mlp")
+    return Linear(cfg, (F, D), ("mlp", "embed"), name="down")(h_BTF)
