@@ -12,7 +12,7 @@ Act = Literal["silu", "fatrelu"]
 def rms_norm(
   x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
 ) -> Float[Array, "*rows D"]:
-  """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, then times `scale` (Llama's order)."""
+  """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, times `scale` (Llama's order)."""
   x32 = x.astype(jnp.float32)
   normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return normed.astype(x.dtype) * jnp.reshape(scale.astype(x.dtype), (1,) * (x.ndim - 1) + (-1,))

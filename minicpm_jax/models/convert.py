@@ -1,0 +1,164 @@
+"""Function-preserving changes of (config, parameters): nothing here changes what the model says.
+
+Fold into Llama form and back (models.md 9), untie, pad and un-pad the vocabulary, sparse upcycling
+to experts (MiniCPM §7.3), stacked layers and one subtree a layer. Inputs are never modified; leaves
+may be numpy or jax arrays and keep their dtype.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from minicpm_jax.config import ModelConfig, MoEConfig
+from minicpm_jax.core import trees, types
+
+Converted = tuple[ModelConfig, types.Params]
+
+_BRANCH_ENDS = re.compile(r"layers(_\d+)?/(attn/o|mlp/down|moe/down)/kernel")
+
+
+def _scaled(leaf: Any, factor: float) -> Any:
+  """leaf * factor through float32, in the leaf's dtype."""
+  return (jnp.asarray(leaf).astype(jnp.float32) * factor).astype(leaf.dtype)
+
+
+def _scale_params(params: types.Params, emb: float, branch: float, head: float) -> types.Params:
+  def one(path: str, leaf: Any) -> Any:
+    if path == "embed/embedding":
+      return _scaled(leaf, emb)
+    if path == "lm_head/kernel":
+      return _scaled(leaf, head)
+    return _scaled(leaf, branch) if _BRANCH_ENDS.fullmatch(path) else leaf
+
+  return trees.map_with_path(one, params)
+
+
+def fold_to_llama(cfg: ModelConfig, params: types.Params) -> Converted:
+  """muP multipliers multiplied into the weights: a plain Llama (Mixtral for experts), untied.
+
+  Exact in real arithmetic; in bf16 the factors round, so fold in float32 and cast last. Not for
+  training: Adam, weight decay and the muP learning rates act on the unfolded tensors.
+  """
+  if cfg.mla is not None:
+    raise ValueError(f"model.arch: found {cfg.arch!r}, expected 'minicpm' or 'llama' for folding")
+  if cfg.mtp is not None:
+    raise ValueError("model.mtp: found an MTP module, expected none (drop params['mtp'] first)")
+  _, params = untie(cfg, params)
+  params = _scale_params(params, cfg.scale_emb, cfg.residual_scale, 1.0 / cfg.logit_divisor)
+  folded = dataclasses.replace(
+    cfg,
+    arch="llama",
+    scale_emb=1.0,
+    scale_depth=None,
+    dim_model_base=None,
+    mup_denominator=None,
+    tie_embeddings=False,
+  )
+  return folded, params
+
+
+def unfold_from_llama(
+  llama_cfg: ModelConfig, params: types.Params, original_cfg: ModelConfig
+) -> Converted:
+  """Inverse of `fold_to_llama`; the constants and the tie come from `original_cfg`.
+
+  Vocabulary padding and layer form are those of `llama_cfg`.
+  """
+  cfg = dataclasses.replace(
+    original_cfg, vocab_multiple=llama_cfg.vocab_multiple, scan_layers=llama_cfg.scan_layers
+  )
+  scale = 1.0 / cfg.residual_scale
+  params = _scale_params(params, 1.0 / cfg.scale_emb, scale, cfg.logit_divisor)
+  if cfg.tie_embeddings:
+    params = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+  return cfg, params
+
+
+def untie(cfg: ModelConfig, params: types.Params) -> Converted:
+  """Gives the model a head of its own, equal to the embedding table."""
+  if not cfg.tie_embeddings:
+    return cfg, dict(params)
+  head = {"kernel": jnp.transpose(jnp.asarray(params["embed"]["embedding"]))}
+  return dataclasses.replace(cfg, tie_embeddings=False), {**params, "lm_head": head}
+
+
+def _resize_vocab(cfg: ModelConfig, params: types.Params, multiple: int) -> Converted:
+  new_cfg = dataclasses.replace(cfg, vocab_multiple=multiple)
+
+  def resize(leaf: Any, axis: int) -> Any:
+    kept = jax.lax.slice_in_dim(jnp.asarray(leaf), 0, cfg.vocab_size, axis=axis)
+    pad = [(0, 0)] * leaf.ndim
+    pad[axis] = (0, new_cfg.padded_vocab_size - cfg.vocab_size)
+    return jnp.pad(kept, pad)
+
+  def one(path: str, leaf: Any) -> Any:
+    if path == "embed/embedding":
+      return resize(leaf, 0)
+    return resize(leaf, 1) if path == "lm_head/kernel" else leaf
+
+  return new_cfg, trees.map_with_path(one, params)
+
+
+def pad_vocab(cfg: ModelConfig, params: types.Params, multiple: int) -> Converted:
+  """Embedding and head filled with zero rows up to a multiple (122753 is odd); logits stay."""
+  return _resize_vocab(cfg, params, multiple)
+
+
+def unpad_vocab(cfg: ModelConfig, params: types.Params) -> Converted:
+  """Embedding and head cut to cfg.vocab_size rows."""
+  return _resize_vocab(cfg, params, 1)
+
+
+def upcycle(
+  cfg: ModelConfig, params: types.Params, key: Key[Array, ""], moe: MoEConfig
+) -> Converted:
+  """Every FFN becomes `num_experts` copies of itself behind a random router (MiniCPM §7.3).
+
+  The copies are equal and the chosen weights sum to 1, so the function is unchanged at step 0.
+  """
+  if cfg.moe is not None:
+    raise ValueError(f"model.moe: found {cfg.moe}, expected a dense model to upcycle")
+  dtype = types.dtype_of(cfg.param_dtype)
+
+  def one_layer(layer: types.Params, key: Key[Array, ""]) -> types.Params:
+    lead = layer["attn_norm"]["scale"].shape[:-1]  # (L,) when stacked
+    shape = (*lead, cfg.model_dim, moe.num_experts)
+    router = moe.router_init_std * jax.random.normal(key, shape, jnp.float32)
+    experts = {"router": {"kernel": router.astype(dtype)}}
+    for name in ("gate", "up", "down"):
+      kernel = jnp.expand_dims(jnp.asarray(layer["mlp"][name]["kernel"]), len(lead))
+      copies = (*lead, moe.num_experts, *kernel.shape[len(lead) + 1 :])
+      experts[name] = {"kernel": jnp.broadcast_to(kernel, copies)}
+    return {**{n: leaf for n, leaf in layer.items() if n != "mlp"}, "moe": experts}
+
+  names = ["layers"] if cfg.scan_layers else [f"layers_{i}" for i in range(cfg.num_layers)]
+  changed = {
+    name: one_layer(params[name], jax.random.fold_in(key, i)) for i, name in enumerate(names)
+  }
+  return dataclasses.replace(cfg, moe=moe), {**params, **changed}
+
+
+def stack_layers(cfg: ModelConfig, params: types.Params) -> Converted:
+  """layers_0, layers_1, ... -> layers with a leading L axis (scan_layers=True)."""
+  if cfg.scan_layers:
+    return cfg, dict(params)
+  names = [f"layers_{i}" for i in range(cfg.num_layers)]
+  layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+  rest = {name: leaf for name, leaf in params.items() if name not in names}
+  return dataclasses.replace(cfg, scan_layers=True), {**rest, "layers": layers}
+
+
+def unstack_layers(cfg: ModelConfig, params: types.Params) -> Converted:
+  """layers -> one subtree a layer (scan_layers=False), the faster form of decoding on a CPU."""
+  if not cfg.scan_layers:
+    return cfg, dict(params)
+  split = {
+    f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+    for i in range(cfg.num_layers)
+  }
+  rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+  return dataclasses.replace(cfg, scan_layers=False), {**rest, **split}
