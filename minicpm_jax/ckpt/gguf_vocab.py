@@ -1,0 +1,167 @@
+"""The tokenizer inside a GGUF file (`tokenizer.ggml.*`).
+
+Built: model "gpt2" (byte-level BPE) with the pre-tokenizers of `PRE`, and model "llama"
+(SentencePiece BPE, merges by score). Every other kind is refused by its name.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minicpm_jax.ckpt import errors
+from minicpm_jax.core.extras import require_extra
+from minicpm_jax.text import tokenizer
+from minicpm_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
+
+# Token types of the format.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# End-of-generation texts beside the declared EOS: llama.cpp stops at them too when they are control
+# tokens.
+END_TEXTS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> regular expressions applied one after the other (llama.cpp's list), or None
+# for GPT-2's own splitting after single digits.
+PRE: dict[str, tuple[str, ...] | None] = {
+  "smollm": None,
+  "gpt-2": (_GPT2,),
+  "llama-bpe": (_LLAMA3,),
+  "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+
+
+def read_tokenizer(fields: Mapping[str, Any], source: str) -> tokenizer.Tokenizer | None:
+  """The tokenizer of the metadata, None where the file holds none; `source` is for messages."""
+  kind = fields.get("tokenizer.ggml.model")
+  builders: dict[str, Callable[..., tokenizer.Tokenizer]] = {"gpt2": _bpe, "llama": _spm}
+  if kind is None or kind == "none":
+    return None
+  if kind not in builders:
+    raise errors.CheckpointError(
+      f"{source}: tokenizer.ggml.model: found {kind!r}, expected one of {sorted(builders)}"
+    )
+  tokens = _list(fields, "tokenizer.ggml.tokens", source)
+  types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+  if len(types) != len(tokens):
+    raise errors.CheckpointError(
+      f"{source}: tokenizer.ggml.token_type: found {len(types)} entries, expected {len(tokens)}"
+    )
+  try:
+    return builders[kind](fields, tokens, types, source)
+  except tokenizer.TokenizerError as error:
+    raise errors.CheckpointError(f"{source}: tokenizer: {error}") from error
+
+
+def _list(fields: Mapping[str, Any], key: str, source: str) -> list[Any]:
+  value = fields.get(key)
+  if not isinstance(value, list) or not value:
+    raise errors.CheckpointError(f"{source}: {key}: found {value!r:.40}, expected a filled array")
+  return value
+
+
+def _traits(
+  fields: Mapping[str, Any], tokens: list[str], types: list[int], source: str, default_bos: bool
+) -> tokenizer.Traits:
+  def token_id(name: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = fields.get(key)
+    if value is not None and not 0 <= value < len(tokens):
+      raise errors.CheckpointError(f"{source}: {key}: found {value}, expected < {len(tokens)}")
+    return value
+
+  stops = [token_id("eos"), token_id("eot")]
+  stops += [i for i, t in enumerate(tokens) if types[i] == CONTROL and t in END_TEXTS]
+  bos_id = token_id("bos")
+  add_bos = fields.get("tokenizer.ggml.add_bos_token", default_bos)
+  return tokenizer.Traits(
+    bos_id=bos_id,
+    eos_id=token_id("eos"),
+    pad_id=token_id("padding"),
+    stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
+    add_bos=bool(add_bos) and bos_id is not None,
+    chat_template=fields.get("tokenizer.chat_template"),
+  )
+
+
+def _bpe(
+  fields: Mapping[str, Any], tokens: list[str], types: list[int], source: str
+) -> tokenizer.HFTokenizer:
+  """Byte-level BPE: vocabulary, merges and the named pre-tokenizer."""
+  tokenizers = require_extra("tokenizers", extra="text")
+  pre = fields.get("tokenizer.ggml.pre", "default")
+  if pre not in PRE:
+    raise errors.CheckpointError(
+      f"{source}: tokenizer.ggml.pre: found {pre!r}, expected one of {sorted(PRE)}"
+    )
+  vocab = {text: i for i, text in enumerate(tokens)}
+  if len(vocab) != len(tokens):
+    twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
+    raise errors.CheckpointError(f"{source}: tokenizer.ggml.tokens: {twice!r} stands there twice")
+  merges = [tuple(m.split(" ")) for m in _list(fields, "tokenizer.ggml.merges", source)]
+  try:
+    model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+  except Exception as error:  # the Rust side raises the bare class
+    raise errors.CheckpointError(f"{source}: tokenizer.ggml.merges: {error}") from error
+  backend = tokenizers.Tokenizer(model)
+  backend.pre_tokenizer = _pre_tokenizer(PRE[pre])
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
+    if kind in (UNKNOWN, CONTROL, USER_DEFINED):
+      is_special = kind != USER_DEFINED
+      added = tokenizers.AddedToken(text, normalized=False, special=is_special)
+      (backend.add_special_tokens if is_special else backend.add_tokens)([added])
+      assert backend.token_to_id(text) == i
+  traits = _traits(fields, tokens, types, source, default_bos=pre == "llama-bpe")
+  if traits.add_bos and traits.bos_id is not None:
+    tokenizer.prepend_bos(backend, tokens[traits.bos_id])
+  return tokenizer.HFTokenizer(backend, traits)
+
+
+def _pre_tokenizer(patterns: tuple[str, ...] | None) -> Any:
+  tokenizers = require_extra("tokenizers", extra="text")
+  pre = tokenizers.pre_tokenizers
+  if patterns is None:
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+  splits = [pre.Split(tokenizers.Regex(p), behavior="isolated") for p in patterns]
+  return pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _spm(
+  fields: Mapping[str, Any], tokens: list[str], types: list[int], source: str
+) -> SentencePieceTokenizer:
+  """SentencePiece BPE from pieces, scores and types; control tokens are cut out of the text."""
+  require_extra("sentencepiece", extra="text")
+  from sentencepiece import sentencepiece_model_pb2
+
+  scores = _list(fields, "tokenizer.ggml.scores", source)
+  if len(scores) != len(tokens):
+    raise errors.CheckpointError(
+      f"{source}: tokenizer.ggml.scores: found {len(scores)} entries, expected {len(tokens)}"
+    )
+  traits = _traits(fields, tokens, types, source, default_bos=True)
+  proto = sentencepiece_model_pb2.ModelProto()
+  for text, score, kind in zip(tokens, scores, types, strict=True):
+    proto.pieces.add(piece=text, score=score, type=kind)
+  spec = proto.trainer_spec
+  spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+  spec.vocab_size = len(tokens)
+  spec.byte_fallback = BYTE in types
+  if UNKNOWN in types:
+    spec.unk_piece = tokens[types.index(UNKNOWN)]
+  if traits.bos_id is not None:
+    spec.bos_piece = tokens[traits.bos_id]
+  if traits.eos_id is not None:
+    spec.eos_piece = tokens[traits.eos_id]
+  normalizer = proto.normalizer_spec
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+  normalizer.remove_extra_whitespaces = bool(
+    fields.get("tokenizer.ggml.remove_extra_whitespaces", False)
+  )
+  special = {t: i for i, t in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL)}
+  return SentencePieceTokenizer(proto.SerializeToString(), special, special, traits, source)
