@@ -114,7 +114,7 @@ def _adamw(
 def _clip_factor(grads: Any, clip_norm: float) -> float | Float[types.Array, ""]:
   if clip_norm == 0:
     return 1.0
-  return clip_norm / jnp.maximum(optax.global_norm(grads), clip_norm)
+  return clip_norm / jnp.maximum(optax.tree.norm(grads), clip_norm)
 
 
 def state_shardings(
