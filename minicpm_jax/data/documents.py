@@ -1,0 +1,229 @@
+"""Readers of raw text: JSONL (.gz, .zst), Parquet, plain text (.gz), a Python iterator of strings.
+
+All yield `Doc` (data.md section 1) in a fixed order: files sorted by path, then file order.
+Bad input raises CorpusError naming file and line. WARC and cleaning are left to later stages.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Literal
+
+from minicpm_jax.core import extras
+
+TextSplit = Literal["file", "line", "paragraph"]
+_TEXT_SUFFIXES = (".txt", ".md", ".text")
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_COMPRESSION = (".gz", ".zst")
+
+
+class CorpusError(ValueError):
+  """Input text that cannot be used; the message names file, line, found and expected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doc:
+  """One document; `id` is stable over runs (default: sha1 of source and offset)."""
+
+  id: str
+  text: str
+  source: str = ""
+  lang: str = ""
+  meta: dict = dataclasses.field(default_factory=dict)
+  score: float | None = None
+
+
+def stable_id(source: str, offset: int) -> str:
+  """The default document id: sha1 of source and position in it."""
+  return hashlib.sha1(f"{source}\0{offset}".encode()).hexdigest()
+
+
+def is_heldout(key: str, permille: int = 20) -> bool:
+  """True for a fixed `permille` of all keys, by their sha1: the same split in every run."""
+  return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") % 1000 < permille
+
+
+def deduplicate(docs: Iterable[Doc]) -> Iterator[Doc]:
+  """Keeps the first of documents with equal NFC text up to white space (data.md section 4)."""
+  seen = set()
+  for doc in docs:
+    normal = " ".join(unicodedata.normalize("NFC", doc.text).split())
+    key = hashlib.sha1(normal.encode()).digest()
+    if key not in seen:
+      seen.add(key)
+      yield doc
+
+
+def from_texts(texts: Iterable[str], *, source: str = "texts") -> Iterator[Doc]:
+  """Documents from a Python iterable of strings."""
+  for i, text in enumerate(texts):
+    if not isinstance(text, str):
+      raise CorpusError(f"{source}: item {i}: found {type(text).__name__}, expected str")
+    yield Doc(id=stable_id(source, i), text=_encodable(text, f"{source}: item {i}"), source=source)
+
+
+def read(
+  paths: Sequence[str | os.PathLike],
+  *,
+  text_field: str = "text",
+  text_split: TextSplit = "file",
+) -> Iterator[Doc]:
+  """Documents of files and folders (searched recursively), by suffix.
+
+  `text_field` is the JSON key or Parquet column. `text_split` cuts plain text files into
+  documents: the whole file, its lines, or blocks between blank lines. A file of unknown suffix
+  named directly is read as plain text; in folders it is left out.
+  """
+  for path in expand(paths):
+    kind = _kind(path) or "text"
+    if kind == "jsonl":
+      yield from read_jsonl(path, text_field=text_field)
+    elif kind == "parquet":
+      yield from read_parquet(path, text_field=text_field)
+    else:
+      yield from read_text(path, text_split=text_split)
+
+
+def expand(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
+  """The files behind `paths`; CorpusError for a missing path or a folder without any."""
+  files = []
+  for path in map(pathlib.Path, paths):
+    if path.is_dir():
+      inside = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+      if not inside:
+        known = ", ".join(sorted([*_KINDS, *_TEXT_SUFFIXES]))
+        raise CorpusError(f"{path}: found no readable file, expected {known} (or .gz, .zst)")
+      files += inside
+    elif path.exists():
+      files.append(path)
+    else:
+      raise CorpusError(f"{path}: no such file or folder")
+  return files
+
+
+def read_jsonl(path: str | os.PathLike, *, text_field: str = "text") -> Iterator[Doc]:
+  """One JSON object a line with the text under `text_field`; an "id" string is kept."""
+  for number, line in enumerate(_lines(path), start=1):
+    where = f"{path}: line {number}"
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise CorpusError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+      raise CorpusError(f"{where}: found {type(row).__name__}, expected a JSON object")
+    yield _row_doc(row, text_field, str(path), number, where)
+
+
+def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterator[Doc]:
+  """Rows of a Parquet file with the text in column `text_field`; an "id" column is kept."""
+  parquet = open_parquet(path)
+  names = parquet.schema_arrow.names
+  if text_field not in names:
+    raise CorpusError(f"{path}: found columns {names}, expected a text column {text_field!r}")
+  columns = [n for n in ("id", text_field) if n in names]
+  number = 0
+  for batch in parquet.iter_batches(batch_size=512, columns=columns):
+    for row in batch.to_pylist():
+      yield _row_doc(row, text_field, str(path), number, f"{path}: row {number}")
+      number += 1
+
+
+def open_parquet(path: str | os.PathLike):
+  """pyarrow's ParquetFile, or CorpusError when the file is none."""
+  extras.require_extra("pyarrow", extra="data")
+  module = extras.require_extra("pyarrow.parquet", extra="data")
+  try:
+    return module.ParquetFile(path)
+  except (OSError, ValueError) as error:
+    raise CorpusError(f"{path}: not a readable Parquet file ({error})") from None
+
+
+def read_text(path: str | os.PathLike, *, text_split: TextSplit = "file") -> Iterator[Doc]:
+  """Plain UTF-8 text as one document, one a line, or one a block between blank lines."""
+  block, count = [], 0
+
+  def flush():
+    text = "".join(block)
+    block.clear()
+    return Doc(id=stable_id(str(path), count), text=text, source=str(path))
+
+  for line in _lines(path):
+    is_blank = not line.strip()
+    if text_split == "paragraph" and is_blank and block:
+      yield flush()
+      count += 1
+    if text_split == "file" or not is_blank:
+      block.append(line)
+    if text_split == "line" and block:
+      yield flush()
+      count += 1
+  if block:
+    yield flush()
+
+
+def _kind(path: pathlib.Path) -> str | None:
+  name = path.name.lower()
+  for suffix in _COMPRESSION:
+    name = name.removesuffix(suffix)
+  if name.endswith(_TEXT_SUFFIXES):
+    return "text"
+  return _KINDS.get(os.path.splitext(name)[1])
+
+
+def _row_doc(row: dict, text_field: str, source: str, number: int, where: str) -> Doc:
+  text = row.get(text_field)
+  if not isinstance(text, str):
+    found = type(text).__name__ if text_field in row else f"keys {sorted(row)}"
+    raise CorpusError(f"{where}: found {found}, expected a string under {text_field!r}")
+  own_id = row.get("id")
+  doc_id = own_id if isinstance(own_id, str) else stable_id(source, number)
+  return Doc(id=doc_id, text=_encodable(text, where), source=source)
+
+
+def _encodable(text: str, where: str) -> str:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise CorpusError(f"{where}: text cannot be encoded as UTF-8 ({error.reason})") from None
+  return text
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  with contextlib.ExitStack() as stack:
+    raw = stack.enter_context(open(path, "rb"))
+    if str(path).endswith(".gz"):
+      yield stack.enter_context(gzip.GzipFile(fileobj=raw))
+    elif str(path).endswith(".zst"):
+      zstandard = extras.require_extra("zstandard", extra="data")
+      reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+      yield io.BufferedReader(reader)
+    else:
+      yield raw
+
+
+def _lines(path: str | os.PathLike) -> Iterator[str]:
+  number = 0
+  try:
+    with _open(path) as stream:
+      for number, line in enumerate(stream, start=1):
+        try:
+          yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+          bad = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+          raise CorpusError(f"{path}: line {number}: found {bad}, expected UTF-8") from None
+  except (OSError, EOFError) as error:
+    raise CorpusError(f"{path}: after line {number}: cannot be read ({error})") from None
+  except Exception as error:
+    if type(error).__module__.startswith("zstandard"):
+      raise CorpusError(f"{path}: after line {number}: cannot be read ({error})") from None
+    raise

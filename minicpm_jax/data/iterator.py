@@ -1,0 +1,362 @@
+"""Batches for training and evaluation, with an exact, checkpointable position (data.md section 8).
+
+Per source: grain reads, shuffles and repeats documents (`sources.DocumentStream`), a packer makes
+rows. Rows are mixed with exact shares, and a phase change only changes the shares: the packers stay
+as they are, so every source goes on where it stopped. The position of the whole is
+{step, rows of the phase by source, one cursor of two or three integers by source}.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from minicpm_jax.config import data as data_config
+from minicpm_jax.data import mixture, packing, sources
+
+Batch = dict[str, np.ndarray]
+STATE_VERSION = 1
+
+
+class DataStateError(ValueError):
+  """A saved position that does not belong to this input configuration; names the field."""
+
+
+def make_iterator(
+  cfg: data_config.DataConfig,
+  *,
+  batch_size_per_host: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> "BatchIterator":
+  """The endless iterator of this host's training batches.
+
+  A batch holds int32 `tokens`, `targets`, `segment_ids`, `positions`, `source_ids` (place in
+  `cfg.sources`) and float32 `loss_mask`, each [rows of this host, cfg.seq_len].
+  """
+  return BatchIterator(
+    _Rows(cfg, _rows_a_host(cfg, batch_size_per_host, process_count), process_index, process_count),
+    cfg.prefetch,
+  )
+
+
+def make_eval_iterator(
+  cfg: data_config.DataConfig,
+  source_name: str,
+  num_batches: int | None = None,
+  *,
+  batch_size_per_host: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """The first `num_batches` batches of one source, in file order, once: the same at every call.
+
+  Where the source ends early, empty rows (loss_mask 0) fill up, so all hosts make equally many
+  batches. None reads the whole source (one host only) and fills up only the last batch.
+  """
+  if num_batches is None and process_count > 1:
+    raise ValueError(f"num_batches: found None on {process_count} hosts, expected a number")
+  names = [s.name for s in cfg.sources]
+  if source_name not in names:
+    raise ValueError(f"source_name: found {source_name!r}, expected one of {names}")
+  number = names.index(source_name)
+  batch_size = _rows_a_host(cfg, batch_size_per_host, process_count)
+  stream = sources.DocumentStream(
+    sources.open_source(source_name, cfg.sources[number].path),
+    seed=None,
+    process_index=process_index,
+    process_count=process_count,
+    repeat=False,
+    num_threads=cfg.num_threads,
+  )
+  return _eval_batches(_packer(cfg, stream), cfg.seq_len, batch_size, num_batches, number)
+
+
+def _eval_batches(
+  packer: packing.Packer, seq_len: int, batch_size: int, num_batches: int | None, number: int
+) -> Iterator[Batch]:
+  with contextlib.closing(packer):
+    count, more = 0, True
+    while more if num_batches is None else count < num_batches:
+      rows = []
+      while more and len(rows) < batch_size:
+        row = packer.next_row()
+        more = row is not None
+        rows += [row] if more else []
+      if not rows and num_batches is None:
+        return
+      rows += [packing.make_row([], seq_len)] * (batch_size - len(rows))
+      yield _stack(rows, [number] * batch_size)
+      count += 1
+
+
+def _rows_a_host(
+  cfg: data_config.DataConfig, batch_size_per_host: int | None, process_count: int
+) -> int:
+  if batch_size_per_host is not None:
+    return batch_size_per_host
+  if cfg.batch_size % process_count:
+    raise ValueError(
+      f"data.batch_size: found {cfg.batch_size}, expected a multiple of {process_count} hosts"
+    )
+  return cfg.batch_size // process_count
+
+
+def _packer(cfg: data_config.DataConfig, stream: packing.Stream) -> packing.Packer:
+  if cfg.packing == "concat":
+    return packing.ConcatPacker(stream, cfg.seq_len, align=cfg.align)
+  return packing.BestFitPacker(
+    stream,
+    cfg.seq_len,
+    align=cfg.align,
+    num_bins=cfg.num_packing_bins,
+    long_documents=cfg.long_documents,
+  )
+
+
+def _stack(rows: list[packing.Row], numbers: list[int]) -> Batch:
+  batch = {key: np.stack([row[key] for row in rows]) for key in packing.KEYS}
+  shape = batch["tokens"].shape
+  batch["source_ids"] = np.repeat(np.asarray(numbers, np.int32)[:, None], shape[1], axis=1)
+  return batch
+
+
+def _source_seed(seed: int, name: str) -> int:
+  """The root seed folded with the source's name: stable over processes and versions."""
+  return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Position:
+  """After `step` batches: rows of the present phase and cursors, by source."""
+
+  step: int
+  rows: dict[str, int]
+  cursors: dict[str, dict[str, int]]
+
+
+class _Rows:
+  """The batches themselves, without the thread."""
+
+  def __init__(
+    self, cfg: data_config.DataConfig, batch_size: int, process_index: int, process_count: int
+  ):
+    if not cfg.phases:
+      raise ValueError("data.phases: found none, expected at least one phase with weights")
+    if not 0 <= process_index < process_count:
+      raise ValueError(f"process_index: found {process_index}, expected 0..{process_count - 1}")
+    self.cfg = cfg
+    self.batch_size, self.process_index, self.process_count = (
+      batch_size,
+      process_index,
+      process_count,
+    )
+    self._shares = {p.start_step: mixture.shares(p) for p in cfg.phases}
+    used = {name for share in self._shares.values() for name in share}
+    self.numbers = {s.name: i for i, s in enumerate(cfg.sources) if s.name in used}
+    self.sources = {
+      s.name: sources.open_source(s.name, s.path) for s in cfg.sources if s.name in used
+    }
+    self._check_tokenizers()
+    self.streams = {
+      name: sources.DocumentStream(
+        source,
+        seed=_source_seed(cfg.seed, name) if cfg.shuffle else None,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=cfg.num_threads,
+        num_workers=cfg.num_workers,
+      )
+      for name, source in self.sources.items()
+    }
+    self._packers = {name: _packer(cfg, stream) for name, stream in self.streams.items()}
+    self._step, self._rows = 0, collections.Counter()
+
+  def _check_tokenizers(self) -> None:
+    hashes = {n: s.tokenizer_hash for n, s in self.sources.items() if s.tokenizer_hash}
+    if len(set(hashes.values())) > 1:
+      short = {name: value[:12] for name, value in hashes.items()}
+      raise ValueError(f"data.sources: found tokenizer hashes {short}, expected one for all")
+
+  def next_batch(self) -> Batch:
+    phase = mixture.phase_at(self.cfg.phases, self._step)
+    if phase.start_step == self._step:
+      self._rows = collections.Counter()
+    share = self._shares[phase.start_step]
+    rows = collections.Counter(self._rows)
+    assignment = []
+    for _ in range(self.batch_size * self.process_count):
+      assignment.append(mixture.next_source(rows, share))
+      rows[assignment[-1]] += 1
+    dealt = mixture.deal(assignment, self._step, self.cfg.seed)
+    start = self.process_index * self.batch_size
+    own = dealt[start : start + self.batch_size]
+    batch = _stack([self._packers[n].next_row() for n in own], [self.numbers[n] for n in own])
+    self._step, self._rows = self._step + 1, rows
+    return batch
+
+  def position(self) -> _Position:
+    cursors = {name: packer.get_state() for name, packer in self._packers.items()}
+    return _Position(self._step, dict(self._rows), cursors)
+
+  def seek(self, position: _Position) -> None:
+    self._step, self._rows = position.step, collections.Counter(position.rows)
+    start = {"document": 0, "offset": 0, "row": 0}
+    for name, packer in self._packers.items():
+      packer.set_state(start | position.cursors.get(name, {}))
+
+  def close(self) -> None:
+    for packer in self._packers.values():
+      packer.close()
+
+  def fingerprint(self, step: int) -> dict:
+    """All that the first `step` batches depended on; phases still to come may change."""
+    cfg = self.cfg
+    past = [p for p in cfg.phases if p.start_step < step]
+    used = {name for p in past for name in self._shares[p.start_step]}
+    found = {
+      "sources": {n: s.identity[:16] for n, s in sorted(self.sources.items()) if n in used},
+      "weights": [[p.start_step, dict(sorted(mixture.shares(p).items()))] for p in past],
+      "seq_len": cfg.seq_len,
+      "packing": cfg.packing,
+      "align": cfg.align,
+      "shuffle": cfg.shuffle,
+      "seed": cfg.seed,
+      "process_count": self.process_count,
+      "process_index": self.process_index,
+    }
+    if cfg.packing == "best_fit":
+      found |= {k: getattr(cfg, k) for k in ("num_packing_bins", "long_documents")}
+    return found
+
+
+class BatchIterator(grain.DatasetIterator):
+  """Endless batches, made ahead by one thread; also fits grain.checkpoint.CheckpointSave."""
+
+  def __init__(self, rows: _Rows, prefetch: int):
+    super().__init__()
+    self._rows, self._prefetch = rows, prefetch
+    self._position = rows.position()
+    self._thread: threading.Thread | None = None
+    self._stop = threading.Event()
+
+  def __next__(self) -> Batch:
+    self._assert_not_closed()
+    batch, position = self._next_item() if self._prefetch else _make(self._rows)
+    if isinstance(batch, Exception):
+      self._halt()
+      self._rows.seek(self._position)
+      raise batch
+    self._position = position
+    return batch
+
+  def _next_item(self) -> tuple[Batch | Exception, _Position | None]:
+    if self._thread is None:
+      self._queue: queue.Queue = queue.Queue(self._prefetch)
+      self._stop = threading.Event()
+      self._thread = threading.Thread(
+        target=_produce, args=(self._rows, self._queue, self._stop), daemon=True
+      )
+      self._thread.start()
+    return self._queue.get()
+
+  @property
+  def step(self) -> int:
+    """Batches returned so far."""
+    return self._position.step
+
+  @property
+  def phase_name(self) -> str:
+    """The phase of the last batch returned (of the first one before any)."""
+    return mixture.phase_at(self._rows.cfg.phases, max(self.step - 1, 0)).name
+
+  @property
+  def vocab_size(self) -> int | None:
+    """The largest vocabulary that the sources were tokenised with, where they record it."""
+    sizes = [s.index.config.vocab_size for s in self._rows.sources.values() if hasattr(s, "index")]
+    return max(sizes, default=None)
+
+  def epochs(self) -> dict[str, float]:
+    """How often the documents of each source have been read, on this host."""
+    streams = self._rows.streams
+    cursors = self._position.cursors
+    return {n: cursors[n]["document"] / stream.num_documents for n, stream in streams.items()}
+
+  def get_state(self) -> dict:
+    """The position after the last batch returned, ready for JSON."""
+    config = self._rows.fingerprint(self.step)
+    text = json.dumps(config, sort_keys=True)
+    return {
+      "version": STATE_VERSION,
+      **dataclasses.asdict(self._position),
+      "config": config,
+      "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+  def set_state(self, state: dict, *, force: bool = False) -> None:
+    """Goes to a saved position.
+
+    Refused (DataStateError naming the field) when the batches up to there would not have come out
+    the same under this config. `force` takes the cursors of equally named sources regardless.
+    """
+    if state.get("version") != STATE_VERSION:
+      raise DataStateError(
+        f"data state: version: found {state.get('version')!r}, expected {STATE_VERSION}"
+      )
+    if not force:
+      self._check(state)
+    self._halt()
+    self._position = _Position(
+      state["step"], dict(state["rows"]), {n: dict(c) for n, c in state["cursors"].items()}
+    )
+    self._rows.seek(self._position)
+    self._position = self._rows.position()
+
+  def _check(self, state: dict) -> None:
+    saved, own = state["config"], self._rows.fingerprint(state["step"])
+    for field in sorted(saved.keys() | own.keys()):
+      if saved.get(field) != own.get(field):
+        raise DataStateError(
+          f"data state of step {state['step']}: {field}: found {saved.get(field)!r} in the "
+          f"checkpoint, expected {own.get(field)!r} of this config (the data order would change)"
+        )
+
+  def _halt(self) -> None:
+    self._stop.set()
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+
+  def close(self) -> None:
+    """Ends the thread and the readers."""
+    self._halt()
+    self._rows.close()
+    super().close()
+
+  def __del__(self):
+    self._stop.set()
+
+
+def _make(rows: _Rows) -> tuple[Batch | Exception, _Position | None]:
+  try:
+    return rows.next_batch(), rows.position()
+  except Exception as error:  # raised by __next__ in the caller's thread
+    return error, None
+
+
+def _produce(rows: _Rows, out: queue.Queue, stop: threading.Event) -> None:
+  while not stop.is_set():
+    item = _make(rows)
+    while not stop.is_set():
+      with contextlib.suppress(queue.Full):
+        out.put(item, timeout=0.1)
+        break
+    if isinstance(item[0], Exception):
+      return
