@@ -139,12 +139,18 @@ def tree_shardings(mesh: Mesh, tree: Any, shapes: Any = None) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree, shapes, is_leaf=is_leaf)
 
 
+def is_sharded() -> bool:
+  """True under `with jax.set_mesh(mesh)` of several devices, outside shard_map."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and math.prod(mesh.shape.values()) > 1 and not mesh.manual_axes
+
+
 def constrain(x: Shaped[types.Array, "..."], *names: str | None) -> Shaped[types.Array, "..."]:
   """Hints the sharding of an activation under `with jax.set_mesh(mesh)`; without a mesh, `x`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or math.prod(mesh.shape.values()) == 1 or mesh.manual_axes:
+  if not is_sharded():
     return x
-  spec = partition_spec(names, sizes=dict(mesh.shape), shape=x.shape, tensor="act", is_hint=True)
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  spec = partition_spec(names, sizes=sizes, shape=x.shape, tensor="act", is_hint=True)
   return jax.lax.with_sharding_constraint(x, spec)
 
 
