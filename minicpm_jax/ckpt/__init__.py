@@ -1,0 +1,22 @@
+"""Checkpoints: Hugging Face folders, GGUF files, training runs. Functions load on first use."""
+
+import importlib
+
+_FUNCTIONS = {
+  "load_hf": "hf_io",
+  "save_hf": "hf_io",
+  "load_gguf": "gguf_io",
+  "load_run": "orbax_io",
+}
+
+__all__ = list(_FUNCTIONS)
+
+
+def __getattr__(name):
+  if name in _FUNCTIONS:
+    return getattr(importlib.import_module(f"minicpm_jax.ckpt.{_FUNCTIONS[name]}"), name)
+  raise AttributeError(f"module 'minicpm_jax.ckpt' has no attribute {name!r}")
+
+
+def __dir__():
+  return sorted(list(globals()) + list(_FUNCTIONS))
