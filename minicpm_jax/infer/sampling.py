@@ -6,6 +6,8 @@ filtered distribution at u_t = uniform(fold_in(key, t)): a function of (prefix, 
 the batch, the padding or the number of tokens decoded together.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,11 @@ NUM_CANDIDATES = 1024  # top-k and top-p look at these many logits before they s
 class SamplingState:
   """`SamplingConfig` as arrays, one entry a row; temperature 0 is greedy."""
 
-  key_B: Key[Array, "B"]
-  temperature_B: Float[Array, "B"]
-  top_k_B: Int[Array, "B"]  # 0 = off
-  top_p_B: Float[Array, "B"]
-  min_p_B: Float[Array, "B"]
+  key_B: Any  # typed keys
+  temperature_B: Any  # float32
+  top_k_B: Any  # int32, 0 = off
+  top_p_B: Any  # float32
+  min_p_B: Any  # float32
 
 
 def sampling_state(cfg: config.SamplingConfig, seeds: list[int]) -> SamplingState:

@@ -1,0 +1,154 @@
+"""A conversation with a model: template, stop ids, streaming text, history.
+
+Every turn renders and prefills the whole conversation again (a template may rewrite old turns);
+reusing the cache of the common prefix is the engine's business.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from minicpm_jax import config
+from minicpm_jax.core import types
+from minicpm_jax.infer import detokenize, generate
+from minicpm_jax.models import transformer
+from minicpm_jax.text import chat as chat_text
+from minicpm_jax.text import tokenizer
+
+MINICPM5_VOCAB = 130560  # its template differs from plain ChatML
+
+
+@dataclasses.dataclass
+class Stats:
+  """Counts and times of one answer; compilation is apart and never inside a rate."""
+
+  prompt_tokens: int = 0
+  new_tokens: int = 0
+  prefill_seconds: float = 0.0
+  decode_seconds: float = 0.0
+  compile_seconds: float = 0.0
+
+  def add(self, chunk: generate.Chunk) -> None:
+    if self.new_tokens == 0:
+      self.prefill_seconds += chunk.seconds
+    else:
+      self.decode_seconds += chunk.seconds
+    self.new_tokens += int((chunk.tokens_BR != generate.NO_TOKEN).sum())
+    self.compile_seconds += chunk.compile_seconds
+
+  def line(self) -> str:
+    """'42 prompt tokens, prefill 350.1 tok/s, 8 new tokens, decode 24.0 tok/s, ...'."""
+    prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+    decoded = self.new_tokens - 1  # the first comes out of the prefill
+    decode = f"decode {decoded / self.decode_seconds:.1f} tok/s" if decoded > 0 else "no decode"
+    return (
+      f"{self.prompt_tokens} prompt tokens, prefill {prefill:.1f} tok/s, "
+      f"{self.new_tokens} new tokens, {decode}, compilation {self.compile_seconds:.1f} s"
+    )
+
+
+def stop_ids(cfg: config.ModelConfig, tok: tokenizer.Tokenizer) -> tuple[int, ...]:
+  """Stop ids of the config, the tokenizer and ChatML."""
+  end = tok.special_tokens.get("<|im_end|>")
+  return tuple(sorted({*cfg.stop_ids, *tok.stop_ids, *(() if end is None else (end,))}))
+
+
+def template_for(cfg: config.ModelConfig, tok: tokenizer.Tokenizer) -> str:
+  """The tokenizer's chat template, else the one its arch and special tokens tell (models.md 8)."""
+  if tok.chat_template is not None:
+    return tok.chat_template
+  if "<|im_start|>" in tok.special_tokens:
+    is_five = cfg.arch == "llama" and cfg.vocab_size == MINICPM5_VOCAB
+    return chat_text.MINICPM5 if is_five else chat_text.CHATML
+  if cfg.arch == "minicpm":
+    return chat_text.MINICPM2
+  raise ValueError(
+    f"chat template: found none in the tokenizer and no <|im_start|> token (arch {cfg.arch!r}), "
+    "expected one of them: generate from raw text instead"
+  )
+
+
+def stream_text(
+  model: transformer.Transformer,
+  params: types.Params,
+  tok: tokenizer.Tokenizer,
+  prompt: Sequence[int],
+  sampling: config.SamplingConfig,
+  *,
+  stats: Stats | None = None,
+) -> Iterator[str]:
+  """Text of one answer piece by piece, without stop tokens; at most max_position tokens in all."""
+  room = model.cfg.max_position - len(prompt)
+  if room < 1:
+    raise ValueError(
+      f"prompt: found {len(prompt)} tokens, expected fewer than max_position "
+      f"{model.cfg.max_position} (a chat can be reset)"
+    )
+  sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+  stops = stop_ids(model.cfg, tok)
+  stats = Stats() if stats is None else stats
+  stats.prompt_tokens += len(prompt)
+  decoder = detokenize.StreamDecoder(tok)
+  for chunk in generate.stream(model, params, [prompt], sampling, stop_ids=stops):
+    stats.add(chunk)
+    piece = decoder.push([int(t) for t in chunk.tokens_BR[0] if int(t) not in stops])
+    if piece:
+      yield piece
+  if piece := decoder.finish():
+    yield piece
+
+
+class Chat:
+  """`say` returns an answer, `stream` yields it piece by piece, `reset` forgets the conversation.
+
+  An answer that is interrupted (the stream closed early) stays in the history as far as it came.
+  """
+
+  def __init__(
+    self,
+    model: transformer.Transformer,
+    params: types.Params,
+    tok: tokenizer.Tokenizer | None,
+    *,
+    sampling: config.SamplingConfig | None = None,
+    system: str | None = None,
+    enable_thinking: bool | None = None,
+  ):
+    if tok is None:
+      raise ValueError("tok: found None, expected a tokenizer (the model folder holds none)")
+    self.model, self.params = generate.for_decoding(model, params)
+    self.tok = tok
+    self.sampling = config.SamplingConfig() if sampling is None else sampling
+    self.system = system
+    self.enable_thinking = enable_thinking
+    self.template = template_for(model.cfg, tok)
+    self.stats = Stats()  # of the last answer
+    self.messages: list[dict[str, str]] = []
+    self.reset()
+
+  def reset(self) -> None:
+    self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+  def stream(self, text: str) -> Iterator[str]:
+    """Pieces of the answer to `text` as they are decoded."""
+    turn = {"role": "user", "content": text}
+    prompt = chat_text.encode_chat(
+      [*self.messages, turn],
+      self.tok,
+      template=self.template,
+      enable_thinking=self.enable_thinking,
+    )
+    self.stats = Stats()
+    pieces: list[str] = []
+    try:
+      for piece in stream_text(
+        self.model, self.params, self.tok, prompt, self.sampling, stats=self.stats
+      ):
+        pieces.append(piece)
+        yield piece
+    finally:
+      if self.stats.new_tokens:
+        self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
+
+  def say(self, text: str) -> str:
+    """The answer to `text`."""
+    return "".join(self.stream(text))
