@@ -33,11 +33,43 @@ MINICPM_DECAY = {name: 0.7 * w for name, w in MINICPM_STABLE.items()} | {
 # MiniCPM4 prints no mixture: web data filtered by UltraClean, code, maths; the shares are ours.
 MINICPM4_STABLE = {"ultrafineweb_en": 0.5, "ultrafineweb_zh": 0.2, "code": 0.2, "math": 0.1}
 MINICPM4_DECAY = {name: 0.7 * w for name, w in MINICPM4_STABLE.items()} | {"sft": 0.3}
+# "Long" sources are books, wikis and papers in rows of their own.
+MINICPM_LONG = {"long": 0.44} | {name: 0.56 * w for name, w in MINICPM_DECAY.items()}
+MINICPM4_LONG = {"long": 0.5} | {name: 0.5 * w for name, w in MINICPM4_DECAY.items()}
 
 
 def large(**overrides) -> dict:
   """Model fields of a real-size run: compute in bfloat16, full remat, padded vocabulary."""
   return {"dtype": "bf16", "remat": "full", "vocab_multiple": 128, **overrides}
+
+
+def wsd(
+  *,
+  decay_start: int,
+  decay_steps: int,
+  warmup_steps: int = 100,
+  shape: str = "exp_to",
+  min_ratio: float = 0.1,
+) -> config.ScheduleConfig:
+  """WSD by the step at which the decay starts (the checkpoint that branches start from)."""
+  return config.ScheduleConfig(
+    kind="wsd",
+    warmup_steps=warmup_steps,
+    stable_steps=decay_start - warmup_steps,
+    decay_steps=decay_steps,
+    decay_shape=shape,
+    min_ratio=min_ratio,
+  )
+
+
+def minicpm_wsd() -> config.ScheduleConfig:
+  """0.99T tokens stable, 110B of decay with half-life 5000 steps (MiniCPM section 6.2)."""
+  return wsd(decay_start=252_000, decay_steps=28_000, shape="exp_half_life")
+
+
+def minicpm4_wsd(*, decay_start: int, decay_steps: int) -> config.ScheduleConfig:
+  """Warm-up and exponential decay to 5% as MiniCPM-SALA reports for the same model."""
+  return wsd(decay_start=decay_start, decay_steps=decay_steps, warmup_steps=2000, min_ratio=0.05)
 
 
 def data(
@@ -109,13 +141,11 @@ def scaled(cfg: config.TrainConfig, num_steps: int) -> config.TrainConfig:
   share = num_steps / cfg.num_steps
   warmup = min(old.warmup_steps, max(1, num_steps // 10))
   decay = max(1, round(old.decay_steps * share)) if old.decay_steps else 0
-  stable = num_steps - warmup - decay
-  if stable < 0:
-    raise ValueError(f"steps: found {num_steps}, expected at least {warmup + decay}")
+  decay = min(decay, num_steps - warmup)
   schedule = dataclasses.replace(
     old,
     warmup_steps=warmup,
-    stable_steps=stable,
+    stable_steps=num_steps - warmup - decay,
     decay_steps=decay,
     half_life_steps=max(1, round(old.half_life_steps * share)),
   )
