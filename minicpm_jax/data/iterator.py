@@ -304,29 +304,32 @@ class BatchIterator(grain.DatasetIterator):
     """Goes to a saved position.
 
     Refused (DataStateError naming the field) when the batches up to there would not have come out
-    the same under this config. `force` takes the cursors of equally named sources regardless.
+    the same under this config. With `force` every source goes on at the start of the document that
+    the state names.
     """
     if state.get("version") != STATE_VERSION:
       raise DataStateError(
         f"data state: version: found {state.get('version')!r}, expected {STATE_VERSION}"
       )
-    if not force:
-      self._check(state)
+    mismatch = self._mismatch(state)
+    if mismatch and not force:
+      raise DataStateError(mismatch)
+    cursors = {name: dict(cursor) for name, cursor in state["cursors"].items()}
+    if mismatch:
+      cursors = {name: {"document": cursor["document"]} for name, cursor in cursors.items()}
     self._halt()
-    self._position = _Position(
-      state["step"], dict(state["rows"]), {n: dict(c) for n, c in state["cursors"].items()}
-    )
-    self._rows.seek(self._position)
+    self._rows.seek(_Position(state["step"], dict(state["rows"]), cursors))
     self._position = self._rows.position()
 
-  def _check(self, state: dict) -> None:
+  def _mismatch(self, state: dict) -> str | None:
     saved, own = state["config"], self._rows.fingerprint(state["step"])
     for field in sorted(saved.keys() | own.keys()):
       if saved.get(field) != own.get(field):
-        raise DataStateError(
+        return (
           f"data state of step {state['step']}: {field}: found {saved.get(field)!r} in the "
           f"checkpoint, expected {own.get(field)!r} of this config (the data order would change)"
         )
+    return None
 
   def _halt(self) -> None:
     self._stop.set()

@@ -11,7 +11,7 @@ the number of workers and cannot be carried from one phase's graph to the next.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ Row = dict[str, np.ndarray]
 KEYS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 
 
+@runtime_checkable
 class Stream(Protocol):
   """Documents by ordinal: `read(n)` starts an iterator at document n; the rest is for errors."""
 
@@ -29,6 +30,7 @@ class Stream(Protocol):
   def read(self, start: int) -> Iterator[np.ndarray]: ...
 
 
+@runtime_checkable
 class Packer(Protocol):
   """Rows from one stream, and their exact position."""
 

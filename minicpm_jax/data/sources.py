@@ -12,7 +12,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -21,6 +21,7 @@ from absl import flags
 from minicpm_jax.data import documents, shards
 
 
+@runtime_checkable
 class Source(Protocol):
   """One tokenised source; `identity` changes when its content does."""
 
