@@ -219,6 +219,8 @@ def _read_rope(file: GGUFFile, rotary: int) -> config.RopeConfig:
   context = file.integer("context_length")
   original = file.integer("rope.scaling.original_context_length", context)
   scale = file.get("rope.scaling.attn_factor", 1.0)  # m of models.md 3.5; 1 where not stored
+  if scale < 1.0:
+    raise file.error("rope.scaling.attn_factor", scale, "a number >= 1")
   factor = original ** (scale * scale - 1.0) if scale != 1.0 or context > original else None
   return config.RopeConfig(
     kind="longrope",
