@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -13,6 +14,14 @@ from typing import Any
 from minicpm_jax.core import mesh, types
 
 JSONL = "metrics.jsonl"
+
+
+def quiet_libraries() -> None:
+  """Drops what orbax and matplotlib tell below errors; scripts call it in main()."""
+  logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
+  )
+  logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 class MetricWriter:
