@@ -1,0 +1,52 @@
+"""Held-out loss in nats per token, and in bits per byte where the source knows its bytes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from minicpm_jax import config
+from minicpm_jax.core import mesh as mesh_lib
+from minicpm_jax.core import metrics as metrics_lib
+from minicpm_jax.core import types
+from minicpm_jax.data import iterator, shards
+
+EvalStep = Callable[[types.Params, dict[str, jax.Array]], dict[str, metrics_lib.Metric]]
+
+
+def evaluate(
+  eval_step: EvalStep, params: types.Params, cfg: config.TrainConfig, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+  """{"eval/SOURCE/loss", "eval/SOURCE/accuracy", "eval/SOURCE/bits_per_byte"} for every source.
+
+  bits per byte = loss / ln 2 * tokens / bytes, tokens and bytes of the whole source (EOS counted
+  as a token). Every call reads the same batches.
+  """
+  values: dict[str, float] = {}
+  for name in cfg.eval_sources:
+    means = metrics_lib.means(_sums(eval_step, params, cfg, mesh, name))
+    values |= {f"eval/{name}/{key}": value for key, value in means.items()}
+    ratio = tokens_per_byte(cfg.data, name)
+    if ratio is not None:
+      values[f"eval/{name}/bits_per_byte"] = means["loss"] / math.log(2) * ratio
+  return values
+
+
+def _sums(
+  eval_step: EvalStep, params: types.Params, cfg: config.TrainConfig, mesh: Any, name: str
+) -> dict[str, metrics_lib.Metric]:
+  index, count = mesh_lib.data_process(mesh)
+  rows = cfg.data.batch_size // count
+  total: dict[str, metrics_lib.Metric] = {}
+  for batch in iterator.make_eval_iterator(cfg.data, name, cfg.eval_batches):
+    mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
+    total = metrics_lib.add(total, eval_step(params, mesh_lib.shard_batch(mesh, mine)))
+  return total
+
+
+def tokens_per_byte(cfg: config.DataConfig, name: str) -> float | None:
+  """Tokens per byte of text of a source, None if its index has no byte count."""
+  source = next(s for s in cfg.sources if s.name == name)
+  index = shards.read_index(source.path)
+  return index.num_tokens / index.text_bytes if index.text_bytes else None

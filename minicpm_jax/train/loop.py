@@ -1,0 +1,252 @@
+"""The training loop: one device, many devices, many processes.
+
+It prints what it is about to do, in the order of the banners below. Step n is dispatched before
+the metrics of step n - 1 are fetched, so the accelerator does not wait for the log; where a
+checkpoint or an evaluation is due the metrics of n itself are fetched first, so that nothing of a
+non-finite step is ever saved. Other methods write another loss function or fork the entry script.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from minicpm_jax import config
+from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.core import mesh as mesh_lib
+from minicpm_jax.core import metrics as metrics_lib
+from minicpm_jax.core import trees
+from minicpm_jax.data import iterator
+from minicpm_jax.models import transformer
+from minicpm_jax.optim import build, schedules
+from minicpm_jax.train import evaluate, start, stop, window
+from minicpm_jax.train import step as step_lib
+
+
+@dataclasses.dataclass
+class TrainResult:
+  """What `train` leaves behind: the state on the devices and the last logged values."""
+
+  state: step_lib.TrainState
+  step: int
+  values: dict[str, float]
+  is_stopped: bool  # SIGTERM came before the last step; the state is saved
+
+
+def train(cfg: config.TrainConfig, workdir: str | os.PathLike[str]) -> TrainResult:
+  """Trains `cfg` in `workdir` to `cfg.num_steps`, or goes on from where the workdir stands.
+
+  Starting again is how a run is resumed, extended (larger num_steps) or moved to another mesh.
+  Raises window.NonFiniteError with a diagnosis when a loss or gradient is not finite.
+  """
+  if cfg.compilation_cache is not None:
+    jax.config.update("jax_compilation_cache_dir", cfg.compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  with contextlib.ExitStack() as stack:
+    run = _Run(cfg, pathlib.Path(workdir), stack)
+    return run.train()
+
+
+class _Run:
+  """The pieces of one run and the state that steps replace."""
+
+  def __init__(self, cfg: config.TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
+    self.cfg, self.workdir = cfg, workdir
+
+    # --- Mesh ------------------------------------------------------------------------------------
+    self.mesh = mesh_lib.make_mesh(cfg.mesh)
+    mesh_lib.check_batch(
+      self.mesh,
+      batch_size=cfg.data.batch_size,
+      seq_len=cfg.data.seq_len,
+      grad_accum=cfg.grad_accum,
+    )
+    stack.enter_context(jax.set_mesh(self.mesh))
+
+    # --- Model, optimiser, compiled steps --------------------------------------------------------
+    model = transformer.Transformer(cfg.model)
+    optimizer = build.make_optimizer(cfg.optim, cfg.model, transformer.abstract_params(model)[0])
+    self.abstract = step_lib.abstract_state(model, optimizer, self.mesh)
+    train_step = step_lib.make_train_step(
+      step_lib.make_loss_fn(model, z_loss=cfg.z_loss),
+      step_lib.make_totals_fn(model),
+      optimizer,
+      grad_accum=cfg.grad_accum,
+    )
+    self.train_step = step_lib.jit_train_step(train_step, self.abstract, self.mesh)
+    eval_step = step_lib.make_eval_step(model)
+    self.eval_step = step_lib.jit_eval_step(eval_step, self.abstract, self.mesh)
+    self.schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
+
+    # --- Workdir and start -----------------------------------------------------------------------
+    changes = start.check_workdir(workdir, cfg)
+    self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
+    begun = start.begin(cfg, model, optimizer, self.abstract, self.mesh, self.store)
+    self.state, self.step, self.tokens = begun.state, begun.step, begun.tokens
+
+    # --- Input -----------------------------------------------------------------------------------
+    index, count = mesh_lib.data_process(self.mesh)
+    self.batches = iterator.make_iterator(
+      cfg.data,
+      batch_size_per_host=cfg.data.batch_size // count,
+      process_index=index,
+      process_count=count,
+    )
+    if begun.data is not None:
+      self.batches.set_state(begun.data)
+    start.write_workdir(workdir, cfg, self.mesh)
+
+    # --- Logging ---------------------------------------------------------------------------------
+    self.writer = stack.enter_context(
+      logging_lib.MetricWriter(workdir, resume_step=self.step if self.step else -1)
+    )
+    self.bar = stack.enter_context(logging_lib.progress(cfg.num_steps, start=self.step))
+    self.stop = stack.enter_context(stop.StopOnSigterm(self.store))
+    device_kind = self.mesh.devices.flat[0].device_kind
+    self.window = window.Window(cfg, num_devices=self.mesh.size, device_kind=device_kind)
+    self.pending: tuple[int, Any, Any] | None = None
+    self.last_loss: float | None = None
+    self.values: dict[str, float] = {}
+    self.revision = start.git_revision()
+    self.compiled = False
+    self.is_tracing = False
+    for line in self._plan(begun, changes):
+      self.bar.message(line)
+
+  # --- The loop ----------------------------------------------------------------------------------
+
+  def train(self) -> TrainResult:
+    cfg, first, is_stopped = self.cfg, self.step, False
+    phase = None
+    while self.step < cfg.num_steps and not is_stopped:
+      self._profile(self.step)
+      batch = mesh_lib.shard_batch(self.mesh, next(self.batches))
+      if self.batches.phase_name != phase:
+        phase = self.batches.phase_name
+        self.bar.message(f"data phase {phase!r} from step {self.step + 1}")
+      self.state, metrics, leaf_norms = self.train_step(self.state, batch, self.schedule)
+      self.step += 1
+      self._settle()
+      self.pending = (self.step, metrics, leaf_norms)
+      is_stopped = self.stop.is_requested(self.step)
+      is_last = is_stopped or self.step == cfg.num_steps
+      if is_last or self.store.is_due(self.step):
+        self._save()
+      is_eval_due = cfg.eval_every > 0 and self.step % cfg.eval_every == 0
+      if cfg.eval_sources and not is_stopped and (is_last or is_eval_due):
+        self._evaluate()
+    self._profile(None)
+    if self.step == first:
+      self.bar.message(f"nothing to do: step {first} of {cfg.num_steps}")
+    self.store.wait()
+    if is_stopped:
+      self.bar.message(f"SIGTERM: saved step {self.step} in {self.store.directory}, leaving")
+    return TrainResult(self.state, self.step, self.values, is_stopped)
+
+  def _settle(self) -> None:
+    """Fetches the metrics of the last dispatched step, checks them, logs where a line is due."""
+    if self.pending is None:
+      return
+    step, metrics, leaf_norms = self.pending
+    self.pending = None
+    metrics, leaf_norms = jax.device_get((metrics, leaf_norms))
+    window.check_finite(
+      step, metrics, leaf_norms, last_loss=self.last_loss, last_good=self._last_good
+    )
+    self.last_loss = float(metrics["loss"].sum) / max(float(metrics["loss"].weight), 1.0)
+    self.tokens += int(metrics["tokens"].sum)
+    self.window.add(metrics)
+    if step % self.cfg.log_every == 0 or step == self.cfg.num_steps:
+      values = self.window.flush() | {"tokens_seen": float(self.tokens)}
+      self._log(step, values)
+    else:
+      self.bar.update(step)
+    if not self.compiled:
+      self.compiled = True
+      self.window.restart_clock()
+
+  def _last_good(self) -> str:
+    step = self.store.latest_step()
+    if step is None:
+      return "there is no earlier checkpoint in this workdir"
+    return f"the last good checkpoint is step {step} in {self.store.directory}"
+
+  def _log(self, step: int, values: dict[str, float]) -> None:
+    self.values |= values
+    self.writer.write(step, values)
+    shown = ("loss", "mtp_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+    self.bar.update(step, {name: values[name] for name in shown if name in values})
+
+  # --- Checkpoints, evaluation, profile ----------------------------------------------------------
+
+  def _save(self) -> None:
+    self._settle()
+    began = time.monotonic()
+    self.store.save(
+      self.step,
+      params=self.state.params,
+      opt_state=self.state.opt_state,
+      data=self.batches.get_state(),
+      meta={
+        "tokens": self.tokens,
+        "seed": self.cfg.seed,
+        "config_hash": orbax_io.config_hash(self.cfg),
+        "revision": self.revision,
+        "jax": jax.__version__,
+      },
+    )
+    self.window.exclude(time.monotonic() - began)
+
+  def _evaluate(self) -> None:
+    self._settle()
+    began = time.monotonic()
+    values = evaluate.evaluate(self.eval_step, self.state.params, self.cfg, self.mesh)
+    self.values |= values
+    self.writer.write(self.step, values)
+    spelled = ", ".join(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in values.items())
+    self.bar.message(f"step {self.step}: held out: {spelled}")
+    self.window.exclude(time.monotonic() - began)
+
+  def _profile(self, step: int | None) -> None:
+    """Starts and stops the trace of steps [first, last); None: the run is over."""
+    if self.cfg.profile_steps is None:
+      return
+    first, last = self.cfg.profile_steps
+    if step == first:
+      self._settle()
+      jax.profiler.start_trace(str(self.workdir / "profile"))
+      self.is_tracing = True
+    elif self.is_tracing and (step is None or step >= last):
+      self._settle()
+      jax.profiler.stop_trace()
+      self.is_tracing = False
+      self.bar.message(f"profile of steps {first}..{last - 1}: {self.workdir / 'profile'}")
+
+  # --- What is about to happen -------------------------------------------------------------------
+
+  def _plan(self, begun: start.Start, changes: list[str]) -> list[str]:
+    cfg, mesh = self.cfg, self.mesh
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    params = trees.num_params(self.abstract.params)
+    tflops = metrics_lib.flops_per_token(cfg.model, cfg.data.seq_len) * tokens / 1e12
+    kind = mesh.devices.flat[0].device_kind
+    every = cfg.checkpoint.every_steps
+    return [
+      f"run {cfg.name!r} in {self.workdir}",
+      f"mesh: {axes or 'one device'} ({kind}), {jax.process_count()} processes",
+      f"model: {cfg.model.name}, {params:,} parameters, "
+      f"{trees.nbytes((self.state.params, self.state.opt_state)) / 2**30:.3f} GiB of state",
+      f"step: {cfg.data.batch_size} rows x {cfg.data.seq_len} tokens = {tokens:,} tokens in "
+      f"{cfg.grad_accum} micro-batches, {tflops:.3g} TFLOP (6N + causal attention)",
+      f"start: {begun.description}",
+      *(f"changed since the last start: {change}" for change in changes),
+      f"train to step {cfg.num_steps}, checkpoints "
+      + (f"every {every} steps" if every else "at the end only"),
+    ]
