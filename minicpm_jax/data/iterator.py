@@ -323,7 +323,7 @@ class BatchIterator(grain.DatasetIterator):
 
   def _mismatch(self, state: dict) -> str | None:
     saved, own = state["config"], self._rows.fingerprint(state["step"])
-    for field in sorted(saved.keys() | own.keys()):
+    for field in [*own, *saved]:
       if saved.get(field) != own.get(field):
         return (
           f"data state of step {state['step']}: {field}: found {saved.get(field)!r} in the "

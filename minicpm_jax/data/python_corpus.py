@@ -24,8 +24,7 @@ SOURCES = ("reference", "docstrings", "source")
 HELDOUT_PERMILLE = 50
 
 _SKIPPED_TOP = frozenset(
-  "site-packages dist-packages test idlelib lib2to3 turtledemo encodings ensurepip pydoc_data "
-  "lib-dynload msilib distutils __phello__ antigravity.py this.py".split()
+  "test idlelib lib2to3 turtledemo encodings ensurepip pydoc_data distutils antigravity this".split()
 )
 _SKIPPED_ANY = frozenset(("test", "tests", "idle_test", "__pycache__", "_bundled"))
 _SKIPPED_FILES = frozenset(("html/entities.py", "sre_constants.py", "re/_constants.py"))
@@ -91,10 +90,11 @@ def _files() -> Iterator[tuple[str, str]]:
   count = 0
   for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
     relative = path.relative_to(root)
-    is_skipped = relative.parts[0] in _SKIPPED_TOP or _SKIPPED_ANY & set(relative.parts)
-    if is_skipped or relative.as_posix() in _SKIPPED_FILES:
+    top = relative.parts[0].removesuffix(".py")
+    is_ours = top in sys.stdlib_module_names and top not in _SKIPPED_TOP
+    if not is_ours or _SKIPPED_ANY & set(relative.parts):
       continue
-    if relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-"):
+    if relative.as_posix() in _SKIPPED_FILES or top.startswith("_sysconfigdata"):
       continue
     try:
       text = path.read_text(encoding="utf-8")
