@@ -175,7 +175,7 @@ class _Tensors:
   def fetch(self, name: str) -> Shaped[np.ndarray, "..."]:
     """The values in HF layout, un-padded and cast."""
     leaf, at = self._where[name]
-    x = _to_host(_at(self._leaves[leaf.path], at))
+    x = _block(self._leaves[leaf.path], at)
     if (axis := _vocab_axis(leaf.path)) is not None:
       x = x[: self._cfg.vocab_size] if axis == 0 else x[:, : self._cfg.vocab_size]
     x = hf_names.to_hf(leaf.rule, x)
@@ -196,24 +196,31 @@ def _vocab_axis(path: str) -> int | None:
   return {"embed/embedding": 0, "lm_head/kernel": 1}.get(path)
 
 
+def _block(x: Any, at: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+  """x[at] on the host, whatever devices x is spread over, without a host copy of all of x."""
+  if isinstance(x, np.ndarray):
+    return x[at]
+  if not x.is_fully_addressable:
+    return multihost_utils.process_allgather(_index(x, np.asarray(at, np.int32)), tiled=True)
+  if {device.platform for device in x.devices()} != {"cpu"}:
+    return np.asarray(_index(x, np.asarray(at, np.int32)))
+  out = np.empty(x.shape[len(at) :], x.dtype)
+  for shard in x.addressable_shards:  # a shard on a CPU is a numpy view
+    starts = [s.start or 0 for s in shard.index[: len(at)]]
+    local = tuple(i - start for i, start in zip(at, starts, strict=True))
+    if shard.replica_id == 0 and all(
+      0 <= i < n for i, n in zip(local, shard.data.shape, strict=False)
+    ):
+      out[shard.index[len(at) :]] = np.asarray(shard.data)[local]
+  return out
+
+
 @jax.jit
 def _index(x: jax.Array, at: jax.Array) -> jax.Array:
   """x[at] with a traced index: one compilation serves all layers (and experts)."""
   for axis in range(at.shape[0]):
     x = jax.lax.dynamic_index_in_dim(x, at[axis], 0, keepdims=False)
   return x
-
-
-def _at(x: Any, at: tuple[int, ...]) -> Any:
-  if not at or isinstance(x, np.ndarray):
-    return x[at] if at else x
-  return _index(x, np.asarray(at, np.int32))
-
-
-def _to_host(x: Any) -> Shaped[np.ndarray, "..."]:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)
 
 
 def _check_params(cfg: config.ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
