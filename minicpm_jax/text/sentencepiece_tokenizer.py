@@ -59,6 +59,12 @@ class SentencePieceTokenizer(tokenizer.TraitsMixin):
         ids.extend(self.processor.encode(part))
     return self._with_bos(ids, add_bos)
 
+  def token_text(self, token_id: int) -> str | None:
+    if token_id in self._added_by_id:
+      return self._added_by_id[token_id]
+    is_piece = 0 <= token_id < self.processor.get_piece_size()
+    return self.processor.id_to_piece(token_id) if is_piece else None
+
   def piece_bytes(self, token_id: int) -> bytes:
     if token_id in self._added_by_id:
       return self._added_by_id[token_id].encode()

@@ -9,12 +9,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.text import bytes_map, templates
 
+Lookup = Callable[[str], int | None]  # token text -> id, None where there is no such token
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
@@ -79,6 +80,10 @@ class TraitsMixin:
     """The bytes that one token stands for (its own text for a special token)."""
     raise NotImplementedError
 
+  def token_text(self, token_id: int) -> str | None:
+    """The token as its file spells it."""
+    raise NotImplementedError
+
   def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes:
     """The exact bytes of the tokens, without any space stripped: concatenation is streaming."""
     skipped = self._special_ids if skip_special else frozenset()
@@ -105,10 +110,9 @@ class TraitsMixin:
 
   def tokenizer_config(self) -> dict[str, Any]:
     """The content of tokenizer_config.json that rebuilds the traits."""
-    names = {i: text for text, i in self.special_tokens.items()}
     config: dict[str, Any] = {"add_bos_token": self.add_bos, "add_eos_token": False}
-    for key, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
-      config[f"{key}_token"] = names.get(token_id)
+    for key, index in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
+      config[f"{key}_token"] = None if index is None else self.token_text(index)
     if self.chat_template is not None:
       config["chat_template"] = self.chat_template
     config["clean_up_tokenization_spaces"] = False
@@ -146,6 +150,9 @@ class HFTokenizer(TraitsMixin):
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Many texts at once on the library's threads."""
     return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+  def token_text(self, token_id: int) -> str | None:
+    return self.backend.id_to_token(token_id)
 
   def piece_bytes(self, token_id: int) -> bytes:
     if token_id in self._added:
@@ -260,10 +267,10 @@ def prepend_bos(backend: Any, bos: str) -> None:
 # ----------------------------------------------------------------- files beside the vocabulary
 
 
-def read_traits(folder: pathlib.Path, lookup: Any, defaults: dict[str, Any]) -> Traits:
+def read_traits(folder: pathlib.Path, lookup: Lookup, defaults: dict[str, Any]) -> Traits:
   """Traits from tokenizer_config.json, generation_config.json, config.json, chat_template.jinja.
 
-  `lookup` maps token text to id or None; `defaults` fill keys that tokenizer_config.json lacks.
+  `defaults` fill keys that tokenizer_config.json lacks.
   Stop ids: those of generation_config.json, else of config.json, else of our own key; the
   tokenizer's EOS is always among them.
   """
@@ -301,7 +308,7 @@ def _chat_template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
   return template
 
 
-def token_id(lookup: Any, config: dict[str, Any], key: str) -> int | None:
+def token_id(lookup: Lookup, config: dict[str, Any], key: str) -> int | None:
   """Id of a token that tokenizer_config.json names as text or as {"content": text}."""
   token = config.get(key)
   if isinstance(token, dict):
