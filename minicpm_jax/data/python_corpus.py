@@ -24,7 +24,7 @@ SOURCES = ("reference", "docstrings", "source")
 HELDOUT_PERMILLE = 50
 
 _SKIPPED_TOP = frozenset(
-  "test idlelib lib2to3 turtledemo encodings ensurepip pydoc_data distutils antigravity this".split()
+  "antigravity distutils encodings ensurepip idlelib lib2to3 pydoc_data test turtledemo".split()
 )
 _SKIPPED_ANY = frozenset(("test", "tests", "idle_test", "__pycache__", "_bundled"))
 _SKIPPED_FILES = frozenset(("html/entities.py", "sre_constants.py", "re/_constants.py"))
