@@ -5,7 +5,7 @@ reusing the cache of the common prefix is the engine's business.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from minicpm_jax import config
 from minicpm_jax.core import types
@@ -75,7 +75,7 @@ def stream_text(
   sampling: config.SamplingConfig,
   *,
   stats: Stats | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
   """Text of one answer piece by piece, without stop tokens; at most max_position tokens in all."""
   room = model.cfg.max_position - len(prompt)
   if room < 1:
@@ -128,7 +128,7 @@ class Chat:
   def reset(self) -> None:
     self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-  def stream(self, text: str) -> Iterator[str]:
+  def stream(self, text: str) -> Generator[str]:
     """Pieces of the answer to `text` as they are decoded."""
     turn = {"role": "user", "content": text}
     prompt = chat_text.encode_chat(

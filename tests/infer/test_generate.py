@@ -1,6 +1,7 @@
 """Decoding against full forwards without a cache, other batches of itself, and transformers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import generate
-from minicpm_jax.models import transformer
+from minicpm_jax.models import convert, transformer
 
 VOCAB = 61
 CONFIGS = {
@@ -30,7 +31,8 @@ GREEDY = config.SamplingConfig(max_new_tokens=12)
 DRAWN = config.SamplingConfig(temperature=1.3, top_k=40, top_p=0.95, max_new_tokens=12, seed=5)
 
 
-def make(name="mup_tied", **overrides):
+@functools.cache
+def make(name="mup_tied"):
   """A small random model whose logits are far from flat, unrolled."""
   fields = dict(
     vocab_size=VOCAB,
@@ -41,12 +43,14 @@ def make(name="mup_tied", **overrides):
     num_kv_heads=2,
     head_dim=8,
     max_position=128,
-    init_std=0.3,
     scan_layers=False,
   )
-  cfg = config.ModelConfig(**(fields | CONFIGS[name] | overrides))
+  cfg = config.ModelConfig(**(fields | CONFIGS[name]))
   model = transformer.Transformer(cfg)
-  return model, transformer.init_params(model, jax.random.key(7))
+  shapes, _ = transformer.abstract_params(model)
+  rng = np.random.default_rng(7)
+  fill = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3 + (x.ndim == 1), x.dtype)  # noqa: E731
+  return model, jax.tree.map(fill, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -75,30 +79,32 @@ _FORWARDS = {}
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_with_cache_is_the_argmax_of_full_forwards(name):
+  """Prompts of unequal length in one batch; each step of two rows against a forward of its own."""
   model, params = make(name)
-  out = generate.generate(model, params, [PROMPTS[0]], GREEDY)
-  tokens = list(PROMPTS[0])
-  for new, logprob in zip(out.tokens[0], out.logprobs[0], strict=True):
-    logits_V = full_logits(model, params, tokens)[-1]
-    assert new == int(np.argmax(logits_V))
-    expected = logits_V[new] - np.log(np.exp(logits_V - logits_V.max()).sum()) - logits_V.max()
-    assert logprob == pytest.approx(expected, abs=1e-4)
-    tokens.append(new)
-  assert out.finish_reason == ["length"]
-  assert len(out.tokens[0]) == 12
+  out = generate.generate(model, params, PROMPTS, GREEDY)
+  assert out.finish_reason == ["length"] * 4
+  for row in (1, 3):
+    tokens = list(PROMPTS[row])
+    for new, logprob in zip(out.tokens[row], out.logprobs[row], strict=True):
+      logits_V = full_logits(model, params, tokens)[-1]
+      assert new == int(np.argmax(logits_V))
+      expected = logits_V[new] - logits_V.max() - np.log(np.exp(logits_V - logits_V.max()).sum())
+      assert logprob == pytest.approx(expected, abs=1e-4)
+      tokens.append(new)
+    assert len(tokens) == len(PROMPTS[row]) + 12
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", ["mup_tied", "moe", "mla"])
-def test_unequal_prompts_in_a_batch_equal_each_alone(name, sampling):
-  model, params = make(name)
+def test_unequal_prompts_in_a_batch_equal_each_alone(mup, sampling):
+  model, params = mup
   together = generate.generate(model, params, PROMPTS, sampling)
-  for i in (1, 3):
-    alone = generate.generate(model, params, [PROMPTS[i]], sampling)
+  for i, prompt in enumerate(PROMPTS):
+    alone = generate.generate(model, params, [prompt], sampling)
     assert alone.tokens[0] == together.tokens[i]
     np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-4)
-  reversed_ = generate.generate(model, params, PROMPTS[::-1], sampling)
-  assert reversed_.tokens == together.tokens[::-1]
+  turned = generate.generate(model, params, PROMPTS[::-1], sampling)
+  assert turned.tokens == together.tokens[::-1]
 
 
 def test_logprobs_of_drawn_tokens_are_the_bare_model_s(mup):
@@ -116,8 +122,8 @@ def test_logprobs_of_drawn_tokens_are_the_bare_model_s(mup):
 @pytest.mark.parametrize("rounds", [1, 3, 16])
 def test_tokens_do_not_depend_on_rounds_per_dispatch(mup, rounds):
   model, params = mup
-  expected = generate.generate(model, params, PROMPTS[:2], DRAWN)
-  chunks = list(generate.stream(model, params, PROMPTS[:2], DRAWN, rounds_per_dispatch=rounds))
+  expected = generate.generate(model, params, PROMPTS, DRAWN)
+  chunks = list(generate.stream(model, params, PROMPTS, DRAWN, rounds_per_dispatch=rounds))
   tokens_BT = np.concatenate([c.tokens_BR for c in chunks], axis=1)
   assert tokens_BT.tolist() == expected.tokens
   assert [c.tokens_BR.shape[1] for c in chunks][:2] == [1, min(rounds, 11)]
@@ -125,8 +131,8 @@ def test_tokens_do_not_depend_on_rounds_per_dispatch(mup, rounds):
 
 def test_seeds_give_rows_their_own_noise(mup):
   model, params = mup
-  prompts = [PROMPTS[0]] * 3
-  out = generate.generate(model, params, prompts, DRAWN, seeds=[5, 6, 5])
+  prompts = [PROMPTS[0]] * 4
+  out = generate.generate(model, params, prompts, DRAWN, seeds=[5, 6, 5, 7])
   assert out.tokens[0] == out.tokens[2] != out.tokens[1]
   alone = generate.generate(model, params, prompts[:1], dataclasses.replace(DRAWN, seed=6))
   assert alone.tokens[0] == out.tokens[1]
@@ -152,23 +158,22 @@ def test_the_first_token_may_be_the_stop_id(mup):
   assert (out.tokens, out.finish_reason) == ([[first]], ["stop"])
 
 
-@pytest.mark.parametrize("num", [1, 2, 17, 18])
+@pytest.mark.parametrize("num", [1, 2, 16, 17])
 def test_max_new_tokens_is_met_exactly(mup, num):
-  model, params = mup
+  sampling = dataclasses.replace(DRAWN, max_new_tokens=17)  # 1 + 16: the answer of one dispatch
+  whole = generate.generate(*mup, PROMPTS[:1], sampling)
   sampling = dataclasses.replace(DRAWN, max_new_tokens=num)
-  out = generate.generate(model, params, PROMPTS[:1], sampling, capacity=40)
-  whole = generate.generate(
-    model, params, PROMPTS[:1], dataclasses.replace(DRAWN, max_new_tokens=18), capacity=40
-  )
+  out = generate.generate(*mup, PROMPTS[:1], sampling, capacity=32)
   assert out.tokens[0] == whole.tokens[0][:num]
+  assert len(out.tokens[0]) == num
 
 
 @pytest.mark.smoke
 def test_capacity_and_padding_change_nothing(mup):
   model, params = mup
   expected = generate.generate(model, params, PROMPTS, DRAWN).tokens
-  for capacity in (24, 64):  # 24 = 13 tokens of the longest prompt + 11 written later
-    assert generate.generate(model, params, PROMPTS, DRAWN, capacity=capacity).tokens == expected
+  # 24 slots = 13 tokens of the longest prompt + 11 written later; the default is 32.
+  assert generate.generate(model, params, PROMPTS, DRAWN, capacity=24).tokens == expected
 
 
 @pytest.mark.parametrize(
@@ -196,8 +201,10 @@ def test_non_finite_logits_are_refused(mup):
     generate.generate(model, broken, [[1, 2]], GREEDY)
 
 
-def test_decoding_form_on_cpu_is_unrolled_float32_and_gives_equal_tokens():
-  model, params = make(scan_layers=True, dtype="bf16", param_dtype="bf16")
+def test_decoding_form_on_cpu_is_unrolled_float32_and_gives_equal_tokens(mup):
+  cfg, params = convert.stack_layers(mup[0].cfg, mup[1])
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  model = transformer.Transformer(dataclasses.replace(cfg, dtype="bf16", param_dtype="bf16"))
   fast, fast_params = generate.for_decoding(model, params)
   assert not fast.cfg.scan_layers
   assert {x.dtype for x in jax.tree.leaves(fast_params)} == {jnp.dtype("float32")}
@@ -213,23 +220,23 @@ def test_buckets_cover_and_waste_at_most_a_third():
   sizes = [generate.bucket(n) for n in range(1, 3000)]
   assert all(size >= n for n, size in enumerate(sizes, 1))
   assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 16)
-  assert len(set(sizes)) == 17
+  assert len(set(sizes)) == 16  # 16, 24, ... 3072
   assert sizes == sorted(sizes)
 
 
-def test_the_sparse_switch_is_not_reached_by_padding():
+def test_the_sparse_switch_is_not_reached_by_padding(mup):
   """40 + 20 tokens would be padded to 72 slots, over dense_len 64 where dense is not allowed."""
   sparse = config.SparseAttentionConfig(
     kernel_size=8, kernel_stride=4, block_size=8, window_size=16, topk=2, dense_len=64
   )
-  model, params = make(sparse=sparse)
+  model = transformer.Transformer(dataclasses.replace(mup[0].cfg, sparse=sparse))
   prompt = [list(range(40))]
   sampling = config.SamplingConfig(max_new_tokens=20)
-  found = generate.generate(model, params, prompt, sampling)
-  dense, _ = make()
-  assert found.tokens == generate.generate(dense, params, prompt, sampling).tokens
+  found = generate.generate(model, mup[1], prompt, sampling).tokens[0]
+  logits_TV = full_logits(*mup, prompt[0] + found, width=60)
+  assert found == logits_TV[39:-1].argmax(-1).tolist()
   with pytest.raises(NotImplementedError, match="sparse"):
-    generate.generate(model, params, prompt, config.SamplingConfig(max_new_tokens=30))
+    generate.generate(model, mup[1], prompt, config.SamplingConfig(max_new_tokens=30))
 
 
 @pytest.mark.oracle

@@ -1,0 +1,43 @@
+"""`--model`: weights and tokenizer of whatever lies on disk, in the form that decodes fastest."""
+
+import pathlib
+
+import jax
+
+from minicpm_jax import ckpt
+from minicpm_jax.ckpt import orbax_io, run_config
+from minicpm_jax.core import types
+from minicpm_jax.infer import generate
+from minicpm_jax.models import transformer
+from minicpm_jax.text import tokenizer
+
+KINDS = (
+  "an HF folder (config.json, *.safetensors), a run folder (config.py, checkpoints/) with or "
+  "without @STEP, or a .gguf file"
+)
+
+
+def load(spec: str) -> tuple[transformer.Transformer, types.Params, tokenizer.Tokenizer]:
+  """(model, params, tokenizer) of an HF folder, `workdir[@step]` or a GGUF file."""
+  path = pathlib.Path(spec)
+  is_cpu = jax.default_backend() == "cpu"
+  if path.is_file() and path.suffix == ".gguf":
+    model, params, tok = ckpt.load_gguf(path, scan_layers=not is_cpu)
+  elif (path / "config.json").is_file():
+    dtype = "f32" if is_cpu else None
+    model, params, tok = ckpt.load_hf(path, dtype=dtype, scan_layers=not is_cpu)
+  elif (orbax_io.split_step(spec)[0] / run_config.FILE_NAME).is_file():
+    model, params, tok = ckpt.load_run(spec)
+  else:
+    raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")
+  if tok is None:
+    raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
+  model, params = generate.for_decoding(model, params)
+  return model, params, tok
+
+
+def _what_is(path: pathlib.Path) -> str:
+  if path.is_dir():
+    names = sorted(entry.name for entry in path.iterdir())[:8]
+    return f"a folder with {', '.join(names) or 'nothing in it'}"
+  return "a file of another kind" if path.exists() else "no such file or folder"
