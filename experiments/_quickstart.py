@@ -24,6 +24,7 @@ DEFAULT_STEPS = 700
 DECAY_SHARE = 0.2  # of all steps; 10% suffices for long runs (MiniCPM section 4.3)
 TOKENIZER_BYTES = 4 << 20  # the tokenizer is trained on this much text
 BASELINE_BYTES = 16 << 20  # and the n-gram model on at most this much
+HELDOUT_BYTES = 160_000  # evaluated text of every source, at most
 PYTHON_PROMPTS = ("The ", "Return the ", "def ", "import ", "This function ", "class ")
 
 
@@ -140,7 +141,18 @@ def _split(name: str, docs: list[documents.Doc]) -> tuple[list[documents.Doc], l
   heldout = [d for d in docs if documents.is_heldout(d.meta.get("key", d.id), permille)]
   heldout = heldout or docs[-1:]
   ids = {d.id for d in heldout}
-  return [d for d in docs if d.id not in ids], heldout
+  return [d for d in docs if d.id not in ids], _first_bytes(heldout, HELDOUT_BYTES)
+
+
+def _first_bytes(docs: list[documents.Doc], limit: int) -> list[documents.Doc]:
+  """Documents from the start until `limit` bytes are reached, at least one."""
+  size, kept = 0, []
+  for doc in docs:
+    size += len(doc.text.encode())
+    if kept and size > limit:
+      break
+    kept.append(doc)
+  return kept
 
 
 def make_tokenizer(run: Run, corpus: Corpus, vocab_size: int) -> tokenizer.Tokenizer:
@@ -172,9 +184,16 @@ def write_shards(run: Run, corpus: Corpus, tok: tokenizer.Tokenizer) -> dict[str
 
 
 def make_config(
-  run: Run, corpus: Corpus, tok: tokenizer.Tokenizer, num_steps: int, assignments: list[str]
+  run: Run,
+  corpus: Corpus,
+  tok: tokenizer.Tokenizer,
+  num_steps: int,
+  assignments: list[str],
 ) -> config.TrainConfig:
-  """configs/nano.py with this corpus, this tokenizer and `num_steps`; then the --set overrides."""
+  """configs/nano.py with this corpus, this tokenizer and `num_steps`; then the --set overrides.
+
+  All held-out text is evaluated, at every fifth of the run.
+  """
   if num_steps < 20:
     raise ValueError(f"--steps: found {num_steps}, expected at least 20")
   cfg = nano.get_config(f"steps={num_steps}")
@@ -187,7 +206,8 @@ def make_config(
   )
   stable_steps = num_steps - decay_steps - schedule.warmup_steps
   schedule = dataclasses.replace(schedule, stable_steps=stable_steps)
-  sources = [*corpus.train, *(f"{name}_heldout" for name in corpus.heldout)]
+  heldout = tuple(f"{name}_heldout" for name in corpus.heldout)
+  sources = [*corpus.train, *heldout]
   cfg = dataclasses.replace(
     cfg,
     name="quickstart",
@@ -206,8 +226,10 @@ def make_config(
         config.PhaseConfig(name="decay", start_step=schedule.decay_start, weights=corpus.decay),
       ),
     ),
-    eval_sources=tuple(f"{name}_heldout" for name in corpus.heldout),
-    eval_every=max(num_steps // 7, 1),
+    eval_sources=heldout,
+    eval_every=max(num_steps // 5, 1),
+    eval_batches=0,
+    log_every=max(num_steps // 50, 1),
     checkpoint=dataclasses.replace(cfg.checkpoint, every_steps=max(num_steps // 5, 1)),
   )
   return config.overrides(cfg, assignments)

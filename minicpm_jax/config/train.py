@@ -43,7 +43,7 @@ class TrainConfig:
   z_loss: float = 0.0  # weight of mean(logsumexp^2)
   log_every: int = 10  # steps
   eval_every: int = 0  # steps; 0 = only at the end, when there is an eval source
-  eval_batches: int = 8
+  eval_batches: int = 8  # of every eval source; 0 = all of it
   eval_sources: tuple[str, ...] = ()  # names of data.sources that are only evaluated
   profile_steps: tuple[int, int] | None = None  # [first, last) step of a jax.profiler trace
   init_from: str | None = None  # weights only: HF folder, GGUF or Orbax workdir[@step]
@@ -60,6 +60,7 @@ class TrainConfig:
       f"a divisor of data.batch_size {self.data.batch_size}",
     )
     require(self.log_every > 0, "log_every", self.log_every, "> 0")
+    require(self.eval_batches >= 0, "eval_batches", self.eval_batches, ">= 0")
     names = [s.name for s in self.data.sources]
     for name in self.eval_sources:
       require(name in names, "eval_sources", name, f"one of {names}")

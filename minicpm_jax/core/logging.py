@@ -17,11 +17,12 @@ JSONL = "metrics.jsonl"
 
 
 def quiet_libraries() -> None:
-  """Drops what orbax and matplotlib tell below errors; scripts call it in main()."""
+  """Drops what orbax, matplotlib and jax's search for devices tell; scripts call it in main()."""
   logging.getLogger("absl").addFilter(
     lambda record: record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
   )
-  logging.getLogger("matplotlib").setLevel(logging.ERROR)
+  for name in ("matplotlib", "jax._src.xla_bridge"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class MetricWriter:
