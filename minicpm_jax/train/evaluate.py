@@ -39,7 +39,7 @@ def _sums(
   index, count = mesh_lib.data_process(mesh)
   rows = cfg.data.batch_size // count
   total: dict[str, metrics_lib.Metric] = {}
-  for batch in iterator.make_eval_iterator(cfg.data, name, cfg.eval_batches):
+  for batch in iterator.make_eval_iterator(cfg.data, name, cfg.eval_batches or None):
     mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
     total = metrics_lib.add(total, eval_step(params, mesh_lib.shard_batch(mesh, mine)))
   return total
