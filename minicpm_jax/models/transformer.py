@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
@@ -19,6 +20,8 @@ from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh, types
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.nn import attention, functional, kv, layers, mla, moe, mtp, rope
+
+Ids = Int[Array | np.ndarray, "B T"]
 
 
 @flax.struct.dataclass
@@ -148,9 +151,9 @@ class Transformer(nn.Module):
 
   def __call__(
     self,
-    tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"] | None = None,
-    segment_ids_BT: Int[Array, "B T"] | None = None,
+    tokens_BT: Ids,
+    positions_BT: Ids | None = None,
+    segment_ids_BT: Ids | None = None,
     cache: cache_lib.KVCache | None = None,
     *,
     rope_length: int | None = None,
@@ -164,6 +167,7 @@ class Transformer(nn.Module):
       position + 1 of this forward, or the capacity of the cache.
     """
     cfg = self.cfg
+    tokens_BT = jnp.asarray(tokens_BT)
     num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
     if not self.is_initializing():
       attention.check_dense(cfg, num_keys)
@@ -188,7 +192,7 @@ class Transformer(nn.Module):
       aux={} if losses is None else {"moe_balance_loss": losses},
     )
 
-  def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  def embed(self, tokens_BT: Ids) -> Float[Array, "B T D"]:
     """Token embeddings times scale_emb, in compute dtype."""
     return self.embed_tokens(tokens_BT)
 
@@ -203,9 +207,9 @@ class Transformer(nn.Module):
   def mtp_hidden(
     self,
     hidden_BTD: Float[Array, "B T D"],
-    tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"] | None = None,
-    segment_ids_BT: Int[Array, "B T"] | None = None,
+    tokens_BT: Ids,
+    positions_BT: Ids | None = None,
+    segment_ids_BT: Ids | None = None,
   ) -> Float[Array, "B T D"]:
     """Hidden states whose `unembed` at position i predicts token i + 2 (the last: nothing)."""
     if positions_BT is None:

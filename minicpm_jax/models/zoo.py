@@ -24,7 +24,9 @@ _MUP = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
 _CHATML_STOPS = (2, 73440)
 
 
-def longrope(family: rope.Family, original_max_position: int, extension: float = 1.0) -> RopeConfig:
+def longrope(
+  family: rope.Family, original_max_position: int, extension: float | int = 1
+) -> RopeConfig:
   """LongRoPE with the family's closed-form factors, short and long alike as released.
 
   An extension replaces both lists, leaves the original length, and adds no attention factor
@@ -36,7 +38,7 @@ def longrope(family: rope.Family, original_max_position: int, extension: float =
     short_factor=factors,
     long_factor=factors,
     original_max_position=original_max_position,
-    factor=None if extension == 1.0 else 1.0,
+    factor=None if extension == 1 else 1.0,
   )
 
 

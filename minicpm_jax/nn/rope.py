@@ -34,7 +34,7 @@ class RopeTables:
   sin: Float[Array, "B T 1 half"]
 
 
-def longrope_factors(family: Family, *, extension: float = 1.0) -> tuple[float, ...]:
+def longrope_factors(family: Family, *, extension: float | int = 1) -> tuple[float, ...]:
   """LongRoPE factor list of a released family, optionally stretched `extension` times.
 
   The base list is a logistic curve in the channel index. The published 128k lists (MiniCPM4:
@@ -44,7 +44,7 @@ def longrope_factors(family: Family, *, extension: float = 1.0) -> tuple[float, 
   n, lo, hi, center, spread = _CURVES[family]
   index = np.arange(n, dtype=np.float64)
   base = lo + (hi - lo) / (1.0 + np.exp(-(index - center) / spread))
-  if extension == 1.0:
+  if extension == 1:
     return tuple(base.tolist())
   low, high = (
     2 * n * math.log(4096 / (2 * math.pi * turns)) / (2 * math.log(10000.0)) for turns in (32, 1)

@@ -126,9 +126,7 @@ def test_experts_equal_granite_moe():
   tokens_BT = common.tokens((2, 24))
   kwargs = granite_kwargs(cfg) | {"num_local_experts": 4, "num_experts_per_tok": 2}
   oracle = transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**kwargs))
-  weights = hf_weights(cfg, params) | expert_weights(
-    params, "block_sparse_moe", "router.weight"
-  )
+  weights = hf_weights(cfg, params) | expert_weights(params, "block_sparse_moe", "router.weight")
   expected = torch_logits(oracle, weights, tokens_BT)
   found = common.apply(model, params, tokens_BT).logits
   np.testing.assert_allclose(found, expected, atol=1e-4)
