@@ -5,12 +5,11 @@
   python -m experiments.prepare_data --input=a.jsonl.zst --input=b.parquet --output=data/own \\
       --train_tokenizer_vocab=8192                    # trains a BPE on the text first
 
-Reads .jsonl (.gz, .zst), .parquet, .txt and .md (.gz, .zst), files or folders. A stopped run goes
-on where it stopped when the same command is given again. With --heldout_permille=20 that share of
-the documents (by the hash of their id) goes to OUTPUT-heldout, for evaluation.
+Reads .jsonl, .txt, .md (also .gz, .zst) and .parquet, files or folders. The same command again goes
+on where a stopped run ended. --heldout_permille=20 puts that share (by the hash of the document's
+id) into OUTPUT-heldout, for evaluation.
 """
 
-import itertools
 import pathlib
 import sys
 import time
@@ -21,6 +20,7 @@ from absl import flags
 from minicpm_jax.data import documents, shards
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
+_BPE_CHARS = 256 << 20  # from the start of the text, for a tokenizer
 VALUES = flags.FlagValues()  # own set: other scripts have flags of the same names
 
 
@@ -35,7 +35,6 @@ _TOKENIZER = _flag(flags.DEFINE_string, "tokenizer", None, "Folder of a tokenize
 _VOCAB = _flag(
   flags.DEFINE_integer, "train_tokenizer_vocab", None, "Size of a BPE to train, instead."
 )
-_TRAIN_MB = _flag(flags.DEFINE_integer, "train_tokenizer_mb", 256, "Text it is trained on, MiB.")
 _FIELD = _flag(flags.DEFINE_string, "text_field", "text", "JSON key or Parquet column of the text.")
 _SPLIT = _flag(
   flags.DEFINE_enum, "text_split", "file", ["file", "line", "paragraph"], "Document of plain text."
@@ -47,17 +46,20 @@ _WORKERS = _flag(flags.DEFINE_integer, "num_workers", 1, "Processes that tokenis
 _OVERWRITE = _flag(flags.DEFINE_bool, "overwrite", False, "Replace a finished folder.")
 
 
-def _read() -> Iterator[documents.Doc]:
-  return documents.read(_INPUT.value, text_field=_FIELD.value, text_split=_SPLIT.value)
+def _read(is_out: bool | None = None) -> Iterator[documents.Doc]:
+  """All documents, or those that are (not) held out."""
+  for doc in documents.read(_INPUT.value, text_field=_FIELD.value, text_split=_SPLIT.value):
+    if is_out is None or documents.is_heldout(doc.id, _HELDOUT.value) == is_out:
+      yield doc
 
 
-def _texts(docs: Iterator[documents.Doc], limit: int) -> Iterator[str]:
+def _texts() -> Iterator[str]:
   size = 0
-  for doc in docs:
-    if size >= limit:
-      return
-    size += len(doc.text.encode())
+  for doc in _read():
+    size += len(doc.text)
     yield doc.text
+    if size >= _BPE_CHARS:
+      return
 
 
 def _tokenizer(output: pathlib.Path) -> tokenizer_lib.Tokenizer:
@@ -66,7 +68,7 @@ def _tokenizer(output: pathlib.Path) -> tokenizer_lib.Tokenizer:
   folder = pathlib.Path(_TOKENIZER.value or f"{output}-tokenizer")
   if _VOCAB.value is not None and not (folder / "tokenizer.json").exists():
     print(f"training a BPE of {_VOCAB.value} tokens")
-    tokenizer_lib.train_bpe(_texts(_read(), _TRAIN_MB.value << 20), _VOCAB.value).save(folder)
+    tokenizer_lib.train_bpe(_texts(), _VOCAB.value).save(folder)
   loaded = tokenizer_lib.load_tokenizer(folder)
   if loaded is None:
     raise ValueError(f"--tokenizer: found no tokenizer.json or tokenizer.model in {folder}")
@@ -74,15 +76,12 @@ def _tokenizer(output: pathlib.Path) -> tokenizer_lib.Tokenizer:
 
 
 def _prepare(docs: Iterator[documents.Doc], folder: pathlib.Path, name: str, tokenizer) -> None:
-  start, counter, tokens = time.time(), itertools.count(1), 0
+  start = time.time()
 
   def on_shard(info: shards.ShardInfo, was_kept: bool) -> None:
-    nonlocal tokens
-    tokens += info.num_tokens
-    print(
-      f"{name} shard {next(counter)}: {info.num_documents:,} documents, {info.num_tokens:,} tokens"
-      f"{' (kept)' if was_kept else ''}; {tokens / (time.time() - start + 1e-9):,.0f} tokens/s"
-    )
+    kept = " (kept)" if was_kept else ""
+    size = f"{info.num_documents:,} documents, {info.num_tokens:,} tokens"
+    print(f"{info.file}: {size}{kept} after {time.time() - start:.1f} s")
 
   index = shards.prepare(
     docs,
@@ -104,21 +103,18 @@ def _prepare(docs: Iterator[documents.Doc], folder: pathlib.Path, name: str, tok
 def main(argv: list[str]) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
   try:
-    rest = VALUES([a for a in argv if a != "--help"])[1:]
     if "--help" in argv:
       print(__doc__, VALUES.get_help())
       return 0
+    rest = VALUES(argv)[1:]
     if rest or not _INPUT.value or not _OUTPUT.value:
       raise ValueError(f"--input and --output are needed, and flags only; found {rest}")
     output = pathlib.Path(_OUTPUT.value)
-    name, permille = _NAME.value or output.name, _HELDOUT.value
+    name = _NAME.value or output.name
     tokenizer = _tokenizer(output)
-    train = (d for d in _read() if not documents.is_heldout(d.id, permille))
-    _prepare(train, output, name, tokenizer)
-    if permille:
-      heldout = (d for d in _read() if documents.is_heldout(d.id, permille))
-      folder = output.with_name(f"{output.name}-heldout")
-      _prepare(heldout, folder, f"{name}-heldout", tokenizer)
+    for is_out in (False, True) if _HELDOUT.value else (False,):
+      suffix = "-heldout" if is_out else ""
+      _prepare(_read(is_out), output.with_name(output.name + suffix), name + suffix, tokenizer)
   except (ValueError, ImportError, flags.Error) as error:
     print(f"prepare_data: {error}", file=sys.stderr)
     return 1

@@ -58,7 +58,7 @@ def test_shards_decode_to_the_text(prepared):
     assert source.index.num_documents > 5
   with open(folder / "x.jsonl") as file:
     assert sorted(texts) == sorted(json.loads(line)["text"] for line in file)
-  assert "documents" in printed and "tokens/s" in printed
+  assert " documents, " in printed and "bytes a token" in printed
   assert sorted(os.listdir(folder)) == ["web", "web-heldout", "web-tokenizer", "x.jsonl"]
 
 
