@@ -1,0 +1,95 @@
+"""Every config refuses bad values with field, found and expected; derived values."""
+
+import dataclasses
+import math
+
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.models import zoo
+
+
+@pytest.mark.parametrize(
+  "build, message",
+  [
+    (lambda: config.MeshConfig(dp=0), r"mesh\.dp: found 0"),
+    (lambda: config.MeshConfig(dp=-1, tp=-1), "at most one axis of size -1"),
+    (lambda: config.MeshConfig(pp=2), r"mesh\.pp: found 2.*not built"),
+    (lambda: config.RopeConfig(kind="dynamic"), r"rope\.factor: found None"),
+    (
+      lambda: config.RopeConfig(
+        kind="longrope", short_factor=(1.0,), long_factor=(1.0, 2.0), original_max_position=8
+      ),
+      r"short_factor/long_factor: found \(1, 2\)",
+    ),
+    (
+      lambda: config.RopeConfig(kind="longrope", short_factor=(1.0,), long_factor=(1.0,)),
+      "original_max_position: found None",
+    ),
+    (lambda: config.MoEConfig(num_experts=4, experts_per_token=5), "experts_per_token: found 5"),
+    (lambda: config.SparseAttentionConfig(block_size=60), r"sparse\.block_size: found 60"),
+    (lambda: config.SparseAttentionConfig(dense_len=-2), r"sparse\.dense_len: found -2"),
+    (lambda: config.SparseAttentionConfig.from_hf({"block": 1}), r"sparse_config: found \['block'"),
+    (lambda: zoo.nano(num_heads=3), r"model\.num_heads: found 3, expected a multiple"),
+    (lambda: zoo.nano(arch="minicpm3"), r"model\.mla: found None"),
+    (lambda: zoo.nano(head_dim=31), r"model\.head_dim: found 31"),
+    (lambda: zoo.minicpm4_8b(head_dim=64), "64 factors.*expected rotary_dim / 2 = 32 factors"),
+    (lambda: config.ScheduleConfig(min_ratio=0.0), "> 0 for exp_to"),
+    (lambda: config.OptimConfig(b2=1.0), r"optim\.b2: found 1\.0"),
+    (lambda: config.OptimConfig(clip_norm=-1.0), r"optim\.clip_norm"),
+    (lambda: config.PhaseConfig(weights=()), r"phase\.weights"),
+    (lambda: config.PhaseConfig(weights=(("a", 0.0),)), "a positive sum"),
+    (
+      lambda: config.DataConfig(phases=(config.PhaseConfig(weights=(("a", 1.0),)),)),
+      r"phases\[stable\]\.weights: found 'a'",
+    ),
+    (lambda: config.DataConfig(seq_len=100, align=64), r"data\.seq_len: found 100"),
+    (lambda: config.SamplingConfig(top_p=0.0), r"sampling\.top_p: found 0\.0"),
+    (lambda: config.CheckpointConfig(keep_last=0), r"checkpoint\.keep_last: found 0"),
+    (lambda: config.TrainConfig(model=zoo.nano(), grad_accum=3), "grad_accum: found 3.*divisor"),
+    (
+      lambda: config.TrainConfig(model=zoo.nano(), init_from="a", branch_from="b"),
+      "only one of init_from and branch_from",
+    ),
+    (lambda: config.TrainConfig(model=zoo.nano(), eval_sources=("x",)), "eval_sources: found 'x'"),
+  ],
+)
+def test_bad_values_are_refused_with_field_found_and_expected(build, message):
+  with pytest.raises(ValueError, match=message):
+    build()
+
+
+def test_derived_values_are_the_formulas():
+  cfg = zoo.minicpm_2b()
+  assert cfg.residual_scale == 1.4 / math.sqrt(40)
+  assert cfg.width_ratio == cfg.logit_divisor == 9
+  assert cfg.padded_vocab_size == 122753
+  assert dataclasses.replace(cfg, vocab_multiple=128).padded_vocab_size == 122880
+  llama = zoo.minicpm5_1b()
+  assert (llama.residual_scale, llama.width_ratio, llama.logit_divisor) == (1.0, 1.0, 1.0)
+  latent = zoo.minicpm3_4b()
+  assert (latent.rotary_dim, latent.v_head_dim, latent.head_dim) == (32, 64, 96)
+  schedule = config.ScheduleConfig(warmup_steps=1, stable_steps=2, decay_steps=4)
+  assert (schedule.total_steps, schedule.decay_start) == (7, 3)
+
+
+def test_sparse_config_round_trips_in_its_released_form():
+  released = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+    "dense_len": 8192,
+  }
+  parsed = config.SparseAttentionConfig.from_hf(released, lse="exact")
+  assert parsed == config.SparseAttentionConfig() and parsed.to_hf() == released
+
+
+def test_configs_are_frozen_and_hashable():
+  cfg = zoo.minicpm4_8b()
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    cfg.num_layers = 3
+  assert hash(cfg) == hash(zoo.minicpm4_8b()) and cfg == zoo.minicpm4_8b()
