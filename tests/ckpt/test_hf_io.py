@@ -263,3 +263,20 @@ def test_large_values_do_not_become_infinite_in_float16(tmp_path):
   hf_folder.write(tmp_path, hf_folder.MINICPM, weights)
   with pytest.raises(ValueError, match="model.norm.weight: found a value beyond 65504"):
     ckpt.load_hf(tmp_path, dtype="f16")
+
+
+def test_the_real_tokenizer_travels_with_the_model(tmp_path, shared_dir):
+  """MiniCPM4's tokenizer files beside a small model of its vocabulary; ids from their README."""
+  source = shared_dir / "models" / "minicpm4-0.5b-tokenizer"
+  hf = hf_folder.MINICPM | {"vocab_size": 73448, "hidden_size": 8, "num_hidden_layers": 1}
+  hf_folder.write(tmp_path / "in", hf, hf_folder.tensors(hf))
+  for file in source.iterdir():
+    if file.name != "config.json":
+      (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
+  text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+  ids = [73441, 1836, 5, 6920, 73440, 5, 73441, 43686, 5]
+  model, params, tok = ckpt.load_hf(tmp_path / "in")
+  assert model.cfg.stop_ids == (2, 73440) and tok.encode(text) == ids
+  ckpt.save_hf(tmp_path / "out", model, params, tok)
+  _, _, again = ckpt.load_hf(tmp_path / "out")
+  assert again.encode(text) == ids and again.chat_template == tok.chat_template
