@@ -1,6 +1,7 @@
 """Loading onto a mesh: born sharded, padded vocabulary, and the memory that streaming needs."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -131,3 +132,39 @@ def test_peak_host_memory_is_below_model_plus_largest_shard(tmp_path, kind):
   print(report)
   assert loaded - before < size + largest, report
   assert saved - before < size + largest, report
+
+
+_PROCESS = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax
+port, index, folder, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
+from minicpm_jax import ckpt, config
+from minicpm_jax.core import mesh as mesh_lib
+mesh = mesh_lib.make_mesh(config.MeshConfig(dp=1, fsdp=2, tp=2))
+model, params, _ = ckpt.load_hf(folder, mesh=mesh)
+assert not params["layers"]["mlp"]["gate"]["kernel"].is_fully_addressable
+ckpt.save_hf(out, model, params, max_shard_bytes=20_000)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_load_their_slices_and_write_one_folder(tmp_path):
+  """Mixed dtypes, so that the order in which the processes gather differs from the file order."""
+  weights = hf_folder.tensors(HF | {"torch_dtype": "bfloat16"})
+  weights = {n: x.astype(np.float32) if x.ndim == 1 else x for n, x in weights.items()}
+  hf_folder.write(tmp_path / "in", HF, weights)
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = str(s.getsockname()[1])
+  folders = [str(tmp_path / "in"), str(tmp_path / "out")]
+  runs = [
+    subprocess.Popen([sys.executable, "-c", _PROCESS, port, str(i), *folders]) for i in range(2)
+  ]
+  assert [run.wait(timeout=240) for run in runs] == [0, 0]
+  written = hf_folder.read(tmp_path / "out")
+  assert set(written) == set(weights)
+  assert all(hf_folder.same_bits(written[n], weights[n]) for n in weights)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
