@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
   "gpu": ["jax[cuda13]", "jax-triton>=0.3.1"],
   "tpu": ["jax[tpu]"],
-  "text": ["tokenizers>=0.22", "sentencepiece>=0.2", "jinja2>=3.1"],
+  "text": ["tokenizers>=0.22", "sentencepiece>=0.2", "jinja2>=3.1.6"],
   "gguf": ["gguf>=0.17"],
   "data": ["zstandard>=0.23", "pyarrow>=18"],
   "plot": ["matplotlib>=3.9"],

@@ -1,6 +1,7 @@
 """The steps of `experiments.quickstart`, each one call into the library."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -24,7 +25,8 @@ DEFAULT_STEPS = 700
 DECAY_SHARE = 0.2  # of all steps; 10% suffices for long runs (MiniCPM section 4.3)
 TOKENIZER_BYTES = 4 << 20  # the tokenizer is trained on this much text
 BASELINE_BYTES = 16 << 20  # and the n-gram model on at most this much
-HELDOUT_BYTES = 160_000  # evaluated text of every source, at most
+HELDOUT_BYTES = 160_000  # evaluated text of every source, about
+MIN_BYTES = 10_000  # a corpus smaller than this is refused
 PYTHON_PROMPTS = ("The ", "Return the ", "def ", "import ", "This function ", "class ")
 
 
@@ -116,42 +118,40 @@ def read_corpus(run: Run, data: str | None, decay_data: str | None) -> Corpus:
     )
   if not prompts:
     first = next(iter(heldout.values()))
-    prompts = tuple(" ".join(d.text.split()[:4]) for d in first[:4])
+    prompts = tuple(" ".join(d.text.split()[:4]) + " " for d in first[:4])
   return Corpus(train=train, heldout=heldout, stable=stable, decay=decay, prompts=prompts)
 
 
 def _split(name: str, docs: list[documents.Doc]) -> tuple[list[documents.Doc], list[documents.Doc]]:
-  """About 5% of the documents by hash, at least one; a single document is cut at 95%.
-
-  Python's documents are split by module, so that a held-out module's docstrings and source are
-  both held out.
+  """(train, held out), by hash. Python's modules fall on one side with docstrings and source; of a
+  user's documents the first 2% of the bytes in hash order are held out, of a single one the end.
   """
-  if not docs:
-    raise documents.CorpusError(f"corpus {name}: found no text, expected at least one document")
-  if len(docs) == 1:
-    cut = int(len(docs[0].text) * 0.95)
-    parts = docs[0].text[:cut], docs[0].text[cut:]
-    if not all(part.strip() for part in parts):
-      raise documents.CorpusError(f"corpus {name}: found {len(docs[0].text)} characters, too few")
-    head, tail = (
-      dataclasses.replace(docs[0], id=f"{docs[0].id}#{i}", text=t) for i, t in enumerate(parts)
-    )
-    return [head], [tail]
-  permille = python_corpus.HELDOUT_PERMILLE
-  heldout = [d for d in docs if documents.is_heldout(d.meta.get("key", d.id), permille)]
-  heldout = heldout or docs[-1:]
+  size = sum(len(d.text.encode()) for d in docs)
+  if size < MIN_BYTES:
+    raise documents.CorpusError(f"corpus {name}: found {size} bytes of text, expected {MIN_BYTES}")
+  if "key" in docs[0].meta:
+    permille = python_corpus.HELDOUT_PERMILLE
+    heldout = [d for d in docs if documents.is_heldout(d.meta["key"], permille)]
+    heldout = _first_bytes(heldout, HELDOUT_BYTES)
+  elif len(docs) == 1:
+    text, cut = docs[0].text, len(docs[0].text) * 49 // 50
+    heldout = [dataclasses.replace(docs[0], id=docs[0].id + "/end", text=text[cut:])]
+    docs = [dataclasses.replace(docs[0], id=docs[0].id + "/start", text=text[:cut])]
+  else:
+    shuffled = sorted(docs, key=lambda d: hashlib.sha1(d.id.encode()).digest())
+    heldout = _first_bytes(shuffled[:-1], min(size // 50, HELDOUT_BYTES))
   ids = {d.id for d in heldout}
-  return [d for d in docs if d.id not in ids], _first_bytes(heldout, HELDOUT_BYTES)
+  return [d for d in docs if d.id not in ids], heldout
 
 
 def _first_bytes(docs: list[documents.Doc], limit: int) -> list[documents.Doc]:
-  """Documents from the start until `limit` bytes are reached, at least one."""
+  """Documents from the start until `limit` bytes are reached."""
   size, kept = 0, []
   for doc in docs:
-    size += len(doc.text.encode())
-    if kept and size > limit:
-      break
     kept.append(doc)
+    size += len(doc.text.encode())
+    if size >= limit:
+      break
   return kept
 
 
