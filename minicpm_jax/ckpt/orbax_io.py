@@ -9,6 +9,7 @@ There is no random state to save: every key is a function of (seed, purpose, ste
 Step n means: n updates are in the parameters.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,14 +24,10 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import run_config
+from minicpm_jax.ckpt import errors, run_config
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import transformer
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that is missing, damaged, or of another model."""
 
 
 class _ProcessJsonHandler(ocp.CheckpointHandler):
@@ -46,7 +43,7 @@ class _ProcessJsonHandler(ocp.CheckpointHandler):
     path = directory / self._name()
     if not path.exists():
       found = sorted(p.name for p in directory.glob("process_*"))
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{directory}: found the data position of other processes ({found}), expected "
         f"{path.name}: resume with the number of processes that saved it"
       )
@@ -96,7 +93,10 @@ class CheckpointStore:
     self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
     self.cfg = cfg or config.CheckpointConfig()
     if is_read_only and not self.directory.is_dir():
-      raise CheckpointError(f"{workdir}: found no checkpoints folder, expected a training run")
+      raise errors.CheckpointError(
+        f"{workdir}: found no checkpoints folder, expected a training run"
+      )
+    self._new = [p for p in (self.directory, self.directory.parent) if not p.exists()]
     self._rules = _KeepRules(self.cfg, {})
     options = ocp.CheckpointManagerOptions(
       read_only=is_read_only,
@@ -112,7 +112,12 @@ class CheckpointStore:
       "data": _ProcessJsonHandler(),
       "meta": ocp.JsonCheckpointHandler(),
     }
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that a read-only manager is read only
+    try:
+      self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    finally:
+      logging.set_verbosity(level)
     if not is_read_only and self.cfg.keep_every_tokens:
       for step in self.all_steps():
         self._rules.tokens[step] = self.meta(step)["tokens"]
@@ -122,6 +127,10 @@ class CheckpointStore:
 
   def __exit__(self, *exc_info: Any) -> None:
     self._manager.close()
+    if mesh_lib.is_main_process():
+      with contextlib.suppress(OSError):  # a run that failed before its first save leaves nothing
+        for folder in self._new:
+          folder.rmdir()
 
   def all_steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -181,10 +190,13 @@ class CheckpointStore:
     return self._arrays(step, "optimizer", {"opt_state": target})["opt_state"]
 
   def _check_step(self, step: int, item: str) -> None:
+    self.wait()
     if step not in self.all_steps():
-      raise CheckpointError(f"{self.directory}: found steps {self.all_steps()}, expected {step}")
+      raise errors.CheckpointError(
+        f"{self.directory}: found steps {self.all_steps()}, expected {step}"
+      )
     if not (self.directory / str(step) / item).is_dir():
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{self.directory / str(step)}: found no item {item!r}; a checkpoint of imported weights "
         "or a damaged one (use init_from for weights, or an earlier step)"
       )
@@ -193,11 +205,11 @@ class CheckpointStore:
     self._check_step(step, item)
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-    except CheckpointError:
+    except errors.CheckpointError:
       raise
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
       where = self.directory / str(step) / item
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{where}: cannot be read, the checkpoint is damaged: {error}"
       ) from error
 
@@ -209,7 +221,7 @@ class CheckpointStore:
       return self._manager.restore(step, args=args)[item]
     except Exception as error:
       leaf = self._first_damaged_leaf(step, item, target)
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{self.directory / str(step) / item}: leaf {leaf} cannot be read, the checkpoint is "
         f"truncated or damaged; delete this step or use an earlier one ({_first_line(error)})"
       ) from error
@@ -220,21 +232,23 @@ class CheckpointStore:
     try:
       stored = trees.flatten_paths(self._manager.item_metadata(step)[item].tree)
     except Exception as error:
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{where}: found no readable metadata, expected a complete checkpoint "
         f"({_first_line(error)})"
       ) from error
     wanted = trees.flatten_paths(target)
     for path, leaf in wanted.items():
       if path not in stored:
-        raise CheckpointError(f"{where}: leaf {path}: found none, expected {_shape(leaf)}")
+        raise errors.CheckpointError(f"{where}: leaf {path}: found none, expected {_shape(leaf)}")
       if _shape(stored[path]) != _shape(leaf):
         found = _shape(stored[path])
-        raise CheckpointError(f"{where}: leaf {path}: found {found}, expected {_shape(leaf)}")
+        raise errors.CheckpointError(
+          f"{where}: leaf {path}: found {found}, expected {_shape(leaf)}"
+        )
     extra = sorted(set(stored) - set(wanted))
     if extra:
       found = _shape(stored[extra[0]])
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"{where}: leaf {extra[0]}: found {found}, expected none ({len(extra)} unexpected leaves)"
       )
 
@@ -291,7 +305,7 @@ def open_run(path: str | os.PathLike[str]) -> tuple[CheckpointStore, int, config
   store = CheckpointStore(workdir, is_read_only=True)
   step = store.latest_step() if step is None else step
   if step is None:
-    raise CheckpointError(f"{store.directory}: found no checkpoint, expected at least one")
+    raise errors.CheckpointError(f"{store.directory}: found no checkpoint, expected at least one")
   return store, step, cfg
 
 
@@ -341,7 +355,7 @@ def import_params(
   """Writes weights as step 0 of a new run folder that `load_run` and `init_from` accept."""
   workdir = pathlib.Path(workdir)
   if (workdir / run_config.FILE_NAME).exists() or (workdir / "checkpoints").exists():
-    raise CheckpointError(f"{workdir}: found a run there already, expected a new folder")
+    raise errors.CheckpointError(f"{workdir}: found a run there already, expected a new folder")
   if isinstance(cfg, config.ModelConfig):
     cfg = config.TrainConfig(name=cfg.name, model=cfg)
   with CheckpointStore(workdir, cfg.checkpoint) as store:

@@ -1,6 +1,7 @@
 """Held-out loss in nats per token, and in bits per byte where the source knows its bytes."""
 
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,9 @@ def _sums(
 
 
 def tokens_per_byte(cfg: config.DataConfig, name: str) -> float | None:
-  """Tokens per byte of text of a source, None if its index has no byte count."""
-  source = next(s for s in cfg.sources if s.name == name)
-  index = shards.read_index(source.path)
-  return index.num_tokens / index.text_bytes if index.text_bytes else None
+  """Tokens per byte of text of a source; None where it has no index (Parquet)."""
+  path = pathlib.Path(next(s.path for s in cfg.sources if s.name == name))
+  if not (path / shards.INDEX_FILE).exists():
+    return None
+  index = shards.read_index(path)
+  return index.num_tokens / index.text_bytes

@@ -21,7 +21,6 @@ from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import trees
-from minicpm_jax.data import iterator
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import evaluate, start, stop, window
@@ -84,23 +83,15 @@ class _Run:
     self.eval_step = step_lib.jit_eval_step(eval_step, self.abstract, self.mesh)
     self.schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
 
-    # --- Workdir and start -----------------------------------------------------------------------
+    # --- Workdir, input, start -------------------------------------------------------------------
     changes = start.check_workdir(workdir, cfg)
+    self.batches = start.open_data(cfg, self.mesh)
+    stack.callback(self.batches.close)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
     begun = start.begin(cfg, model, optimizer, self.abstract, self.mesh, self.store)
     self.state, self.step, self.tokens = begun.state, begun.step, begun.tokens
-
-    # --- Input -----------------------------------------------------------------------------------
-    index, count = mesh_lib.data_process(self.mesh)
-    self.batches = iterator.make_iterator(
-      cfg.data,
-      batch_size_per_host=cfg.data.batch_size // count,
-      process_index=index,
-      process_count=count,
-    )
-    if begun.data is not None:
-      self.batches.set_state(begun.data)
-    start.write_workdir(workdir, cfg, self.mesh)
+    data_line = start.seek_data(self.batches, begun)
+    start.write_workdir(workdir, cfg, self.mesh, begun.tokenizer)
 
     # --- Logging ---------------------------------------------------------------------------------
     self.writer = stack.enter_context(
@@ -116,7 +107,7 @@ class _Run:
     self.revision = start.git_revision()
     self.compiled = False
     self.is_tracing = False
-    for line in self._plan(begun, changes):
+    for line in self._plan(begun, data_line, changes):
       self.bar.message(line)
 
   # --- The loop ----------------------------------------------------------------------------------
@@ -230,7 +221,7 @@ class _Run:
 
   # --- What is about to happen -------------------------------------------------------------------
 
-  def _plan(self, begun: start.Start, changes: list[str]) -> list[str]:
+  def _plan(self, begun: start.Start, data_line: str, changes: list[str]) -> list[str]:
     cfg, mesh = self.cfg, self.mesh
     tokens = cfg.data.batch_size * cfg.data.seq_len
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -246,6 +237,7 @@ class _Run:
       f"step: {cfg.data.batch_size} rows x {cfg.data.seq_len} tokens = {tokens:,} tokens in "
       f"{cfg.grad_accum} micro-batches, {tflops:.3g} TFLOP (6N + causal attention)",
       f"start: {begun.description}",
+      data_line,
       *(f"changed since the last start: {change}" for change in changes),
       f"train to step {cfg.num_steps}, checkpoints "
       + (f"every {every} steps" if every else "at the end only"),

@@ -22,7 +22,8 @@ import optax
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
 from minicpm_jax.core import mesh as mesh_lib
-from minicpm_jax.core import trees, types
+from minicpm_jax.core import rng, trees, types
+from minicpm_jax.data import iterator
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.optim import schedules
 from minicpm_jax.train import step as step_lib
@@ -65,6 +66,8 @@ class Start:
   tokens: int
   data: dict[str, Any] | None
   description: str
+  tokenizer: Any = None  # of the run or folder that this one starts from
+  is_branch: bool = False
 
 
 # --- Workdir -------------------------------------------------------------------------------------
@@ -114,14 +117,16 @@ def first_changed_rate(
   return int(np.argmax(differs)) + 1 if differs.any() else None
 
 
-def write_workdir(workdir: pathlib.Path, cfg: config.TrainConfig, mesh: jax.sharding.Mesh) -> None:
-  """`workdir/config.py`, with revision, versions and devices in its docstring (main process)."""
+def write_workdir(
+  workdir: pathlib.Path, cfg: config.TrainConfig, mesh: jax.sharding.Mesh, tok: Any = None
+) -> None:
+  """`workdir/config.py` with revision, versions and devices in its docstring, `tokenizer/`."""
   if not mesh_lib.is_main_process():
     return
   versions = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
   axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
   header = [
-    "The config of this run, as resolved when it last started; `get_config()` rebuilds it.",
+    "The config of this run as it last started; get_config() rebuilds it.",
     "",
     f"revision: {git_revision()}",
     f"python {platform.python_version()}, "
@@ -130,6 +135,8 @@ def write_workdir(workdir: pathlib.Path, cfg: config.TrainConfig, mesh: jax.shar
     f"{jax.process_count()} processes, mesh {axes or 'of one device'}",
   ]
   run_config.write(workdir, cfg, header="\n".join(header))
+  if tok is not None and not (workdir / "tokenizer").exists():
+    tok.save(workdir / "tokenizer")
 
 
 def git_revision() -> str:
@@ -159,19 +166,23 @@ def begin(
   store: orbax_io.CheckpointStore,
 ) -> Start:
   """The first of the four ways that applies."""
-  if store.latest_step() is not None:
-    return _restore(store, store.latest_step(), abstract, "resumed own checkpoint")
+  newest = store.latest_step()
+  if newest is not None:
+    return _restore(store, newest, abstract, "resumed own checkpoint")
   if cfg.branch_from is not None:
     source, step, _ = orbax_io.open_run(cfg.branch_from)
     with source:
-      return _restore(source, step, abstract, f"branched from {cfg.branch_from}")
+      begun = _restore(source, step, abstract, f"branched from {cfg.branch_from}")
+    tok = orbax_io.load_tokenizer(orbax_io.split_step(cfg.branch_from)[0])
+    return dataclasses.replace(begun, tokenizer=tok, is_branch=True)
+  tok = None
   if cfg.init_from is not None:
-    params = load_weights(cfg.init_from, model, abstract, mesh, cfg.seed)
+    params, tok = load_weights(cfg.init_from, model, abstract, mesh, cfg.seed)
     description = f"weights of {cfg.init_from}, new optimiser state"
   else:
     params = step_lib.init_params(model, abstract, cfg.seed)
     description = f"random weights, seed {cfg.seed}"
-  return Start(step_lib.fresh_state(optimizer, params, abstract), 0, 0, None, description)
+  return Start(step_lib.fresh_state(optimizer, params, abstract), 0, 0, None, description, tok)
 
 
 def _restore(
@@ -186,39 +197,82 @@ def _restore(
   return Start(state, step, int(meta["tokens"]), store.data(step), f"{how}, step {step}")
 
 
+def open_data(cfg: config.TrainConfig, mesh: jax.sharding.Mesh) -> iterator.BatchIterator:
+  """The batch iterator of this process, at its beginning."""
+  index, count = mesh_lib.data_process(mesh)
+  batches = iterator.make_iterator(
+    cfg.data,
+    batch_size_per_host=cfg.data.batch_size // count,
+    process_index=index,
+    process_count=count,
+  )
+  if (batches.vocab_size or 0) > cfg.model.vocab_size:
+    raise ValueError(
+      f"model.vocab_size: found {cfg.model.vocab_size}, expected at least "
+      f"{batches.vocab_size}, the vocabulary of the data"
+    )
+  return batches
+
+
+def seek_data(batches: iterator.BatchIterator, begun: Start) -> str:
+  """Moves `batches` to where `begun` stands; returns a line about it.
+
+  A resumed run insists on the exact position. A branch may change what the rows look like (their
+  length, the number of processes): every source then goes on from its own cursor.
+  """
+  if begun.data is None:
+    return "data: from the beginning"
+  try:
+    batches.set_state(begun.data)
+  except iterator.DataStateError as error:
+    if not begun.is_branch:
+      raise
+    batches.set_state(begun.data, force=True)
+    return f"data: sources go on from their cursors, but not the same rows: {error}"
+  return f"data: goes on after batch {begun.step}"
+
+
 def load_weights(
   path: str,
   model: transformer.Transformer,
   abstract: step_lib.TrainState,
   mesh: jax.sharding.Mesh,
   seed: int,
-) -> types.Params:
-  """Weights of an HF folder, GGUF file or run folder in the form that `model` wants.
+) -> tuple[types.Params, Any]:
+  """(params in the form that `model` wants, tokenizer or None) of `init_from`.
 
-  Casts to the param dtype, pads the vocabulary, and starts an MTP head that the source lacks from
-  random values. Any other difference names the leaf.
+  Function-preserving changes are made as the config asks: untied head, dense to MoE, padded
+  vocabulary, param dtype; an MTP head that the source lacks starts from random values. Any other
+  difference names the tensor.
   """
-  loaded_model, params, _ = _loader(path)(path)
-  cfg, source_cfg = model.cfg, loaded_model.cfg
-  if source_cfg.padded_vocab_size != cfg.padded_vocab_size:
-    _, params = convert.unpad_vocab(source_cfg, params)
-    source_cfg = dataclasses.replace(source_cfg, vocab_multiple=1)
-    _, params = convert.pad_vocab(source_cfg, params, cfg.vocab_multiple)
+  cfg = model.cfg
+  load = _loader(path)
+  try:
+    loaded, params, tok = load(path, mesh=mesh)
+  except mesh_lib.ShardingError:  # a vocabulary that tp divides only once it is padded
+    loaded, params, tok = load(path)
+    params = jax.device_get(params)
+  source = loaded.cfg
+  if source.tie_embeddings and not cfg.tie_embeddings:
+    source, params = convert.untie(source, params)
+  if cfg.moe is not None and source.moe is None:
+    source, params = convert.upcycle(source, params, rng.key(seed, "upcycle"), cfg.moe)
+  if source.padded_vocab_size != cfg.padded_vocab_size:
+    _, params = convert.pad_vocab(source, params, cfg.vocab_multiple)
   found, wanted = trees.flatten_paths(params), trees.flatten_paths(abstract.params)
+  found = {name: x for name, x in found.items() if cfg.mtp is not None or name[:4] != "mtp/"}
   if cfg.mtp is not None and "mtp" not in params:
-    fresh = step_lib.init_params(model, abstract, seed)
-    found |= {k: v for k, v in trees.flatten_paths(fresh).items() if k.startswith("mtp/")}
-  if cfg.mtp is None:
-    found = {k: v for k, v in found.items() if not k.startswith("mtp/")}
+    fresh = trees.flatten_paths(step_lib.init_params(model, abstract, seed))
+    found |= {name: x for name, x in fresh.items() if name.startswith("mtp/")}
   for name in sorted(set(found) | set(wanted)):
-    a, b = (tree[name].shape if name in tree else "none" for tree in (found, wanted))
+    a, b = (list(tree[name].shape) if name in tree else "none" for tree in (found, wanted))
     if a != b:
       raise ValueError(f"init_from {path}: tensor {name}: found {a}, expected {b}")
 
   def place(name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.device_put(found[name].astype(target.dtype), target.sharding)
+    return jax.device_put(found.pop(name).astype(target.dtype), target.sharding)
 
-  return trees.map_with_path(place, abstract.params)
+  return trees.map_with_path(place, abstract.params), tok
 
 
 def _loader(path: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-import jax
+import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import metrics as metrics_lib
@@ -61,7 +61,7 @@ class Window:
 def check_finite(
   step: int,
   metrics: Mapping[str, metrics_lib.Metric],
-  leaf_norms: Mapping[str, jax.Array],
+  leaf_norms: Mapping[str, np.ndarray | float],
   *,
   last_loss: float | None,
   last_good: Callable[[], str],

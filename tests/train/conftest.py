@@ -1,11 +1,13 @@
 """Tiny models and batches shared by the tests of the training layer."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
 from minicpm_jax import config
+from minicpm_jax.data import documents, shards
 
 VOCAB, ROWS, SEQ = 64, 8, 32
 
@@ -50,6 +52,60 @@ def packed_batch(seed: int = 0, rows: int = ROWS, seq: int = SEQ) -> dict[str, n
       start += length
   batch["targets"] *= (batch["loss_mask"] > 0).astype(np.int32)
   return batch
+
+
+class WordTokenizer:
+  """Token ids written as words: the tests choose them."""
+
+  vocab_size, bos_id, eos_id, pad_id, stop_ids, add_bos = VOCAB, None, 1, None, (), False
+  special_tokens: dict[str, int] = {}
+  chat_template = None
+
+  def encode(self, text, *, add_bos=False):
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids, *, skip_special=True):
+    return " ".join(map(str, ids))
+
+  def decode_bytes(self, ids, *, skip_special=True):
+    return self.decode(ids).encode()
+
+  def save(self, folder):
+    (pathlib.Path(folder) / "name").write_text("words")
+
+
+def write_source(folder: pathlib.Path, name: str, seed: int, sizes: tuple[int, int] = (5, 60)):
+  """A shard folder of 40 random documents."""
+  rng = np.random.default_rng(seed)
+  docs = [rng.integers(2, VOCAB, rng.integers(*sizes)) for _ in range(40)]
+  texts = [" ".join(map(str, doc)) for doc in docs]
+  shards.prepare(documents.from_texts(texts), folder / name, name=name, tokenizer=WordTokenizer())
+  return config.SourceConfig(name=name, path=str(folder / name))
+
+
+@pytest.fixture(scope="session")
+def train_config(tmp_path_factory) -> config.TrainConfig:
+  """Six steps of WSD, sources a (stable) and a + b (decay), c held out; programs are cached."""
+  folder = tmp_path_factory.mktemp("sources")
+  return config.TrainConfig(
+    model=model_config(),
+    optim=config.OptimConfig(
+      peak_lr=0.02, schedule=config.ScheduleConfig(warmup_steps=1, stable_steps=2, decay_steps=3)
+    ),
+    data=config.DataConfig(
+      sources=tuple(write_source(folder, name, i) for i, name in enumerate("abc")),
+      phases=(
+        config.PhaseConfig(name="stable", weights=(("a", 1.0),)),
+        config.PhaseConfig(name="decay", start_step=3, weights=(("a", 0.5), ("b", 0.5))),
+      ),
+      seq_len=SEQ,
+      batch_size=ROWS,
+    ),
+    checkpoint=config.CheckpointConfig(every_steps=3),
+    num_steps=6,
+    log_every=1,
+    compilation_cache=str(tmp_path_factory.mktemp("programs")),
+  )
 
 
 class Tiny:

@@ -1,0 +1,265 @@
+"""Whole runs: resume, branch, other meshes, SIGTERM, refusals. All in float32 on 8 CPU devices."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.ckpt import orbax_io, run_config
+from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.core import trees
+from minicpm_jax.data import iterator
+from minicpm_jax.train import loop, start, window
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def losses(workdir):
+  return {r["step"]: r["loss"] for r in logging_lib.read_metrics(workdir) if "loss" in r}
+
+
+def assert_same_state(a, b, rtol=0.0, atol=0.0):
+  a, b = (trees.flatten_paths(jax.device_get(x)) for x in (a, b))
+  assert a.keys() == b.keys()
+  for path in a:
+    np.testing.assert_allclose(a[path], b[path], rtol=rtol, atol=atol, err_msg=path)
+
+
+def saved_data(workdir, step):
+  with orbax_io.CheckpointStore(workdir, is_read_only=True) as store:
+    return store.data(step)
+
+
+@pytest.fixture(scope="module")
+def straight(train_config, tmp_path_factory):
+  """(workdir, result) of the six steps without a stop; c is evaluated at steps 3 and 6."""
+  workdir = tmp_path_factory.mktemp("straight")
+  cfg = dataclasses.replace(train_config, eval_sources=("c",), eval_every=3, eval_batches=0)
+  return workdir, loop.train(cfg, workdir)
+
+
+def test_a_run_leaves_its_record(straight, train_config):
+  workdir, result = straight
+  assert result.step == 6 and not result.is_stopped
+  rows = logging_lib.read_metrics(workdir)
+  steps = {r["step"]: r for r in rows if "loss" in r}
+  assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+  # WSD by hand: warm-up 1, flat to 3, then 0.1^(s/3).
+  rates = [0.02, 0.02, 0.02] + [0.02 * 0.1 ** (s / 3) for s in (1, 2, 3)]
+  np.testing.assert_allclose([steps[s]["learning_rate"] for s in range(1, 7)], rates, rtol=1e-5)
+  assert steps[6]["tokens_seen"] == 6 * 8 * 32 and steps[6]["tokens_per_second"] > 0
+  assert list(workdir.glob("tensorboard/events*"))
+  cfg = run_config.read(workdir)
+  assert cfg == dataclasses.replace(train_config, eval_sources=("c",), eval_every=3, eval_batches=0)
+  text = (workdir / "config.py").read_text()
+  assert f"jax {jax.__version__}" in text and "revision:" in text and "8 x cpu" in text
+  namespace = {}
+  exec(text, namespace)  # and it is Python that runs
+  assert namespace["get_config"]() == cfg
+
+
+def test_held_out_loss_and_bits_per_byte(straight, train_config):
+  """Against logits of the loaded checkpoint, over the documents of source c."""
+  workdir, result = straight
+  model, params, _ = orbax_io.load_run(f"{workdir}@6")
+  total = count = 0.0
+  for batch in iterator.make_eval_iterator(train_config.data, "c", None):
+    out = model.apply(
+      {"params": params},
+      *(jax.numpy.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids")),
+    )
+    logits = np.asarray(out.logits, np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    picked = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    total += ((log_z - picked) * batch["loss_mask"]).sum()
+    count += batch["loss_mask"].sum()
+  assert result.values["eval/c/loss"] == pytest.approx(total / count, rel=1e-5)
+  source = next(s for s in train_config.data.sources if s.name == "c")
+  index = json.loads((pathlib.Path(source.path) / "index.json").read_text())
+  bits = total / count / math.log(2) * index["num_tokens"] / index["text_bytes"]
+  assert result.values["eval/c/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_resume_is_bitwise_across_the_phase_switch(straight, train_config, tmp_path):
+  workdir, whole = straight
+  loop.train(dataclasses.replace(train_config, num_steps=2), tmp_path)
+  resumed = loop.train(train_config, tmp_path)
+  assert_same_state(resumed.state, whole.state)
+  assert losses(tmp_path) == losses(workdir)
+  assert saved_data(tmp_path, 6) == saved_data(workdir, 6)
+  again = loop.train(train_config, tmp_path)  # nothing left to do
+  assert_same_state(again.state, whole.state)
+
+
+def test_branch_of_the_stable_stage_equals_a_fresh_wsd_run(straight, train_config, tmp_path):
+  """A trunk without decay or second mixture, branched at step 3, is bitwise the straight run."""
+  workdir, whole = straight
+  schedule = dataclasses.replace(train_config.optim.schedule, stable_steps=9, decay_steps=0)
+  trunk = dataclasses.replace(
+    train_config,
+    optim=dataclasses.replace(train_config.optim, schedule=schedule),
+    data=dataclasses.replace(train_config.data, phases=train_config.data.phases[:1]),
+    num_steps=4,
+  )
+  loop.train(trunk, tmp_path / "trunk")
+  branch = dataclasses.replace(train_config, branch_from=f"{tmp_path / 'trunk'}@3")
+  result = loop.train(branch, tmp_path / "branch")
+  assert_same_state(result.state, whole.state)
+  assert losses(tmp_path / "branch") == {s: v for s, v in losses(workdir).items() if s > 3}
+  assert result.values["tokens_seen"] == whole.values["tokens_seen"]
+
+
+def test_resume_on_another_mesh(straight, train_config, tmp_path):
+  workdir, whole = straight
+  loop.train(dataclasses.replace(train_config, num_steps=3), tmp_path)
+  moved = dataclasses.replace(train_config, mesh=config.MeshConfig(dp=1, fsdp=4, tp=2))
+  result = loop.train(moved, tmp_path)
+  kernel = result.state.params["layers"]["mlp"]["gate"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 8
+  assert_same_state(result.state.params, whole.state.params, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_run_start_a_new_one(straight, train_config, tmp_path, capsys):
+  """Weights only: step 0, fresh moments; the head is untied and an MTP head added on request."""
+  workdir, _ = straight
+  model = dataclasses.replace(train_config.model, tie_embeddings=False, mtp=config.MTPConfig())
+  cfg = dataclasses.replace(train_config, model=model, init_from=f"{workdir}@6", num_steps=1)
+  result = loop.train(cfg, tmp_path)
+  assert "weights of" in capsys.readouterr().out
+  _, params, _ = orbax_io.load_run(workdir)
+  before, after = (np.asarray(p["final_norm"]["scale"]) for p in (params, result.state.params))
+  # One AdamW step of 0.02 on scales (muP factor 1) moves each by at most that.
+  assert 0 < np.abs(after - before).max() < 0.0201
+  assert result.state.params["lm_head"]["kernel"].shape == (32, 64)
+  assert int(result.state.step) == 1 and "mtp_loss" in result.values
+
+
+def test_initial_weights_of_another_shape_name_the_tensor(straight, train_config, tmp_path):
+  model = dataclasses.replace(train_config.model, mlp_dim=96)
+  cfg = dataclasses.replace(train_config, model=model, init_from=str(straight[0]))
+  with pytest.raises(ValueError, match=r"mlp/down/kernel: found \[2, 64, 32\], expected \[2, 96"):
+    loop.train(cfg, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+  cfg = dataclasses.replace(train_config, init_from=str(tmp_path))
+  with pytest.raises(ValueError, match="expected a run folder"):
+    loop.train(cfg, tmp_path / "new")
+
+
+def test_a_workdir_of_another_config_is_refused(straight, train_config):
+  workdir, _ = straight
+  before = (workdir / "config.py").read_text()
+  other = dataclasses.replace(
+    train_config, seed=1, model=dataclasses.replace(train_config.model, num_layers=3)
+  )
+  with pytest.raises(start.WorkdirError) as error:
+    loop.train(other, workdir)
+  assert "model.num_layers: found 2, expected 3" in str(error.value)
+  assert "seed: found 0, expected 1" in str(error.value)
+  longer = dataclasses.replace(train_config.optim.schedule, stable_steps=5)
+  other = dataclasses.replace(
+    train_config, optim=dataclasses.replace(train_config.optim, schedule=longer)
+  )
+  with pytest.raises(start.WorkdirError, match="step 4 trained with another learning rate"):
+    loop.train(other, workdir)
+  assert (workdir / "config.py").read_text() == before
+
+
+def test_past_batches_of_another_mixture_are_refused(straight, train_config, tmp_path, capsys):
+  """Resuming insists on the data order; a branch goes on from the cursors and says so."""
+  workdir, _ = straight
+  phases = (dataclasses.replace(train_config.data.phases[0], weights=(("b", 1.0),)),)
+  data = dataclasses.replace(train_config.data, phases=phases)
+  cfg = dataclasses.replace(train_config, data=data, num_steps=7)
+  with pytest.raises(iterator.DataStateError, match="sources|weights"):
+    loop.train(cfg, workdir)
+  assert run_config.read(workdir).data.phases == train_config.data.phases
+  assert loop.train(dataclasses.replace(cfg, branch_from=str(workdir)), tmp_path).step == 7
+  assert "sources go on from their cursors" in capsys.readouterr().out
+
+
+def test_a_small_vocabulary_is_refused(train_config, tmp_path):
+  cfg = dataclasses.replace(
+    train_config, model=dataclasses.replace(train_config.model, vocab_size=48)
+  )
+  with pytest.raises(ValueError, match="model.vocab_size: found 48, expected at least 64"):
+    loop.train(cfg, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_the_run_with_a_diagnosis(train_config, tmp_path):
+  """A learning rate of 1e30 breaks step 2 or 3; nothing of the broken state is saved."""
+  cfg = dataclasses.replace(
+    train_config,
+    optim=dataclasses.replace(train_config.optim, peak_lr=1e30),
+    checkpoint=config.CheckpointConfig(every_steps=1),
+  )
+  with pytest.raises(window.NonFiniteError) as error:
+    loop.train(cfg, tmp_path)
+  text = str(error.value)
+  step = int(text.split(":")[0].removeprefix("step "))
+  assert "loss nan" in text or "gradient norm nan" in text or "inf" in text
+  assert "embed/embedding" in text and "lower optim.peak_lr" in text
+  assert f"last good checkpoint is step {step - 1}" in text
+  assert orbax_io.latest_step(tmp_path) == step - 1
+  _, params, _ = orbax_io.load_run(tmp_path)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_one_leaf_that_is_not_finite_is_named():
+  metric = loop.metrics_lib.Metric
+  metrics = {"total_loss": metric(2.0, 1), "loss": metric(2.0, 1), "learning_rate": metric(0.1, 1)}
+  metrics["grad_norm"] = metric(float("inf"), 1)
+  norms = {"layers/attn/q/kernel": float("inf"), "layers/attn/k/kernel": 3.0}
+  with pytest.raises(window.NonFiniteError) as error:
+    window.check_finite(5, metrics, norms, last_loss=1.5, last_good=lambda: "none")
+  assert "not finite in 1 of 2 leaves: layers/attn/q/kernel" in str(error.value)
+  assert "layers/attn/k/kernel 3" in str(error.value) and "step before: 1.5" in str(error.value)
+
+
+SCRIPT = """
+import sys
+from minicpm_jax.ckpt import run_config
+from minicpm_jax.train import loop
+result = loop.train(run_config.read(sys.argv[1]), sys.argv[1] + "/run")
+assert result.is_stopped
+"""
+
+
+def test_sigterm_saves_and_leaves_with_status_0(straight, train_config, tmp_path):
+  """A run of a million steps is told to stop, then resumed for two more."""
+  cfg = dataclasses.replace(
+    train_config,
+    num_steps=10**6,
+    checkpoint=config.CheckpointConfig(every_steps=0),
+    optim=dataclasses.replace(train_config.optim, schedule=config.ScheduleConfig(warmup_steps=1)),
+  )
+  run_config.write(tmp_path, cfg)
+  process = subprocess.Popen(
+    [sys.executable, "-c", SCRIPT, str(tmp_path)],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  log, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 240
+  while not (log.exists() and log.read_text()) and time.time() < deadline:
+    assert process.poll() is None, process.communicate()[1][-2000:]
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err[-2000:]
+  last = orbax_io.latest_step(tmp_path / "run")
+  assert last >= 1 and f"SIGTERM: saved step {last}" in out
+  result = loop.train(dataclasses.replace(cfg, num_steps=last + 2), tmp_path / "run")
+  assert result.step == last + 2
