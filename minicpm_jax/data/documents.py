@@ -40,6 +40,15 @@ class Doc:
   score: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+  """A document that a reader or stage left out: its id, why, and what was found."""
+
+  id: str
+  reason: str
+  detail: str = ""
+
+
 def stable_id(source: str, offset: int) -> str:
   """The default document id: sha1 of source and position in it."""
   return hashlib.sha1(f"{source}\0{offset}".encode()).hexdigest()
@@ -82,7 +91,7 @@ def read(
   named directly is read as plain text; in folders it is left out.
   """
   for path in expand(paths):
-    kind = _kind(path) or "text"
+    kind = kind_of(path) or "text"
     if kind == "jsonl":
       yield from read_jsonl(path, text_field=text_field)
     elif kind == "parquet":
@@ -96,7 +105,7 @@ def expand(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
   files = []
   for path in map(pathlib.Path, paths):
     if path.is_dir():
-      inside = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+      inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
       if not inside:
         known = ", ".join(sorted([*_KINDS, *_TEXT_SUFFIXES]))
         raise CorpusError(f"{path}: found no readable file, expected {known} (or .gz, .zst)")
@@ -120,7 +129,7 @@ def read_jsonl(path: str | os.PathLike, *, text_field: str = "text") -> Iterator
       raise CorpusError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
       raise CorpusError(f"{where}: found {type(row).__name__}, expected a JSON object")
-    yield _row_doc(row, text_field, str(path), number, where)
+    yield row_doc(row, text_field, str(path), number, where)
 
 
 def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterator[Doc]:
@@ -133,7 +142,7 @@ def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterat
   number = 0
   for batch in parquet.iter_batches(batch_size=512, columns=columns):
     for row in batch.to_pylist():
-      yield _row_doc(row, text_field, str(path), number, f"{path}: row {number}")
+      yield row_doc(row, text_field, str(path), number, f"{path}: row {number}")
       number += 1
 
 
@@ -170,7 +179,8 @@ def read_text(path: str | os.PathLike, *, text_split: TextSplit = "file") -> Ite
     yield flush()
 
 
-def _kind(path: pathlib.Path) -> str | None:
+def kind_of(path: pathlib.Path) -> str | None:
+  """The reader of a file by its suffix: "jsonl", "parquet", "text", or None when unknown."""
   name = path.name.lower()
   for suffix in _COMPRESSION:
     name = name.removesuffix(suffix)
@@ -179,7 +189,8 @@ def _kind(path: pathlib.Path) -> str | None:
   return _KINDS.get(os.path.splitext(name)[1])
 
 
-def _row_doc(row: dict, text_field: str, source: str, number: int, where: str) -> Doc:
+def row_doc(row: dict, text_field: str, source: str, number: int, where: str) -> Doc:
+  """One JSON object as a document; CorpusError without a string under `text_field`."""
   text = row.get(text_field)
   if not isinstance(text, str):
     found = type(text).__name__ if text_field in row else f"keys {sorted(row)}"
@@ -198,7 +209,8 @@ def _encodable(text: str, where: str) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def open_stream(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  """The decompressed bytes of a file (.gz and .zst by suffix)."""
   with contextlib.ExitStack() as stack:
     raw = stack.enter_context(open(path, "rb"))
     if str(path).endswith(".gz"):
@@ -214,7 +226,7 @@ def _open(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 def _lines(path: str | os.PathLike) -> Iterator[str]:
   number = 0
   try:
-    with _open(path) as stream:
+    with open_stream(path) as stream:
       for number, line in enumerate(stream, start=1):
         try:
           yield line.decode("utf-8-sig" if number == 1 else "utf-8")
