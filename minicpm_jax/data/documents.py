@@ -1,7 +1,7 @@
-"""Readers of raw text: JSONL (.gz, .zst), Parquet, plain text (.gz), a Python iterator of strings.
+"""Readers of raw text: JSONL (.gz, .zst), Parquet, WARC, plain text (.gz), an iterable of strings.
 
 All yield `Doc` (data.md section 1) in a fixed order: files sorted by path, then file order.
-Bad input raises CorpusError naming file and line. WARC and cleaning are left to later stages.
+Bad input raises CorpusError naming file and line. Cleaning is left to later stages.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from typing import IO, Literal
 from minicpm_jax.core import extras
 
 TextSplit = Literal["file", "line", "paragraph"]
+META_FIELDS = ("url", "title", "date", "kind", "label")  # of JSON rows, kept where strings
 _TEXT_SUFFIXES = (".txt", ".md", ".text")
-_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".warc": "warc"}
 _COMPRESSION = (".gz", ".zst")
 
 
@@ -96,6 +97,10 @@ def read(
       yield from read_jsonl(path, text_field=text_field)
     elif kind == "parquet":
       yield from read_parquet(path, text_field=text_field)
+    elif kind == "warc":
+      from minicpm_jax.data import warc  # imports this module
+
+      yield from warc.read_warc(path)
     else:
       yield from read_text(path, text_split=text_split)
 
@@ -138,7 +143,7 @@ def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterat
   names = parquet.schema_arrow.names
   if text_field not in names:
     raise CorpusError(f"{path}: found columns {names}, expected a text column {text_field!r}")
-  columns = [n for n in ("id", text_field) if n in names]
+  columns = [n for n in ("id", text_field, "lang", "score", *META_FIELDS) if n in names]
   number = 0
   for batch in parquet.iter_batches(batch_size=512, columns=columns):
     for row in batch.to_pylist():
@@ -196,8 +201,15 @@ def row_doc(row: dict, text_field: str, source: str, number: int, where: str) ->
     found = type(text).__name__ if text_field in row else f"keys {sorted(row)}"
     raise CorpusError(f"{where}: found {found}, expected a string under {text_field!r}")
   own_id = row.get("id")
-  doc_id = own_id if isinstance(own_id, str) else stable_id(source, number)
-  return Doc(id=doc_id, text=_encodable(text, where), source=source)
+  lang, score = row.get("lang"), row.get("score")
+  return Doc(
+    id=own_id if isinstance(own_id, str) else stable_id(source, number),
+    text=_encodable(text, where),
+    source=source,
+    lang=lang if isinstance(lang, str) else "",
+    meta={name: row[name] for name in META_FIELDS if isinstance(row.get(name), str)},
+    score=float(score) if isinstance(score, int | float) else None,
+  )
 
 
 def _encodable(text: str, where: str) -> str:
