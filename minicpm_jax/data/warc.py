@@ -20,6 +20,7 @@ from minicpm_jax.data import documents
 from minicpm_jax.data.documents import Doc
 
 MAX_RECORD_BYTES = 64 << 20
+OnError = Callable[[documents.CorpusError], None]  # None in its place: raise
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _META_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
@@ -40,7 +41,7 @@ def read_warc(
   path: str | os.PathLike,
   *,
   extract: Callable[[str], str | None] | None = None,
-  on_error: documents.OnError | None = None,
+  on_error: OnError | None = None,
   counts: collections.Counter | None = None,
 ) -> Iterator[Doc]:
   """The pages of a WARC file as documents with meta "url" and "date".
@@ -94,9 +95,7 @@ def extract_text(html: str) -> str | None:
   return trafilatura.extract(html, include_comments=False, include_tables=True, deduplicate=False)
 
 
-def read_records(
-  path: str | os.PathLike, *, on_error: documents.OnError | None = None
-) -> Iterator[Record]:
+def read_records(path: str | os.PathLike, *, on_error: OnError | None = None) -> Iterator[Record]:
   """All records in file order; a damaged file ends with CorpusError (or `on_error`)."""
   number = 0
   try:
