@@ -167,7 +167,9 @@ class Transformer(nn.Module):
       position + 1 of this forward, or the capacity of the cache.
     """
     cfg = self.cfg
-    tokens_BT = jnp.asarray(tokens_BT)
+    tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
+      jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)
+    )
     num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
     if not self.is_initializing():
       attention.check_dense(cfg, num_keys)
@@ -212,6 +214,9 @@ class Transformer(nn.Module):
     segment_ids_BT: Ids | None = None,
   ) -> Float[Array, "B T D"]:
     """Hidden states whose `unembed` at position i predicts token i + 2 (the last: nothing)."""
+    tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
+      jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)
+    )
     if positions_BT is None:
       positions_BT = default_positions(tokens_BT, segment_ids_BT, None)
     ctx = self._context(positions_BT, segment_ids_BT, None)

@@ -1,6 +1,7 @@
 """Shared helpers of the model tests: tiny configs, randomised norms, a plain loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +30,37 @@ def config(name="minicpm4_0p5b", **overrides):
 
 
 def build(cfg, seed=0):
-  """(model, params) with norm scales that are not all 1."""
+  """(model, params): norm scales that are not all 1, kernels wide enough that attention is sharp.
+
+  At muP's initial size attention is nearly uniform and a wrong rotation would hardly show. Drawn by
+  numpy: compiling random numbers takes longer than the tests.
+  """
   model = transformer.Transformer(cfg)
-  params = transformer.init_params(model, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
 
-  def jitter(path, leaf):
-    if not jax.tree_util.keystr(path, simple=True, separator="/").endswith("scale"):
-      return leaf
-    key = jax.random.fold_in(jax.random.key(seed + 1), leaf.size)
-    return leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    std = 0.1 if name.endswith("embedding") else 0.25
+    return jnp.asarray(name.endswith("scale") + std * rng.normal(size=leaf.shape), leaf.dtype)
 
-  return model, jax.tree_util.tree_map_with_path(jitter, params)
+  return model, jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(model)[0])
 
 
 def tokens(shape, seed=0, vocab_size=256):
   return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
 
 
+@functools.cache
+def _compiled(cfg, static):
+  model = transformer.Transformer(cfg)
+  return jax.jit(lambda p, a, kw: model.apply({"params": p}, *a, **kw, **dict(static)))
+
+
 def apply(model, params, *args, **kwargs):
-  static = {k: kwargs.pop(k) for k in ("rope_length", "return_logits") if k in kwargs}
-  run = jax.jit(lambda p, a, kw: model.apply({"params": p}, *a, **kw, **static))
-  return run(params, args, kwargs)
+  """model.apply under one jit for each config, so that tests share compilations."""
+  names = ("rope_length", "return_logits")
+  static = tuple((name, kwargs.pop(name)) for name in names if name in kwargs)
+  return _compiled(model.cfg, static)(params, args, kwargs)
 
 
 def mean_loss(model, params, tokens_BT, **kwargs):

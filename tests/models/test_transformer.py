@@ -131,8 +131,7 @@ def test_bf16_stays_near_float32(dense):
   low = transformer.Transformer(dataclasses.replace(cfg, dtype="bf16"))
   out = common.apply(low, params, tokens_BT)
   assert out.logits.dtype == jnp.float32 and out.hidden.dtype == jnp.bfloat16
-  error = np.abs(out.logits - expected)
-  assert np.max(error) < 0.1 * np.std(expected)
+  assert np.mean(np.abs(out.logits - expected)) < 0.05 * np.std(expected)
 
 
 def test_logits_can_be_left_out(dense):
@@ -145,29 +144,36 @@ def test_logits_can_be_left_out(dense):
   np.testing.assert_allclose(out.hidden / cfg.logit_divisor @ head, full.logits, atol=1e-5)
 
 
+def gradients(cfg, params, tokens_BT):
+  model = transformer.Transformer(cfg)
+  loss = jax.jit(jax.value_and_grad(lambda p: common.mean_loss(model, p, tokens_BT)))
+  return loss(params)
+
+
 @pytest.mark.parametrize("name", ["minicpm4_0p5b", "minicpm_moe_8x2b"])
 def test_scan_equals_unrolled_and_remat_equals_none(name):
-  """Loss and gradients of the same weights in every form."""
+  """Loss and gradients of the same weights: stacked, and per layer under full remat."""
   cfg = common.config(name)
   _, params = common.build(cfg)
   tokens_BT = common.tokens((2, 24))
-
-  def gradients(cfg, params):
-    model = transformer.Transformer(cfg)
-    loss = lambda p: common.mean_loss(model, p, tokens_BT)  # noqa: E731
-    return jax.jit(jax.value_and_grad(loss))(params)
-
-  loss, grads = gradients(cfg, params)
+  loss, grads = gradients(cfg, params, tokens_BT)
   assert min(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads)) > 0
-  policies = ("full", "dots") if name == "minicpm4_0p5b" else ("full",)
-  for policy in policies:
-    found_loss, found = gradients(dataclasses.replace(cfg, remat=policy), params)
-    np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
-    common.assert_trees_close(found, grads, atol=1e-6)
-  flat_cfg, flat = convert.unstack_layers(cfg, params)
-  found_loss, found = gradients(dataclasses.replace(flat_cfg, remat="full"), flat)
+  flat_cfg, flat = convert.unstack_layers(dataclasses.replace(cfg, remat="full"), params)
+  found_loss, found = gradients(flat_cfg, flat, tokens_BT)
   np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
   common.assert_trees_close(convert.stack_layers(flat_cfg, found)[1], grads, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "dots", "offload"])
+def test_every_remat_policy_equals_none(policy):
+  cfg = common.config()
+  _, params = common.build(cfg)
+  tokens_BT = common.tokens((2, 24))
+  loss, grads = gradients(cfg, params, tokens_BT)
+  found_loss, found = gradients(dataclasses.replace(cfg, remat=policy), params, tokens_BT)
+  np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
+  common.assert_trees_close(found, grads, atol=1e-6)
 
 
 def test_balance_loss_is_summed_over_layers():
