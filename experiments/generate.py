@@ -88,8 +88,7 @@ def converse(chat: chat_lib.Chat) -> None:
 def run(values: flags.FlagValues) -> None:
   sampling = config.SamplingConfig(**{name: values[name].value for name in SAMPLING})
   model, params, tok = _models.load(values.model)
-  has_template = tok.chat_template is not None
-  if values.chat or values.system is not None or (has_template and not values.raw):
+  if values.chat or values.system is not None or (tok.chat_template and not values.raw):
     chat = chat_lib.Chat(model, params, tok, sampling=sampling, system=values.system)
     if values.chat:
       converse(chat)
