@@ -25,7 +25,6 @@ _LINE_FEEDS = re.compile("\n{3,}")
 _SPACES = re.compile(" +")
 _WHITESPACE_PIECE = re.compile(r"[^\s]+|[\n\r\t]+")
 _CHARACTER_PIECE = re.compile(r"\n\n|[\n\r\t]|[^\s]")
-_ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
 @runtime_checkable
@@ -72,7 +71,8 @@ def _marks() -> re.Pattern[str]:
 
 def escape(piece: str) -> str:
   """Steps 5 and 6 on one piece: LF, CR, TAB spelled out, spaces collapsed and stripped."""
-  return _SPACES.sub(" ", piece.translate(_ESCAPES)).strip(" ")
+  piece = piece.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+  return _SPACES.sub(" ", piece).strip(" ")
 
 
 # --- Segmenters ----------------------------------------------------------------------------------
@@ -94,6 +94,9 @@ class TokenizerSegmenter:
     if self.piece_mode not in ("decode", "bytes"):
       raise ValueError(f"piece_mode: found {self.piece_mode!r}, expected 'decode' or 'bytes'")
     self._words: dict[int, str] = {}
+
+  def __repr__(self) -> str:  # the executor takes a stage's repr as its identity
+    return f"TokenizerSegmenter({self.identity!r}, piece_mode={self.piece_mode!r})"
 
   @functools.cached_property
   def identity(self) -> str:
@@ -137,7 +140,7 @@ class WhitespaceSegmenter:
     return "whitespace"
 
   def words(self, text: str) -> list[str]:
-    return [escape(word) for word in _WHITESPACE_PIECE.findall(text)]
+    return _split(_WHITESPACE_PIECE, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,4 +154,8 @@ class CharacterSegmenter:
     return "character"
 
   def words(self, text: str) -> list[str]:
-    return [escape(word) for word in _CHARACTER_PIECE.findall(text)]
+    return _split(_CHARACTER_PIECE, text)
+
+
+def _split(pattern: re.Pattern[str], text: str) -> list[str]:
+  return [escape(w) if w[0] in "\n\r\t" else w for w in pattern.findall(text)]
