@@ -7,7 +7,9 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "text": ["tokenizers>=0.22", "sentencepiece>=0.2", "jinja2>=3.1.6"],
   "gguf": ["gguf>=0.17"],
-  "data": ["zstandard>=0.23", "pyarrow>=18"],
+  "data": ["zstandard>=0.23", "pyarrow>=18", "py3langid>=0.4"],
+  "dedup": ["semhash>=0.5"],
+  "spark": ["pyspark>=4.0", "pandas<3"],
   "plot": ["matplotlib>=3.9"],
   "bench": ["psutil>=6"],
   "oracle": ["torch>=2.6", "transformers>=5.17"],
@@ -17,8 +19,8 @@ EXTRAS["smoke"] = sorted(
   set(EXTRAS["quickstart"]) | {"pytest>=8", "hypothesis>=6.100", "beartype>=0.20"}
 )
 EXTRAS["dev"] = sorted(
-  {d for e in ("smoke", "bench", "oracle") for d in EXTRAS[e]}
-  | {"ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
+  {d for e in ("smoke", "bench", "oracle", "dedup") for d in EXTRAS[e]}
+  | {"datasketch>=2", "ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
 )
 
 setup(

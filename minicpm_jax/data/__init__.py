@@ -3,13 +3,25 @@
 import importlib
 
 _SUBMODULES = (
+  "decontaminate",
+  "dedup",
   "documents",
+  "executor",
+  "filters",
   "iterator",
+  "langid",
   "mixture",
+  "ngrams",
   "packing",
+  "pii",
   "python_corpus",
+  "repetition",
+  "semantic",
   "shards",
   "sources",
+  "spark",
+  "tolerant",
+  "workers",
 )
 
 __all__ = list(_SUBMODULES)
