@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
 
 from minicpm_jax.data import classifier, ultraclean
 from minicpm_jax.data.documents import Doc, Dropped
@@ -22,7 +23,13 @@ class Model:
   def load(self) -> classifier.Classifier:
     key = (self.path, self.fingerprint)
     if key not in _LOADED:
-      _LOADED[key] = classifier.load(self.path, self.segmenter)
+      loaded = classifier.load(self.path, self.segmenter)
+      if loaded.sidecar["fingerprint"] != self.fingerprint:
+        raise classifier.ClassifierError(
+          f"{self.path}: fingerprint: found {loaded.sidecar['fingerprint']}, expected "
+          f"{self.fingerprint} (the file was replaced after the stage was made)"
+        )
+      _LOADED[key] = loaded
     return _LOADED[key]
 
 
@@ -34,6 +41,7 @@ class ScoreStage:
   each model once.
   """
 
+  name: ClassVar[str] = "quality"
   models: tuple[Model, ...]
   threshold: float = classifier.THRESHOLD
 

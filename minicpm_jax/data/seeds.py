@@ -1,0 +1,196 @@
+"""Seed pools of the classifier: positives, negatives, their split (data.md 2.5).
+
+A document belongs to train, dev or test by the hash of its id, so its pieces never part. Every
+choice is by hash: the same pools give the same rows in any order of reading.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from minicpm_jax.data import dedup, documents
+from minicpm_jax.data.documents import Doc
+
+Kind = Literal["llm_scored", "instruction", "textbook", "synthetic", "web"]
+Split = Literal["train", "dev", "test"]
+KINDS = ("llm_scored", "instruction", "textbook", "synthetic", "web")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedPool:
+  """Candidate positives; `accepted` and `deltas` are what verification said of them."""
+
+  name: str
+  path: str  # file or folder that `documents.read` knows
+  lang: str
+  kind: Kind
+  accepted: bool | None = None  # None: not verified yet
+  deltas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  question_field: str = "question"  # instruction pools: keys of the JSON rows
+  answer_field: str = "answer"
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"seed pool {self.name}: kind: found {self.kind!r}, expected one of {KINDS}")
+
+
+def read_pool(pool: SeedPool) -> Iterator[Doc]:
+  """Documents of a pool; instructions become "question LF LF answer"."""
+  meta = {"pool": pool.name, "pool_kind": pool.kind}
+  docs = _instructions(pool) if pool.kind == "instruction" else documents.read([pool.path])
+  for doc in docs:
+    yield dataclasses.replace(doc, lang=doc.lang or pool.lang, meta=doc.meta | meta)
+
+
+def _instructions(pool: SeedPool) -> Iterator[Doc]:
+  for path in documents.expand([pool.path]):
+    with documents.open_stream(path) as stream:
+      for number, line in enumerate(stream, start=1):
+        where = f"{path}: line {number}"
+        try:
+          row = json.loads(line)
+        except ValueError as error:
+          raise documents.CorpusError(f"{where}: not JSON ({error})") from None
+        parts = [row.get(name) for name in (pool.question_field, pool.answer_field)]
+        if not all(isinstance(part, str) for part in parts):
+          raise documents.CorpusError(
+            f"{where}: found keys {sorted(row)}, expected strings under "
+            f"{pool.question_field!r} and {pool.answer_field!r}"
+          )
+        own = row.get("id")
+        doc_id = own if isinstance(own, str) else documents.stable_id(str(path), number)
+        yield Doc(id=doc_id, text="\n\n".join(parts), source=str(path))
+
+
+# --- Sampling ------------------------------------------------------------------------------------
+
+
+def hash_order(docs: Iterable[Doc], seed: int = 0) -> list[Doc]:
+  """The documents in a random order that depends on their ids and sources only."""
+  return sorted(docs, key=lambda doc: _digest(f"{seed}\0{doc.id}\0{doc.source}"))
+
+
+def _digest(key: str) -> bytes:
+  return hashlib.sha1(key.encode()).digest()
+
+
+def split_of(doc_id: str, *, dev_permille: int = 100, test_permille: int = 100) -> Split:
+  """Where a document belongs, by the hash of its id."""
+  number = int.from_bytes(_digest("split\0" + doc_id)[:8], "big") % 1000
+  if number < test_permille:
+    return "test"
+  return "dev" if number < test_permille + dev_permille else "train"
+
+
+def pieces(docs: Iterable[Doc], piece_chars: int = 0) -> Iterator[Doc]:
+  """Documents cut to pieces of `piece_chars` characters, ids "ID#k"; 0 = whole documents."""
+  if piece_chars < 0:
+    raise ValueError(f"piece_chars: found {piece_chars}, expected >= 0")
+  for doc in docs:
+    if piece_chars == 0 or len(doc.text) <= piece_chars:
+      yield doc
+      continue
+    for k, start in enumerate(range(0, len(doc.text), piece_chars)):
+      text = doc.text[start : start + piece_chars]
+      yield dataclasses.replace(doc, id=f"{doc.id}#{k}", text=text)
+
+
+def sample_positives(
+  pools: Mapping[str, Iterable[Doc]], *, pool_cap: int | None = None, seed: int = 0
+) -> list[Doc]:
+  """At most `pool_cap` documents of each pool, uniform in it, then all in hash order."""
+  chosen = []
+  for docs in pools.values():
+    chosen += hash_order(docs, seed)[:pool_cap]
+  return hash_order(chosen, seed)
+
+
+def sample_negatives(
+  sources: Mapping[str, Iterable[Doc]], total: int, *, seed: int = 0
+) -> list[Doc]:
+  """`total` documents in equal shares from every source, as far as they reach.
+
+  What a small source lacks is made up by the others. Fewer than `total` come back when all end.
+  """
+  queues = {name: hash_order(docs, seed) for name, docs in sources.items()}
+  taken = dict.fromkeys(queues, 0)
+  open_names = [name for name in queues if queues[name]]
+  missing = total
+  while missing > 0 and open_names:
+    share = max(missing // len(open_names), 1)
+    for name in list(open_names):
+      count = min(share, len(queues[name]) - taken[name], missing)
+      taken[name] += count
+      missing -= count
+      if taken[name] == len(queues[name]):
+        open_names.remove(name)
+  return hash_order((d for name, n in taken.items() for d in queues[name][:n]), seed)
+
+
+def without_near(
+  negatives: Iterable[Doc], positives: Iterable[Doc], cfg: dedup.MinHash | None = None
+) -> tuple[list[Doc], list[tuple[str, str]]]:
+  """(negatives unlike every positive, [(id of one left out, id of the positive)]).
+
+  Alike: MinHash similarity of at least `cfg.threshold` (0.8).
+  """
+  cfg = cfg or dedup.MinHash()
+  positives = list(positives)
+  signatures = _signatures(positives, cfg)
+  buckets: dict[tuple[int, int], list[int]] = {}
+  for row, bands in enumerate(dedup.band_hashes(signatures, cfg)):
+    for band, value in enumerate(bands.tolist()):
+      buckets.setdefault((band, value), []).append(row)
+  kept, removed = [], []
+  for doc in negatives:
+    own = dedup.signature(doc.text, cfg)
+    near = _nearest(own, signatures, buckets, cfg)
+    if near is None:
+      kept.append(doc)
+    else:
+      removed.append((doc.id, positives[near].id))
+  return kept, removed
+
+
+def _signatures(docs: Sequence[Doc], cfg: dedup.MinHash) -> np.ndarray:
+  width = cfg.num_bands * cfg.band_size
+  rows = [dedup.signature(doc.text, cfg) for doc in docs]
+  return np.stack(rows) if rows else np.zeros((0, width), np.uint64)
+
+
+def _nearest(
+  own: np.ndarray,
+  signatures: np.ndarray,
+  buckets: Mapping[tuple[int, int], list[int]],
+  cfg: dedup.MinHash,
+) -> int | None:
+  if (own == np.iinfo(np.uint64).max).all():  # nothing to compare
+    return None
+  bands = dedup.band_hashes(own[None, :], cfg)[0].tolist()
+  rows = sorted({r for band, value in enumerate(bands) for r in buckets.get((band, value), ())})
+  for row in rows:
+    if (signatures[row] == own).mean() >= cfg.threshold:
+      return row
+  return None
+
+
+def save_pools(pools: Sequence[SeedPool], path: str | os.PathLike[str]) -> None:
+  """The registry of pools with their verdicts, as JSON."""
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + ".tmp")
+  rows = [dataclasses.asdict(pool) | {"deltas": dict(pool.deltas)} for pool in pools]
+  partial.write_text(json.dumps(rows, indent=1) + "\n")
+  os.replace(partial, path)
+
+
+def load_pools(path: str | os.PathLike[str]) -> list[SeedPool]:
+  try:
+    return [SeedPool(**row) for row in json.loads(pathlib.Path(path).read_text())]
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path}: not a list of seed pools ({error})") from None
