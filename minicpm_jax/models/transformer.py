@@ -74,8 +74,13 @@ class Block(nn.Module):
     return (mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), cache), loss
 
 
-def remat(block: type[nn.Module], policy: Literal["none", "dots", "full", "offload"]) -> Any:
-  """The block under a rematerialisation policy.
+def remat(
+  block: type[nn.Module],
+  policy: Literal["none", "dots", "full", "offload"],
+  *,
+  is_scanned: bool = False,
+) -> Any:
+  """The block under a rematerialisation policy; outside a scan XLA must be kept from undoing it.
 
   dots keeps matmul results without batch dimensions (all projections, no attention scores), full
   keeps the block's input only, offload keeps that in host memory.
@@ -93,7 +98,7 @@ def remat(block: type[nn.Module], policy: Literal["none", "dots", "full", "offlo
       offload_src="device",
       offload_dst="pinned_host",
     )
-  return nn.remat(block, policy=chosen, prevent_cse=False)
+  return nn.remat(block, policy=chosen, prevent_cse=not is_scanned)
 
 
 class MTP(nn.Module):
@@ -130,7 +135,7 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.cfg
     self.embed_tokens = layers.Embed(cfg, name="embed")
-    block = remat(Block, cfg.remat)
+    block = remat(Block, cfg.remat, is_scanned=cfg.scan_layers)
     if cfg.scan_layers:
       scanned = nn.scan(
         block,
@@ -171,6 +176,10 @@ class Transformer(nn.Module):
       jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)
     )
     num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
+    if tokens_BT.shape[1] > num_keys:
+      raise ValueError(
+        f"tokens_BT: found {tokens_BT.shape[1]} tokens, expected at most the cache's {num_keys} slots"
+      )
     if not self.is_initializing():
       attention.check_dense(cfg, num_keys)
     if cache is not None and segment_ids_BT is None:

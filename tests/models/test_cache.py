@@ -110,3 +110,10 @@ def test_a_donated_cache_is_written_in_place(is_scan):
   out = run(params, common.tokens((2, 1)), cache)
   found = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((out.cache.k, out.cache.v))]
   assert sorted(found) == sorted(where)
+
+
+def test_more_tokens_than_slots_are_refused():
+  cfg = common.config()
+  model, params = common.build(cfg)
+  with pytest.raises(ValueError, match="found 5 tokens, expected at most the cache's 4 slots"):
+    model.apply({"params": params}, common.tokens((1, 5)), cache=cache_lib.init(cfg, 1, 4))
