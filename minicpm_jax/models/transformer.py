@@ -19,7 +19,18 @@ from jaxtyping import Array, Float, Int, Key
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh, types
 from minicpm_jax.models import cache as cache_lib
-from minicpm_jax.nn import attention, functional, kv, layers, mla, moe, mtp, rope
+from minicpm_jax.nn import (
+  attention,
+  functional,
+  kv,
+  layers,
+  mla,
+  moe,
+  mtp,
+  rope,
+  sparse_attention,
+  sparse_grid,
+)
 
 Ids = Int[Array | np.ndarray, "B T"]
 
@@ -41,6 +52,7 @@ class Context:
   tables: rope.RopeTables
   segment_ids_BT: Any = None
   kv_segment_ids_BS: Any = None
+  grid: Any = None  # sparse_grid.Grid where attention may be sparse
 
 
 class Block(nn.Module):
@@ -57,10 +69,11 @@ class Block(nn.Module):
     cfg, (x_BTD, cache) = self.cfg, carry
     x_BTD = checkpoint_name(x_BTD, "block_input")
     normed = layers.RMSNorm(cfg, name="attn_norm")(x_BTD)
-    attn = attention.Attention if cfg.mla is None else mla.MLA
-    branch, cache = attn(cfg, name="attn")(
-      normed, ctx.tables, ctx.segment_ids_BT, ctx.kv_segment_ids_BS, cache
-    )
+    args = (normed, ctx.tables, ctx.segment_ids_BT, ctx.kv_segment_ids_BS, cache)
+    if cfg.mla is None:
+      branch, cache = attention.Attention(cfg, name="attn")(*args, ctx.grid)
+    else:
+      branch, cache = mla.MLA(cfg, name="attn")(*args)
     x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
     x_BTD = mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed")
     normed = layers.RMSNorm(cfg, name="mlp_norm")(x_BTD)
@@ -83,17 +96,18 @@ def remat(
   """The block under a rematerialisation policy; outside a scan XLA must be kept from undoing it.
 
   dots keeps matmul results without batch dimensions (all projections, no attention scores), full
-  keeps the block's input only, offload keeps that in host memory.
+  keeps the block's input only, offload keeps that in host memory. All keep the blocks that sparse
+  attention selected: ranking them again costs time and could end in another order.
   """
   if policy == "none":
     return block
   policies = jax.checkpoint_policies
-  chosen = None
+  chosen = policies.save_only_these_names(sparse_attention.SELECTION)
   if policy == "dots":
-    chosen = policies.dots_with_no_batch_dims_saveable
+    chosen = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, chosen)
   elif policy == "offload":
     chosen = policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
+      names_which_can_be_saved=[sparse_attention.SELECTION],
       names_which_can_be_offloaded=["block_input"],
       offload_src="device",
       offload_dst="pinned_host",
@@ -178,10 +192,9 @@ class Transformer(nn.Module):
     num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
     if tokens_BT.shape[1] > num_keys:
       raise ValueError(
-        f"tokens_BT: found {tokens_BT.shape[1]} tokens, expected at most the cache's {num_keys} slots"
+        f"tokens_BT: found {tokens_BT.shape[1]} tokens, "
+        f"expected at most the cache's {num_keys} slots"
       )
-    if not self.is_initializing():
-      attention.check_dense(cfg, num_keys)
     if cache is not None and segment_ids_BT is None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
@@ -191,7 +204,7 @@ class Transformer(nn.Module):
     ctx = self._context(positions_BT, segment_ids_BT, rope_length)
     x_BTD = self.embed(tokens_BT)
     if cache is not None:
-      cache, ctx = _extend(cache, segment_ids_BT, ctx)
+      cache, ctx = _extend(cfg, cache, segment_ids_BT, ctx)
     x_BTD, cache, losses = self._run_layers(x_BTD, cache, ctx)
     hidden_BTD = self.final_norm(x_BTD)
     if cfg.mtp is not None and self.is_initializing():
@@ -234,14 +247,17 @@ class Transformer(nn.Module):
   def _context(self, positions_BT, segment_ids_BT, rope_length) -> Context:
     cfg = self.cfg
     tables = rope.tables(cfg.rope, cfg.rotary_dim, cfg.max_position, positions_BT, rope_length)
-    return Context(tables, segment_ids_BT, segment_ids_BT)
+    grid, (B, T) = None, positions_BT.shape if segment_ids_BT is None else segment_ids_BT.shape
+    if cfg.sparse is not None and not sparse_grid.is_always_dense(cfg.sparse, T):
+      grid = sparse_grid.make_grid(cfg.sparse, T, T, B, segment_ids_BS=segment_ids_BT)
+    return Context(tables, segment_ids_BT, segment_ids_BT, grid)
 
   def _run_layers(self, x_BTD, cache, ctx):
     if self.cfg.scan_layers:
       view = None if cache is None else cache_lib.layer_view(cache, None)
       (x_BTD, view), losses = self.layers((x_BTD, view), ctx)
       if cache is not None:
-        cache = cache.replace(k=view.k, v=view.v, length=cache.length + x_BTD.shape[1])
+        cache = cache_lib.after(cache, view, x_BTD.shape[1])
       return x_BTD, cache, None if losses is None else jnp.sum(losses)
     views, total = [], None
     for i, block in enumerate(self.layers):
@@ -250,8 +266,7 @@ class Transformer(nn.Module):
       views.append(view)
       total = loss if total is None else total + loss
     if cache is not None:
-      k, v = tuple(w.k for w in views), tuple(w.v for w in views)
-      cache = cache.replace(k=k, v=v, length=cache.length + x_BTD.shape[1])
+      cache = cache_lib.after(cache, views, x_BTD.shape[1])
     return x_BTD, cache, total
 
 
@@ -272,13 +287,18 @@ def default_positions(
   return positions_BT + is_first_run_BT * jnp.sum(is_same_BS, axis=1, keepdims=True)
 
 
-def _extend(cache: cache_lib.KVCache, segment_ids_BT, ctx: Context):
+def _extend(cfg: ModelConfig, cache: cache_lib.KVCache, segment_ids_BT, ctx: Context):
   """The cache with the new tokens' segment ids, and the context whose keys are all its slots."""
   zero = jnp.zeros((), jnp.int32)
   ids_BS = jax.lax.dynamic_update_slice(
     cache.segment_ids_BS, segment_ids_BT.astype(jnp.int32), (zero, cache.length)
   )
-  return cache.replace(segment_ids_BS=ids_BS), ctx.replace(kv_segment_ids_BS=ids_BS)
+  grid = None
+  if cache.fine is not None:
+    (B, T), start = segment_ids_BT.shape, cache.length
+    more = dict(kv_length=start + T, segment_ids_BS=ids_BS, has_base=True)
+    grid = sparse_grid.make_grid(cfg.sparse, T, cache.capacity, B, q_offset=start, **more)
+  return cache.replace(segment_ids_BS=ids_BS), ctx.replace(kv_segment_ids_BS=ids_BS, grid=grid)
 
 
 def init_params(model: Transformer, key: Key[Array, ""]) -> types.Params:
