@@ -1,0 +1,71 @@
+"""Launching Triton kernels through jax-triton, and what a CUDA backend must check first.
+
+Every op's `triton.py` starts its kernels with `launch`; `triton_kernels.py` holds their bodies.
+jax-triton has no batching rule, no gradient and no CPU interpreter: kernels carry the batch axis,
+gradients come from the op's `vjp.py`, values are tested by a process of its own that replaces
+`launch` (tests/pallas_kernels/triton_host.py).
+"""
+
+import importlib
+
+import jax
+
+FLOATS = ("bfloat16", "float16", "float32")
+
+
+def check_cuda(op: str, compute_capability: int | None) -> None:
+  """Raises NotImplementedError unless a kernel can be compiled for the device in use.
+
+  `compute_capability` (80, 90, ...) named in a config lowers for that device from any machine.
+  """
+  if compute_capability is None:
+    if jax.default_backend() != "gpu":
+      raise NotImplementedError(
+        f"{op}: triton needs a CUDA device, the default backend is {jax.default_backend()}"
+      )
+    capability = float(jax.devices()[0].compute_capability)
+    if capability < 8.0:
+      raise NotImplementedError(f"{op}: triton needs compute capability 8.0, found {capability}")
+  try:
+    importlib.import_module("jax_triton")
+  except ImportError as error:
+    raise NotImplementedError(f"{op}: {error} (pip install minicpm_jax[gpu])") from error
+
+
+def check_arrays(op: str, **arrays) -> None:
+  """Raises NotImplementedError unless all share one float type that the kernels serve."""
+  found = {name: str(x.dtype) for name, x in arrays.items()}
+  if len(set(found.values())) != 1 or next(iter(found.values())) not in FLOATS:
+    raise NotImplementedError(f"{op}: found types {found}, expected one of {FLOATS} for all")
+
+
+def require_power_of_two(op: str, **sizes: int) -> None:
+  for name, size in sizes.items():
+    if size < 1 or size & (size - 1):
+      raise NotImplementedError(f"{op}: {name} = {size}, expected a power of two")
+
+
+def next_power_of_two(n: int, *, least: int = 1) -> int:
+  return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def precision(dtype) -> str:
+  """Matmul inputs as they are: float32 is not rounded to TF32."""
+  return "ieee" if str(dtype) == "float32" else "tf32"
+
+
+def launch(
+  kernel, *arrays, out_shape, grid, num_warps, num_stages, compute_capability=None, **sizes
+):
+  """Runs a `triton.jit` function on the arrays, then the outputs, then constants by name."""
+  jax_triton = importlib.import_module("jax_triton")
+  return jax_triton.triton_call(
+    *arrays,
+    kernel=kernel,
+    out_shape=out_shape,
+    grid=grid,
+    num_warps=num_warps,
+    num_stages=num_stages,
+    compute_capability=compute_capability,
+    **sizes,
+  )

@@ -1,0 +1,270 @@
+"""Attention over selected blocks on NVIDIA GPUs (sm_80 and later) through jax-triton.
+
+Residuals: q, k, v, out, lists [B, K, T, W] int32, lse [B, T, N] float32. The backward pass inverts
+the lists (queries sorted by block), cuts every block's queries into runs of `run_queries`, and adds
+the runs' float32 dk and dv in order: forward and backward are bitwise deterministic. Memory of the
+backward beyond the residuals: 8 * block * H bytes a run, at most M + T * W / run_queries runs a
+key head, and 4 * N * H bytes a query where there is a band.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import gpu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TritonConfig:
+  """Tiles and warps: `list_*` one query or one run, `band_*` several queries at once."""
+
+  list_warps: int = 4
+  list_stages: int = 2
+  kv_rows: int = 64  # query rows (queries times group) of a dk, dv step
+  kv_warps: int = 8
+  kv_stages: int = 2
+  run_queries: int = 4096
+  band_rows: int = 128  # query rows of a band tile
+  band_keys: int = 64
+  band_warps: int = 8
+  band_stages: int = 2
+  compute_capability: int | None = None  # None = of the device in use
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      is_count = field.name.endswith("stages") or field.name == "compute_capability"
+      if not is_count and (value < 1 or value & (value - 1)):
+        raise ValueError(f"TritonConfig.{field.name}: found {value}, expected a power of two")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  block: int
+  num_local: int
+  config: TritonConfig
+
+
+def attend_triton(
+  q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, *, block_size, num_local=0, config=None
+):
+  """As `vjp.attend_xla`, or NotImplementedError with the reason.
+
+  Positions go up by one along T; lists ascend.
+  """
+  config = config or TritonConfig()
+  gpu.check_cuda("sparse_attention", config.compute_capability)
+  gpu.check_arrays("sparse_attention", q=q_BTNH, k=k_BSKH, v=v_BSKH)
+  gpu.require_power_of_two("sparse_attention", block_size=block_size)
+  H, V = q_BTNH.shape[-1], v_BSKH.shape[-1]
+  if H != V or H > 256:
+    raise NotImplementedError(f"sparse_attention: head widths {H} and {V}, equal ones up to 256")
+  pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)
+  static = _Static(block_size, num_local, config)
+  return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
+
+
+def _sizes(static: _Static, q_BTNH, k_BSKH) -> dict:
+  """Constants that all kernels share."""
+  (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  return dict(
+    scale=H**-0.5,
+    T=T,
+    S=S,
+    K=K,
+    G=N // K,
+    GP=gpu.next_power_of_two(N // K),
+    H=H,
+    HP=gpu.next_power_of_two(H, least=16),
+    BLOCK=static.block,
+    PRECISION=gpu.precision(q_BTNH.dtype),
+    compute_capability=static.config.compute_capability,
+  )
+
+
+def _list_sizes(static: _Static, ids_BKTW) -> dict:
+  W = ids_BKTW.shape[-1]
+  return dict(
+    W=W,
+    WP=gpu.next_power_of_two(W),
+    NUM_LOCAL=static.num_local,
+    num_warps=static.config.list_warps,
+    num_stages=static.config.list_stages,
+  )
+
+
+def _band_sizes(static: _Static, sizes: dict) -> dict:
+  config = static.config
+  return dict(
+    NUM_LOCAL=static.num_local,
+    QUERIES=max(1, config.band_rows // sizes["GP"]),
+    KEYS=config.band_keys,
+    num_warps=config.band_warps,
+    num_stages=config.band_stages,
+  )
+
+
+def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT):
+  from pallas_kernels.sparse_attention import triton_kernels
+
+  (B, T, N, _), K = q_BTNH.shape, k_BSKH.shape[2]
+  sizes = _sizes(static, q_BTNH, k_BSKH)
+  out_shape = (
+    jax.ShapeDtypeStruct(q_BTNH.shape, v_BSKH.dtype),
+    jax.ShapeDtypeStruct((B, T, N), jnp.float32),
+  )
+  if static.num_local:
+    band = _band_sizes(static, sizes)
+    band_out, band_lse = gpu.launch(
+      triton_kernels.band_forward,
+      *(q_BTNH, k_BSKH, v_BSKH, pos_BT, start_BT),
+      out_shape=out_shape,
+      grid=(-(-T // band["QUERIES"]), K, B),
+      **sizes,
+      **band,
+    )
+  else:
+    band_out, band_lse = q_BTNH, start_BT  # not read
+  return gpu.launch(
+    triton_kernels.list_forward,
+    *(q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, band_out, band_lse),
+    out_shape=out_shape,
+    grid=(T, K, B),
+    **sizes,
+    **_list_sizes(static, ids_BKTW),
+  )
+
+
+def _invert(static: _Static, ids_BKTW, pos_BT, num_blocks: int):
+  """(queries [B, K, T*W] sorted by block, first run [B, K, M+1], and of each run: block, begin, end).
+
+  Runs hold at most `run_queries` entries of one block; there are M + T*W / run_queries of them.
+  """
+  B, K, T, W = ids_BKTW.shape
+  M, size = num_blocks, static.config.run_queries
+  is_entry = ids_BKTW >= 0
+  if static.num_local:
+    is_entry = is_entry & (
+      ids_BKTW <= (pos_BT // static.block - static.num_local)[:, None, :, None]
+    )
+  block_BKE = jnp.reshape(jnp.where(is_entry, ids_BKTW, M), (B, K, T * W))
+  t_TW = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (T, W))
+  if (M + 1) * T < 2**31:  # block and query in one integer: a sort of one array
+    key_BKE = jnp.sort(block_BKE * T + jnp.reshape(t_TW, (1, 1, -1)), axis=-1)
+    block_BKE, queries_BKE = key_BKE // T, key_BKE % T
+  else:
+    t_BKE = jnp.broadcast_to(jnp.reshape(t_TW, (1, 1, -1)), block_BKE.shape)
+    block_BKE, queries_BKE = jax.lax.sort((block_BKE, t_BKE), num_keys=1, is_stable=True)
+  edges = jnp.arange(M + 1, dtype=jnp.int32)
+  find = functools.partial(jnp.searchsorted, side="left")
+  bounds = jax.vmap(jax.vmap(lambda row: find(row, edges)))(block_BKE).astype(jnp.int32)
+  lengths_BKM = bounds[..., 1:] - bounds[..., :-1]
+  ends_BKM = jnp.cumsum(-(-lengths_BKM // size), axis=-1, dtype=jnp.int32)
+  first_run = jnp.pad(ends_BKM, ((0, 0), (0, 0), (1, 0)))
+  run_R = jnp.arange(M + T * W // size, dtype=jnp.int32)
+  find = functools.partial(jnp.searchsorted, side="right")
+  own_BKR = jax.vmap(jax.vmap(lambda row: find(row, run_R)))(ends_BKM).astype(jnp.int32)
+  is_run = own_BKR < M
+  own_BKR = jnp.minimum(own_BKR, M - 1)
+
+  def of_block(x_BKM):
+    return jnp.take_along_axis(x_BKM, own_BKR, axis=-1)
+
+  begin_BKR = (
+    of_block(bounds[..., :-1]) + (run_R[None, None] - of_block(first_run[..., :-1])) * size
+  )
+  end_BKR = jnp.minimum(begin_BKR + size, of_block(bounds[..., 1:]))
+  return queries_BKE, first_run, jnp.where(is_run, own_BKR, -1), begin_BKR, end_BKR
+
+
+def _backward(static: _Static, residuals, cotangents):
+  from pallas_kernels.sparse_attention import triton_kernels
+
+  q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, out_BTNH, lse_BTN = residuals
+  dout_BTNH, dlse_BTN = cotangents
+  config = static.config
+  (B, T, _, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  M = -(-S // static.block)
+  sizes = _sizes(static, q_BTNH, k_BSKH)
+  # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
+  delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
+  delta_BTN = delta_BTN - jnp.where(lse_BTN > -jnp.inf, dlse_BTN, 0.0)
+  dout_BTNH = dout_BTNH.astype(q_BTNH.dtype)
+  grads = (dout_BTNH, lse_BTN, delta_BTN)
+  queries = max(1, config.kv_rows // sizes["GP"])
+  kv = dict(QUERIES=queries, num_warps=config.kv_warps, num_stages=config.kv_stages)
+  share = jax.ShapeDtypeStruct(k_BSKH.shape, jnp.float32)
+  band_dq, band_dk, band_dv = delta_BTN, delta_BTN, delta_BTN  # not read where there is no band
+  if static.num_local:
+    band = _band_sizes(static, sizes)
+    inputs = (q_BTNH, k_BSKH, v_BSKH, pos_BT, start_BT, *grads)
+    band_dq = gpu.launch(
+      triton_kernels.band_backward_q,
+      *inputs,
+      out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32),
+      grid=(-(-T // band["QUERIES"]), K, B),
+      **sizes,
+      **band,
+    )
+    band_dk, band_dv = gpu.launch(
+      triton_kernels.band_backward_kv,
+      *inputs,
+      out_shape=(share, share),
+      grid=(M, K, B),
+      NUM_LOCAL=static.num_local,
+      **sizes,
+      **kv,
+    )
+  dq_BTNH = gpu.launch(
+    triton_kernels.list_backward_q,
+    *(q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, *grads, band_dq),
+    out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+    grid=(T, K, B),
+    **sizes,
+    **_list_sizes(static, ids_BKTW),
+  )
+  queries_BKE, first_run, block_BKR, begin_BKR, end_BKR = _invert(static, ids_BKTW, pos_BT, M)
+  R = block_BKR.shape[-1]
+  run_share = jax.ShapeDtypeStruct((B, K, R, static.block, H), jnp.float32)
+  runs = gpu.launch(
+    triton_kernels.list_backward_kv,
+    *(q_BTNH, k_BSKH, v_BSKH, queries_BKE, block_BKR, begin_BKR, end_BKR, pos_BT, start_BT, *grads),
+    out_shape=(run_share, run_share),
+    grid=(R, K, B),
+    E=queries_BKE.shape[-1],
+    R=R,
+    **sizes,
+    **kv,
+  )
+  names = ("S", "K", "H", "HP", "BLOCK", "compute_capability")
+  dk_BSKH, dv_BSKH = (
+    gpu.launch(
+      triton_kernels.sum_runs,
+      *(x, first_run, band_share),
+      out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
+      grid=(M, K, B),
+      M=M,
+      R=R,
+      NUM_LOCAL=static.num_local,
+      num_warps=4,
+      num_stages=2,
+      **{name: sizes[name] for name in names},
+    )
+    for x, band_share, like in zip(runs, (band_dk, band_dv), (k_BSKH, v_BSKH), strict=True)
+  )
+  return dq_BTNH, dk_BSKH, dv_BSKH, None, None, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, *arrays):
+  return _forward(static, *arrays)
+
+
+def _attend_fwd(static: _Static, *arrays):
+  out, lse = _forward(static, *arrays)
+  return (out, lse), (*arrays, out, lse)
+
+
+_attend.defvjp(_attend_fwd, _backward)

@@ -1,0 +1,140 @@
+"""Block selection on NVIDIA GPUs (sm_80 and later) through jax-triton.
+
+Queries go in runs whose block scores fit `max_score_bytes`; a run is two kernels, scores then
+choice. Deterministic. Scores are float32 sums of the products of the input type, so a choice can
+differ from the reference's where two blocks' scores differ by rounding.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.common import gpu
+from pallas_kernels.sparse_topk import rule as rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TritonConfig:
+  """Tiles of the score kernel, warps of both, bytes of block scores held at a time."""
+
+  block_q: int = 8  # queries of one program; times the group size = rows of its matmuls
+  block_c: int = 64  # compressed keys of one tile
+  num_warps: int = 8
+  num_stages: int = 3
+  blocks_per_warp: int = 1024  # of the row of scores that a choice holds in registers
+  max_score_bytes: int = 2**28
+  compute_capability: int | None = None  # None = of the device in use
+
+  def __post_init__(self):
+    for name in ("block_q", "block_c", "num_warps", "blocks_per_warp"):
+      value = getattr(self, name)
+      if value < 1 or value & (value - 1):
+        raise ValueError(f"TritonConfig.{name}: found {value}, expected a power of two")
+
+
+def default_config(group: int) -> TritonConfig:
+  """128 rows a matmul: what a Hopper warpgroup pair fills."""
+  return TritonConfig(block_q=max(1, 128 // gpu.next_power_of_two(group)))
+
+
+def select_triton(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BFKH,
+  q_offset,
+  start_BT,
+  rule: rules.Rule,
+  num_slots: int,
+  config: TritonConfig | None = None,
+):
+  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  B, T, N, H = q_BTNH.shape
+  F, K = fine_BFKH.shape[1:3]
+  config = config or default_config(N // K)
+  gpu.check_cuda("sparse_topk", config.compute_capability)
+  gpu.check_arrays("sparse_topk", q=q_BTNH, fine=fine_BFKH)
+  per_block = rule.block_size // rule.kernel_stride
+  gpu.require_power_of_two("sparse_topk", **{"block_size / kernel_stride": per_block})
+  left = rule.kernel_size // rule.kernel_stride - 1
+  if left > per_block:
+    raise NotImplementedError(f"sparse_topk: a window of {rule.kernel_size} spans three blocks")
+  if H > 256:
+    raise NotImplementedError(f"sparse_topk: head width {H}, at most 256")
+  from pallas_kernels.sparse_topk import triton_kernels
+
+  is_exact = rule.lse == "exact"
+  norm_BCKH, level = (fine_BFKH, 1) if is_exact else (coarse_BFKH, rules.COARSE)
+  # A pointer is never read where there is no key; a zero-sized array has none to give.
+  norm_BCKH, fine_BFKH = (
+    x if x.shape[1] else jnp.zeros((B, 1, K, H), x.dtype) for x in (norm_BCKH, fine_BFKH)
+  )
+  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+  M, W, G = rule.num_blocks(num_slots), rule.num_selected, N // K
+  MP = gpu.next_power_of_two(M)
+  most = config.max_score_bytes // (4 * B * K * M) // config.block_q * config.block_q
+  rows = max(config.block_q, min(most, -(-T // config.block_q) * config.block_q))
+  shared = dict(T=T, K=K, M=M, ROWS=rows, compute_capability=config.compute_capability)
+
+  def run(first):
+    first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
+    scores_BKrM = gpu.launch(
+      triton_kernels.block_scores,
+      q_BTNH,
+      fine_BFKH,
+      norm_BCKH,
+      offset_B,
+      start_BT,
+      first_1,
+      out_shape=jax.ShapeDtypeStruct((B, K, rows, M), jnp.float32),
+      grid=(rows // config.block_q, K, B),
+      num_warps=config.num_warps,
+      num_stages=config.num_stages,
+      scale=H**-0.5,
+      F=F,
+      C=coarse_BFKH.shape[1] if not is_exact else F,
+      G=G,
+      GP=gpu.next_power_of_two(G),
+      H=H,
+      HP=gpu.next_power_of_two(H, least=16),
+      SIZE=rule.kernel_size,
+      STRIDE=rule.kernel_stride,
+      NORM_SIZE=level * rule.kernel_size,
+      NORM_STRIDE=level * rule.kernel_stride,
+      PER_BLOCK=per_block,
+      QUERIES=config.block_q,
+      KEYS=max(config.block_c, per_block),
+      PRECISION=gpu.precision(q_BTNH.dtype),
+      **shared,
+    )
+    return gpu.launch(
+      triton_kernels.choose,
+      scores_BKrM,
+      offset_B,
+      start_BT,
+      first_1,
+      out_shape=(
+        jax.ShapeDtypeStruct((B, K, rows, W), jnp.int32),
+        jax.ShapeDtypeStruct((B, K, rows), jnp.int32),
+      ),
+      grid=(rows, K, B),
+      num_warps=min(16, max(1, MP // config.blocks_per_warp)),
+      num_stages=1,
+      MP=MP,
+      W=W,
+      WP=gpu.next_power_of_two(W),
+      BLOCK=rule.block_size,
+      INIT=rule.init_blocks,
+      LOCAL=rule.num_local,
+      TOPK=rule.topk,
+      JOINT=rule.selection == "joint",
+      **shared,
+    )
+
+  if rows >= T:
+    ids_BKrW, counts_BKr = run(np.int32(0))
+    return ids_BKrW[:, :, :T], counts_BKr[:, :, :T]
+  ids, counts = jax.lax.map(run, jnp.arange(0, T, rows, dtype=jnp.int32))
+  ids_BKTW = jnp.reshape(jnp.moveaxis(ids, 0, 2), (B, K, -1, W))[:, :, :T]
+  return ids_BKTW, jnp.reshape(jnp.moveaxis(counts, 0, 2), (B, K, -1))[:, :, :T]
