@@ -37,10 +37,14 @@ class TrainResult:
   is_stopped: bool  # SIGTERM came before the last step; the state is saved
 
 
-def train(cfg: config.TrainConfig, workdir: str | os.PathLike[str]) -> TrainResult:
+def train(
+  cfg: config.TrainConfig, workdir: str | os.PathLike[str], *, tok: Any = None
+) -> TrainResult:
   """Trains `cfg` in `workdir` to `cfg.num_steps`, or goes on from where the workdir stands.
 
-  Starting again is how a run is resumed, extended (larger num_steps) or moved to another mesh.
+  The tokenizer `tok` (default: that of the run or folder it starts from) goes to
+  `workdir/tokenizer`, where `load_run` finds it. Starting again is how a run is resumed, extended
+  (larger num_steps) or moved to another mesh.
   Raises window.NonFiniteError with a diagnosis when a loss or gradient is not finite.
   """
   if cfg.compilation_cache is not None:
@@ -48,14 +52,16 @@ def train(cfg: config.TrainConfig, workdir: str | os.PathLike[str]) -> TrainResu
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   with contextlib.ExitStack() as stack:
-    run = _Run(cfg, pathlib.Path(workdir), stack)
+    run = _Run(cfg, pathlib.Path(workdir), tok, stack)
     return run.train()
 
 
 class _Run:
   """The pieces of one run and the state that steps replace."""
 
-  def __init__(self, cfg: config.TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
+  def __init__(
+    self, cfg: config.TrainConfig, workdir: pathlib.Path, tok: Any, stack: contextlib.ExitStack
+  ):
     self.cfg, self.workdir = cfg, workdir
 
     # --- Mesh ------------------------------------------------------------------------------------
@@ -91,7 +97,7 @@ class _Run:
     begun = start.begin(cfg, model, optimizer, self.abstract, self.mesh, self.store)
     self.state, self.step, self.tokens = begun.state, begun.step, begun.tokens
     data_line = start.seek_data(self.batches, begun)
-    start.write_workdir(workdir, cfg, self.mesh, begun.tokenizer)
+    start.write_workdir(workdir, cfg, self.mesh, tok or begun.tokenizer)
 
     # --- Logging ---------------------------------------------------------------------------------
     self.writer = stack.enter_context(

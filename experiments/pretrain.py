@@ -1,0 +1,52 @@
+"""WSD pretraining of any config, on one device or many machines; starting it again resumes.
+
+  python -m experiments.pretrain --config=minicpm4_0p5b --workdir=runs/a --data=web:data/web
+  python -m experiments.pretrain --workdir=runs/a                  # resumes from its config.py
+  python -m experiments.pretrain --config=nano --workdir=runs/b --set branch_from=runs/a@800
+  srun python -m experiments.pretrain --distributed --config=... --workdir=SHARED_FOLDER
+
+Flags are those of experiments/_flags.py, and --tokenizer=FOLDER, which is copied into the workdir
+so that generate and export_hf find it. On several machines every process runs the same command
+(with --distributed, or --coordinator, --num_processes, --process_id) and sees the same workdir.
+SIGTERM saves a checkpoint and leaves with status 0.
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import _flags
+from minicpm_jax.ckpt import run_config
+from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.text import tokenizer as tokenizer_lib
+from minicpm_jax.train import loop
+
+flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer that the data was made with.")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Exit status: 0, or 1 after one message for bad input."""
+  try:
+    values = flags.FLAGS
+    rest = values(sys.argv if argv is None else argv)[1:]
+    if rest:
+      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+    _flags.start_distributed(values)
+    logging_lib.quiet_libraries()
+    workdir, tok = _flags.get_workdir(values), None
+    if values.config is None and (workdir / run_config.FILE_NAME).exists():
+      values.config = str(workdir / run_config.FILE_NAME)
+    cfg = _flags.get_config(values)
+    if values.tokenizer is not None:
+      tok = tokenizer_lib.load_tokenizer(values.tokenizer)
+      if tok is None:
+        raise ValueError(f"--tokenizer: found none in {values.tokenizer}")
+    loop.train(cfg, workdir, tok=tok)
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"pretrain: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
