@@ -77,8 +77,7 @@ def run(
   folder = pathlib.Path(out_folder)
   folder.mkdir(parents=True, exist_ok=True)
   with _locked(folder):
-    for stale in folder.glob(".tmp-*"):
-      stale.unlink(missing_ok=True)
+    _remove_stale(folder)
     tasks = _tasks(inputs, stages, reader)
     _refuse_strangers(folder, tasks)
     todo = [task for task in tasks if not _is_done(folder, task)]
@@ -95,6 +94,7 @@ def run(
       names = ", ".join(todo[i].name for i in sorted(failures))
       first = failures[min(failures)]
       raise ExecutorError(f"{len(failures)} of {len(tasks)} shards failed ({names}): {first}")
+    _remove_stale(folder)
     return _finish(folder, tasks, num_resumed=len(tasks) - len(todo))
 
 
@@ -260,6 +260,12 @@ def _locked(folder: pathlib.Path):
     yield
 
 
+def _remove_stale(folder: pathlib.Path) -> None:
+  """Temporary files of killed processes."""
+  for path in folder.glob(".tmp-*"):
+    path.unlink(missing_ok=True)
+
+
 def _tasks(inputs, stages: Sequence[Stage], reader: Reader) -> list[_Task]:
   """One task a file, in input order; a file given twice is read once."""
   how = [_identity(reader), *map(_identity, stages)]
@@ -300,7 +306,8 @@ def _is_done(folder: pathlib.Path, task: _Task) -> bool:
 
 def _refuse_strangers(folder: pathlib.Path, tasks: list[_Task]) -> None:
   known = {task.name for task in tasks}
-  strange = sorted(p.stem for p in folder.glob("*.parquet") if p.stem not in known)
+  shards = (p.stem for p in folder.glob("[!.]*.parquet"))
+  strange = sorted(name for name in shards if name not in known)
   if strange:
     raise ExecutorError(
       f"{folder}: found shards of inputs that are not in this run ({', '.join(strange[:3])}), "

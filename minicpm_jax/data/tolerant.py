@@ -6,12 +6,12 @@ rest is read. Memory stays bounded by `max_bytes` whatever the length of a line.
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO
 
 from minicpm_jax.core import extras
 from minicpm_jax.data import documents
@@ -159,7 +159,7 @@ def _doc(row: dict, text_field: str, path: str, number: int, where: str):
   )
 
 
-def _bounded_lines(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def _bounded_lines(stream: io.BufferedIOBase, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
   """(number, line), with None for a line over `max_bytes`, which is skipped in pieces."""
   number = 0
   while line := stream.readline(max_bytes + 1):
