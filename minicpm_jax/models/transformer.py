@@ -201,7 +201,7 @@ class Transformer(nn.Module):
       positions_BT = default_positions(tokens_BT, segment_ids_BT, cache)
     if rope_length is None and cache is not None:
       rope_length = cache.capacity
-    ctx = self._context(positions_BT, segment_ids_BT, rope_length)
+    ctx = self._context(tokens_BT.shape, positions_BT, segment_ids_BT, rope_length)
     x_BTD = self.embed(tokens_BT)
     if cache is not None:
       cache, ctx = _extend(cfg, cache, segment_ids_BT, ctx)
@@ -241,13 +241,13 @@ class Transformer(nn.Module):
     )
     if positions_BT is None:
       positions_BT = default_positions(tokens_BT, segment_ids_BT, None)
-    ctx = self._context(positions_BT, segment_ids_BT, None)
+    ctx = self._context(tokens_BT.shape, positions_BT, segment_ids_BT, None)
     return self.mtp(hidden_BTD, self.embed(mtp.shift_left(tokens_BT)), ctx)
 
-  def _context(self, positions_BT, segment_ids_BT, rope_length) -> Context:
+  def _context(self, shape, positions_BT, segment_ids_BT, rope_length) -> Context:
     cfg = self.cfg
     tables = rope.tables(cfg.rope, cfg.rotary_dim, cfg.max_position, positions_BT, rope_length)
-    grid, (B, T) = None, positions_BT.shape if segment_ids_BT is None else segment_ids_BT.shape
+    (B, T), grid = shape, None
     if cfg.sparse is not None and not sparse_grid.is_always_dense(cfg.sparse, T):
       grid = sparse_grid.make_grid(cfg.sparse, T, T, B, segment_ids_BS=segment_ids_BT)
     return Context(tables, segment_ids_BT, segment_ids_BT, grid)

@@ -1,33 +1,18 @@
 """Dense causal attention: the one call into `pallas_kernels.flash`, and the GQA block.
 
-Sparse attention (InfLLM v2) is not built yet: a config that would need it at this length raises
-`SparseAttentionNotBuilt`; below `dense_len` the same weights run dense, as released.
+Where the config has `sparse` and a sequence may reach its dense_len, the block attends to selected
+blocks instead (`sparse_attention`); below dense_len the same weights run dense.
 """
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh
-from minicpm_jax.nn import kv, layers, rope
+from minicpm_jax.nn import kv, layers, rope, sparse_attention, sparse_cache, sparse_grid
 from pallas_kernels.flash import api as flash
-
-
-class SparseAttentionNotBuilt(NotImplementedError):
-  """The config asks for InfLLM v2 attention at this length; only dense attention exists."""
-
-
-def check_dense(cfg: ModelConfig, key_length: int) -> None:
-  """Raises where `cfg.sparse` wants sparse attention over `key_length` keys (models.md 2.2)."""
-  if cfg.sparse is None:
-    return
-  dense_len = cfg.sparse.dense_len
-  if dense_len == -1 or key_length >= dense_len:
-    raise SparseAttentionNotBuilt(
-      f"model.sparse: found dense_len {dense_len} and {key_length} keys (sequence length or cache "
-      "capacity), expected fewer keys than dense_len: sparse attention is not built yet. "
-      "Set model.sparse to None for dense attention at every length (same weights)."
-    )
 
 
 def attend(
@@ -59,6 +44,22 @@ def attend(
   return mesh.constrain(out_BTNV, "act_batch", "act_seq", "act_heads", None)
 
 
+def attend_sparse(
+  cfg: ModelConfig,
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKH: Float[Array, "B S K H"],
+  grid: sparse_grid.Grid,
+  compressed: tuple[Float[Array, "B F K H"], Float[Array, "B C K H"]] | None = None,
+  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]] | None = None,
+) -> Float[Array, "B T N H"]:
+  """InfLLM v2 attention on a grid; `cfg.attention` "ref" holds T x S arrays and has no cache."""
+  args = (q_BTNH, k_BSKH, v_BSKH, cfg.sparse, grid)
+  if cfg.attention == "ref" and compressed is None:
+    return sparse_attention.attend_anywhere(*args, nope)
+  return sparse_attention.sparse_attend(*args, compressed, nope)
+
+
 class Attention(nn.Module):
   """Grouped-query attention with RoPE (models.md 3.2); cache in, cache out."""
 
@@ -72,6 +73,7 @@ class Attention(nn.Module):
     segment_ids_BT: Int[Array, "B T"] | None = None,
     kv_segment_ids_BS: Int[Array, "B S"] | None = None,
     cache: kv.LayerCache | None = None,
+    grid: sparse_grid.Grid | None = None,
   ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
     cfg = self.cfg
     D, N, K, H = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -79,11 +81,32 @@ class Attention(nn.Module):
     q_BTNH = layers.Linear(cfg, (D, N, H), ("embed", "heads", "head_dim"), name="q")(x_BTD)
     k_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="k")(x_BTD)
     v_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="v")(x_BTD)
+    nope = (q_BTNH, k_BSKH) if grid is not None and cfg.sparse.use_nope else None
     q_BTNH, k_BSKH = rope.apply_rope(q_BTNH, tables), rope.apply_rope(k_BSKH, tables)
-    q_offset = 0
+    q_offset, before, compressed = 0, cache, None
     if cache is not None:
       q_offset = cache.length
       cache, k_BSKH, v_BSKH = kv.write(cache, k_BSKH, v_BSKH)
-    out_BTNH = attend(cfg, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, kv_segment_ids_BS, q_offset)
+    if cache is not None and grid is not None:
+      scored_BSKH, arrays = k_BSKH, {}
+      if nope is not None:
+        arrays["k_nope"], scored_BSKH = kv.write_nope(before, nope[1])
+        nope = (nope[0], scored_BSKH)
+      levels, compressed = sparse_cache.extend(before, scored_BSKH, cfg.sparse, grid)
+      cache = cache.replace(**arrays, **levels)
+
+    def dense() -> Float[Array, "B T N H"]:
+      return attend(cfg, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, kv_segment_ids_BS, q_offset)
+
+    def sparse() -> Float[Array, "B T N H"]:
+      return attend_sparse(cfg, q_BTNH, k_BSKH, v_BSKH, grid, compressed, nope)
+
+    if grid is None:
+      out_BTNH = dense()
+    elif cache is None or grid.is_dense_BT is None:
+      out_BTNH = sparse()
+    else:
+      is_short_BT = grid.is_dense_BT | (grid.start_BT == sparse_grid.NOWHERE)
+      out_BTNH = jax.lax.cond(jnp.all(is_short_BT), dense, sparse)
     o_axes = ("heads", "head_dim", "embed")
     return layers.Linear(cfg, (N, H, D), o_axes, num_in=2, name="o")(out_BTNH), cache

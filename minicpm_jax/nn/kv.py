@@ -18,6 +18,9 @@ class LayerCache:
   v: Float[Array, "*L B S K V"]
   length: Int[Array, ""]  # slots in use before this forward
   layer: Int[Array, ""] | None = None  # set when k and v are stacked
+  k_nope: Float[Array, "*L B S K H"] | None = None  # keys before RoPE (sparse.use_nope)
+  fine: Float[Array, "*L B F K H"] | None = None  # compressed keys, see nn/sparse_cache.py
+  coarse: Float[Array, "*L B C K H"] | None = None
 
 
 def _write(cache, new_BTKH, layer, length):
@@ -28,6 +31,13 @@ def _write(cache, new_BTKH, layer, length):
     return cache, cache
   cache = jax.lax.dynamic_update_slice(cache, new[None], (layer, zero, length, zero, zero))
   return cache, jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+
+
+def write_nope(
+  cache: LayerCache, k_BTKH: Float[Array, "B T K H"]
+) -> tuple[Array, Float[Array, "B S K H"]]:
+  """Puts T keys before RoPE at `length`; returns the cache's array and this layer's view."""
+  return _write(cache.k_nope, k_BTKH, cache.layer, cache.length)
 
 
 def write(

@@ -9,7 +9,6 @@ import pytest
 
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.models import convert, transformer
-from minicpm_jax.nn import attention
 from tests.models import common
 
 
@@ -186,15 +185,6 @@ def test_balance_loss_is_summed_over_layers():
   other = common.apply(transformer.Transformer(flat_cfg), flat, tokens_BT)
   np.testing.assert_allclose(found, other.aux["moe_balance_loss"], rtol=1e-5)
   assert 0.9 * cfg.num_layers < float(found) < cfg.moe.num_experts * cfg.num_layers
-
-
-@pytest.mark.parametrize("dense_len, length", [(-1, 2), (24, 24)])
-def test_sparse_attention_is_refused_by_name(dense, dense_len, length):
-  cfg, _, params = dense
-  sparse = dataclasses.replace(SparseAttentionConfig(), dense_len=dense_len)
-  model = transformer.Transformer(dataclasses.replace(cfg, sparse=sparse))
-  with pytest.raises(attention.SparseAttentionNotBuilt, match=f"dense_len {dense_len}"):
-    model.apply({"params": params}, common.tokens((1, length)))
 
 
 def test_sparse_config_runs_dense_below_its_length(dense):

@@ -1,0 +1,294 @@
+"""InfLLM v2 trainable sparse attention (MiniCPM4 section 2.1, arXiv 2509.24663).
+
+Stage 0 averages keys over windows, stage 1 ranks blocks of keys for every query and key head, stage
+2 is one softmax over the tokens of the chosen blocks; no parameters. Both published selection rules
+and both normalisers are in `SparseAttentionConfig`. The selection is a constant for gradients and
+carries the name `SELECTION`, which remat policies save.
+
+Documents of a packed row share one grid of windows and blocks when they start at multiples of
+`sparse_grid.alignment(cfg)` (data.align). Rows where they do not are served by implementation
+"ref", which holds T x S arrays; under jit the other one answers such documents with NaN.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from minicpm_jax.config import SparseAttentionConfig
+from minicpm_jax.nn import sparse_grid
+from pallas_kernels.flash import api as flash
+from pallas_kernels.sparse_attention import api as sparse_attention
+from pallas_kernels.sparse_attention import ref as attention_ref
+from pallas_kernels.sparse_topk import api as sparse_topk
+from pallas_kernels.sparse_topk import ref as topk_ref
+from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.sparse_topk import xla as topk_xla
+
+SELECTION = "sparse_selection"
+Implementation = Literal["auto", "xla", "ref"]
+Implementation = Literal["auto", "xla", "ref"]
+
+
+# --- The stages ----------------------------------------------------------------------------------
+
+
+def compress(
+  k_BSKH: Float[Array, "B S K H"],
+  cfg: SparseAttentionConfig,
+  level: Literal["fine", "coarse"],
+  segment_ids: sparse_grid.Ids | None = None,
+) -> Float[Array, "B C K H"]:
+  """Means of the complete windows of a level (section 4); 0 where a window crosses documents."""
+  rule, scale = sparse_grid.rule_of(cfg), 1 if level == "fine" else rules.COARSE
+  keys_BCKH = topk_xla.compress(k_BSKH, rule, scale)
+  if segment_ids is None:
+    return keys_BCKH
+  first_C = scale * rule.kernel_stride * np.arange(keys_BCKH.shape[1])
+  ids_BS = jnp.asarray(segment_ids)
+  head_BC, tail_BC = ids_BS[:, first_C], ids_BS[:, first_C + scale * rule.kernel_size - 1]
+  is_one_BC = (head_BC == tail_BC) & (head_BC != 0)
+  return jnp.where(is_one_BC[:, :, None, None], keys_BCKH, 0)
+
+
+def select_from_keys(
+  q_BTNH: Float[Array, "B T N H"],
+  fine_BFKH: Float[Array, "B F K H"],
+  coarse_BCKH: Float[Array, "B C K H"],
+  cfg: SparseAttentionConfig,
+  grid: sparse_grid.Grid,
+  num_slots: int,
+) -> tuple[Int[Array, "B K T W"], Int[Array, "B K T"]]:
+  """(ids on the row's grid, counts); dense documents list all their blocks."""
+  rule = sparse_grid.rule_of(cfg)
+
+  def local(q, fine, coarse, grid):
+    return sparse_topk.select_blocks(
+      q,
+      fine,
+      coarse,
+      rule=rule,
+      num_slots=num_slots,
+      q_offset=grid.offset,
+      start_BT=grid.start_BT,
+    )
+
+  stop = jax.lax.stop_gradient
+  args = (stop(q_BTNH), stop(fine_BFKH), stop(coarse_BCKH))
+  names = (sparse_grid.QUERIES, sparse_grid.KEYS, sparse_grid.KEYS)
+  out_names = (sparse_grid.LISTS, sparse_grid.COUNTS)
+  ids, counts = sparse_grid.on_mesh(local, grid, args, names, out_names)
+  if grid.is_dense_BT is None:
+    return ids, counts
+  width = max(rule.num_selected, min(rule.num_blocks(num_slots), rule.num_blocks(cfg.dense_len)))
+  every, num_every = topk_xla.all_blocks(grid.pos_BT, grid.start_BT, rule, width)
+  ids = jnp.pad(ids, ((0, 0), (0, 0), (0, 0), (0, width - ids.shape[3])), constant_values=-1)
+  is_dense = grid.is_dense_BT[:, None, :]
+  ids = jnp.where(is_dense[..., None], every[:, None], ids)
+  return ids, jnp.where(is_dense, num_every[:, None], counts)
+
+
+def attend_blocks(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKV: Float[Array, "B S K V"],
+  ids_BKTW: Int[Array, "B K T W"],
+  counts_BKT: Int[Array, "B K T"],
+  cfg: SparseAttentionConfig,
+  grid: sparse_grid.Grid,
+) -> Float[Array, "B T N V"]:
+  """Stage 2 over lists made by `select_from_keys` on this grid (section 9)."""
+  is_gathered = grid.static_offset is None and q_BTNH.shape[1] <= sparse_attention.FEW
+
+  def local(q, k, v, ids, counts, grid):
+    base_B = grid.base_B
+    if base_B is not None and not is_gathered:
+      k, v, base_B = _roll(k, base_B), _roll(v, base_B), None
+    out, _ = sparse_attention.attend_blocks(
+      q,
+      k,
+      v,
+      ids,
+      counts,
+      block_size=cfg.block_size,
+      num_local=sparse_grid.rule_of(cfg).num_local,
+      q_offset=grid.offset,
+      start_BT=grid.start_BT,
+      base_B=base_B,
+      implementation="gather" if is_gathered else "xla",
+    )
+    return (out,)
+
+  args = (q_BTNH, k_BSKH, v_BSKV, ids_BKTW, counts_BKT)
+  keys, lists = sparse_grid.KEYS, sparse_grid.LISTS
+  names = (sparse_grid.QUERIES, keys, keys, lists, sparse_grid.COUNTS)
+  (out_BTNV,) = sparse_grid.on_mesh(local, grid, args, names, (sparse_grid.QUERIES,))
+  if grid.is_off_BT is None:
+    return out_BTNV
+  return jnp.where(grid.is_off_BT[:, :, None, None], jnp.nan, out_BTNV)
+
+
+def _roll(x_BSKH, base_B):
+  """x[b, base_b + s] at s; what lies past the end repeats the last slot (nothing looks there)."""
+  slots_BS = base_B[:, None] + jnp.arange(x_BSKH.shape[1], dtype=jnp.int32)[None, :]
+  slots_BS = jnp.minimum(slots_BS, x_BSKH.shape[1] - 1)
+  return jax.vmap(lambda x_SKH, at_S: x_SKH[at_S])(x_BSKH, slots_BS)
+
+
+def sparse_attend(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKV: Float[Array, "B S K V"],
+  cfg: SparseAttentionConfig,
+  grid: sparse_grid.Grid,
+  compressed: tuple[Float[Array, "B F K H"], Float[Array, "B C K H"]] | None = None,
+  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"] | None] | None = None,
+) -> Float[Array, "B T N V"]:
+  """All stages on a grid. `compressed`: cached (fine, coarse); `nope`: (q, k) before RoPE."""
+  q_score, k_score = (q_BTNH, k_BSKH) if nope is None else nope
+  if compressed is None:
+    k_score = jax.lax.stop_gradient(k_score)
+    compressed = tuple(compress(k_score, cfg, level) for level in ("fine", "coarse"))
+  ids, counts = select_from_keys(q_score, *compressed, cfg, grid, k_BSKH.shape[1])
+  ids, counts = checkpoint_name(ids, SELECTION), checkpoint_name(counts, SELECTION)
+  return attend_blocks(q_BTNH, k_BSKH, v_BSKV, ids, counts, cfg, grid)
+
+
+# --- Public --------------------------------------------------------------------------------------
+
+
+def select_blocks(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  cfg: SparseAttentionConfig,
+  *,
+  q_offset: sparse_grid.Scalar = 0,
+  segment_ids: sparse_grid.Ids | None = None,
+  implementation: Implementation = "auto",
+) -> tuple[Int[Array, "B K T W"], Int[Array, "B K T"]]:
+  """(block ids, ascending, -1 = none; counts) of every query and key head (sections 4 to 7).
+
+  Query t stands at slot q_offset + t. Block ids count from the start of the query's document.
+  segment_ids: of the S slots, 0 = padding. `dense_len` plays no part. With `use_nope`, q and k are
+  those before RoPE. "auto": "ref" for concrete documents off the grid, else "xla".
+  """
+  cfg = dataclasses.replace(cfg, dense_len=-1)
+  _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
+  grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, None, segment_ids)
+  if _is_ref(implementation, grid):
+    rule = sparse_grid.rule_of(cfg)
+    return topk_ref.select_ref(q_BTNH, k_BSKH, grid.pos_BT, grid.start_BT, rule)
+  compressed = [compress(k_BSKH, cfg, level) for level in ("fine", "coarse")]
+  ids, counts = select_from_keys(q_BTNH, *compressed, cfg, grid, k_BSKH.shape[1])
+  first_BT = jnp.where(grid.start_BT < rules.NOWHERE, grid.start_BT // cfg.block_size, 0)
+  return jnp.where(ids >= 0, ids - first_BT[:, None, :, None], -1), counts
+
+
+def infllm_attention(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKH: Float[Array, "B S K V"],
+  cfg: SparseAttentionConfig,
+  *,
+  q_offset: sparse_grid.Scalar = 0,
+  kv_length: sparse_grid.Scalar | None = None,
+  segment_ids: sparse_grid.Ids | None = None,
+  implementation: Implementation = "auto",
+  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]] | None = None,
+  switch: Literal["sequence", "batch"] = "sequence",
+) -> Float[Array, "B T N V"]:
+  """Causal attention, sparse for sequences of at least `cfg.dense_len` tokens, dense below.
+
+  Query t stands at slot q_offset + t and sees keys up to its own. The length that decides is
+  kv_length (default q_offset + T), or that of each document where segment_ids (of the S slots, 0 =
+  padding, output 0) are given; `switch` "batch": one long document makes all sparse. Slots at or
+  beyond kv_length are unused. `nope`: q and k before RoPE, needed with `cfg.use_nope`.
+  Gradients reach q, k and v; the selection is a constant (section 11).
+  """
+  _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
+  if cfg.use_nope and nope is None:
+    raise ValueError("nope: found None, expected (q, k) before RoPE because cfg.use_nope is set")
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  length = q_offset + T if kv_length is None else kv_length
+  if sparse_grid.is_always_dense(cfg, length if isinstance(length, int) else S):
+    slots_BT = None
+    if segment_ids is not None:
+      segment_ids = jnp.asarray(segment_ids)
+      offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (q_BTNH.shape[0],))
+      slots_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    return flash.flash_attention(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      q_offset=q_offset,
+      kv_length=kv_length,
+      q_segment_ids_BT=None if slots_BT is None else jnp.take_along_axis(segment_ids, slots_BT, 1),
+      kv_segment_ids_BS=segment_ids,
+      implementation="ref" if implementation == "ref" else "auto",
+    )
+  grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch)
+  if isinstance(length, int) and segment_ids is None:
+    grid = grid.replace(is_dense_BT=None)  # the static length has decided: sparse
+  nope = nope if cfg.use_nope else None
+  if _is_ref(implementation, grid):
+    return attend_anywhere(q_BTNH, k_BSKH, v_BSKH, cfg, grid, nope)
+  return sparse_attend(q_BTNH, k_BSKH, v_BSKH, cfg, grid, nope=nope)
+
+
+def attend_anywhere(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKV: Float[Array, "B S K V"],
+  cfg: SparseAttentionConfig,
+  grid: sparse_grid.Grid,
+  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]] | None = None,
+) -> Float[Array, "B T N V"]:
+  """The definition with T x S arrays; documents may start at any slot."""
+  q_score, k_score = jax.lax.stop_gradient((q_BTNH, k_BSKH) if nope is None else nope)
+  rule, (pos_BT, start_BT) = sparse_grid.rule_of(cfg), (grid.pos_BT, grid.start_BT)
+  ids, _ = topk_ref.select_ref(q_score, k_score, pos_BT, start_BT, rule)
+  S = k_BSKH.shape[1]
+  mask_BKTS = attention_ref.block_mask(ids, pos_BT, start_BT, S, cfg.block_size)
+  if grid.is_dense_BT is not None:
+    slots_11S = jnp.arange(S)[None, None, :]
+    past_BTS = (slots_11S <= pos_BT[:, :, None]) & (slots_11S >= start_BT[:, :, None])
+    mask_BKTS = mask_BKTS | (past_BTS & grid.is_dense_BT[:, :, None])[:, None]
+  return attention_ref.attend_ref(q_BTNH, k_BSKH, v_BSKV, mask_BKTS)[0]
+
+
+def _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch="sequence"):
+  (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
+  return sparse_grid.make_grid(
+    cfg, T, S, B, q_offset=q_offset, kv_length=kv_length, segment_ids_BS=segment_ids, switch=switch
+  )
+
+
+def _is_ref(implementation: Implementation, grid: sparse_grid.Grid) -> bool:
+  if implementation not in ("auto", "xla", "ref"):
+    raise NotImplementedError(f"found implementation {implementation!r}, expected auto, xla or ref")
+  if implementation == "ref":
+    return True
+  if grid.is_off_BT is None or isinstance(grid.is_off_BT, jax.core.Tracer):
+    return False
+  if implementation == "xla" and bool(jnp.any(grid.is_off_BT)):
+    raise NotImplementedError(
+      "segment_ids: found documents off the grid, expected starts at multiples of "
+      "sparse_grid.alignment (pack with data.align), or implementation 'ref'"
+    )
+  return bool(jnp.any(grid.is_off_BT))
+
+
+def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids) -> None:
+  (B, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  if N % K:
+    raise ValueError(f"q: found {N} heads, expected a multiple of the {K} key heads")
+  if isinstance(q_offset, int) and not 0 <= q_offset <= S - T:
+    raise ValueError(f"q_offset: found {q_offset}, expected 0..{S - T} ({S} keys, {T} queries)")
+  if segment_ids is not None and segment_ids.shape != (B, S):
+    raise ValueError(
+      f"segment_ids: found shape {segment_ids.shape}, expected {(B, S)}, of the keys"
+    )

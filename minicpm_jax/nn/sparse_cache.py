@@ -1,0 +1,70 @@
+"""Compressed keys beside a KV cache: windows are added as tokens complete them (section 13).
+
+Counts follow from the length, so going back is free: entries beyond the count are never read and
+are written anew. A level has one entry more than windows fit, so that a write never runs over.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minicpm_jax.config import SparseAttentionConfig
+from minicpm_jax.nn import kv, sparse_grid
+from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.sparse_topk import xla as topk_xla
+
+LEVELS = {"fine": 1, "coarse": rules.COARSE}
+
+
+def num_entries(cfg: SparseAttentionConfig, level: str, capacity: int) -> int:
+  return capacity // (LEVELS[level] * cfg.kernel_stride) + 2
+
+
+def extend(
+  cache: kv.LayerCache,
+  k_BSKH: Float[Array, "B S K H"],
+  cfg: SparseAttentionConfig,
+  grid: sparse_grid.Grid,
+) -> tuple[dict[str, Array], tuple[Float[Array, "B F K H"], Float[Array, "B C K H"]]]:
+  """Adds the windows that the new tokens complete.
+
+  `cache` is the view before the write, `k_BSKH` the keys of this layer after it. Returns the new
+  arrays of the cache by level and this layer's (fine, coarse) keys.
+  """
+  arrays, views = {}, []
+  for level in LEVELS:
+    new_BEKH, first_B = _new_windows(k_BSKH, cfg, grid, LEVELS[level])
+    array, view = _write(getattr(cache, level), new_BEKH, cache.layer, first_B)
+    arrays[level] = array
+    views.append(view)
+  return arrays, tuple(views)
+
+
+def _new_windows(k_BSKH, cfg: SparseAttentionConfig, grid: sparse_grid.Grid, level: int):
+  """(every window that T new tokens may complete, number of complete ones before)."""
+  size, stride = level * cfg.kernel_size, level * cfg.kernel_stride
+  T, S = grid.start_BT.shape[1], k_BSKH.shape[1]
+  bound = T // stride + 1
+  first_B = jnp.maximum(0, (jnp.maximum(grid.offset_B, 0) - size) // stride + 1)
+  base_B = 0 if grid.base_B is None else grid.base_B
+  steps_R = jnp.arange((bound - 1) * stride + size, dtype=jnp.int32)
+  slots_BR = jnp.minimum((base_B + stride * first_B)[:, None] + steps_R[None, :], S - 1)
+  rows_BRKH = jax.vmap(lambda k_SKH, at_R: k_SKH[at_R])(k_BSKH, slots_BR)
+  return topk_xla.compress(rows_BRKH, sparse_grid.rule_of(cfg), level), first_B
+
+
+def _write(array, new_BEKH, layer, first_B):
+  new_BEKH, zero = new_BEKH.astype(array.dtype), jnp.zeros((), jnp.int32)
+  if layer is None:
+
+    def one(row_CKH, new_EKH, first):
+      return jax.lax.dynamic_update_slice(row_CKH, new_EKH, (first, zero, zero))
+
+    array = jax.vmap(one)(array, new_BEKH, first_B)
+    return array, array
+
+  def one_of(rows_LCKH, new_EKH, first):
+    return jax.lax.dynamic_update_slice(rows_LCKH, new_EKH[None], (layer, first, zero, zero))
+
+  array = jax.vmap(one_of, in_axes=(1, 0, 0), out_axes=1)(array, new_BEKH, first_B)
+  return array, jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)

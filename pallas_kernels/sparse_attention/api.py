@@ -1,0 +1,61 @@
+"""Attention over selected blocks behind one function; see `attend_blocks`."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_attention import gather, vjp, xla
+from pallas_kernels.sparse_topk import rule as rules
+
+Implementation = Literal["auto", "xla", "gather"]
+FEW = 16  # queries for which gathering their blocks is the better form
+
+
+def attend_blocks(
+  q_BTNH,
+  k_BSKH,
+  v_BSKV,
+  ids_BKTW,
+  counts_BKT=None,
+  *,
+  block_size: int = 64,
+  num_local: int = 0,
+  q_offset=0,
+  kv_length=None,
+  start_BT=None,
+  base_B=None,
+  implementation: Implementation = "auto",
+  config: xla.XlaConfig | None = None,
+):
+  """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
+
+  ids_BKTW: block ids on the row's grid, -1 = none; a block of the list counts once, in any order.
+  num_local: promise that every list ascends and ends with the last `num_local` blocks up to the
+    current one (fewer where the document is younger): they then run as a band. 0 = no promise.
+  counts_BKT: entries of each list, for backends that stop there.
+  q_offset: int or int32 [] or [B], position of the first query; it sees tokens up to its own.
+  kv_length: queries at or beyond it are padding. start_BT: first position of the query's document
+    (`rules.NOWHERE` = padding: sees nothing, gives 0 and lse -inf); None = 0.
+  base_B: slot of position 0 of each row (`gather` only).
+
+  Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
+  `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else `xla`.
+  """
+  del counts_BKT
+  B, T = q_BTNH.shape[:2]
+  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+  pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+  start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
+  if kv_length is not None:
+    length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]
+    start_BT = jnp.where(pos_BT < length_B1, start_BT, rules.NOWHERE)
+  if implementation == "auto":
+    implementation = "gather" if T <= FEW else "xla"
+  args = (q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT)
+  if implementation == "gather":
+    return gather.attend_gather(*args, block_size=block_size, base_B=base_B)
+  if implementation != "xla":
+    raise NotImplementedError(f"sparse_attention: {implementation!r}, expected auto, xla or gather")
+  if base_B is not None:
+    raise NotImplementedError("sparse_attention: xla serves rows whose position 0 is slot 0")
+  return vjp.attend_xla(*args, block_size=block_size, num_local=num_local, config=config)

@@ -1,0 +1,43 @@
+"""Block selection behind one function; see `select_blocks`."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.sparse_topk import xla
+
+Implementation = Literal["auto", "xla"]
+
+
+def select_blocks(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BCKH,
+  *,
+  rule: rules.Rule,
+  num_slots: int,
+  q_offset=0,
+  start_BT=None,
+  implementation: Implementation = "auto",
+  config: xla.XlaConfig | None = None,
+):
+  """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
+
+  fine_BFKH, coarse_BCKH: means of k at [s*j, s*j + p) and at 4 times both (`xla.compress`); entries
+    that are incomplete in a query's past are never read. The coarse ones serve `rule.lse` "coarse".
+  q_offset: int or int32 [] or [B], position of the first query; below 0 is padding.
+  start_BT: position of the first token of the query's document, a multiple of `rule.alignment`
+    (`rules.NOWHERE` = padding, which takes no block); None = 0.
+  num_slots: bound of all positions, static.
+
+  Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
+  [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
+  O(T * num_slots / kernel_stride) with the causal half skipped when q_offset is a Python int;
+  memory is one chunk's logits.
+  """
+  if implementation not in ("auto", "xla"):
+    raise NotImplementedError(f"sparse_topk: found {implementation!r}, expected 'auto' or 'xla'")
+  B, T = q_BTNH.shape[:2]
+  start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
+  return xla.select_xla(q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots, config)

@@ -1,0 +1,193 @@
+"""InfLLM v2 block selection in chunks of queries on one grid of windows and blocks.
+
+All documents of a row start at multiples of `rule.alignment`, so one set of compressed keys serves
+the row and visibility is a range of windows. Memory: one chunk's logits against the fine keys.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sparse_topk import ref
+from pallas_kernels.sparse_topk import rule as rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XlaConfig:
+  """`max_logits` logits of one chunk; at most `max_bands` unrolled numbers of visible windows."""
+
+  max_logits: int = 2**20
+  max_bands: int = 8
+
+
+def compress(k_BSKH, rule: rules.Rule, level: int = 1):
+  """[B, C, K, H] means of complete windows, float32 sums, k's dtype (section 4)."""
+  size, stride = level * rule.kernel_size, level * rule.kernel_stride
+  B, S, K, H = k_BSKH.shape
+  num = rule.num_windows(S, level)
+  if num == 0:
+    return jnp.zeros((B, 0, K, H), k_BSKH.dtype)
+  parts = S // stride
+  k_BPsKH = jnp.reshape(k_BSKH[:, : parts * stride], (B, parts, stride, K, H))
+  sums_BPKH = jnp.sum(k_BPsKH, axis=2, dtype=jnp.float32)
+  total = sum(sums_BPKH[:, i : i + num] for i in range(size // stride))
+  return (total / size).astype(k_BSKH.dtype)
+
+
+def _norm(logits_CGW, is_visible_CW):
+  """(max, sum exp) over visible windows, [C, G, 1]; sum 0 where none is."""
+  masked = jnp.where(is_visible_CW[:, None, :], logits_CGW, -1e30)
+  top = jnp.max(masked, axis=-1, keepdims=True, initial=-1e30)
+  return top, jnp.sum(jnp.where(masked > -1e29, jnp.exp(masked - top), 0.0), axis=-1, keepdims=True)
+
+
+def _is_visible(pos_C, start_C, num: int, rule: rules.Rule, level: int):
+  first_W = level * rule.kernel_stride * jnp.arange(num, dtype=jnp.int32)
+  is_past = first_W[None, :] + (level * rule.kernel_size - 1) <= pos_C[:, None]
+  return is_past & (first_W[None, :] >= start_C[:, None])
+
+
+def chunk_scores(q_CGH, fine_FH, coarse_FH, pos_C, start_C, rule: rules.Rule, num_blocks: int):
+  """Block scores [C, M] float32 of one key head (sections 5 and 6)."""
+  C, G, H = q_CGH.shape
+  F = fine_FH.shape[0]
+  if F == 0:
+    return jnp.zeros((C, num_blocks), jnp.float32)
+  q_RH = jnp.reshape(q_CGH, (C * G, H))
+
+  def logits(keys_FH):
+    dims = (((1,), (1,)), ((), ()))
+    dots = jax.lax.dot_general(q_RH, keys_FH, dims, preferred_element_type=jnp.float32)
+    return jnp.reshape(H**-0.5 * dots, (C, G, -1))
+
+  fine_CGF, visible_CF = logits(fine_FH), _is_visible(pos_C, start_C, F, rule, 1)
+  if rule.lse == "exact":
+    top, total = _norm(fine_CGF, visible_CF)
+  elif coarse_FH.shape[0]:
+    visible = _is_visible(pos_C, start_C, coarse_FH.shape[0], rule, rules.COARSE)
+    top, total = _norm(logits(coarse_FH), visible)
+  else:
+    return jnp.zeros((C, num_blocks), jnp.float32)
+  lse = top + jnp.log(jnp.where(total > 0, total, 1.0))
+  probs_CGF = jnp.exp(jnp.minimum(fine_CGF - lse, 80.0))
+  has_norm_C1 = total[:, 0] > 0
+  scores_CF = jnp.where(visible_CF & has_norm_C1, jnp.sum(probs_CGF, axis=1), 0.0)
+  return pool(scores_CF, rule, num_blocks)
+
+
+def pool(scores_CF, rule: rules.Rule, num_blocks: int):
+  """[C, M]: maximum over the windows that overlap each block; 0 where there is none (section 6).
+
+  Scores are >= 0 and blocks without a window are the last ones, so 0 ranks them as -inf would.
+  """
+  per_block = rule.block_size // rule.kernel_stride
+  left = rule.kernel_size // rule.kernel_stride - 1
+  right = num_blocks * per_block - scores_CF.shape[1]
+  padded = jnp.pad(scores_CF, ((0, 0), (left, max(0, right))))
+  inside = padded[:, left : left + num_blocks * per_block]
+  best = jnp.max(jnp.reshape(inside, (-1, num_blocks, per_block)), axis=-1)
+  for i in range(left):
+    best = jnp.maximum(best, padded[:, i : i + (num_blocks - 1) * per_block + 1 : per_block])
+  return best
+
+
+def _bands(T: int, chunk: int, offset: int | None, num_slots: int, max_bands: int):
+  """(first chunk, chunks, visible slots): later bands see more keys (static offsets only)."""
+  chunks = T // chunk
+  if offset is None:
+    return [(0, chunks, num_slots)]
+  step = -(-chunks // max_bands)
+  ends = [min(chunks, i + step) for i in range(0, chunks, step)]
+  starts = [0, *ends[:-1]]
+  seen = [max(1, min(num_slots, offset + end * chunk)) for end in ends]
+  return [(s, e - s, n) for s, e, n in zip(starts, ends, seen, strict=True)]
+
+
+def select_xla(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BFKH,
+  q_offset,
+  start_BT,
+  rule: rules.Rule,
+  num_slots: int,
+  config: XlaConfig | None = None,
+):
+  """(ids [B, K, T, W] ascending on the row's grid, -1 = none; counts [B, K, T]).
+
+  q_offset: int or int32 [B], grid position of the first query; start_BT: grid position of the
+  first token of the query's document (`rules.NOWHERE` = padding). `num_slots` bounds all positions.
+  """
+  config = config or XlaConfig()
+  B, T, N, H = q_BTNH.shape
+  K, num_blocks = fine_BFKH.shape[2], rule.num_blocks(num_slots)
+  static_offset = q_offset if isinstance(q_offset, int) else None
+  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+  pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+  if num_blocks <= rule.num_selected:  # everything in the past fits: no scores needed
+    ids, counts = all_blocks(pos_BT, start_BT, rule, rule.num_selected)
+    W = ids.shape[-1]
+    return (
+      jnp.broadcast_to(ids[:, None], (B, K, T, W)),
+      jnp.broadcast_to(counts[:, None], (B, K, T)),
+    )
+  widest = max(1, fine_BFKH.shape[1])
+  chunk = max(1, min(T, config.max_logits // (N // K * widest)))
+  padded = -(-T // chunk) * chunk
+  q_BTNH, pos_BT, start_BT = (
+    jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+    for x, value in ((q_BTNH, 0), (pos_BT, 0), (start_BT, rules.NOWHERE))
+  )
+
+  def one_head(q_TGH, fine_FH, coarse_FH, pos_T, start_T):
+    def one_chunk(i, visible):
+      q, pos, start = (
+        jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (q_TGH, pos_T, start_T)
+      )
+      fine = fine_FH[: rule.num_windows(visible)]
+      coarse = coarse_FH[: rule.num_windows(visible, rules.COARSE)]
+      scores = chunk_scores(q, fine, coarse, pos, start, rule, num_blocks)
+      cur, first = pos // rule.block_size, start // rule.block_size
+      return ref.choose(scores, cur, rule, first)
+
+    parts = []
+    for i, num, visible in _bands(padded, chunk, static_offset, num_slots, config.max_bands):
+      run = functools.partial(one_chunk, visible=visible)
+      ids, counts = (
+        jax.lax.map(run, i + jnp.arange(num))
+        if num > 1
+        else jax.tree.map(lambda x: x[None], run(i))
+      )
+      parts.append((jnp.reshape(ids, (num * chunk, -1)), jnp.reshape(counts, (-1,))))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[:T], *parts)
+
+  q_BKTGH = jnp.moveaxis(jnp.reshape(q_BTNH, (B, padded, K, N // K, H)), 2, 1)
+  fine_BKFH, coarse_BKFH = jnp.moveaxis(fine_BFKH, 2, 1), jnp.moveaxis(coarse_BFKH, 2, 1)
+
+  def one_row(row):
+    q_KTGH, fine_KFH, coarse_KFH, pos_T, start_T = row
+    over_heads = _map if T > 1 else _vmap
+    return over_heads(lambda head: one_head(*head, pos_T, start_T), (q_KTGH, fine_KFH, coarse_KFH))
+
+  rows = (q_BKTGH, fine_BKFH, coarse_BKFH, pos_BT, start_BT)
+  return (_map if T > 1 else _vmap)(one_row, rows)
+
+
+def _map(function, xs):
+  return jax.lax.map(function, xs)
+
+
+def _vmap(function, xs):
+  return jax.vmap(function)(xs)
+
+
+def all_blocks(pos_BT, start_BT, rule: rules.Rule, width: int):
+  """(ids [B, T, width], counts [B, T]): every block from the document's first to the current."""
+  first_BT, cur_BT = start_BT // rule.block_size, pos_BT // rule.block_size
+  ids_BTW = first_BT[:, :, None] + jnp.arange(width, dtype=jnp.int32)[None, None, :]
+  ids_BTW = jnp.where(
+    (ids_BTW <= cur_BT[:, :, None]) & (pos_BT >= start_BT)[:, :, None], ids_BTW, -1
+  )
+  return ids_BTW, jnp.sum(ids_BTW >= 0, axis=-1, dtype=jnp.int32)
