@@ -21,6 +21,7 @@ class PhaseConfig:
   name: str = "stable"
   start_step: int = 0
   weights: tuple[tuple[str, float], ...] = ()  # (source name, share of rows)
+  replace: tuple[str, float] | None = None  # source that takes this share of all rows' places
 
   def __post_init__(self):
     require(self.start_step >= 0, "phase.start_step", self.start_step, ">= 0")
@@ -29,6 +30,8 @@ class PhaseConfig:
       require(weight >= 0, f"phase.weights[{name}]", weight, ">= 0")
     total = sum(w for _, w in self.weights)
     require(total > 0, "phase.weights", self.weights, "a positive sum")
+    if self.replace is not None:
+      require(0 < self.replace[1] <= 1, "phase.replace", self.replace, "a share in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,9 @@ class DataConfig:
     for phase in self.phases:
       for name, _ in phase.weights:
         require(name in names, f"data.phases[{phase.name}].weights", name, f"one of {names}")
+      if phase.replace is not None:
+        name = phase.replace[0]
+        require(name in names, f"data.phases[{phase.name}].replace", name, f"one of {names}")
     starts = [p.start_step for p in self.phases]
     if starts:
       ok = starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:], strict=False))

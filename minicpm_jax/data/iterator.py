@@ -160,6 +160,7 @@ class _Rows:
     )
     self._shares = {p.start_step: mixture.shares(p) for p in cfg.phases}
     used = {name for share in self._shares.values() for name in share}
+    used |= {p.replace[0] for p in cfg.phases if p.replace is not None}
     self.numbers = {s.name: i for i, s in enumerate(cfg.sources) if s.name in used}
     self.sources = {
       s.name: sources.open_source(s.name, s.path) for s in cfg.sources if s.name in used
@@ -198,7 +199,14 @@ class _Rows:
     dealt = mixture.deal(assignment, self._step, self.cfg.seed)
     start = self.process_index * self.batch_size
     own = dealt[start : start + self.batch_size]
-    batch = _stack([self._packers[n].next_row() for n in own], [self.numbers[n] for n in own])
+    made, numbers, first = [], [], sum(self._rows.values()) + start
+    for i, name in enumerate(own):
+      row = self._packers[name].next_row()  # also where it is replaced: the others stay the same
+      if (other := mixture.replaced(phase, first + i)) is not None:
+        name, row = other, self._packers[other].next_row()
+      made.append(row)
+      numbers.append(self.numbers[name])
+    batch = _stack(made, numbers)
     self._step, self._rows = self._step + 1, rows
     return batch
 
@@ -232,6 +240,11 @@ class _Rows:
       "process_count": self.process_count,
       "process_index": self.process_index,
     }
+    if any(p.replace is not None for p in past):
+      found["replace"] = [[p.start_step, *p.replace] for p in past if p.replace is not None]
+      found["sources"] |= {
+        p.replace[0]: self.sources[p.replace[0]].identity[:16] for p in past if p.replace
+      }
     if cfg.packing == "best_fit":
       found |= {k: getattr(cfg, k) for k in ("num_packing_bins", "long_documents")}
     return found

@@ -4,6 +4,9 @@ Rows of packed tokens are mixed, not documents, so shares of rows are shares of 
 is global over hosts; `deal` hands the rows of one step out to the hosts.
 """
 
+import collections
+import fractions
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +37,37 @@ def deal(assignment: Sequence[str], step: int, seed: int) -> list[str]:
   """
   order = np.random.default_rng([seed, step]).permutation(len(assignment))
   return [assignment[i] for i in order]
+
+
+def replaced(phase: data_config.PhaseConfig, row: int) -> str | None:
+  """The source that takes the place of row `row` (0-based) of the phase, or None.
+
+  Fixed places, evenly spread: a run with `replace` and one without read the same rows everywhere
+  else (prefix-consistent streams, data.md 2.6).
+  """
+  if phase.replace is None:
+    return None
+  name, share = phase.replace
+  share = fractions.Fraction(share).limit_denominator(10**6)
+  return name if math.floor((row + 1) * share) > math.floor(row * share) else None
+
+
+def rows_by_source(cfg: data_config.DataConfig, start: int, stop: int) -> dict[str, int]:
+  """Rows of every source in batches start..stop - 1, of all hosts; reads no data."""
+  counts: collections.Counter = collections.Counter()
+  rows: collections.Counter = collections.Counter()
+  for step in range(stop):
+    phase = phase_at(cfg.phases, step)
+    if phase.start_step == step:
+      rows = collections.Counter()
+    first, share, assignment = sum(rows.values()), shares(phase), []
+    for _ in range(cfg.batch_size):
+      assignment.append(next_source(rows, share))
+      rows[assignment[-1]] += 1
+    if step >= start:
+      dealt = deal(assignment, step, cfg.seed)
+      counts.update(replaced(phase, first + i) or name for i, name in enumerate(dealt))
+  return dict(counts)
 
 
 def phase_at(phases: Sequence[data_config.PhaseConfig], step: int) -> data_config.PhaseConfig:

@@ -145,8 +145,7 @@ def mix(own: Sequence[Doc], new: Sequence[Doc], cfg: RoundsConfig) -> tuple[list
   uniform samples.
   """
   cap = max(round(cfg.mult * len(own)), 1)
-  count = min(len(new), cap // 2)
-  count = min(count, min(len(own), cap - count))
+  count = min(len(new), cap // 2, len(own))
   chosen = seeds.hash_order(own, cfg.seed)[: cap - count]
   return chosen + seeds.hash_order(new, cfg.seed)[:count], count
 

@@ -40,3 +40,12 @@ def test_phase_at():
   ]
   names = [mixture.phase_at(phases, step).name for step in (0, 9, 10, 99)]
   assert names == ["stable", "stable", "decay", "decay"]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(percent=st.integers(1, 100), rows=st.integers(1, 400))
+def test_replaced_places_are_fixed_and_have_their_share(percent, rows):
+  phase = config.PhaseConfig(weights=(("a", 1.0),), replace=("c", percent / 100))
+  places = [mixture.replaced(phase, row) for row in range(rows)]
+  assert set(places) <= {"c", None}
+  assert places.count("c") == rows * percent // 100

@@ -1,0 +1,1 @@
+"""Model wind tunnel: small runs that decide about large ones."""
