@@ -4,10 +4,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import gather, vjp, xla
+from pallas_kernels.common import spec
+from pallas_kernels.sparse_attention import gather, triton, vjp, xla
 from pallas_kernels.sparse_topk import rule as rules
 
-Implementation = Literal["auto", "xla", "gather"]
+Implementation = Literal[spec.Implementation, "gather"]
 FEW = 16  # queries for which gathering their blocks is the better form
 
 
@@ -25,7 +26,7 @@ def attend_blocks(
   start_BT=None,
   base_B=None,
   implementation: Implementation = "auto",
-  config: xla.XlaConfig | None = None,
+  config: xla.XlaConfig | triton.TritonConfig | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
 
@@ -39,7 +40,8 @@ def attend_blocks(
   base_B: slot of position 0 of each row (`gather` only).
 
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
-  `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else `xla`.
+  `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else `triton` on
+  CUDA, else `xla`. `config` is of the named implementation.
   """
   del counts_BKT
   B, T = q_BTNH.shape[:2]
@@ -49,13 +51,19 @@ def attend_blocks(
   if kv_length is not None:
     length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]
     start_BT = jnp.where(pos_BT < length_B1, start_BT, rules.NOWHERE)
-  if implementation == "auto":
-    implementation = "gather" if T <= FEW else "xla"
+  if implementation == "auto" and T <= FEW:
+    implementation = "gather"
   args = (q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT)
   if implementation == "gather":
     return gather.attend_gather(*args, block_size=block_size, base_B=base_B)
-  if implementation != "xla":
-    raise NotImplementedError(f"sparse_attention: {implementation!r}, expected auto, xla or gather")
   if base_B is not None:
-    raise NotImplementedError("sparse_attention: xla serves rows whose position 0 is slot 0")
-  return vjp.attend_xla(*args, block_size=block_size, num_local=num_local, config=config)
+    raise NotImplementedError("sparse_attention: base_B is served by 'gather' only")
+  sizes = dict(block_size=block_size, num_local=num_local, config=config)
+  return spec.dispatch(
+    "sparse_attention",
+    implementation,
+    {
+      "xla": lambda: vjp.attend_xla(*args, **sizes),
+      "triton": lambda: triton.attend_triton(*args, **sizes),
+    },
+  )

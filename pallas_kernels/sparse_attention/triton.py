@@ -138,7 +138,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
 
 
 def _invert(static: _Static, ids_BKTW, pos_BT, num_blocks: int):
-  """(queries [B, K, T*W] sorted by block, first run [B, K, M+1], and of each run: block, begin, end).
+  """(queries [B, K, T*W] sorted by block, first run [B, K, M+1], block, begin, end of each run).
 
   Runs hold at most `run_queries` entries of one block; there are M + T*W / run_queries of them.
   """

@@ -1,13 +1,10 @@
 """Block selection behind one function; see `select_blocks`."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 
+from pallas_kernels.common import spec
 from pallas_kernels.sparse_topk import rule as rules
-from pallas_kernels.sparse_topk import xla
-
-Implementation = Literal["auto", "xla"]
+from pallas_kernels.sparse_topk import triton, xla
 
 
 def select_blocks(
@@ -19,8 +16,8 @@ def select_blocks(
   num_slots: int,
   q_offset=0,
   start_BT=None,
-  implementation: Implementation = "auto",
-  config: xla.XlaConfig | None = None,
+  implementation: spec.Implementation = "auto",
+  config: xla.XlaConfig | triton.TritonConfig | None = None,
 ):
   """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
 
@@ -34,10 +31,16 @@ def select_blocks(
   Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
   O(T * num_slots / kernel_stride) with the causal half skipped when q_offset is a Python int;
-  memory is one chunk's logits.
+  memory is one chunk's logits. `config` is of the named implementation.
   """
-  if implementation not in ("auto", "xla"):
-    raise NotImplementedError(f"sparse_topk: found {implementation!r}, expected 'auto' or 'xla'")
   B, T = q_BTNH.shape[:2]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
-  return xla.select_xla(q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots, config)
+  args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
+  return spec.dispatch(
+    "sparse_topk",
+    implementation,
+    {
+      "xla": lambda: xla.select_xla(*args, config),
+      "triton": lambda: triton.select_triton(*args, config),
+    },
+  )

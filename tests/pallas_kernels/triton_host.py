@@ -66,10 +66,11 @@ def launch(
   return jax.pure_callback(run, out_shape, *arrays)
 
 
-def run_in_process(path: str) -> None:
-  """Runs the tests of a file marked with `needs_interpreter` in a process of their own."""
+def run_in_process(path: str, keyword: str) -> None:
+  """Runs the tests of `path` that match `keyword` in a process of their own."""
   root = pathlib.Path(__file__).parents[2]
-  environment = dict(os.environ, TRITON_INTERPRET="1", JAX_PLATFORMS="cpu")
-  command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", path]
+  environment = dict(os.environ, TRITON_INTERPRET="1", JAX_PLATFORMS="cpu", XLA_FLAGS="")
+  command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-q"]
+  command += ["-p", "no:cacheprovider", "--import-mode=importlib", path, "-k", keyword]
   done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

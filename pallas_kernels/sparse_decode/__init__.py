@@ -1,0 +1,1 @@
+"""Decoding against selected blocks of a contiguous or paged cache."""

@@ -1,0 +1,58 @@
+"""Decoding against selected blocks behind one function; see `decode_blocks`."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.common import spec
+from pallas_kernels.sparse_decode import ref, triton, xla
+from pallas_kernels.sparse_topk import rule as rules
+
+
+def decode_blocks(
+  q_BTNH,
+  k,
+  v,
+  ids_BKTW,
+  *,
+  block_size: int = 64,
+  q_offset=0,
+  kv_length=None,
+  start_BT=None,
+  base_B=None,
+  page_table_BM=None,
+  implementation: spec.Implementation = "auto",
+  config: triton.TritonConfig | None = None,
+):
+  """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks, for a few queries a row.
+
+  k, v: the cache [B, S, K, H], where position p of row b is slot base_B[b] + p (default p);
+    or pages [P, block_size, K, H], where block m of row b is page page_table_BM[b, m] (int32).
+  ids_BKTW: block ids, -1 = none at the end; a block of the list counts once.
+  q_offset: int or int32 [] or [B], position of the first query; it sees tokens up to its own.
+  kv_length: queries at or beyond it are padding. start_BT: first position of the query's document
+    (`rules.NOWHERE` = padding: sees nothing, gives 0 and lse -inf); None = 0.
+
+  Returns (out [B, T, N, H] in v's dtype, lse [B, T, N] float32). No gradient: see
+  `sparse_attention`. Reads 2 * W * block_size * H numbers a query and key head
+  (infllm_v2.md sections 13 and 15). `config` is for `triton`.
+  """
+  if page_table_BM is not None and base_B is not None:
+    raise ValueError("sparse_decode: base_B and page_table_BM are both given, expected one at most")
+  if page_table_BM is not None and k.shape[1] != block_size:
+    raise ValueError(f"sparse_decode: pages of {k.shape[1]} tokens, expected {block_size}")
+  B, T = q_BTNH.shape[:2]
+  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+  pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+  start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
+  if kv_length is not None:
+    length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]
+    start_BT = jnp.where(pos_BT < length_B1, start_BT, rules.NOWHERE)
+  args = (q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM)
+  return spec.dispatch(
+    "sparse_decode",
+    implementation,
+    {
+      "ref": lambda: ref.decode_ref(*args, block_size=block_size),
+      "xla": lambda: xla.decode_xla(*args, block_size=block_size),
+      "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=config),
+    },
+  )

@@ -1,0 +1,205 @@
+"""One suite for every backend of the sparse ops: inputs, references, and what must agree.
+
+A backend is a function with the arguments of `select_xla`, `attend_xla` or `decode_xla`. Callers:
+Triton in its interpreter, Pallas TPU and Mosaic GPU in theirs, and hardware under `-m gpu`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.sparse_attention import ref as attention_ref
+from pallas_kernels.sparse_topk import ref as topk_ref
+from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.sparse_topk import xla as topk_xla
+
+BLOCK = 16
+
+
+def small_rule(selection: str, lse: str) -> rules.Rule:
+  return rules.Rule(
+    kernel_size=8,
+    kernel_stride=4,
+    block_size=BLOCK,
+    local_blocks=1,
+    topk=2,
+    selection=selection,
+    lse=lse,
+  )
+
+
+def normal(rng, *shape, dtype=jnp.float32):
+  """On the bf16 grid, so that runs in both types start from equal numbers."""
+  return jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(dtype)
+
+
+# --- Selection -----------------------------------------------------------------------------------
+
+
+def check_select(select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_queries=21):
+  """Forced blocks in, none of the future, full lists, ascending, and no better block left out."""
+  rng = np.random.default_rng(0)
+  B, T, N, K, H = 1, num_queries, 6, 2, 8
+  S = offset + T
+  q, k = normal(rng, B, T, N, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
+  fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)
+  start = jnp.zeros((B, T), jnp.int32)
+  ids, counts = jax.jit(lambda *a: select(*a, offset, start, rule, S))(q, fine, coarse)
+  ids, counts = np.asarray(ids), np.asarray(counts)
+  pos = offset + jnp.arange(T, dtype=jnp.int32)[None, :]
+  kernel_scores = topk_ref.kernel_scores(
+    q.astype(jnp.float32), k.astype(jnp.float32), pos, start, rule
+  )
+  scores = np.asarray(topk_ref.block_scores(kernel_scores, start, rule, rule.num_blocks(S)))
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  for b, h, t in np.ndindex(B, K, T):
+    cur = (offset + t) // rule.block_size
+    taken = ids[b, h, t, : counts[b, h, t]]
+    assert np.all(np.diff(taken) > 0) and np.all(ids[b, h, t, len(taken) :] == -1)
+    forced = {*range(rule.init_blocks), *range(max(0, cur - rule.num_local + 1), cur + 1)}
+    if rule.selection == "joint":
+      size = min(cur + 1, rule.num_selected)
+    else:
+      num_free = max(0, cur + 1 - len(forced))
+      size = len(forced) + min(num_free, rule.topk - rule.init_blocks)
+    assert len(taken) == size and forced <= set(taken.tolist()) and taken[-1] == cur, (t, taken)
+    left_out = sorted(set(range(cur + 1)) - set(taken.tolist()))
+    free = sorted(set(taken.tolist()) - forced)
+    if left_out and free:
+      row = scores[b, h, t]
+      assert row[left_out].max() - row[free].min() <= tolerance * row.max(), (t, taken)
+
+
+def check_select_packed(select, rule: rules.Rule):
+  """Two documents and padding in a row, in runs of a few queries: the ids of the XLA form."""
+  rng = np.random.default_rng(1)
+  B, T, N, K, H = 2, 30, 4, 1, 8
+  q, k = normal(rng, B, T + 70, N, H)[:, 70:], normal(rng, B, T + 70, K, H)
+  fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)
+  start = np.zeros((B, T), np.int32)
+  start[1, :10], start[1, 10:-5], start[1, -5:] = 16, 80, rules.NOWHERE
+  args = (q, fine, coarse, jnp.full((B,), 70, jnp.int32), jnp.asarray(start), rule, T + 70)
+  for found, expected in zip(select(*args), topk_xla.select_xla(*args), strict=True):
+    np.testing.assert_array_equal(found, expected)
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def lists(rng, pos_BT, start_BT, heads: int, width: int, num_local: int):
+  """Ascending random lists [B, K, T, W] on the row's grid that end with the local blocks."""
+  B, T = pos_BT.shape
+  ids = np.full((B, heads, T, width), -1, np.int32)
+  for b, h, t in np.ndindex(B, heads, T):
+    cur, first = pos_BT[b, t] // BLOCK, start_BT[b, t] // BLOCK
+    if pos_BT[b, t] < start_BT[b, t]:
+      continue
+    local = np.arange(max(first, cur - num_local + 1), cur + 1)
+    others = rng.permutation(np.arange(first, local[0]))[: width - len(local)]
+    row = np.sort(np.concatenate([others, local]))
+    ids[b, h, t, : len(row)] = row
+  return ids
+
+
+def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=45, W=3, H=8, G=3):
+  """out, lse and gradients against one masked softmax over all keys in float32."""
+  rng = np.random.default_rng(2)
+  B, K, S = 2, 2, T + 9
+  q, k, v = (normal(rng, B, n, h, H, dtype=dtype) for n, h in ((T, K * G), (S, K), (S, K)))
+  dout = normal(rng, B, T, K * G, H)
+  start = np.zeros((B, T), np.int32)
+  start[1, 31], start[1, 32:-4], start[1, -4:] = rules.NOWHERE, 32, rules.NOWHERE
+  pos = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  ids = lists(rng, pos, start, K, W, max(1, num_local))
+  pos, start, ids = jnp.asarray(pos), jnp.asarray(start), jnp.asarray(ids)
+
+  def run(function, *arrays):
+    def loss(q, k, v):
+      out, lse = function(q, k, v)
+      seen = jnp.where(lse > -jnp.inf, lse, 0.0)
+      return jnp.sum(out.astype(jnp.float32) * dout) + jnp.sum(seen * dout[..., 0]), (out, lse)
+
+    if has_grad:
+      grads, aux = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+      return (*aux, *grads)
+    return jax.jit(lambda *a: loss(*a)[1])(*arrays)
+
+  def reference(q, k, v):
+    mask = attention_ref.block_mask(ids, pos, jnp.zeros_like(start), S, BLOCK)
+    mask = mask & (jnp.arange(S)[None, None, :] >= start[:, :, None])[:, None]
+    return attention_ref.attend_ref(q, k, v, mask)
+
+  def backend(q, k, v):
+    return attend(q, k, v, ids, pos, start, block_size=BLOCK, num_local=num_local)
+
+  expected = run(reference, *(x.astype(jnp.float32) for x in (q, k, v)))
+  found = run(backend, q, k, v)
+  names = ("out", "lse", "dq", "dk", "dv")[: len(found)]
+  plain = expected if dtype == jnp.float32 else run(reference, q, k, v)
+  for name, x, y, z in zip(names, found, expected, plain, strict=True):
+    x, y, z = (np.asarray(a.astype(jnp.float32)) for a in (x, y, z))
+    assert np.array_equal(np.isneginf(x), np.isneginf(y)), name
+    x, y, z = (np.where(np.isneginf(a), 0, a) for a in (x, y, z))
+    if dtype == jnp.float32:
+      tolerance = 1e-5 if name in ("out", "lse") else 1e-4
+      np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
+    else:
+      assert np.abs(x - y).max() <= 3 * np.abs(z - y).max() + 1e-3, name
+  return found
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+
+LAYOUTS = ("row", "shifted_row", "paged")
+
+
+def decode_inputs(layout: str, dtype=jnp.float32):
+  """(q, k, v, ids, pos, start, base, page table) and the row caches k, v that they stand for."""
+  rng = np.random.default_rng(3)
+  B, T, K, G, H, W, S = 3, 2, 2, 3, 8, 5, 160
+  q = normal(rng, B, T, K * G, H, dtype=dtype)
+  k, v = normal(rng, B, S, K, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
+  pos = np.array([140, 40, 3], np.int32)[:, None] + np.arange(T, dtype=np.int32)[None, :]
+  start = np.array([[0, 0], [16, 16], [0, rules.NOWHERE]], np.int32)
+  ids = lists(rng, pos, start, K, W, 1)
+  base = page_table = None
+  cache_k, cache_v = k, v
+  if layout == "shifted_row":
+    base = np.array([0, 7, 19], np.int32)
+    cache_k, cache_v = (
+      jnp.stack([jnp.roll(row, int(n), axis=0) for row, n in zip(x, base, strict=True)])
+      for x in (k, v)
+    )
+    base = jnp.asarray(base)
+  elif layout == "paged":
+    order = rng.permutation(B * S // BLOCK)
+    cache_k, cache_v = (jnp.reshape(x, (-1, BLOCK, K, H))[order] for x in (k, v))
+    page_table = jnp.asarray(np.argsort(order).reshape(B, -1), jnp.int32)
+  arrays = (q, cache_k, cache_v, jnp.asarray(ids), jnp.asarray(pos), jnp.asarray(start))
+  return (*arrays, base, page_table), (k, v)
+
+
+def loop_decode(q, k, v, ids, pos, start):
+  """(out, lse) by one softmax a query and head, float64."""
+  q, k, v, ids, pos, start = (np.asarray(x.astype(jnp.float32)) for x in (q, k, v, ids, pos, start))
+  B, T, N, H = q.shape
+  out, lse = np.zeros((B, T, N, H)), np.full((B, T, N), -np.inf)
+  for b, t, n in np.ndindex(B, T, N):
+    h = n * k.shape[2] // N
+    listed = set(ids[b, h, t].astype(int).tolist()) - {-1}
+    slots = [s for s in range(int(pos[b, t]) + 1) if s // BLOCK in listed and s >= start[b, t]]
+    if slots:
+      scores = k[b, slots, h].astype(np.float64) @ q[b, t, n] / np.sqrt(H)
+      lse[b, t, n] = np.log(np.sum(np.exp(scores)))
+      out[b, t, n] = np.exp(scores - lse[b, t, n]) @ v[b, slots, h]
+  return out, lse
+
+
+def check_decode(decode, layout: str, dtype=jnp.float32):
+  """out and lse against a loop over queries and heads in float64."""
+  inputs, (k, v) = decode_inputs(layout, dtype)
+  found = jax.jit(lambda *a: decode(*a, block_size=BLOCK))(*inputs)
+  q, _, _, ids, pos, start, _, _ = inputs
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  for x, y in zip(found, loop_decode(q, k, v, ids, pos, start), strict=True):
+    np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=tolerance, atol=tolerance)

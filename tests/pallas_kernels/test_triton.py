@@ -1,0 +1,197 @@
+"""The Triton backends without a GPU: values, lowering for CUDA, cubins; with one: `-m gpu`.
+
+Values come from Triton's interpreter in a process of its own (float32). Lowering through jax-triton
+compiles to PTX; `triton_cubin` goes on to machine code and reads registers and spills.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.sparse_attention import triton as attention
+from pallas_kernels.sparse_decode import triton as decoding
+from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.sparse_topk import triton as topk
+
+ARCHS = (80, 90)
+
+
+def load(name):
+  if name not in sys.modules:
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+  return sys.modules[name]
+
+
+host, cubin, suite = load("triton_host"), load("triton_cubin"), load("sparse_suite")
+
+
+@pytest.fixture
+def triton_installed():
+  pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
+  pytest.importorskip("jax_triton", reason="jax-triton needs jax's CUDA plugin (make test)")
+
+
+@pytest.mark.parametrize("op", ["select", "attend", "decode"])
+def test_values_in_the_interpreter(op):
+  pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
+  host.run_in_process("tests/pallas_kernels/interpreted_triton.py", op)
+
+
+# --- Programs of real width, short ---------------------------------------------------------------
+
+
+def like(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def select_program(num_heads, head_dim, arch, lse):
+  rule, T, K = rules.Rule(lse=lse), 4096, 2
+  config = dataclasses.replace(topk.default_config(num_heads // K), compute_capability=arch)
+  slots = 131072
+
+  def run(q, fine, coarse, start):
+    return topk.select_triton(q, fine, coarse, slots - T, start, rule, slots, config)
+
+  keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
+  return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
+
+
+def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True):
+  T, K = 4096, 2
+  config = attention.TritonConfig(compute_capability=arch)
+
+  def forward(q, k, v, ids, pos, start):
+    return attention.attend_triton(
+      q, k, v, ids, pos, start, block_size=64, num_local=num_local, config=config
+    )
+
+  def run(q, k, v, ids, pos, start):
+    out, vjp = jax.vjp(lambda *x: forward(*x, ids, pos, start), q, k, v)
+    return vjp(out)
+
+  q, k = like(1, T, num_heads, head_dim), like(1, T, K, head_dim)
+  lists = (like(1, K, T, 96, dtype=jnp.int32), *[like(1, T, dtype=jnp.int32)] * 2)
+  return run if has_grad else forward, (q, k, k, *lists)
+
+
+def decode_program(num_heads, head_dim, arch, is_paged):
+  B, T, K, S = 2, 1, 2, 131072
+  config = decoding.TritonConfig(compute_capability=arch)
+
+  def run(q, k, v, ids, pos, start, table):
+    table = table if is_paged else None
+    return decoding.decode_triton(
+      q, k, v, ids, pos, start, None, table, block_size=64, config=config
+    )
+
+  k = like(B * S // 64, 64, K, head_dim) if is_paged else like(B, S, K, head_dim)
+  lists = (like(B, K, T, 96, dtype=jnp.int32), *[like(B, T, dtype=jnp.int32)] * 2)
+  return run, (like(B, T, num_heads, head_dim), k, k, *lists, like(B, S // 64, dtype=jnp.int32))
+
+
+LOWERED = {
+  "select_80": lambda: select_program(16, 64, 80, "exact"),
+  "select_90": lambda: select_program(32, 128, 90, "coarse"),
+  "attend_80": lambda: attend_program(16, 64, 80, has_grad=False),
+  "attend_90": lambda: attend_program(32, 128, 90, num_local=0),
+  "decode_80": lambda: decode_program(16, 64, 80, False),
+  "decode_90": lambda: decode_program(32, 128, 90, True),
+}
+
+
+@pytest.mark.parametrize("program", LOWERED)
+def test_lowers_for_cuda(program, triton_installed):
+  run, avals = LOWERED[program]()
+  text = jax.jit(run).trace(*avals).lower(lowering_platforms=("cuda",)).as_text()
+  assert "triton_kernel_call" in text
+
+
+@pytest.mark.parametrize("op", ["select", "attend", "decode"])
+def test_compiles_to_cubins_without_spills(op, triton_installed):
+  """The 8B shape (G 16, H 128) on sm_80 and sm_90; other shapes by `python triton_cubin.py`."""
+  program = {
+    "select": lambda: select_program(32, 128, 90, "coarse"),
+    "attend": lambda: attend_program(32, 128, 90),
+    "decode": lambda: decode_program(32, 128, 90, True),
+  }[op]
+  run, avals = program()
+  rows = cubin.table(run, *avals, archs=ARCHS)
+  assert {row.arch for row in rows} == set(ARCHS)
+  for row in rows:
+    assert row.spills == 0, row
+    assert row.shared <= (163 if row.arch == 80 else 227) * 1024, row
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+def test_triton_on_a_cpu_is_refused_with_the_reason():
+  q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 64, 1, 16))
+  ids, pos = jnp.zeros((1, 1, 4, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32)
+  if jax.default_backend() == "gpu":
+    pytest.skip("this machine has a GPU")
+  with pytest.raises(NotImplementedError, match="needs a CUDA device"):
+    attention.attend_triton(q, k, k, ids, pos, pos, block_size=64)
+
+
+@pytest.mark.parametrize(
+  "change, reason",
+  [
+    (dict(block_size=48), "block_size = 48, expected a power of two"),
+    (dict(v_dtype=jnp.float32), "expected one of"),
+    (dict(head_dim=320), "head widths 320"),
+  ],
+)
+def test_calls_that_triton_does_not_serve(change, reason, triton_installed):
+  H = change.get("head_dim", 16)
+  q, k = jnp.zeros((1, 4, 2, H), jnp.bfloat16), jnp.zeros((1, 64, 1, H), jnp.bfloat16)
+  v = k.astype(change.get("v_dtype", jnp.bfloat16))
+  ids, pos = jnp.zeros((1, 1, 4, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32)
+  config = attention.TritonConfig(compute_capability=90)
+  with pytest.raises(NotImplementedError, match=reason):
+    block_size = change.get("block_size", 64)
+    attention.attend_triton(q, k, v, ids, pos, pos, block_size=block_size, config=config)
+
+
+def test_tiles_that_are_no_power_of_two_are_refused():
+  with pytest.raises(ValueError, match="TritonConfig.kv_rows: found 48"):
+    attention.TritonConfig(kv_rows=48)
+
+
+# --- On a GPU ------------------------------------------------------------------------------------
+
+TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+
+
+@pytest.mark.gpu
+@TYPES
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+@pytest.mark.parametrize("selection", ["joint", "split"])
+def test_select_on_the_device(selection, lse, dtype):
+  suite.check_select(topk.select_triton, suite.small_rule(selection, lse), dtype=dtype)
+
+
+@pytest.mark.gpu
+@TYPES
+@pytest.mark.parametrize("num_local", [0, 2])
+@pytest.mark.parametrize("shape", [dict(), dict(T=700, W=12, H=128, G=16)], ids=["tiny", "8b"])
+def test_attend_on_the_device(num_local, dtype, shape):
+  first = suite.check_attend(attention.attend_triton, num_local=num_local, dtype=dtype, **shape)
+  again = suite.check_attend(attention.attend_triton, num_local=num_local, dtype=dtype, **shape)
+  for x, y in zip(first, again, strict=True):  # bitwise deterministic
+    assert jnp.array_equal(x, y)
+
+
+@pytest.mark.gpu
+@TYPES
+@pytest.mark.parametrize("layout", suite.LAYOUTS)
+def test_decode_on_the_device(layout, dtype):
+  suite.check_decode(decoding.decode_triton, layout, dtype=dtype)
