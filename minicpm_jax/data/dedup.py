@@ -101,7 +101,7 @@ def shingles(text: str, size: int) -> np.ndarray:
 def signature(text: str, cfg: MinHash) -> np.ndarray:
   """uint64 [num_bands * band_size]: the least value of each hash function over the shingles."""
   multipliers, offsets = _permutations(cfg.num_bands * cfg.band_size, cfg.seed)
-  least = np.full(len(multipliers), np.iinfo(np.uint64).max, np.uint64)
+  least = np.full(len(multipliers), ngrams.EMPTY, np.uint64)
   values = np.unique(shingles(text, cfg.shingle_size))
   for start in range(0, len(values), _BLOCK_ROWS):
     block = values[start : start + _BLOCK_ROWS, None] * multipliers[None, :]
@@ -136,7 +136,13 @@ def minhash(docs: Iterable[Doc], cfg: MinHash | None = None) -> Iterator[Removal
     return
   signatures = np.concatenate(blocks)
   del blocks
-  group = clusters(signatures, cfg)
+  yield from removals(keys, quality, clusters(signatures, cfg))
+
+
+def removals(
+  keys: Sequence[tuple[str, str]], quality: Sequence[tuple[float, int]], group: np.ndarray
+) -> Iterator[Removal]:
+  """All rows of each group but the first of the best `quality` (score, length)."""
   best = {}
   for row, root in enumerate(group.tolist()):
     if root not in best or quality[row] > quality[best[root]]:
@@ -151,7 +157,7 @@ def minhash(docs: Iterable[Doc], cfg: MinHash | None = None) -> Iterator[Removal
 def clusters(signatures: np.ndarray, cfg: MinHash) -> np.ndarray:
   """The lowest row of each row's cluster, from uint64 signatures [rows, bands * band size]."""
   parent = np.arange(len(signatures))
-  is_empty = (signatures == np.iinfo(np.uint64).max).all(axis=1)
+  is_empty = (signatures == ngrams.EMPTY).all(axis=1)
   whole = ngrams.mix(_combine(signatures))
   _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
   parent = np.where(is_empty, parent, first[inverse])

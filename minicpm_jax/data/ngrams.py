@@ -13,6 +13,7 @@ import numpy as np
 
 _TOKEN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U000323af]")
+EMPTY = np.uint64(2**64 - 1)  # above every hash: the minimum over none
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
