@@ -3,12 +3,14 @@
 import importlib
 
 _SUBMODULES = (
+  "classifier",
   "decontaminate",
   "dedup",
   "documents",
   "executor",
   "filters",
   "iterator",
+  "judge",
   "langid",
   "mixture",
   "ngrams",
@@ -16,11 +18,17 @@ _SUBMODULES = (
   "pii",
   "python_corpus",
   "repetition",
+  "rounds",
+  "scoring",
+  "seeds",
   "semantic",
   "shards",
   "sources",
   "spark",
+  "stats",
   "tolerant",
+  "ultraclean",
+  "warc",
   "workers",
 )
 

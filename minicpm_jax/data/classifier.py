@@ -7,6 +7,8 @@ read with; loading with anything else is refused. A published model gets its sid
 fastText comes from fasttext-numpy2-wheel (extra `data`).
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -177,30 +179,51 @@ def train(
         stacklevel=2,
       )
     try:
-      model = fasttext.train_supervised(
-        input=str(path),
-        dim=cfg.dim,
-        lr=cfg.lr,
-        epoch=cfg.epochs,
-        wordNgrams=cfg.word_ngrams,
-        minCount=cfg.min_count,
-        loss=cfg.loss,
-        bucket=cfg.bucket,
-        thread=cfg.threads,
-        seed=cfg.seed,
-        minn=0,
-        maxn=0,
-        verbose=0,
-      )
+      with _zeroed_memory():
+        model = fasttext.train_supervised(
+          input=str(path),
+          dim=cfg.dim,
+          lr=cfg.lr,
+          epoch=cfg.epochs,
+          wordNgrams=cfg.word_ngrams,
+          minCount=cfg.min_count,
+          loss=cfg.loss,
+          bucket=cfg.bucket,
+          thread=cfg.threads,
+          seed=cfg.seed,
+          minn=0,
+          maxn=0,
+          verbose=0,
+        )
     except (RuntimeError, ValueError) as error:
       raise ClassifierError(
-        f"training rows: fastText refuses {total} rows ({error}); is any word in "
-        f"min_count={cfg.min_count} of them?"
+        f"training rows: fastText refuses {total} rows ({error}); expected words that occur at "
+        f"least min_count={cfg.min_count} times and a learning rate that does not diverge"
       ) from None
   sidecar = _sidecar(model, segmenter, max_chars) | {
     "training": {"positive": counts[True], "negative": counts[False]} | dataclasses.asdict(cfg)
   }
   return Classifier(model, segmenter, sidecar)
+
+
+@contextlib.contextmanager
+def _zeroed_memory() -> Iterator[None]:
+  """Makes malloc hand out zeros meanwhile (glibc only).
+
+  With fewer than ten threads fastText initialises only that many tenths of its matrix and trains
+  the rest from whatever lay in memory: results would change from run to run, or be NaN.
+  """
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (OSError, AttributeError, TypeError):
+    yield
+    return
+  perturb = -6  # M_PERTURB: allocated bytes are the complement of the value
+  mallopt(perturb, 255)
+  try:
+    yield
+  finally:
+    mallopt(perturb, 0)
 
 
 def _fasttext():

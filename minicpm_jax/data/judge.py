@@ -7,13 +7,15 @@ ours. Prompt id, model id, score and reason stay in the document's meta.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
 
 from minicpm_jax.config import infer as infer_config
 from minicpm_jax.data.documents import Doc, Dropped
 
 ChatPrompt = list[dict[str, str]]  # [{"role": ..., "content": ...}]
+# The generator interface: one text for every prompt, in order.
+Generate = Callable[[list[ChatPrompt], infer_config.SamplingConfig], list[str]]
 
 PROMPT_ID = "educational-value-1"
 PROMPT = """Rate the educational value of the text below with a whole number from 0 to 5.
@@ -27,14 +29,6 @@ Text:
 
 _SCORE = re.compile(r"score\s*[:：]\s*\**\s*(\d+(?:\.\d+)?)", re.I)
 _REASON = re.compile(r"reason\s*[:：]\s*(.+)", re.I | re.S)
-
-
-class Generate(Protocol):
-  """The generator interface: one text for every prompt, in order."""
-
-  def __call__(
-    self, prompts: list[ChatPrompt], sampling: infer_config.SamplingConfig
-  ) -> list[str]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ import collections
 import dataclasses
 import gzip
 import hashlib
+import io
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
 
 from minicpm_jax.core import extras
 from minicpm_jax.data import documents
@@ -117,7 +117,7 @@ def read_records(path: str | os.PathLike, *, on_error: OnError | None = None) ->
     on_error(found)
 
 
-def _read_record(stream: IO[bytes], where: str) -> Record | None:
+def _read_record(stream: io.BufferedIOBase, where: str) -> Record | None:
   line = stream.readline(1 << 16)
   while line in (b"\r\n", b"\n"):
     line = stream.readline(1 << 16)
