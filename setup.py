@@ -2,24 +2,32 @@
 
 from setuptools import find_packages, setup
 
+# Wheels end at Python 3.12; later ones compile, so the quickstart goes without.
+FASTTEXT = [
+  "fasttext-numpy2-wheel>=0.9.2; python_version < '3.13'",
+  "fasttext-numpy2>=0.10.4; python_version >= '3.13'",
+]
 EXTRAS = {
   "gpu": ["jax[cuda13]", "jax-triton>=0.3.1"],
   "tpu": ["jax[tpu]"],
   "text": ["tokenizers>=0.22", "sentencepiece>=0.2", "jinja2>=3.1.6"],
   "gguf": ["gguf>=0.17"],
-  "data": ["zstandard>=0.23", "pyarrow>=18", "py3langid>=0.4"],
+  "data": ["zstandard>=0.23", "pyarrow>=18", "py3langid>=0.4", *FASTTEXT],
+  "html": ["trafilatura>=2"],
   "dedup": ["semhash>=0.5"],
   "spark": ["pyspark>=4.0", "pandas<3"],
   "plot": ["matplotlib>=3.9"],
   "bench": ["psutil>=6"],
   "oracle": ["torch>=2.6", "transformers>=5.17"],
 }
-EXTRAS["quickstart"] = sorted({d for e in ("text", "gguf", "data", "plot") for d in EXTRAS[e]})
+EXTRAS["quickstart"] = sorted(
+  {d for e in ("text", "gguf", "data", "plot") for d in EXTRAS[e]} - set(FASTTEXT)
+)
 EXTRAS["smoke"] = sorted(
   set(EXTRAS["quickstart"]) | {"pytest>=8", "hypothesis>=6.100", "beartype>=0.20"}
 )
 EXTRAS["dev"] = sorted(
-  {d for e in ("smoke", "bench", "oracle", "dedup") for d in EXTRAS[e]}
+  {d for e in ("smoke", "data", "html", "bench", "oracle", "dedup") for d in EXTRAS[e]}
   | {"datasketch>=2", "ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
   | {"jax-triton>=0.3.1"}
 )

@@ -54,6 +54,8 @@ OPTIONAL = {
   "gguf",
   "pyarrow",
   "zstandard",
+  "fasttext",
+  "trafilatura",
   "huggingface_hub",
   "fastapi",
   "uvicorn",
