@@ -61,6 +61,14 @@ def test_gopher_quality(text, reason):
   assert _reason(filters.GopherQuality(), text) == reason
 
 
+def test_symbols_count_as_words_only_when_asked():
+  """84 words and 21 or 22 full stops: 84/105 = 0.8 and 84/106."""
+  for stops, reason in ((21, None), (22, "words_without_letters")):
+    text = _text(84) + " ." * stops
+    assert _reason(filters.GopherQuality(), text) is None
+    assert _reason(filters.GopherQuality(count_symbols=True), text) == reason
+
+
 ZH = "的是了在和有不这中国人民大学生产发展社会经济文化历史科学技术研究问题方法理论实践"
 
 
