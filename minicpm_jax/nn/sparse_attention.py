@@ -24,6 +24,7 @@ from minicpm_jax.nn import sparse_grid
 from pallas_kernels.flash import api as flash
 from pallas_kernels.sparse_attention import api as sparse_attention
 from pallas_kernels.sparse_attention import ref as attention_ref
+from pallas_kernels.sparse_decode import api as sparse_decode
 from pallas_kernels.sparse_topk import api as sparse_topk
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
@@ -108,19 +109,12 @@ def attend_blocks(
     base_B = grid.base_B
     if base_B is not None and not is_gathered:
       k, v, base_B = _roll(k, base_B), _roll(v, base_B), None
-    out, _ = sparse_attention.attend_blocks(
-      q,
-      k,
-      v,
-      ids,
-      counts,
-      block_size=cfg.block_size,
-      num_local=sparse_grid.rule_of(cfg).num_local,
-      q_offset=grid.offset,
-      start_BT=grid.start_BT,
-      base_B=base_B,
-      implementation="gather" if is_gathered else "xla",
-    )
+    where = dict(block_size=cfg.block_size, q_offset=grid.offset, start_BT=grid.start_BT)
+    if is_gathered:
+      out, _ = sparse_decode.decode_blocks(q, k, v, ids, base_B=base_B, **where)
+    else:
+      num_local = sparse_grid.rule_of(cfg).num_local
+      out, _ = sparse_attention.attend_blocks(q, k, v, ids, counts, num_local=num_local, **where)
     return (out,)
 
   args = (q_BTNH, k_BSKH, v_BSKV, ids_BKTW, counts_BKT)
