@@ -21,12 +21,9 @@ def attend_xla(
   S, K = k_BSKH.shape[1:3]
   G = N // K
   config = config or xla.default_config(T, G)
-  band = min(config.band, config.chunk)
-  chunk = -(-config.chunk // band) * band
-  config = xla.XlaConfig(
-    chunk=chunk, band=band, tile=config.tile, tiles_per_step=config.tiles_per_step
-  )
   static = xla.Static(block_size, num_local, H**-0.5, config)
+
+  rows = config.chunk * config.lanes
 
   def pad(x, axis, multiple, value=0):
     widths = [(0, 0)] * x.ndim
@@ -37,15 +34,15 @@ def attend_xla(
   k_BKSH, v_BKSV = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKV, 2, 1)
   # Positions of padding go on counting: a tile of the band is one run of positions.
   pos_BT = jnp.broadcast_to(pos_BT, (B, T))
-  tail = pos_BT[:, -1:] + jnp.arange(1, -T % chunk + 1, dtype=jnp.int32)[None, :]
+  tail = pos_BT[:, -1:] + jnp.arange(1, -T % rows + 1, dtype=jnp.int32)[None, :]
   out_BKTGV, lse_BKTG = _attend(
     static,
-    pad(q_BKTGH, 2, chunk),
+    pad(q_BKTGH, 2, rows),
     pad(k_BKSH, 2, block_size),
     pad(v_BKSV, 2, block_size),
     jnp.concatenate((pos_BT, tail), axis=1),
-    pad(start_BT, 1, chunk, rules.NOWHERE),
-    pad(ids_BKTW, 2, chunk, -1),
+    pad(start_BT, 1, rows, rules.NOWHERE),
+    pad(ids_BKTW, 2, rows, -1),
   )
   out_BTNV = jnp.reshape(jnp.moveaxis(out_BKTGV[:, :, :T], 1, 2), (B, T, N, -1))
   lse_BTN = jnp.reshape(jnp.moveaxis(lse_BKTG[:, :, :T], 1, 2), (B, T, N))

@@ -1,20 +1,21 @@
 """Attention over selected blocks: matmuls grouped by key block, so that the work is sparse.
 
-Neighbouring queries rarely agree on all their blocks, and gathering 2 * W blocks a query moves more
-bytes than it computes with. So, for a chunk of queries:
+Neighbouring queries need not agree on any of their free blocks, and gathering 2 * W blocks a query
+moves more bytes than it computes with. So, for a chunk of queries:
 
-  local blocks   an ordinary band: a tile of queries against the keys from its first local block on;
+  local blocks   an ordinary band: tiles of queries against the keys from their first local block;
   other blocks   the (query, block) pairs are sorted by block, `tile` pairs of one block make one
                  matmul [tile * G, H] x [H, block]; each pair leaves (max, sum, out), and the
-                 queries gather theirs and merge them with the band by log-sum-exp.
+                 queries add up theirs and the band by log-sum-exp.
 
-A layout of pairs is made once per chunk and used forward and backward. The backward pass recomputes
-the probabilities from lse; dk and dv are added up tile after tile in float32. Both passes are
-bitwise deterministic: the order of every sum is fixed. One batch row and key head at a time.
+The backward pass recomputes the probabilities from lse; dk and dv are added up tile after tile in
+float32. Both passes are bitwise deterministic: the order of every sum is fixed. One batch row and
+key head at a time; `lanes` chunks are independent loops, which XLA's CPU runs side by side.
 """
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +26,35 @@ NOTHING = 1e30  # lse of a row that sees nothing, so that its probabilities are 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaConfig:
-  """Queries a chunk, pairs a tile, tiles a loop step, queries a tile of the band."""
+  """Queries a chunk, chunks side by side, pairs a tile, queries and keys of a tile of the band.
 
-  chunk: int = 256
+  Memory is about lanes * chunk * W * G * V * 4 bytes for the pairs' outputs.
+  """
+
+  chunk: int = 512
+  lanes: int = 1
   tile: int = 16
-  tiles_per_step: int = 8
-  band: int = 32
+  band_queries: int = 32
+  band_keys: int = 512
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
-        raise ValueError(
-          f"XlaConfig.{field.name}: found {getattr(self, field.name)}, expected >= 1"
-        )
+      found = getattr(self, field.name)
+      if found < 1:
+        raise ValueError(f"XlaConfig.{field.name}: found {found}, expected 1 or more")
+    if self.chunk % self.band_queries:
+      raise ValueError(
+        f"XlaConfig.chunk: found {self.chunk}, expected a multiple of band_queries "
+        f"{self.band_queries}"
+      )
 
 
 def default_config(num_queries: int, group: int) -> XlaConfig:
-  tile = max(4, min(64, 256 // group))
-  return XlaConfig(
-    chunk=max(1, min(num_queries, 256)), tile=tile, band=max(1, min(64, 512 // group))
-  )
+  """Tiles of about 256 rows that stay in a core's cache, and a lane for each of up to 4 cores."""
+  band = max(1, min(64, 512 // group))
+  chunk = -(-min(num_queries, 512) // band) * band
+  lanes = min(4, os.cpu_count() or 1, -(-num_queries // chunk))
+  return XlaConfig(chunk=chunk, lanes=lanes, tile=max(4, min(64, 256 // group)), band_queries=band)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +85,15 @@ class Layout:
   place_CW: jax.Array
 
 
+def _max_tiles(num_pairs: int, num_blocks: int, tile: int) -> int:
+  return num_pairs // tile + min(num_blocks, num_pairs)
+
+
 def layout(ids_CW, is_pair_CW, num_blocks: int, config: XlaConfig) -> Layout:
   """Sorts the pairs by (block, query) and pads each block's pairs to whole tiles."""
   C, W = ids_CW.shape
   P = config.tile
-  max_tiles = C * W // P + min(num_blocks, C * W)
-  max_tiles = -(-max_tiles // config.tiles_per_step) * config.tiles_per_step
+  max_tiles = _max_tiles(C * W, num_blocks, P)
   last = jnp.int32(num_blocks * C)
   key_CW = jnp.where(is_pair_CW, ids_CW * C + jnp.arange(C, dtype=jnp.int32)[:, None], last)
   key_R = jnp.sort(jnp.reshape(key_CW, (-1,)))
@@ -132,106 +145,133 @@ def _dot(a, b, contract: tuple[int, int], batch: int = 0):
 # --- The band of local blocks --------------------------------------------------------------------
 
 
-def _band_size(static: Static, num_slots: int) -> int:
-  """Keys that a tile of `band` queries at any position needs, whole blocks."""
-  blocks = static.num_local + -(-(static.config.band - 1) // static.block_size)
-  return min(num_slots, blocks * static.block_size)
+def _band_keys(static: Static, num_slots: int) -> tuple[int, int]:
+  """(key tiles, keys a tile) that a tile of queries at any position needs."""
+  blocks = static.num_local + -(-(static.config.band_queries - 1) // static.block_size)
+  keys = min(num_slots, blocks * static.block_size)
+  tiles = -(-keys // static.config.band_keys)
+  return tiles, -(-keys // tiles)
 
 
-def _band_tile(static: Static, pos_b, start_b, num_slots: int):
-  """(first key, mask [band, keys]) of the tile of queries at pos_b."""
-  size, block = _band_size(static, num_slots), static.block_size
-  first = jnp.clip((pos_b[0] // block - static.num_local + 1) * block, 0, num_slots - size)
-  slots = first + jnp.arange(size, dtype=jnp.int32)[None, :]
-  pos, start = pos_b[:, None], start_b[:, None]
-  is_local = slots // block > pos // block - static.num_local
-  return first, is_local & (slots <= pos) & (slots >= start)
+def _band_range(static: Static, pos_b, start_b, num_slots: int):
+  """(first key of the band, lowest slot of every query [band]) of the tile of queries at pos_b."""
+  block, (tiles, size) = static.block_size, _band_keys(static, num_slots)
+  low_b = (pos_b // block - static.num_local + 1) * block
+  return jnp.clip(low_b[0], 0, max(0, num_slots - tiles * size)), jnp.maximum(low_b, start_b)
 
 
-def _band_scores(static: Static, q_RH, k_kH, mask_bk):
-  band, size = mask_bk.shape
+def _band_scores(static: Static, q_RH, k_kH, first, low_b, pos_b):
+  size, band = k_kH.shape[0], pos_b.shape[0]
+  slots_1k = first + jnp.arange(size, dtype=jnp.int32)[None, :]
+  mask_bk = (slots_1k >= low_b[:, None]) & (slots_1k <= pos_b[:, None])
   scores = jnp.reshape(static.scale * _dot(q_RH, k_kH, (1, 1)), (band, -1, size))
   return jnp.reshape(jnp.where(mask_bk[:, None, :], scores, 2 * FLOOR), (-1, size))
+
+
+def _in_tiles(static: Static, *arrays):
+  band = static.config.band_queries
+  return [jnp.reshape(x, (-1, band, *x.shape[1:])) for x in arrays]
+
+
+def _pad_keys(static: Static, x_SH):
+  """Room behind the last key, so that whole key tiles fit."""
+  tiles, size = _band_keys(static, x_SH.shape[0])
+  return jnp.pad(x_SH, ((0, max(0, tiles * size - x_SH.shape[0])), (0, 0)))
 
 
 def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV):
   """(max, sum [C, G], out [C, G, V] not divided) of the local blocks."""
   C, G, H = chunk.q_CGH.shape
-  S, V, band = k_SH.shape[0], v_SV.shape[1], static.config.band
+  S, V, band = k_SH.shape[0], v_SV.shape[1], static.config.band_queries
   if static.num_local == 0:
     zeros = jnp.zeros((C, G), jnp.float32)
     return zeros + FLOOR, zeros, jnp.zeros((C, G, V), jnp.float32)
+  tiles, size = _band_keys(static, S)
+  k_SH, v_SV = _pad_keys(static, k_SH), _pad_keys(static, v_SV)
 
   def one(rows):
     q_bGH, pos_b, start_b = rows
-    first, mask_bk = _band_tile(static, pos_b, start_b, S)
-    k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, first, mask_bk.shape[1]) for x in (k_SH, v_SV))
-    scores_Rk = _band_scores(static, jnp.reshape(q_bGH, (-1, H)), k_kH, mask_bk)
-    top_R1 = jnp.maximum(jnp.max(scores_Rk, axis=1, keepdims=True), FLOOR)
-    probs_Rk = jnp.exp(scores_Rk - top_R1)
-    out_RV = _dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
-    return top_R1[:, 0], jnp.sum(probs_Rk, axis=1), out_RV
+    q_RH = jnp.reshape(q_bGH, (-1, H))
+    first, low_b = _band_range(static, pos_b, start_b, S)
 
-  rows = (chunk.q_CGH, chunk.pos_C, chunk.start_C)
-  rows = jax.tree.map(lambda x: jnp.reshape(x, (C // band, band, *x.shape[1:])), rows)
-  top, total, out = jax.lax.map(one, rows)
+    def step(i, carry):
+      top_R1, sum_R1, out_RV = carry
+      at = first + i * size
+      k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
+      scores_Rk = _band_scores(static, q_RH, k_kH, at, low_b, pos_b)
+      best_R1 = jnp.maximum(top_R1, jnp.max(scores_Rk, axis=1, keepdims=True))
+      probs_Rk = jnp.exp(scores_Rk - best_R1)
+      shrink_R1 = jnp.exp(top_R1 - best_R1)
+      sum_R1 = shrink_R1 * sum_R1 + jnp.sum(probs_Rk, axis=1, keepdims=True)
+      return best_R1, sum_R1, shrink_R1 * out_RV + _dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
+
+    zeros_R1 = jnp.zeros((band * G, 1), jnp.float32)
+    init = (zeros_R1 + FLOOR, zeros_R1, jnp.zeros((band * G, V), jnp.float32))
+    return jax.lax.fori_loop(0, tiles, step, init)
+
+  top, total, out = jax.lax.map(one, _in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C))
   return jnp.reshape(top, (C, G)), jnp.reshape(total, (C, G)), jnp.reshape(out, (C, G, V))
 
 
 # --- The other blocks ----------------------------------------------------------------------------
 
 
-def _step_tiles(static: Static, chunk: Chunk, at: Layout, i, k_MsH):
-  """(queries [U, P*G, H], tokens [U, P], mask, blocks [U], keys [U, s, H]) of loop step i."""
-  U = static.config.tiles_per_step
-  token_UP, is_pair_UP, block_U = (
-    jax.lax.dynamic_slice_in_dim(x, i * U, U) for x in (at.token_IP, at.is_pair_IP, at.block_I)
-  )
-  q_URH = jnp.reshape(chunk.q_CGH[token_UP], (U, -1, chunk.q_CGH.shape[-1]))
-  mask_UPs = is_pair_UP[:, :, None]
-  if static.num_local == 0:  # the current block is among the pairs: causality by token
-    slots = block_U[:, None, None] * static.block_size
-    slots = slots + jnp.arange(static.block_size, dtype=jnp.int32)[None, None, :]
-    pos, start = chunk.pos_C[token_UP][:, :, None], chunk.start_C[token_UP][:, :, None]
-    mask_UPs = mask_UPs & (slots <= pos) & (slots >= start)
-  return q_URH, token_UP, mask_UPs, block_U, k_MsH[block_U]
+def _rows_of(x_CGH, token_P):
+  """x[tokens] as one [P * G, H]; a loop of slices is a loop of memcpy, a gather on CPU is not."""
+  rows_PGH = jnp.zeros((token_P.shape[0], *x_CGH.shape[1:]), x_CGH.dtype)
+
+  def copy(p, rows_PGH):
+    row_GH = jax.lax.dynamic_index_in_dim(x_CGH, token_P[p], keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(rows_PGH, row_GH, p, axis=0)
+
+  rows_PGH = jax.lax.fori_loop(0, token_P.shape[0], copy, rows_PGH)
+  return jnp.reshape(rows_PGH, (-1, x_CGH.shape[-1]))
 
 
-def _masked(scores_URs, mask_UPs, group: int, value: float):
-  U, _, size = scores_URs.shape
-  scores = jnp.reshape(scores_URs, (U, -1, group, size))
-  return jnp.reshape(jnp.where(mask_UPs[:, :, None, :], scores, value), scores_URs.shape)
+def _pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH, *, is_masked: bool):
+  """Scores [P * G, s] of tile i; masked ones are 2 * FLOOR.
+
+  Unfilled places need no mask where nobody gathers them. Blocks before the local ones lie whole in
+  the past; without the promise of local blocks the current one is among the pairs.
+  """
+  scores_Rs = static.scale * _dot(q_RH, k_sH, (1, 1))
+  if not is_masked and static.num_local:
+    return scores_Rs
+  token_P = at.token_IP[i]
+  slots_1s = at.block_I[i] * static.block_size + jnp.arange(k_sH.shape[0], dtype=jnp.int32)[None, :]
+  pos_P1, start_P1 = chunk.pos_C[token_P][:, None], chunk.start_C[token_P][:, None]
+  mask_Ps = at.is_pair_IP[i][:, None] & (slots_1s <= pos_P1) & (slots_1s >= start_P1)
+  scores_PGs = jnp.reshape(scores_Rs, (token_P.shape[0], -1, k_sH.shape[0]))
+  return jnp.reshape(jnp.where(mask_Ps[:, None, :], scores_PGs, 2 * FLOOR), scores_Rs.shape)
 
 
-def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV):
+def _pair_buffers(static: Static, num_pairs: int, num_blocks: int, group: int, *widths: int):
+  """Room for what every place leaves: [places, G] and [places, G, width] for each width."""
+  places = _max_tiles(num_pairs, num_blocks, static.config.tile) * static.config.tile
+  return tuple(jnp.zeros((places, group, *((w,) if w else ())), jnp.float32) for w in widths)
+
+
+def _store(buffers, values, i, num_places: int):
+  def put(buffer, value):
+    value = jnp.reshape(value, (num_places, *buffer.shape[1:]))
+    return jax.lax.dynamic_update_slice_in_dim(buffer, value, i * num_places, axis=0)
+
+  return tuple(map(put, buffers, values))
+
+
+def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, buffers):
   """(max, sum [places, G], out [places, G, V] not divided) of every pair."""
-  G, V = chunk.q_CGH.shape[1], v_MsV.shape[2]
-  U, P = static.config.tiles_per_step, static.config.tile
-  places = at.token_IP.size
 
   def body(i, buffers):
-    q_URH, _, mask_UPs, block_U, k_UsH = _step_tiles(static, chunk, at, i, k_MsH)
-    scores_URs = static.scale * _dot(q_URH, k_UsH, (2, 2), 1)
-    if static.num_local == 0:
-      scores_URs = _masked(scores_URs, mask_UPs, G, 2 * FLOOR)
-    top_UR1 = jnp.maximum(jnp.max(scores_URs, axis=2, keepdims=True), FLOOR)
-    probs_URs = jnp.exp(scores_URs - top_UR1)
-    out_URV = _dot(probs_URs.astype(v_MsV.dtype), v_MsV[block_U], (2, 1), 1)
-    new = (
-      jnp.reshape(top_UR1, (U * P, G)),
-      jnp.reshape(jnp.sum(probs_URs, axis=2), (U * P, G)),
-      jnp.reshape(out_URV, (U * P, G, V)),
-    )
-    return jax.tree.map(
-      lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, i * U * P, axis=0), buffers, new
-    )
+    q_RH = _rows_of(chunk.q_CGH, at.token_IP[i])
+    k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
+    scores_Rs = _pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=False)
+    top_R1 = jnp.maximum(jnp.max(scores_Rs, axis=1, keepdims=True), FLOOR)
+    probs_Rs = jnp.exp(scores_Rs - top_R1)
+    out_RV = _dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0))
+    return _store(buffers, (top_R1, jnp.sum(probs_Rs, axis=1), out_RV), i, static.config.tile)
 
-  buffers = (
-    jnp.zeros((places, G), jnp.float32),
-    jnp.zeros((places, G), jnp.float32),
-    jnp.zeros((places, G, V), jnp.float32),
-  )
-  return jax.lax.fori_loop(0, -(-at.num_tiles // U), body, buffers)
+  return jax.lax.fori_loop(0, at.num_tiles, body, buffers)
 
 
 def _sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
@@ -245,18 +285,18 @@ def _sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
   return jax.lax.fori_loop(0, at.place_CW.shape[1], body, init_CGV)
 
 
-def _chunk_layout(static: Static, chunk: Chunk, num_blocks: int) -> Layout:
-  return layout(chunk.ids_CW, chunk.is_pair_CW, num_blocks, static.config)
+def _blocks(static: Static, x_SH):
+  return jnp.reshape(x_SH, (-1, static.block_size, x_SH.shape[1]))
 
 
-def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV):
-  """(out [C, G, V], lse [C, G])."""
-  block = static.block_size
+def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, buffers):
+  """(out [C, G, V], lse [C, G]) and the buffers, to be filled again."""
   top_CG, sum_CG, out_CGV = _band_forward(static, chunk, k_SH, v_SV)
   if chunk.ids_CW.shape[1]:
-    k_MsH, v_MsV = (jnp.reshape(x, (-1, block, x.shape[1])) for x in (k_SH, v_SV))
-    at = _chunk_layout(static, chunk, k_MsH.shape[0])
-    top_RG, sum_RG, out_RGV = _pairs_forward(static, chunk, at, k_MsH, v_MsV)
+    k_MsH, v_MsV = _blocks(static, k_SH), _blocks(static, v_SV)
+    at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
+    buffers = _pairs_forward(static, chunk, at, k_MsH, v_MsV, buffers)
+    top_RG, sum_RG, out_RGV = buffers
     top_CWG = jnp.where(chunk.is_pair_CW[:, :, None], top_RG[at.place_CW], FLOOR)
     best_CG = jnp.maximum(top_CG, jnp.max(top_CWG, axis=1))
     weight_CWG = jnp.exp(top_CWG - best_CG[:, None, :])
@@ -268,123 +308,153 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV):
   is_seen_CG = sum_CG > 0
   sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
   lse_CG = jnp.where(is_seen_CG, top_CG + jnp.log(sum_CG), NOTHING)
-  return (out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG
+  return ((out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG), buffers
 
 
 # --- Backward ------------------------------------------------------------------------------------
 
 
-def _probs_and_grads(static: Static, scores, lse, delta, dout, v, batch: int):
+def _probs_and_grads(static: Static, scores_Rs, lse_R1, delta_R1, dout_RV, v_sV):
   """(P, dS) in float32: P = exp(S - lse), dS = scale P (dout v^T - delta) (section 11)."""
-  probs = jnp.exp(scores - lse)
-  dprobs = _dot(dout, v, (batch + 1, batch + 1), batch)
-  return probs, static.scale * probs * (dprobs - delta)
+  probs_Rs = jnp.exp(scores_Rs - lse_R1)
+  dprobs_Rs = _dot(dout_RV, v_sV, (1, 1))
+  return probs_Rs, static.scale * probs_Rs * (dprobs_Rs - delta_R1)
 
 
 def _add_at(total_SH, new_kH, first):
-  old = jax.lax.dynamic_slice_in_dim(total_SH, first, new_kH.shape[0])
-  return jax.lax.dynamic_update_slice_in_dim(total_SH, old + new_kH, first, axis=0)
+  old_kH = jax.lax.dynamic_slice_in_dim(total_SH, first, new_kH.shape[0])
+  return jax.lax.dynamic_update_slice_in_dim(total_SH, old_kH + new_kH, first, axis=0)
 
 
 def _band_backward(static: Static, chunk: Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv):
   """(dq [C, G, H], dk, dv) with the band's share added to dk [S, H] and dv [S, V]."""
   C, G, H = chunk.q_CGH.shape
-  band = static.config.band
+  S = k_SH.shape[0]
   if static.num_local == 0:
     return jnp.zeros((C, G, H), jnp.float32), dk, dv
+  tiles, size = _band_keys(static, S)
+  k_SH, v_SV, dk, dv = (_pad_keys(static, x) for x in (k_SH, v_SV, dk, dv))
 
   def one(carry, rows):
-    dk, dv = carry
     q_bGH, pos_b, start_b, dout_bGV, lse_bG, delta_bG = rows
-    first, mask_bk = _band_tile(static, pos_b, start_b, k_SH.shape[0])
-    k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, first, mask_bk.shape[1]) for x in (k_SH, v_SV))
+    first, low_b = _band_range(static, pos_b, start_b, S)
     q_RH, dout_RV = (jnp.reshape(x, (-1, x.shape[-1])) for x in (q_bGH, dout_bGV))
-    scores_Rk = _band_scores(static, q_RH, k_kH, mask_bk)
     lse_R1, delta_R1 = (jnp.reshape(x, (-1, 1)) for x in (lse_bG, delta_bG))
-    probs, dscores = _probs_and_grads(static, scores_Rk, lse_R1, delta_R1, dout_RV, v_kV, 0)
-    dscores = dscores.astype(q_RH.dtype)
-    dv = _add_at(dv, _dot(probs.astype(dout_RV.dtype), dout_RV, (0, 0)), first)
-    dk = _add_at(dk, _dot(dscores, q_RH, (0, 0)), first)
-    return (dk, dv), _dot(dscores, k_kH, (1, 0))
+
+    def step(i, carry):
+      dq_RH, dk, dv = carry
+      at = first + i * size
+      k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
+      scores_Rk = _band_scores(static, q_RH, k_kH, at, low_b, pos_b)
+      probs_Rk, dscores_Rk = _probs_and_grads(static, scores_Rk, lse_R1, delta_R1, dout_RV, v_kV)
+      dscores_Rk = dscores_Rk.astype(q_RH.dtype)
+      dv = _add_at(dv, _dot(probs_Rk.astype(dout_RV.dtype), dout_RV, (0, 0)), at)
+      dk = _add_at(dk, _dot(dscores_Rk, q_RH, (0, 0)), at)
+      return dq_RH + _dot(dscores_Rk, k_kH, (1, 0)), dk, dv
+
+    dq_RH, dk, dv = jax.lax.fori_loop(0, tiles, step, (jnp.zeros(q_RH.shape, jnp.float32), *carry))
+    return (dk, dv), dq_RH
 
   rows = (chunk.q_CGH, chunk.pos_C, chunk.start_C, dout_CGV, lse_CG, delta_CG)
-  rows = jax.tree.map(lambda x: jnp.reshape(x, (C // band, band, *x.shape[1:])), rows)
-  (dk, dv), dq = jax.lax.scan(one, (dk, dv), rows)
-  return jnp.reshape(dq, (C, G, H)), dk, dv
+  (dk, dv), dq = jax.lax.scan(one, (dk, dv), _in_tiles(static, *rows))
+  return jnp.reshape(dq, (C, G, H)), dk[:S], dv[:S]
 
 
-def _pairs_backward(static: Static, chunk: Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv):
-  """(dq [C, G, H], dk, dv) with the pairs' share added to dk and dv."""
-  (C, G, H), block = chunk.q_CGH.shape, static.block_size
-  U, P = static.config.tiles_per_step, static.config.tile
-  k_MsH, v_MsV = (jnp.reshape(x, (-1, block, x.shape[1])) for x in (k_SH, v_SV))
-  at = _chunk_layout(static, chunk, k_MsH.shape[0])
+def _pairs_backward(
+  static: Static, chunk: Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv, buffers
+):
+  """(dq [C, G, H], dk, dv, buffers) with the pairs' share added to dk and dv."""
+  C, G, H = chunk.q_CGH.shape
+  k_MsH, v_MsV = _blocks(static, k_SH), _blocks(static, v_SV)
+  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
 
   def body(i, carry):
-    dq_RGH, dk, dv = carry
-    q_URH, token_UP, mask_UPs, block_U, k_UsH = _step_tiles(static, chunk, at, i, k_MsH)
-    scores_URs = static.scale * _dot(q_URH, k_UsH, (2, 2), 1)
-    scores_URs = _masked(scores_URs, mask_UPs, G, 2 * FLOOR)
-    dout_URV = jnp.reshape(dout_CGV[token_UP], (U, P * G, -1))
-    lse_UR1, delta_UR1 = (jnp.reshape(x[token_UP], (U, -1, 1)) for x in (lse_CG, delta_CG))
-    probs, dscores = _probs_and_grads(
-      static, scores_URs, lse_UR1, delta_UR1, dout_URV, v_MsV[block_U], 1
+    buffers, dk, dv = carry
+    token_P, block = at.token_IP[i], at.block_I[i]
+    q_RH, dout_RV = _rows_of(chunk.q_CGH, token_P), _rows_of(dout_CGV, token_P)
+    lse_R1, delta_R1 = (jnp.reshape(x[token_P], (-1, 1)) for x in (lse_CG, delta_CG))
+    k_sH = k_MsH[block]
+    scores_Rs = _pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=True)
+    probs_Rs, dscores_Rs = _probs_and_grads(
+      static, scores_Rs, lse_R1, delta_R1, dout_RV, v_MsV[block]
     )
-    dscores = dscores.astype(q_URH.dtype)
-    dk_UsH = _dot(dscores, q_URH, (1, 1), 1)
-    dv_UsV = _dot(probs.astype(dout_URV.dtype), dout_URV, (1, 1), 1)
-    for u in range(U):
-      dk = _add_at(dk, dk_UsH[u], block_U[u] * block)
-      dv = _add_at(dv, dv_UsV[u], block_U[u] * block)
-    new = jnp.reshape(_dot(dscores, k_UsH, (2, 1), 1), (U * P, G, H))
-    return jax.lax.dynamic_update_slice_in_dim(dq_RGH, new, i * U * P, axis=0), dk, dv
+    dscores_Rs = dscores_Rs.astype(q_RH.dtype)
+    dk = _add_at(dk, _dot(dscores_Rs, q_RH, (0, 0)), block * static.block_size)
+    dv_sV = _dot(probs_Rs.astype(dout_RV.dtype), dout_RV, (0, 0))
+    dv = _add_at(dv, dv_sV, block * static.block_size)
+    return _store(buffers, (_dot(dscores_Rs, k_sH, (1, 0)),), i, static.config.tile), dk, dv
 
-  dq_RGH = jnp.zeros((at.token_IP.size, G, H), jnp.float32)
-  dq_RGH, dk, dv = jax.lax.fori_loop(0, -(-at.num_tiles // U), body, (dq_RGH, dk, dv))
+  buffers, dk, dv = jax.lax.fori_loop(0, at.num_tiles, body, (buffers, dk, dv))
   weight_CWG = jnp.broadcast_to(
     chunk.is_pair_CW[:, :, None].astype(jnp.float32), (*chunk.is_pair_CW.shape, G)
   )
-  dq_CGH = _sum_pairs(dq_RGH, at, weight_CWG, jnp.zeros((C, G, H), jnp.float32))
-  return dq_CGH, dk, dv
+  dq_CGH = _sum_pairs(buffers[0], at, weight_CWG, jnp.zeros((C, G, H), jnp.float32))
+  return dq_CGH, dk, dv, buffers
 
 
 # --- All rows of one head ------------------------------------------------------------------------
 
 
 def _chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
-  """(Chunk with a leading axis of chunks, others alike)."""
-  lowest_T = jnp.where(start_T <= pos_T, pos_T // static.block_size - static.num_local + 1, 0)
+  """(Chunk, *others) with two leading axes: steps and lanes."""
   if static.num_local:
     # Lists ascend and end with the local blocks: these columns hold everything else.
+    lowest_T = pos_T // static.block_size - static.num_local + 1
     ids_TW = ids_TW[:, : max(0, ids_TW.shape[1] - static.num_local)]
-    is_pair_TW = (ids_TW >= 0) & (ids_TW < lowest_T[:, None])
+    is_pair_TW = (ids_TW >= 0) & (ids_TW < lowest_T[:, None]) & (start_T <= pos_T)[:, None]
   else:
     is_pair_TW = ids_TW >= 0
   chunk = Chunk(q_TGH, pos_T, start_T, ids_TW, is_pair_TW)
-  size = static.config.chunk
-  return jax.tree.map(lambda x: jnp.reshape(x, (-1, size, *x.shape[1:])), (chunk, *others))
+  lead = (-1, static.config.lanes, static.config.chunk)
+  return jax.tree.map(lambda x: jnp.reshape(x, (*lead, *x.shape[1:])), (chunk, *others))
+
+
+def _by_lane(static: Static, tree):
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(static.config.lanes)]
+
+
+def _in_order(parts):
+  """Results of the lanes of every step, [steps, C, ...] each, as [T, ...]."""
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *parts)
+  return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[3:])), stacked)
 
 
 def head_forward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW):
-  """(out [T, G, V], lse [T, G]); T is a multiple of the chunk, S of the block."""
+  """(out [T, G, V], lse [T, G]); T is a multiple of lanes * chunk, S of the block."""
   (chunks,) = _chunks(static, q_TGH, pos_T, start_T, ids_TW)
-  out, lse = jax.lax.map(lambda c: _chunk_forward(static, c, k_SH, v_SV), chunks)
-  return tuple(jnp.reshape(x, (-1, *x.shape[2:])) for x in (out, lse))
+  num_pairs, num_blocks = chunks.ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
+  sizes = (static, num_pairs, num_blocks, q_TGH.shape[1], 0, 0, v_SV.shape[1])
+  buffers = [_pair_buffers(*sizes) for _ in range(static.config.lanes)]
+
+  def step(buffers, chunks):
+    lanes = zip(_by_lane(static, chunks), buffers, strict=True)
+    done = [_chunk_forward(static, chunk, k_SH, v_SV, buffer) for chunk, buffer in lanes]
+    return [buffer for _, buffer in done], [result for result, _ in done]
+
+  return _in_order(jax.lax.scan(step, buffers, chunks)[1])
 
 
 def head_backward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW, lse, delta, dout):
   """(dq, dk, dv), dk and dv summed over the group and all queries in float32."""
   chunks = _chunks(static, q_TGH, pos_T, start_T, ids_TW, dout, lse, delta)
+  num_pairs, num_blocks = chunks[0].ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
 
   def one(carry, x):
-    chunk, *rest = x
-    dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, *carry)
+    (dk, dv, buffers), (chunk, *rest) = carry, x
+    dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, dk, dv)
     if chunk.ids_CW.shape[1]:
-      more, dk, dv = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dk, dv)
+      more, dk, dv, buffers = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dk, dv, buffers)
       dq = dq + more
-    return (dk, dv), dq
+    return (dk, dv, buffers), dq
 
-  zeros = (jnp.zeros(k_SH.shape, jnp.float32), jnp.zeros(v_SV.shape, jnp.float32))
-  (dk, dv), dq = jax.lax.scan(one, zeros, chunks)
-  dq = jnp.reshape(dq, q_TGH.shape)
+  def step(carries, chunks):
+    done = [one(c, x) for c, x in zip(carries, _by_lane(static, chunks), strict=True)]
+    return [carry for carry, _ in done], [dq for _, dq in done]
+
+  zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SV)]
+  buffers = _pair_buffers(static, num_pairs, num_blocks, q_TGH.shape[1], k_SH.shape[1])
+  carries = [(*zeros, buffers) for _ in range(static.config.lanes)]
+  carries, dqs = jax.lax.scan(step, carries, chunks)
+  dk, dv = (sum(parts) for parts in list(zip(*carries, strict=True))[:2])
+  dq = _in_order(dqs)
   return dq.astype(q_TGH.dtype), dk.astype(k_SH.dtype), dv.astype(v_SV.dtype)
