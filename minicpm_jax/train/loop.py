@@ -140,11 +140,20 @@ class _Run:
         self._evaluate()
     self._profile(None)
     if self.step == first:
-      self.bar.message(f"nothing to do: step {first} of {cfg.num_steps}")
+      self._nothing_to_do()
     self.store.wait()
     if is_stopped:
       self.bar.message(f"SIGTERM: saved step {self.step} in {self.store.directory}, leaving")
     return TrainResult(self.state, self.step, self.values, is_stopped)
+
+  def _nothing_to_do(self) -> None:
+    """Takes the last values from the log; evaluates where an earlier start was cut off before."""
+    self.bar.message(f"nothing to do: step {self.step} of {self.cfg.num_steps}")
+    for row in logging_lib.read_metrics(self.workdir):
+      if row["step"] == self.step:
+        self.values |= {name: value for name, value in row.items() if name != "step"}
+    if any(f"eval/{name}/loss" not in self.values for name in self.cfg.eval_sources):
+      self._evaluate()
 
   def _settle(self) -> None:
     """Fetches the metrics of the last dispatched step, checks them, logs where a line is due."""

@@ -82,11 +82,11 @@ def base(tmp_path_factory) -> config.TrainConfig:
 
 
 def start(devices, *args, module="experiments.pretrain"):
-  env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
   return subprocess.Popen(
     [sys.executable, "-m", module, *args],
     cwd=ROOT,
-    env={**env, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -99,6 +99,7 @@ def test_resume_is_bitwise_across_the_phase_switch(straight, train_config, tmp_p
   assert saved_data(tmp_path, 6) == saved_data(workdir, 6)
   again = loop.train(train_config, tmp_path)  # nothing left to do
   assert_same_state(again.state, whole.state)
+  assert again.values["loss"] == whole.values["loss"]
 
 
 def test_branch_of_the_stable_stage_equals_a_fresh_wsd_run(straight, train_config, tmp_path):
@@ -133,7 +134,9 @@ def test_weights_of_another_run_start_a_new_one(straight, train_config, tmp_path
   """Weights only: step 0, fresh moments; the head is untied and an MTP head added on request."""
   workdir, _ = straight
   model = dataclasses.replace(train_config.model, tie_embeddings=False, mtp=config.MTPConfig())
-  cfg = dataclasses.replace(train_config, model=model, init_from=f"{workdir}@6", num_steps=1)
+  cfg = dataclasses.replace(
+    train_config, model=model, init_from=f"{workdir}@6", num_steps=1, profile_steps=(0, 1)
+  )
   result = loop.train(cfg, tmp_path)
   assert "weights of" in capsys.readouterr().out
   _, params, _ = orbax_io.load_run(workdir)
@@ -142,6 +145,7 @@ def test_weights_of_another_run_start_a_new_one(straight, train_config, tmp_path
   assert 0 < np.abs(after - before).max() < 0.0201
   assert result.state.params["lm_head"]["kernel"].shape == (32, 64)
   assert int(result.state.step) == 1 and "mtp_loss" in result.values
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_initial_weights_of_another_shape_name_the_tensor(straight, train_config, tmp_path):
@@ -247,7 +251,7 @@ def test_sigterm_saves_and_leaves_with_status_0(straight, train_config, tmp_path
   process = subprocess.Popen(
     [sys.executable, "-c", SCRIPT, str(tmp_path)],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    env=dict(os.environ),  # conftest's flags: the same programs, from the same cache
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
