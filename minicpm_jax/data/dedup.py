@@ -20,7 +20,8 @@ import numpy as np
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.documents import Doc, Dropped
 
-_BLOCK_ROWS = 256  # shingles hashed at once: the block stays in the cache
+EMPTY = np.uint32(2**32 - 1)  # a row of the signature of a text without shingles
+_BLOCK = 1024  # shingles hashed at once: the block stays in the cache
 _PAIR_BLOCK = 20_000  # candidate pairs compared at once
 
 
@@ -36,7 +37,7 @@ class Removal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MinHash:
-  """FineWeb's setting: 14 bands of 8 rows of 64-bit hashes over 5-grams.
+  """FineWeb's setting: 14 bands of 8 rows over 64-bit hashes of 5-grams.
 
   Two documents become candidates when a band is equal (even odds near Jaccard 0.72) and duplicates
   when the share of equal rows is at least `threshold`.
@@ -99,27 +100,33 @@ def shingles(text: str, size: int) -> np.ndarray:
 
 
 def signature(text: str, cfg: MinHash) -> np.ndarray:
-  """uint64 [num_bands * band_size]: the least value of each hash function over the shingles."""
-  multipliers, offsets = _permutations(cfg.num_bands * cfg.band_size, cfg.seed)
-  least = np.full(len(multipliers), ngrams.EMPTY, np.uint64)
-  values = np.unique(shingles(text, cfg.shingle_size))
-  for start in range(0, len(values), _BLOCK_ROWS):
-    block = values[start : start + _BLOCK_ROWS, None] * multipliers[None, :]
-    block += offsets[None, :]
-    np.minimum(least, block.min(axis=0), out=least)
+  """uint32 [num_bands * band_size]: the least value of each hash function over the shingles.
+
+  A function orders the 64-bit shingles by (multiplier * low half + high half) mod 2**32. Any two
+  functions are independent; in a text of a million shingles the least value is shared by chance
+  with odds 2**-12.
+  """
+  multipliers = _multipliers(cfg.num_bands * cfg.band_size, cfg.seed)
+  least = np.full(len(multipliers), EMPTY)
+  values = shingles(text, cfg.shingle_size)
+  low, high = values.astype(np.uint32), (values >> np.uint64(32)).astype(np.uint32)
+  for start in range(0, len(values), _BLOCK):
+    block = multipliers[:, None] * low[None, start : start + _BLOCK]
+    block += high[None, start : start + _BLOCK]
+    np.minimum(least, block.min(axis=1), out=least)
   return least
 
 
 @functools.cache
-def _permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  draw = ngrams.mix(np.arange(1 + 2 * count, dtype=np.uint64) + np.uint64(seed * 2**32 + 1))
-  return draw[:count] | np.uint64(1), draw[count : 2 * count]
+def _multipliers(count: int, seed: int) -> np.ndarray:
+  draw = ngrams.mix(np.arange(count, dtype=np.uint64) + np.uint64(seed * 2**32 + 1))
+  return draw.astype(np.uint32) | np.uint32(1)
 
 
 def minhash(docs: Iterable[Doc], cfg: MinHash | None = None) -> Iterator[Removal]:
   """All but the best of near duplicates: the highest score, then the longest text, then first.
 
-  Memory is one signature (896 bytes by default) and one key a document; texts are not held.
+  Memory is one signature (448 bytes by default) and one key a document; texts are not held.
   """
   cfg = cfg or MinHash()
   keys, blocks, block, quality = [], [], [], []
@@ -155,9 +162,9 @@ def removals(
 
 
 def clusters(signatures: np.ndarray, cfg: MinHash) -> np.ndarray:
-  """The lowest row of each row's cluster, from uint64 signatures [rows, bands * band size]."""
+  """The lowest row of each row's cluster, from signatures [rows, bands * band size]."""
   parent = np.arange(len(signatures))
-  is_empty = (signatures == ngrams.EMPTY).all(axis=1)
+  is_empty = (signatures == EMPTY).all(axis=1)
   whole = ngrams.mix(_combine(signatures))
   _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
   parent = np.where(is_empty, parent, first[inverse])
@@ -202,7 +209,7 @@ def bucket_pairs(rows: Sequence[int], max_bucket: int) -> Iterator[tuple[int, in
 def _combine(values: np.ndarray) -> np.ndarray:
   total = np.zeros(values.shape[:-1], np.uint64)
   for column in range(values.shape[-1]):
-    total = ngrams.mix(total * np.uint64(0x100000001B3) + values[..., column])
+    total = ngrams.mix(total * np.uint64(0x100000001B3) + values[..., column].astype(np.uint64))
   return total
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
 _TOKEN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U000323af]")
-EMPTY = np.uint64(2**64 - 1)  # above every hash: the minimum over none
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -26,11 +26,13 @@ def tokens(text: str) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=2)
 def words(text: str) -> tuple[str, ...]:
   """`tokens` without the symbols."""
-  return tuple(t for t in tokens(text) if len(t) > 1 or t.isalnum())
+  return tuple(_WORD.findall(text))
 
 
 def is_cjk(text: str) -> bool:
   """True when at least a quarter of the non-space characters are Chinese or Japanese letters."""
+  if text[:5000].isascii():
+    return False
   head = "".join(text[:5000].split())
   return 4 * len(_CJK.findall(head)) >= max(1, len(head))
 
@@ -43,15 +45,24 @@ def mix(values: np.ndarray) -> np.ndarray:
   return values ^ (values >> np.uint64(31))
 
 
-@functools.lru_cache(maxsize=400_000)
-def _word_hash(word: str) -> int:
-  digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-  return int.from_bytes(digest, "little")
+class _WordHashes(dict):
+  """word -> hash, filled on demand; emptied when it gets large."""
+
+  def __missing__(self, word: str) -> int:
+    if len(self) >= 400_000:
+      self.clear()
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    self[word] = int.from_bytes(digest, "little")
+    return self[word]
+
+
+_WORD_HASHES = _WordHashes()
 
 
 def word_hashes(sequence: Sequence[str]) -> np.ndarray:
   """uint64 hash of each word."""
-  return np.fromiter(map(_word_hash, sequence), dtype=np.uint64, count=len(sequence))
+  hashes = map(_WORD_HASHES.__getitem__, sequence)
+  return np.fromiter(hashes, dtype=np.uint64, count=len(sequence))
 
 
 def char_hashes(text: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minicpm_jax.core import extras
-from minicpm_jax.data import dedup, documents, executor, ngrams, tolerant
+from minicpm_jax.data import dedup, documents, executor, tolerant
 from minicpm_jax.data.documents import Doc, Dropped
 
 # Columns between steps: a document, or a drop with `stage` set ("" for a document).
@@ -131,7 +131,7 @@ def minhash(frame: Any, cfg: dedup.MinHash | None = None) -> list[dedup.Removal]
   if not rows:
     return []
   rows = sorted(rows, key=lambda row: (row["source"], row["id"]))
-  signatures = np.stack([np.frombuffer(bytes(row["signature"]), np.uint64) for row in rows])
+  signatures = np.stack([np.frombuffer(bytes(row["signature"]), np.uint32) for row in rows])
   quality = [(_score(row["score"]), row["size"]) for row in rows]
   keys = [(row["source"], row["id"]) for row in rows]
   return list(dedup.removals(keys, quality, dedup.clusters(signatures, cfg)))
@@ -160,7 +160,7 @@ def _sign(cfg: dedup.MinHash, batches: Iterator[Any]) -> Iterator[Any]:
 
 def _signed(row: dict, cfg: dedup.MinHash) -> tuple:
   values = dedup.signature(row["text"], cfg)
-  is_empty = bool((values == ngrams.EMPTY).all())
+  is_empty = bool((values == dedup.EMPTY).all())
   bands = [] if is_empty else dedup.band_hashes(values[None], cfg)[0].view(np.int64).tolist()
   return row["source"], row["id"], row["score"], len(row["text"]), values.tobytes(), bands
 
