@@ -11,6 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 # The first 3.12 interpreter that runs: on PATH, or one that pyenv keeps beside it.
 PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
   "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+PYTEST_PARALLEL ?= -n 2 --dist=loadfile
 ARGS ?=
 
 .PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean
@@ -21,7 +22,7 @@ quickstart: $(VENV)/.quickstart
 test: $(VENV)/.dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m experiments.fetch_model --optional
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m "slow and not gpu and not tpu" $(ARGS)

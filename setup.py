@@ -29,7 +29,7 @@ EXTRAS["smoke"] = sorted(
 EXTRAS["dev"] = sorted(
   {d for e in ("smoke", "data", "html", "bench", "oracle", "dedup") for d in EXTRAS[e]}
   | {"datasketch>=2", "ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
-  | {"jax-triton>=0.3.1"}
+  | {"jax-triton>=0.3.1", "pytest-xdist>=3.6"}
 )
 
 setup(
