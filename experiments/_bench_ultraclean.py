@@ -15,7 +15,6 @@ from typing import Any
 from minicpm_jax.data import (
   classifier,
   dedup,
-  documents,
   executor,
   filters,
   repetition,
@@ -103,7 +102,8 @@ def filter_speed(docs: Sequence[Doc], peer_python: str | None, repeats: int) -> 
     command = [peer_python or sys.executable, str(_PEER), str(root / "in"), str(root / "peer")]
     done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
-    return result | {"datatrove": f"not run: {done.stderr.strip().splitlines()[-1]}"}
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return result | {"datatrove": f"not run: {reason}"}
   peer = json.loads(done.stdout.splitlines()[-1])
   return result | {
     "datatrove_documents_per_s": len(docs) / peer["seconds"],
@@ -113,36 +113,27 @@ def filter_speed(docs: Sequence[Doc], peer_python: str | None, repeats: int) -> 
 
 
 def spark(master: str, folder: str, copies: int) -> dict:
-  """Wall seconds of one Spark job (second run in a warm session); call in a process of its own."""
+  """Wall seconds of the published filters as a Spark job; call in a process of its own.
+
+  The corpus is read `copies` times over (under other names); the second job of the session counts.
+  """
   start = time.perf_counter()
   session = spark_lib.session(master)
   session.sparkContext.setLogLevel("ERROR")
   started = time.perf_counter() - start
-  stages = [_Copies(copies)]
   walls = []
-  with tempfile.TemporaryDirectory() as out:
+  with tempfile.TemporaryDirectory() as root:
+    (pathlib.Path(root) / "in").mkdir()
+    for path in pathlib.Path(folder).resolve().glob("*.jsonl.gz"):
+      for i in range(copies):
+        (pathlib.Path(root) / "in" / f"{i}-{path.name}").symlink_to(path)
     for _ in range(2):
       start = time.perf_counter()
-      counts = spark_lib.run(session, [folder], stages, f"{out}/out", num_partitions=16)
+      counts = spark_lib.run(session, [f"{root}/in"], [filters.published()], f"{root}/out")
       walls.append(time.perf_counter() - start)
   session.stop()
-  return {"master": master, "session_s": started, "wall_s": walls[-1], "counts": counts}
-
-
-class _Copies:
-  """The published filters `copies` times over: enough work to see the cores."""
-
-  name = "filters"
-
-  def __init__(self, copies: int):
-    self.copies = copies
-
-  def __call__(self, docs):
-    stage = filters.published()
-    for doc in docs:
-      for _ in range(self.copies):
-        (item,) = stage([doc])
-      yield item
+  num_read = counts["kept"] + sum(counts["dropped"].values())
+  return {"master": master, "session_s": started, "wall_s": walls[-1], "documents": num_read}
 
 
 def synthetic(folder: str, count: int, share: float = 0.1) -> Iterator[Doc]:
@@ -192,14 +183,10 @@ def rensa_signatures(docs: Sequence[Doc], repeats: int) -> dict:
 
   def theirs():
     for doc in docs:
-      words = documents_words(doc)
+      words = re.findall(r"\w+", doc.text.lower())
       sketch = rensa.RMinHash(num_perm=112, seed=0)
       sketch.update([" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))])
       sketch.digest()
 
   peer = cpu_seconds(theirs, repeats)
   return {"numpy_documents_per_s": len(docs) / ours, "rensa_documents_per_s": len(docs) / peer}
-
-
-def documents_words(doc: documents.Doc) -> Sequence[str]:
-  return re.findall(r"\w+", doc.text.lower())

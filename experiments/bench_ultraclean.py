@@ -30,7 +30,7 @@ flags.DEFINE_string("corpus", "../shared/data/pretrain", "Folder of en_*.jsonl.g
 flags.DEFINE_string("tokenizer", None, "Folder of a tokenizer, for the score part.")
 flags.DEFINE_string("datatrove_python", None, "Interpreter with datatrove (default: this one).")
 flags.DEFINE_integer("minhash_documents", 100_000, "Documents of the minhash part.")
-flags.DEFINE_integer("spark_copies", 10, "Times the filters run over each document on Spark.")
+flags.DEFINE_integer("spark_copies", 10, "Times the corpus is read by the spark part.")
 flags.DEFINE_integer("repeats", 3, "Runs of a measurement; the fastest counts.")
 flags.DEFINE_string("out", str(_RESULTS / "bench_ultraclean.json"), "File of the results.")
 

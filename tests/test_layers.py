@@ -57,6 +57,10 @@ OPTIONAL = {
   "fasttext",
   "trafilatura",
   "huggingface_hub",
+  "py3langid",
+  "semhash",
+  "pyspark",
+  "pandas",
   "fastapi",
   "uvicorn",
 }
