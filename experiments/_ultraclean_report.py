@@ -1,4 +1,4 @@
-"""The report of `experiments.ultraclean`: report.json, scores.png, examples."""
+"""Reports of `experiments.ultraclean` and `verify_data`: report.json, examples, figures."""
 
 import collections
 import json
@@ -119,3 +119,23 @@ def plot(report: dict[str, Any]):
   axes[-1].set(title="where documents went", xlabel="documents")
   axes[-1].tick_params(axis="y", labelsize=7)
   return figure
+
+
+def plot_verification(report: dict[str, Any], path: pathlib.Path) -> None:
+  """Delta of every set, and the interval of their mean that decided."""
+  figures = extras.require_extra("matplotlib.figure", extra="plot")
+  metric = report["decided_by"]
+  deltas = {name: found[metric] for name, found in report["deltas"].items() if metric in found}
+  figure = figures.Figure(figsize=(6, 1.2 + 0.4 * len(deltas)), layout="constrained")
+  axis = figure.subplots()
+  axis.barh(list(deltas), list(deltas.values()), color="tab:gray")
+  low, high = report["interval"]
+  axis.barh(["mean"], [report["delta"]], color="tab:blue")
+  axis.errorbar(
+    [report["delta"]], ["mean"], xerr=[[report["delta"] - low], [high - report["delta"]]]
+  )
+  axis.axvline(0, color="k", linewidth=0.8)
+  axis.set(title=f"{report['candidate']}: {report['decision']}", xlabel=f"better by, {metric}")
+  partial = path.with_suffix(".tmp.png")
+  figure.savefig(partial, dpi=100)
+  os.replace(partial, path)

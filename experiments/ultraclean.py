@@ -5,10 +5,10 @@
       --output=runs/clean --workers=8
   python -m experiments.ultraclean --input=crawl/ --classifier=en:models/ultraclean_en.bin ...
 
-Reads JSONL, Parquet, WARC and text (MiniCPM4 section 2.2.1, data.md 2). Trains a fastText classifier
-for each language of --good, with --bad or a part of the inputs as negatives; then language,
-heuristics, PII, benchmarks, quality, duplicates. Writes clean/ (Parquet), shards/, report.json,
-scores.png, and prints the pretraining command. Run again, it keeps the finished input files.
+Reads JSONL, Parquet, WARC and text (data.md 2). Trains a fastText classifier for each language of
+--good, with --bad or a part of the inputs as negatives; then language, heuristics, PII, benchmarks,
+quality, duplicates. Writes clean/ (Parquet), shards/, report.json, scores.png, and prints the
+pretraining command. Run again, it keeps the finished input files.
 """
 
 import pathlib
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
   began = time.time()
 
-  def tell(line: str) -> None:
+  def tell(line: str):
     print(f"{time.time() - began:7.1f} s  {line}", flush=True)
 
   try:
@@ -109,8 +109,7 @@ def main(argv: list[str]) -> int:
       tell(f"dropped {count:>7,}  {name}")
     tell(f"{report['clean']:,} of {report['read']:,} documents are clean")
     _ultraclean.write_shards(plan, final, tell)
-    tell(f"report.json, scores.png, clean/, shards/ in {plan.output}; then:")
-    print(_ultraclean.next_command(plan))
+    print(f"report.json, scores.png, clean/ in {plan.output}\n{_ultraclean.next_command(plan)}")
   except (ValueError, ImportError, OSError, flags.Error, executor.ExecutorError) as error:
     print(f"ultraclean: {error}", file=sys.stderr)
     return 1
