@@ -2,8 +2,12 @@
 
 import gzip
 import json
+import os
+import pathlib
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +104,24 @@ def test_same_near_duplicates_as_local(session, tmp_path):
   expected = set(dedup.minhash(docs))
   found = spark.minhash(spark.read(session, [corpus]))
   assert len(found) == len(expected) > 5 and set(found) == expected
+
+
+@pytest.mark.slow
+def test_spark_submit(tmp_path):
+  """A script of three lines under spark-submit, with the master given there."""
+  pytest.importorskip("pyspark", reason="pyspark is not installed (extra spark)")
+  if shutil.which("java") is None:
+    pytest.skip("no java on the PATH: Spark needs Java 17 (openjdk-17-jre-headless)")
+  submit = pathlib.Path(sys.executable).with_name("spark-submit")
+  corpus, out = _corpus(tmp_path / "in"), tmp_path / "out"
+  (tmp_path / "job.py").write_text(
+    "from minicpm_jax.data import filters, spark\n"
+    "session = spark.session(app_name='job')\n"
+    f"spark.run(session, [{str(corpus)!r}], [filters.published()], {str(out)!r})\n"
+  )
+  root = pathlib.Path(__file__).parents[2]
+  env = {**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(root)}
+  command = [str(submit), "--master", "local[1]", str(tmp_path / "job.py")]
+  subprocess.run(command, env=env, check=True, capture_output=True, timeout=300)
+  local = executor.run([corpus], [filters.published()], tmp_path / "local", num_workers=0)
+  assert json.loads((out / "report.json").read_text())["kept"] == local.counts["kept"] > 10
