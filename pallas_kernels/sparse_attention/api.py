@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.sparse_attention import gather, triton, vjp, xla
+from pallas_kernels.sparse_attention import gather, mosaic_tpu, triton, vjp, xla
 from pallas_kernels.sparse_topk import rule as rules
 
 Implementation = Literal[spec.Implementation, "gather"]
@@ -26,7 +26,7 @@ def attend_blocks(
   start_BT=None,
   base_B=None,
   implementation: Implementation = "auto",
-  config: xla.XlaConfig | triton.TritonConfig | None = None,
+  config: xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
 
@@ -41,7 +41,7 @@ def attend_blocks(
 
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else `triton` on
-  CUDA, else `xla`. `config` is of the named implementation.
+  CUDA and `mosaic_tpu` on TPU, else `xla`. `config` is of the named implementation.
   """
   del counts_BKT
   B, T = q_BTNH.shape[:2]
@@ -65,5 +65,6 @@ def attend_blocks(
     {
       "xla": lambda: vjp.attend_xla(*args, **sizes),
       "triton": lambda: triton.attend_triton(*args, **sizes),
+      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes),
     },
   )

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.sparse_decode import ref, triton, xla
+from pallas_kernels.sparse_attention import mosaic_tpu as tpu_config
+from pallas_kernels.sparse_decode import mosaic_tpu, ref, triton, xla
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -20,7 +21,7 @@ def decode_blocks(
   base_B=None,
   page_table_BM=None,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | None = None,
+  config: triton.TritonConfig | tpu_config.TpuConfig | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks, for a few queries a row.
 
@@ -33,7 +34,7 @@ def decode_blocks(
 
   Returns (out [B, T, N, H] in v's dtype, lse [B, T, N] float32). No gradient: see
   `sparse_attention`. Reads 2 * W * block_size * H numbers a query and key head
-  (infllm_v2.md sections 13 and 15). `config` is for `triton`.
+  (infllm_v2.md sections 13 and 15). `config` is of the named implementation.
   """
   if page_table_BM is not None and base_B is not None:
     raise ValueError("sparse_decode: base_B and page_table_BM are both given, expected one at most")
@@ -54,5 +55,6 @@ def decode_blocks(
       "ref": lambda: ref.decode_ref(*args, block_size=block_size),
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
       "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=config),
+      "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(*args, block_size=block_size, config=config),
     },
   )

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
+from pallas_kernels.sparse_topk import mosaic_tpu, triton, xla
 from pallas_kernels.sparse_topk import rule as rules
-from pallas_kernels.sparse_topk import triton, xla
 
 
 def select_blocks(
@@ -17,7 +17,7 @@ def select_blocks(
   q_offset=0,
   start_BT=None,
   implementation: spec.Implementation = "auto",
-  config: xla.XlaConfig | triton.TritonConfig | None = None,
+  config: xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | None = None,
 ):
   """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
 
@@ -42,5 +42,6 @@ def select_blocks(
     {
       "xla": lambda: xla.select_xla(*args, config),
       "triton": lambda: triton.select_triton(*args, config),
+      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, config),
     },
   )
