@@ -161,7 +161,7 @@ def without_near(
 def _signatures(docs: Sequence[Doc], cfg: dedup.MinHash) -> np.ndarray:
   width = cfg.num_bands * cfg.band_size
   rows = [dedup.signature(doc.text, cfg) for doc in docs]
-  return np.stack(rows) if rows else np.zeros((0, width), np.uint64)
+  return np.stack(rows) if rows else np.zeros((0, width), np.uint32)
 
 
 def _nearest(
@@ -170,7 +170,7 @@ def _nearest(
   buckets: Mapping[tuple[int, int], list[int]],
   cfg: dedup.MinHash,
 ) -> int | None:
-  if (own == np.iinfo(np.uint64).max).all():  # nothing to compare
+  if (own == dedup.EMPTY).all():  # nothing to compare
     return None
   bands = dedup.band_hashes(own[None, :], cfg)[0].tolist()
   rows = sorted({r for band, value in enumerate(bands) for r in buckets.get((band, value), ())})
