@@ -282,11 +282,12 @@ def _bpe_texts(final: executor.Report) -> Iterator[str]:
       return
 
 
-def next_command(plan: Plan) -> str:
+def next_command(plan: Plan, made: dict[str, shards.Index]) -> str:
   """How `experiments.pretrain` takes the result: raw text, then half of it clean in the decay."""
   base = plan.output / "shards"
   return (
     f"python -m experiments.pretrain --config=nano --workdir={plan.output / 'run'} "
     f"--tokenizer={plan.tokenizer or plan.output / 'tokenizer'} --data=raw:{base / 'raw'}:1/0.5 "
-    f"--data=clean:{base / 'clean'}:0/0.5 --data=heldout:{base / 'clean_heldout'}:eval"
+    f"--data=clean:{base / 'clean'}:0/0.5 --data=heldout:{base / 'clean_heldout'}:eval "
+    f"--set model.vocab_size={made['clean'].config.vocab_size}"
   )

@@ -100,7 +100,6 @@ def main(argv: list[str]) -> int:
     if rest := VALUES(argv)[1:]:
       raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
     plan = _plan()
-    plan.output.mkdir(parents=True, exist_ok=True)
     models, seeds_found = _ultraclean.train_classifiers(plan, tell)
     scored, final = _ultraclean.clean(plan, models, tell)
     report = _ultraclean_report.make(plan, scored, final, seeds_found)
@@ -108,8 +107,9 @@ def main(argv: list[str]) -> int:
     for name, count in list(report["dropped"].items())[:8]:
       tell(f"dropped {count:>7,}  {name}")
     tell(f"{report['clean']:,} of {report['read']:,} documents are clean")
-    _ultraclean.write_shards(plan, final, tell)
-    print(f"report.json, scores.png, clean/ in {plan.output}\n{_ultraclean.next_command(plan)}")
+    made = _ultraclean.write_shards(plan, final, tell)
+    tell(f"report.json, scores.png, clean/, shards/ in {plan.output}; then:")
+    print(_ultraclean.next_command(plan, made))
   except (ValueError, ImportError, OSError, flags.Error, executor.ExecutorError) as error:
     print(f"ultraclean: {error}", file=sys.stderr)
     return 1

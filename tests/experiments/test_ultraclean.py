@@ -69,6 +69,7 @@ def test_one_command_from_raw_files_to_batches(command, tmp_path, capsys):
   assert next(batches)["tokens"].shape == (2, cfg.data.seq_len)
   batches.close()
   assert cfg.eval_sources == ("heldout",)
+  assert words[-2:] == ["--set", f"model.vocab_size={batches.vocab_size}"]
   # again: nothing is made anew, the result is the same
   done = {p: p.stat().st_mtime_ns for p in (out / "scored").glob("*.parquet")}
   assert ultraclean.main(command) == 0
