@@ -96,6 +96,13 @@ class SparseAttentionConfig:
       self.window_size,
       f"a multiple of block_size {self.block_size}",
     )
+    least = self.init_blocks + (self.selection == "joint")
+    require(
+      self.topk >= least,
+      "sparse.topk",
+      self.topk,
+      f"{least} or more: init_blocks {self.init_blocks} (and the block that joint adds) are in it",
+    )
     require(self.dense_len >= -1, "sparse.dense_len", self.dense_len, "-1 or tokens >= 0")
     require(self.selection in ("joint", "split"), "sparse.selection", self.selection, "joint|split")
     require(self.lse in ("exact", "coarse"), "sparse.lse", self.lse, "exact|coarse")

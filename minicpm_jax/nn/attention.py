@@ -57,7 +57,8 @@ def attend_sparse(
   args = (q_BTNH, k_BSKH, v_BSKH, cfg.sparse, grid)
   if cfg.attention == "ref" and compressed is None:
     return sparse_attention.attend_anywhere(*args, nope)
-  return sparse_attention.sparse_attend(*args, compressed, nope)
+  named = "xla" if cfg.attention in ("xla", "ref") else "auto"
+  return sparse_attention.sparse_attend(*args, compressed, nope, implementation=named)
 
 
 class Attention(nn.Module):

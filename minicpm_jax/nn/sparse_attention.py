@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.nn import sparse_grid
+from pallas_kernels.common import spec
 from pallas_kernels.flash import api as flash
 from pallas_kernels.sparse_attention import api as sparse_attention
 from pallas_kernels.sparse_attention import ref as attention_ref
@@ -31,8 +32,7 @@ from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import xla as topk_xla
 
 SELECTION = "sparse_selection"
-Implementation = Literal["auto", "xla", "ref"]
-Implementation = Literal["auto", "xla", "ref"]
+Implementation = spec.Implementation
 
 
 # --- The stages ----------------------------------------------------------------------------------
@@ -63,6 +63,7 @@ def select_from_keys(
   cfg: SparseAttentionConfig,
   grid: sparse_grid.Grid,
   num_slots: int,
+  implementation: Implementation = "auto",
 ) -> tuple[Int[Array, "B K T W"], Int[Array, "B K T"]]:
   """(ids on the row's grid, counts); dense documents list all their blocks."""
   rule = sparse_grid.rule_of(cfg)
@@ -76,6 +77,7 @@ def select_from_keys(
       num_slots=num_slots,
       q_offset=grid.offset,
       start_BT=grid.start_BT,
+      implementation=implementation,
     )
 
   stop = jax.lax.stop_gradient
@@ -101,21 +103,23 @@ def attend_blocks(
   counts_BKT: Int[Array, "B K T"],
   cfg: SparseAttentionConfig,
   grid: sparse_grid.Grid,
+  implementation: Implementation = "auto",
 ) -> Float[Array, "B T N V"]:
-  """Stage 2 over lists made by `select_from_keys` on this grid (section 9)."""
-  is_gathered = grid.static_offset is None and q_BTNH.shape[1] <= sparse_attention.FEW
+  """Stage 2 over lists made by `select_from_keys` on this grid (section 9).
+
+  A few queries against a cache go to `sparse_decode`, which reads it where it lies.
+  """
+  is_decoding = grid.base_B is not None and q_BTNH.shape[1] <= sparse_attention.FEW
 
   def local(q, k, v, ids, counts, grid):
-    base_B = grid.base_B
-    if base_B is not None and not is_gathered:
-      k, v, base_B = _roll(k, base_B), _roll(v, base_B), None
-    where = dict(block_size=cfg.block_size, q_offset=grid.offset, start_BT=grid.start_BT)
-    if is_gathered:
-      out, _ = sparse_decode.decode_blocks(q, k, v, ids, base_B=base_B, **where)
-    else:
-      num_local = sparse_grid.rule_of(cfg).num_local
-      out, _ = sparse_attention.attend_blocks(q, k, v, ids, counts, num_local=num_local, **where)
-    return (out,)
+    more = dict(block_size=cfg.block_size, q_offset=grid.offset, start_BT=grid.start_BT)
+    more["implementation"] = implementation
+    if is_decoding:
+      return (sparse_decode.decode_blocks(q, k, v, ids, base_B=grid.base_B, **more)[0],)
+    if grid.base_B is not None:
+      k, v = _roll(k, grid.base_B), _roll(v, grid.base_B)
+    more["num_local"] = sparse_grid.rule_of(cfg).num_local
+    return (sparse_attention.attend_blocks(q, k, v, ids, counts, **more)[0],)
 
   args = (q_BTNH, k_BSKH, v_BSKV, ids_BKTW, counts_BKT)
   keys, lists = sparse_grid.KEYS, sparse_grid.LISTS
@@ -140,16 +144,19 @@ def sparse_attend(
   cfg: SparseAttentionConfig,
   grid: sparse_grid.Grid,
   compressed: tuple[Float[Array, "B F K H"], Float[Array, "B C K H"]] | None = None,
-  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"] | None] | None = None,
+  nope: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]] | None = None,
+  *,
+  implementation: Implementation = "auto",
 ) -> Float[Array, "B T N V"]:
   """All stages on a grid. `compressed`: cached (fine, coarse); `nope`: (q, k) before RoPE."""
   q_score, k_score = (q_BTNH, k_BSKH) if nope is None else nope
   if compressed is None:
     k_score = jax.lax.stop_gradient(k_score)
     compressed = tuple(compress(k_score, cfg, level) for level in ("fine", "coarse"))
-  ids, counts = select_from_keys(q_score, *compressed, cfg, grid, k_BSKH.shape[1])
+  S = k_BSKH.shape[1]
+  ids, counts = select_from_keys(q_score, *compressed, cfg, grid, S, implementation)
   ids, counts = checkpoint_name(ids, SELECTION), checkpoint_name(counts, SELECTION)
-  return attend_blocks(q_BTNH, k_BSKH, v_BSKV, ids, counts, cfg, grid)
+  return attend_blocks(q_BTNH, k_BSKH, v_BSKV, ids, counts, cfg, grid, implementation)
 
 
 # --- Public --------------------------------------------------------------------------------------
@@ -168,7 +175,8 @@ def select_blocks(
 
   Query t stands at slot q_offset + t. Block ids count from the start of the query's document.
   segment_ids: of the S slots, 0 = padding. `dense_len` plays no part. With `use_nope`, q and k are
-  those before RoPE. "auto": "ref" for concrete documents off the grid, else "xla".
+  those before RoPE. implementation "auto": what serves the device, "ref" for documents that are
+  seen to be off the grid; "ref" holds T x S arrays and takes documents anywhere.
   """
   cfg = dataclasses.replace(cfg, dense_len=-1)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
@@ -177,7 +185,8 @@ def select_blocks(
     rule = sparse_grid.rule_of(cfg)
     return topk_ref.select_ref(q_BTNH, k_BSKH, grid.pos_BT, grid.start_BT, rule)
   compressed = [compress(k_BSKH, cfg, level) for level in ("fine", "coarse")]
-  ids, counts = select_from_keys(q_BTNH, *compressed, cfg, grid, k_BSKH.shape[1])
+  S = k_BSKH.shape[1]
+  ids, counts = select_from_keys(q_BTNH, *compressed, cfg, grid, S, implementation)
   first_BT = jnp.where(grid.start_BT < rules.NOWHERE, grid.start_BT // cfg.block_size, 0)
   return jnp.where(ids >= 0, ids - first_BT[:, None, :, None], -1), counts
 
@@ -201,7 +210,8 @@ def infllm_attention(
   kv_length (default q_offset + T), or that of each document where segment_ids (of the S slots, 0 =
   padding, output 0) are given; `switch` "batch": one long document makes all sparse. Slots at or
   beyond kv_length are unused. `nope`: q and k before RoPE, needed with `cfg.use_nope`.
-  Gradients reach q, k and v; the selection is a constant (section 11).
+  Gradients reach q, k and v; the selection is a constant (section 11). implementation: as in
+  `select_blocks`; a named one that cannot serve the call raises.
   """
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
   if cfg.use_nope and nope is None:
@@ -230,7 +240,8 @@ def infllm_attention(
   nope = nope if cfg.use_nope else None
   if _is_ref(implementation, grid):
     return attend_anywhere(q_BTNH, k_BSKH, v_BSKH, cfg, grid, nope)
-  return sparse_attend(q_BTNH, k_BSKH, v_BSKH, cfg, grid, nope=nope)
+  args = (q_BTNH, k_BSKH, v_BSKH, cfg, grid)
+  return sparse_attend(*args, nope=nope, implementation=implementation)
 
 
 def attend_anywhere(
@@ -262,18 +273,18 @@ def _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch="sequenc
 
 
 def _is_ref(implementation: Implementation, grid: sparse_grid.Grid) -> bool:
-  if implementation not in ("auto", "xla", "ref"):
-    raise NotImplementedError(f"found implementation {implementation!r}, expected auto, xla or ref")
+  """True for "ref" and, with "auto", for documents that are seen to be off the grid."""
   if implementation == "ref":
     return True
   if grid.is_off_BT is None or isinstance(grid.is_off_BT, jax.core.Tracer):
     return False
-  if implementation == "xla" and bool(jnp.any(grid.is_off_BT)):
+  is_off = bool(jnp.any(grid.is_off_BT))
+  if is_off and implementation != "auto":
     raise NotImplementedError(
       "segment_ids: found documents off the grid, expected starts at multiples of "
       "sparse_grid.alignment (pack with data.align), or implementation 'ref'"
     )
-  return bool(jnp.any(grid.is_off_BT))
+  return is_off
 
 
 def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids) -> None:

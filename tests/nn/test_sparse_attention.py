@@ -1,0 +1,566 @@
+"""InfLLM v2 against its definition in float64, unit by unit (infllm_v2.md section 20).
+
+Sets are compared by score regret, never by index; outputs with the implementation's own sets.
+"""
+
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minicpm_jax.config import SparseAttentionConfig
+from minicpm_jax.nn import sparse_attention, sparse_grid
+from pallas_kernels.flash import api as flash
+from pallas_kernels.sparse_attention import api as attention_api
+from pallas_kernels.sparse_attention import xla as attention_xla
+from pallas_kernels.sparse_topk import cases, ref, rule, xla
+from tests.nn import sparse_oracle as oracle
+
+T = 203  # 13 blocks of 16, budget 5, the last one ragged
+PROPERTY = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
+def select(q, k, cfg, segment_ids=None, q_offset=0, implementation="auto"):
+  return sparse_attention.select_blocks(
+    q, k, cfg, q_offset=q_offset, segment_ids=segment_ids, implementation=implementation
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
+def attend(q, k, v, cfg, segment_ids=None, q_offset=0, kv_length=None, implementation="auto"):
+  return sparse_attention.infllm_attention(
+    q,
+    k,
+    v,
+    cfg,
+    q_offset=q_offset,
+    kv_length=kv_length,
+    segment_ids=segment_ids,
+    implementation=implementation,
+  )
+
+
+# --- Stage 0 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [7, 8, 11, 12, 31, 32, 47, 48, 49])
+def test_compressed_keys_are_means_of_complete_windows(length):
+  """Lengths around p, p + s - 1 and the first two coarse windows."""
+  _, k, _ = oracle.draw(0, 1, length, 1, 2, 4)
+  for level, scale in (("fine", 1), ("coarse", 4)):
+    found = sparse_attention.compress(jnp.asarray(k), oracle.small(), level)
+    for h in range(2):
+      expected = oracle.windows(k[0, :, h], scale * 8, scale * 4)
+      assert found.shape[1] == len(expected)
+      np.testing.assert_allclose(found[0, :, h], expected, atol=1e-6)
+
+
+def test_coarse_keys_from_fine_ones():
+  """c_j = (f_4j + f_4j+2 + f_4j+4 + f_4j+6) / 4 where a window is two strides (section 4)."""
+  _, k, _ = oracle.draw(1, 1, 100, 1, 1, 4)
+  fine, coarse = (
+    sparse_attention.compress(jnp.asarray(k), oracle.small(), level)[0, :, 0]
+    for level in ("fine", "coarse")
+  )
+  for j in range(len(coarse)):
+    np.testing.assert_allclose(coarse[j], fine[4 * j : 4 * j + 8 : 2].mean(axis=0), atol=1e-6)
+
+
+def test_compressed_keys_of_packed_documents():
+  _, k, _ = oracle.draw(2, 1, 96, 1, 1, 4)
+  ids = np.repeat([1, 0, 2], [40, 8, 48])[None]
+  found = sparse_attention.compress(jnp.asarray(k), oracle.small(), "fine", ids)[0, :, 0]
+  first = oracle.windows(k[0, :40, 0], 8, 4)
+  second = oracle.windows(k[0, 48:, 0], 8, 4)
+  np.testing.assert_allclose(found[: len(first)], first, atol=1e-6)
+  np.testing.assert_allclose(found[12 : 12 + len(second)], second, atol=1e-6)
+  assert not np.any(found[len(first) : 12])
+
+
+def test_bfloat16_keys_are_averaged_in_float32():
+  _, k, _ = oracle.draw(3, 1, 64, 1, 1, 4)
+  found = sparse_attention.compress(jnp.asarray(k, jnp.bfloat16), oracle.small(), "coarse")
+  assert found.dtype == jnp.bfloat16
+  expected = oracle.windows(k[0, :, 0], 32, 16)
+  np.testing.assert_allclose(found[0, :, 0].astype(np.float32), expected, rtol=2**-8, atol=1e-7)
+
+
+# --- Stage 1, blocks, selection ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["plain", "large_logits"])
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+def test_block_scores(lse, scale):
+  """Rows around p and 4p, exact rows that sum to the group size, coarse rows of zeros."""
+  cfg = oracle.small(lse=lse)
+  q, k, _ = oracle.draw(4, 100, 100, 3, 1, 8, scale=scale)
+  rules = sparse_grid.rule_of(cfg)
+  fine, coarse = (xla.compress(jnp.asarray(k), rules, level)[0, :, 0] for level in (1, 4))
+  pos = jnp.arange(100)
+  # A plain jit of one chunk; two rows of the block pool are compared with the definition below.
+  run = jax.jit(lambda q: xla.chunk_scores(q, fine, coarse, pos, 0 * pos, rules, 7))
+  found = np.asarray(run(q[0]))
+  for t in (0, 6, 7, 8, 30, 31, 32, 47, 62, 63, 64, 99):
+    scores = oracle.kernel_scores(q[0, t], k[0, :, 0], t, cfg)
+    expected = np.maximum(oracle.block_scores(scores, 100, cfg), 0)
+    np.testing.assert_allclose(found[t], expected, rtol=2e-4 if scale > 1 else 1e-5, atol=1e-30)
+    if lse == "exact" and t >= 7:
+      assert abs(scores.sum() - 3) < 1e-9
+    if lse == "coarse" and t < 31:
+      assert not np.any(found[t])
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("length", [64, 67, 79])
+def test_pooling_is_the_overlap_rule(ratio, length):
+  """p/s = 1, 2, 3; lengths whose last block has one window less, or none."""
+  cfg = oracle.small(kernel_size=4 * ratio)
+  rules = sparse_grid.rule_of(cfg)
+  count = rules.num_windows(length)
+  scores = np.random.default_rng(0).random((5, count)).astype(np.float32)
+  found = xla.pool(jnp.asarray(scores), rules, rules.num_blocks(length))
+  expected = np.stack([oracle.block_scores(row, length, cfg) for row in scores])
+  np.testing.assert_array_equal(found, np.maximum(expected, 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("selection, lse", oracle.MODES)
+@pytest.mark.parametrize("implementation", ["xla", "ref"])
+def test_selection_by_score_regret(selection, lse, implementation):
+  cfg = oracle.small(selection, lse)
+  q, k, _ = oracle.draw(5, T, T, 4, 2, 16)
+  ids, counts = select(q, k, cfg, implementation=implementation)
+  assert ids.shape == (1, 2, T, 5) and ids.dtype == jnp.int32
+  oracle.check_select(q[0], k[0], cfg, ids[0], counts[0])
+
+
+@PROPERTY
+@hypothesis.given(data=st.data())
+def test_choice_is_the_set_of_the_rule(data):
+  """On given scores with many ties: exactly the blocks that the rule takes, lower ones first."""
+  selection = data.draw(st.sampled_from(["joint", "split"]))
+  init = data.draw(st.integers(0, 2))
+  cfg = oracle.small(
+    selection,
+    init_blocks=init,
+    topk=data.draw(st.integers(init + 1, 5)),
+    window_size=16 * data.draw(st.integers(0, 3)),
+  )
+  M = 12
+  scores = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=M, max_size=M))
+  cur = np.arange(-1, M)
+  many = np.broadcast_to(np.asarray(scores, np.float32), (M + 1, M))
+  ids, counts = ref.choose(jnp.asarray(many), jnp.asarray(cur), sparse_grid.rule_of(cfg))
+  assert counts[0] == 0 and np.all(ids[0] == -1)
+  for row, count, c in zip(np.asarray(ids)[1:], np.asarray(counts)[1:], cur[1:], strict=True):
+    assert set(row[:count].tolist()) == oracle.choose(scores, c, cfg)
+    assert row[:count].tolist() == sorted(row[:count].tolist()) and np.all(row[count:] == -1)
+
+
+def test_equal_keys_take_the_lowest_blocks():
+  q, k, _ = oracle.draw(6, T, T, 2, 1, 8)
+  k = np.broadcast_to(k[:, :1], k.shape)
+  ids, _ = select(q, np.ascontiguousarray(k), oracle.small())
+  assert ids[0, 0, -1].tolist() == [0, 1, 10, 11, 12]
+  ids, _ = select(q, np.ascontiguousarray(k), oracle.small("split"))
+  assert ids[0, 0, -1].tolist() == [0, 1, 2, 11, 12]
+
+
+@PROPERTY
+@hypothesis.given(
+  st.integers(0, 2**31 - 1), st.sampled_from(oracle.MODES), st.sampled_from([0.5, 2.0, 8.0])
+)
+def test_scaling_scores_leaves_the_choice(seed, mode, factor):
+  scores = np.random.default_rng(seed).random((9, 12)).astype(np.float32)
+  rules, cur = sparse_grid.rule_of(oracle.small(*mode)), jnp.arange(3, 12)
+  same = [ref.choose(jnp.asarray(s), cur, rules)[0] for s in (scores, factor * scores)]
+  np.testing.assert_array_equal(*same)
+
+
+# --- Stage 2 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "heads", [(1, 1), (4, 2), (16, 1), (32, 1)], ids=["G1", "G2", "G16", "G32"]
+)
+def test_attention_over_the_selected_blocks(heads):
+  N, K = heads
+  cfg = oracle.small(lse="coarse")
+  q, k, v = oracle.draw(7, T, T, N, K, 8)
+  ids, counts = select(q, k, cfg)
+  oracle.check_select(q[0], k[0], cfg, ids[0], counts[0], rows=range(T - 20, T))
+  expected = oracle.attend_with(q[0], k[0], v[0], cfg, ids[0])
+  np.testing.assert_allclose(attend(q, k, v, cfg)[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [24, 80])
+def test_any_head_width_and_length(width):
+  cfg = oracle.small("split")
+  q, k, v = oracle.draw(8, 117, 117, 2, 1, width)
+  ids, _ = select(q, k, cfg)
+  expected = oracle.attend_with(q[0], k[0], v[0], cfg, ids[0])
+  np.testing.assert_allclose(attend(q, k, v, cfg)[0], expected, atol=2e-5)
+
+
+def test_full_coverage_is_dense():
+  """Fewer blocks than the budget: nothing is left out (section 7)."""
+  cfg = oracle.small(topk=12)
+  q, k, v = oracle.draw(9, T, T, 4, 2, 16)
+  expected = flash.flash_attention(*map(jnp.asarray, (q, k, v)), implementation="ref")
+  np.testing.assert_allclose(attend(q, k, v, cfg), expected, atol=2e-6)
+
+
+def test_bfloat16_error_is_that_of_plain_attention():
+  cfg = oracle.small()
+  q, k, v = oracle.draw(10, T, T, 4, 2, 16)
+  low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+  ids, _ = select(*low[:2], cfg)
+  expected = oracle.attend_with(q[0], k[0], v[0], cfg, ids[0])
+  found = attend(*low, cfg)[0]
+  assert found.dtype == jnp.bfloat16
+  mask = np.zeros((1, 2, T, T), bool)
+  for h in range(2):
+    for t in range(T):
+      mask[0, h, t] = np.isin(np.arange(T) // 16, np.asarray(ids[0, h, t])) & (np.arange(T) <= t)
+  scores = jnp.einsum("BTKGH,BSKH->BKGTS", low[0].reshape(1, T, 2, 2, 16), low[1]) / 4
+  probs = jax.nn.softmax(jnp.where(mask[:, :, None], scores.astype(jnp.float32), -jnp.inf))
+  plain = jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(jnp.bfloat16), low[2]).reshape(T, 4, 16)
+  error, bound = (np.max(np.abs(np.asarray(x, np.float64) - expected)) for x in (found, plain))
+  assert error <= 2 * bound + 1e-3
+
+
+def small_lists(seed, num_queries, num_blocks, width):
+  """Lists of distinct blocks up to the current one that contain it."""
+  rng = np.random.default_rng(seed)
+  ids = np.full((1, 1, num_queries, width), -1, np.int32)
+  for t in range(num_queries):
+    cur = t * num_blocks // num_queries
+    others = rng.permutation(cur)[: rng.integers(0, width)]
+    ids[0, 0, t, : len(others) + 1] = np.sort(np.append(others, cur))
+  return ids
+
+
+@PROPERTY
+@hypothesis.given(st.integers(0, 2**31 - 1))
+def test_order_of_the_list_changes_nothing(seed):
+  q, k, v = oracle.draw(seed % 1000, 96, 96, 2, 1, 8)
+  ids = small_lists(seed, 96, 6, 4)
+  other = np.random.default_rng(seed).permuted(ids, axis=-1)
+  run = jax.jit(
+    lambda ids: attention_api.attend_blocks(q, k, v, ids, block_size=16, implementation="xla")
+  )
+  for a, b in zip(run(ids), run(other), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_lse_merges_partitions():
+  """Two halves of a list, merged by log-sum-exp, are the whole list; nothing gives -inf and 0."""
+  q, k, v = oracle.draw(11, 96, 96, 2, 1, 8)
+  ids = small_lists(3, 96, 6, 4)
+  parts = [np.where(np.arange(4) % 2 == i, ids, -1) for i in (0, 1)]
+  run = jax.jit(
+    lambda ids: attention_api.attend_blocks(q, k, v, ids, block_size=16, implementation="xla")
+  )
+  (out, lse), *pairs = (run(x) for x in (ids, *parts))
+  weights = [np.exp(np.asarray(x) - np.asarray(lse))[..., None] for _, x in pairs]
+  merged = sum(w * np.asarray(o) for w, (o, _) in zip(weights, pairs, strict=True))
+  np.testing.assert_allclose(merged, out, atol=1e-5)
+  empty, nothing = run(np.full_like(ids, -1))
+  assert not np.any(empty) and np.all(nothing == -np.inf)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gather"])
+def test_lists_without_promise_follow_the_definition(implementation):
+  """The pair form without a band: causality by token inside the current block."""
+  q, k, v = oracle.draw(12, 96, 96, 4, 1, 8)
+  ids = small_lists(4, 96, 6, 4)
+  out, _ = attention_api.attend_blocks(
+    *map(jnp.asarray, (q, k, v, ids)), block_size=16, implementation=implementation
+  )
+  expected = oracle.attend_with(q[0], k[0], v[0], oracle.small(), ids[0])
+  np.testing.assert_allclose(out[0], expected, atol=2e-5)
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+def analytic_gradients(q_TNH, k_LKH, v_LKV, dout_TNV, cfg, ids_KTW):
+  """dq, dk, dv of stage 2 in float64 (section 11), over the listed blocks."""
+  q, k, v, dout = (np.asarray(x, np.float64) for x in (q_TNH, k_LKH, v_LKV, dout_TNV))
+  dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+  scale = q.shape[2] ** -0.5
+  G = q.shape[1] // k.shape[1]
+  for t, n in np.ndindex(*q.shape[:2]):
+    h = n // G
+    tokens = [s for s in range(t + 1) if s // cfg.block_size in set(ids_KTW[h, t].tolist())]
+    a = scale * (k[tokens, h] @ q[t, n])
+    p = np.exp(a - a.max())
+    p /= p.sum()
+    ds = scale * p * (v[tokens, h] @ dout[t, n] - dout[t, n] @ (p @ v[tokens, h]))
+    dq[t, n] = ds @ k[tokens, h]
+    dk[tokens, h] += ds[:, None] * q[t, n]
+    dv[tokens, h] += p[:, None] * dout[t, n]
+  return dq, dk, dv
+
+
+@pytest.mark.parametrize("num_local", ["band", "pairs"])
+def test_gradients_against_the_formula(num_local):
+  cfg = oracle.small()
+  q, k, v = oracle.draw(13, T, T, 4, 2, 8)
+  dout, _, _ = oracle.draw(14, T, T, 4, 2, 8)
+  ids, _ = select(q, k, cfg)
+  if num_local == "band":
+    run = lambda *x: sparse_attention.infllm_attention(*x, cfg)  # noqa: E731
+  else:
+    run = lambda *x: attention_api.attend_blocks(  # noqa: E731
+      *x, ids, block_size=16, implementation="xla"
+    )[0]
+  found = jax.jit(lambda *x: jax.vjp(run, *x)[1](jnp.asarray(dout)))(q, k, v)
+  expected = analytic_gradients(q[0], k[0], v[0], dout[0], cfg, np.asarray(ids[0]))
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a[0], b, atol=1e-4)
+
+
+def test_gradient_of_lse():
+  """d lse / d k = sum of P q: finite differences of the float64 definition in one direction."""
+  q, k, v = oracle.draw(15, 96, 96, 2, 1, 8)
+  ids = small_lists(5, 96, 6, 4)
+  rng = np.random.default_rng(0)
+  weights, direction = rng.normal(size=(1, 96, 2)), rng.normal(size=k.shape)
+
+  def f(k):
+    more = dict(block_size=16, implementation="xla")
+    return jnp.sum(weights * attention_api.attend_blocks(q, k, v, ids, **more)[1])
+
+  def exact(k):
+    total = 0.0
+    for t, n in np.ndindex(96, 2):
+      tokens = [s for s in range(t + 1) if s // 16 in set(ids[0, 0, t].tolist())]
+      total += weights[0, t, n] * np.logaddexp.reduce(k[0, tokens, 0] @ q[0, t, n] / np.sqrt(8))
+    return total
+
+  found = np.sum(np.asarray(jax.jit(jax.grad(f))(jnp.asarray(k)), np.float64) * direction)
+  k = k.astype(np.float64)
+  expected = (exact(k + 1e-5 * direction) - exact(k - 1e-5 * direction)) / 2e-5
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_no_gradient_through_the_selection():
+  """Keys that no query selected get exactly 0, though they took part in stage 1."""
+  cfg = oracle.small()
+  q, k, v = oracle.draw(16, T, T, 2, 1, 8)
+  ids, _ = select(q, k, cfg)
+  last = set(np.asarray(ids[0, 0, -1]).tolist())
+
+  def f(k):
+    return jnp.sum(attend(q, k, v, cfg)[:, -1] ** 2)
+
+  grad = np.asarray(jax.grad(f)(jnp.asarray(k)))[0, :, 0]
+  for b in range(13):
+    assert np.any(grad[16 * b : 16 * b + 16]) == (b in last), b
+
+
+def test_gradients_are_bitwise_repeatable():
+  cfg = oracle.small()
+  q, k, v = oracle.draw(17, T, T, 4, 2, 8)
+  run = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, cfg))), argnums=(0, 1, 2)))
+  for a, b in zip(run(q, k, v), run(q, k, v), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_lanes_and_chunks_agree():
+  """The chunks of a lane, and tiles of a few pairs, change nothing but rounding."""
+  q, k, v = oracle.draw(18, 150, 160, 2, 1, 8)
+  rules = sparse_grid.rule_of(oracle.small())
+  fine = xla.compress(jnp.asarray(k), rules)
+  start = jnp.zeros((1, 150), jnp.int32)
+  ids, _ = xla.select_xla(jnp.asarray(q), fine, fine, 10, start, rules, 160)
+  tiny = attention_xla.XlaConfig(chunk=16, lanes=3, tile=4, band_queries=8, band_keys=24)
+
+  def run(config):
+    def f(q, k, v):
+      more = dict(block_size=16, num_local=3, q_offset=10, config=config, implementation="xla")
+      return attention_api.attend_blocks(q, k, v, ids, **more)[0]
+
+    return jax.jit(lambda *x: (f(*x), jax.grad(lambda *y: jnp.sum(jnp.sin(f(*y))), (0, 1, 2))(*x)))
+
+  args = tuple(map(jnp.asarray, (q, k, v)))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run(tiny)(*args), run(None)(*args)
+  )
+  assert set(cases.TINY) and rule.Rule().num_selected == 96
+
+
+# --- Offsets, chunks, causality ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection, lse", [("joint", "coarse"), ("split", "exact")])
+@pytest.mark.parametrize("chunk", [1, 15, 16, 64])
+def test_chunked_prefill_equals_one_pass(selection, lse, chunk):
+  """Every chunk sees the keys so far and no more; starts of any residue."""
+  cfg = oracle.small(selection, lse)
+  length = 143  # = 15 mod 16 (and mod 64): the rows that a published formula gets wrong
+  q, k, v = oracle.draw(19, length, length, 2, 1, 8)
+  whole, (ids, _) = attend(q, k, v, cfg), select(q, k, cfg)
+  starts = range(0, length, chunk) if chunk > 1 else (0, 31, 32, 142)
+  capacity = np.zeros((1, 160, 1, 8), np.float32)
+  for start in starts:
+    end = min(length, start + chunk)
+    k_part, v_part = capacity.copy(), capacity.copy()
+    k_part[:, :end], v_part[:, :end] = k[:, :end], v[:, :end]
+    k_part[:, end:] = v_part[:, end:] = 1e4  # unused rows
+    part = q[:, start:end]
+    found_ids, _ = select(part, k_part, cfg, None, start)
+    np.testing.assert_array_equal(found_ids, ids[:, :, start:end])
+    found = attend(part, k_part, v_part, cfg, None, start, end)
+    np.testing.assert_allclose(found, whole[:, start:end], atol=2e-6)
+
+
+@PROPERTY
+@hypothesis.given(st.integers(0, 142), st.sampled_from(oracle.MODES))
+def test_later_keys_never_matter(pos, mode):
+  cfg = oracle.small(*mode)
+  q, k, v = oracle.draw(20, 143, 143, 2, 1, 8)
+  before = attend(q, k, v, cfg)[:, : pos + 1]
+  k, v = k.copy(), v.copy()
+  k[:, pos + 1 :], v[:, pos + 1 :] = 7.0, -3.0
+  np.testing.assert_allclose(attend(q, k, v, cfg)[:, : pos + 1], before, atol=1e-6)
+
+
+# --- Packing and the switch ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+def test_packed_documents_equal_separate_ones(lse):
+  """Aligned starts; padding between and after, its rows are 0 and get no gradient."""
+  cfg = oracle.small(lse=lse)
+  lengths, starts, total = (100, 37, 60), (0, 112, 160), 240
+  q, k, v = oracle.draw(21, total, total, 4, 2, 8)
+  ids = np.zeros((1, total), np.int32)
+  for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    ids[0, start : start + length] = i + 1
+
+  def loss(q, k, v, ids):
+    return jnp.sum(jnp.sin(attend(q, k, v, cfg, ids)) * (ids != 0)[:, :, None, None])
+
+  out, grads = (
+    attend(q, k, v, cfg, ids),
+    jax.grad(loss, (0, 1, 2))(*map(jnp.asarray, (q, k, v)), ids),
+  )
+  lists, _ = select(q, k, cfg, ids)
+  for start, length in zip(starts, lengths, strict=True):
+    one = slice(start, start + length)
+    own = [x[:, one] for x in (q, k, v)]
+    np.testing.assert_array_equal(lists[:, :, one], select(*own[:2], cfg)[0])
+    np.testing.assert_allclose(out[:, one], attend(*own, cfg), atol=2e-6)
+    alone = jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, cfg))), (0, 1, 2))(
+      *map(jnp.asarray, own)
+    )
+    for a, b in zip(grads, alone, strict=True):
+      np.testing.assert_allclose(a[:, one], b, atol=1e-5)
+  assert not np.any(np.asarray(out)[ids == 0])
+  for grad in grads:
+    assert not np.any(np.asarray(grad)[ids == 0])
+
+
+def test_unaligned_documents():
+  """ "auto" sees them and takes the reference; "xla" refuses; under jit the answer is NaN."""
+  cfg = oracle.small()
+  q, k, v = map(jnp.asarray, oracle.draw(22, 150, 150, 2, 1, 8))
+  ids = np.repeat([1, 2], [67, 83])[None]
+  out = sparse_attention.infllm_attention(q, k, v, cfg, segment_ids=ids)
+  for one in (slice(0, 67), slice(67, 150)):
+    own = [x[:, one] for x in (q, k, v)]
+    np.testing.assert_allclose(out[:, one], attend(*own, cfg), atol=2e-6)
+  with pytest.raises(NotImplementedError, match="data.align"):
+    sparse_attention.infllm_attention(q, k, v, cfg, segment_ids=ids, implementation="xla")
+  blind = np.asarray(attend(q, k, v, cfg, ids))
+  assert np.all(np.isfinite(blind[:, :67])) and np.all(np.isnan(blind[:, 67:]))
+
+
+def test_the_switch_at_dense_len():
+  q, k, v = map(jnp.asarray, oracle.draw(23, 143, 143, 4, 2, 16))
+  dense = jax.jit(flash.flash_attention)(q, k, v)
+  sparse = attend(q, k, v, oracle.small())
+  np.testing.assert_array_equal(attend(q, k, v, oracle.small(dense_len=144)), dense)
+  np.testing.assert_array_equal(attend(q, k, v, oracle.small(dense_len=143)), sparse)
+  assert np.max(np.abs(dense - sparse)) > 1e-2
+
+
+def test_the_switch_is_per_sequence():
+  """Rows of kv_length 100 and 143, and packed documents, around dense_len 120."""
+  cfg = oracle.small(dense_len=120)
+  always = oracle.small()
+  q, k, v = map(jnp.asarray, oracle.draw(24, 143, 143, 2, 1, 8, B=2))
+  dense, sparse = flash.flash_attention(q, k, v), attend(q, k, v, always)
+  found = attend(q, k, v, cfg, None, 0, jnp.array([100, 143]))
+  np.testing.assert_allclose(found[0, :100], dense[0, :100], atol=2e-6)
+  np.testing.assert_allclose(found[1], sparse[1], atol=2e-6)
+  assert not np.any(found[0, 100:])
+  q, k, v = (jnp.concatenate((x[:1], x[1:, :1], x[1:, :112]), axis=1) for x in (q, k, v))
+  ids = np.repeat([1, 0, 2], [143, 1, 112])[None]
+  found = attend(q, k, v, cfg, ids)
+  np.testing.assert_allclose(found[0, :143], sparse[0], atol=2e-6)
+  np.testing.assert_allclose(found[0, 144:], dense[1, :112], atol=2e-6)
+  whole = sparse_attention.infllm_attention(q, k, v, cfg, segment_ids=ids, switch="batch")
+  np.testing.assert_allclose(whole[0, 144:], sparse[1, :112], atol=2e-6)
+
+
+def test_scores_before_rope():
+  cfg = oracle.small(use_nope=True)
+  q, k, v = oracle.draw(25, T, T, 2, 1, 8)
+  other = oracle.draw(26, T, T, 2, 1, 8)[:2]
+  with pytest.raises(ValueError, match="before RoPE"):
+    sparse_attention.infllm_attention(*map(jnp.asarray, (q, k, v)), cfg)
+  run = jax.jit(lambda *x: sparse_attention.infllm_attention(*x[:3], cfg, nope=x[3:]))
+  ids, _ = select(*other, cfg)
+  expected = oracle.attend_with(q[0], k[0], v[0], cfg, ids[0])
+  np.testing.assert_allclose(run(q, k, v, *other)[0], expected, atol=2e-5)
+
+
+# --- The released sizes --------------------------------------------------------------------------
+
+
+def test_released_geometry():
+  """32 / 16 / 64 with a small budget: 1300 tokens, the last rows against the definition."""
+  cfg = SparseAttentionConfig(window_size=256, topk=4, dense_len=-1, lse="coarse")
+  q, k, v = oracle.draw(27, 1300, 1300, 2, 1, 16)
+  ids, counts = select(q, k, cfg)
+  oracle.check_select(q[0], k[0], cfg, ids[0], counts[0], rows=(31, 126, 127, 700, 1023, 1299))
+  last = np.asarray(ids)[0, :, -1:]
+  expected = oracle.attend_with(q[0, -1:], k[0], v[0], cfg, last, q_offset=1299)
+  np.testing.assert_allclose(attend(q, k, v, cfg)[0, -1:], expected, atol=2e-5)
+
+
+def test_memory_of_a_32k_prefill():
+  """One layer, 32 heads, 2 key heads, width 128: below 3 GiB of temporaries (compiled, not run)."""
+  shapes = [jax.ShapeDtypeStruct((1, 32768, n, 128), jnp.float32) for n in (32, 2, 2)]
+  cfg = SparseAttentionConfig(lse="coarse")
+  compiled = jax.jit(lambda *x: sparse_attention.infllm_attention(*x, cfg)).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2**30
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda q: sparse_attention.select_blocks(q[:, :, :3], q[:, :, :2], oracle.small()), "3 heads"),
+    (lambda q: sparse_attention.select_blocks(q, q, oracle.small(), q_offset=1), "q_offset"),
+    (
+      lambda q: sparse_attention.select_blocks(
+        q, q, oracle.small(), segment_ids=np.ones((1, 3), int)
+      ),
+      "segment_ids",
+    ),
+    (lambda q: oracle.small(topk=1), "topk"),
+    (lambda q: dataclasses.replace(oracle.small(), window_size=40), "window_size"),
+    (lambda q: SparseAttentionConfig.from_hf({"blocks": 3}), "blocks"),
+  ],
+)
+def test_bad_input(call, message):
+  with pytest.raises(ValueError, match=message):
+    call(jnp.zeros((1, 20, 4, 8)))
