@@ -7,18 +7,31 @@ in `executor.run`, then spreads documents over partitions and applies the stages
 a time, so partitions do not matter. Near duplicates come from `minhash`, a groupBy of band hashes.
 """
 
+import atexit
+import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from minicpm_jax.core import extras
-from minicpm_jax.data import dedup, documents, executor, tolerant
+from minicpm_jax.data import (
+  classifier,
+  decontaminate,
+  dedup,
+  documents,
+  executor,
+  scoring,
+  tolerant,
+)
 from minicpm_jax.data.documents import Doc, Dropped
 
 # Columns between steps: a document, or a drop with `stage` set ("" for a document).
@@ -72,6 +85,81 @@ def apply(frame: Any, stages: Sequence[executor.Stage]) -> Any:
   return frame.mapInPandas(functools.partial(_work, tuple(stages)), _SCHEMA)
 
 
+def ship(spark: Any, stages: Sequence[executor.Stage]) -> list[executor.Stage]:
+  """The stages with their files (models, lists, evaluation sets) sent to every worker.
+
+  Spark knows a file by its bare name and refuses two of one name, so each goes under a link with a
+  name of its own, in a folder that lives as long as this process.
+  """
+  folder, shipped = None, []
+  for stage in stages:
+    names = {}
+    for path in _files(stage):
+      folder = folder or pathlib.Path(tempfile.mkdtemp(prefix="minicpm_jax-spark-"))
+      status = os.stat(path)
+      made_of = f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+      tag = hashlib.sha1(made_of.encode()).hexdigest()[:12]
+      names[path] = f"{tag}-{pathlib.Path(path).name}"
+      files = {path: folder / names[path]}
+      if isinstance(stage, scoring.ScoreStage):
+        files[str(classifier.sidecar_path(path))] = classifier.sidecar_path(files[path])
+      for source, target in files.items():
+        _link(source, target)
+        spark.sparkContext.addFile(str(target))
+    shipped.append(_Shipped(stage, tuple(names.items())) if names else stage)
+  if folder:
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return shipped
+
+
+def _link(source: str, target: pathlib.Path) -> None:
+  if not target.exists():
+    try:
+      os.link(source, target)
+    except OSError:  # another file system
+      shutil.copyfile(source, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shipped:
+  """A stage whose files lie where Spark put them: (path in the stage, name there) pairs."""
+
+  stage: Any
+  names: tuple[tuple[str, str], ...]
+
+  @property
+  def name(self) -> str:
+    return self.stage.name
+
+  def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
+    key = repr(self)
+    if key not in _LOCATED:
+      get = extras.require_extra("pyspark", extra="spark").SparkFiles.get
+      _LOCATED[key] = _located(self.stage, {path: get(name) for path, name in self.names})
+    return _LOCATED[key](docs)
+
+
+_LOCATED: dict[str, Any] = {}  # stages that read files, one copy a Python worker
+
+
+def _files(stage: Any) -> list[str]:
+  if isinstance(stage, scoring.ScoreStage):
+    return [model.path for model in stage.models]
+  if isinstance(stage, dedup.DropListed):
+    return [stage.path]
+  return list(stage.paths) if isinstance(stage, decontaminate.Decontaminate) else []
+
+
+def _located(stage: Any, places: Mapping[str, str]) -> Any:
+  """The stage with each of its paths replaced."""
+  if isinstance(stage, scoring.ScoreStage):
+    models = tuple(dataclasses.replace(m, path=places[m.path]) for m in stage.models)
+    return dataclasses.replace(stage, models=models)
+  if isinstance(stage, dedup.DropListed):
+    return dataclasses.replace(stage, path=places[stage.path])
+  return dataclasses.replace(stage, paths=tuple(places[path] for path in stage.paths))
+
+
 def write(frame: Any, out_folder: str) -> dict:
   """Writes kept/ (Parquet by language) and drops/ (JSON lines); returns the counts.
 
@@ -104,9 +192,9 @@ def run(
   reader: Any = None,
   num_partitions: int = 0,
 ) -> dict:
-  """`read`, `apply`, `write`, and the counts to OUT/report.json (on the driver's file system)."""
+  """`ship`, `read`, `apply`, `write`; the counts go to OUT/report.json on the driver too."""
   frame = read(spark, inputs, reader=reader, num_partitions=num_partitions)
-  counts = write(apply(frame, stages), str(out_folder))
+  counts = write(apply(frame, ship(spark, stages)), str(out_folder))
   path = pathlib.Path(out_folder)
   path.mkdir(parents=True, exist_ok=True)
   (path / "report.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))

@@ -11,7 +11,17 @@ import sys
 
 import pytest
 
-from minicpm_jax.data import dedup, documents, executor, filters, pii, spark
+from minicpm_jax.data import (
+  classifier,
+  dedup,
+  documents,
+  executor,
+  filters,
+  pii,
+  scoring,
+  spark,
+  ultraclean,
+)
 from minicpm_jax.data.documents import Dropped
 
 
@@ -73,15 +83,43 @@ def _corpus(folder):
   return folder
 
 
+def _score_stage(folder):
+  """A classifier of texts rich in "lin" against those rich in "mar"; its folder vanishes later."""
+  pytest.importorskip("fasttext")
+  draw, rows = random.Random(1), []
+  for i in range(200):
+    end = "lin" if i % 2 else "mar"
+    words = [draw.choice("bdgklm") + draw.choice("aeiou") + end for _ in range(20)]
+    rows.append((bool(i % 2), " ".join(words)))
+  segmenter = ultraclean.WhitespaceSegmenter()
+  model = classifier.train(rows, classifier.preset("test"), segmenter)
+  model.save(folder / "model.bin")
+  return scoring.score_stage({"": folder / "model.bin"}, {"": segmenter})
+
+
+@pytest.mark.slow
+def test_files_of_stages_go_to_the_workers(session, tmp_path):
+  """The original files are gone when the job runs."""
+  corpus, stage = _corpus(tmp_path / "in"), _score_stage(tmp_path)
+  (tmp_path / "list.jsonl").write_text("")
+  listed = dedup.write_removals(tmp_path / "list.jsonl", [])
+  shipped = spark.ship(session, [stage, listed])
+  for path in [*tmp_path.glob("model.bin*"), tmp_path / "list.jsonl"]:
+    path.unlink()
+  frame = spark.apply(spark.read(session, [corpus]), shipped)
+  stages = {row["stage"]: row["count"] for row in frame.groupBy("stage").count().collect()}
+  assert stages[""] > 5 and stages["quality"] > 5
+
+
 @pytest.mark.slow
 def test_same_documents_as_the_local_executor(session, tmp_path):
   corpus = _corpus(tmp_path / "in")
-  stages = [pii.MaskPII(), filters.published()]
+  stages = [pii.MaskPII(), filters.published(), _score_stage(tmp_path)]
   local = executor.run([corpus], stages, tmp_path / "local", num_workers=2)
   counts = spark.run(session, [corpus], stages, tmp_path / "spark", num_partitions=5)
-  assert 10 < counts["kept"] == local.counts["kept"]
+  assert 5 < counts["kept"] == local.counts["kept"]
   assert counts["dropped"] == local.counts["dropped"]
-  assert {"read/not_json", "read/unreadable"} <= set(counts["dropped"])
+  assert {"read/not_json", "read/unreadable", "quality/score"} <= set(counts["dropped"])
   fields = ("source", "id", "text", "lang", "meta", "score")
   ours = {
     (d.source, d.id, d.text, d.lang or "und", json.dumps(d.meta), d.score)
