@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import gpu
+from pallas_kernels.common import gpu, tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ def attend_triton(
 
   Positions go up by one along T; lists ascend.
   """
-  config = config or TritonConfig()
+  name = tune.key(q_BTNH.shape[2] // k_BSKH.shape[2], q_BTNH.shape[3], q_BTNH.dtype)
+  config = config or tune.lookup("sparse_attention", TritonConfig, name) or TritonConfig()
   gpu.check_cuda("sparse_attention", config.compute_capability)
   gpu.check_arrays("sparse_attention", q=q_BTNH, k=k_BSKH, v=v_BSKH)
   gpu.require_power_of_two("sparse_attention", block_size=block_size)

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import gpu
+from pallas_kernels.common import gpu, tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ def decode_triton(
   """As `api.decode_blocks`, or NotImplementedError with the reason."""
   B, T, N, H = q_BTNH.shape
   K, W = k.shape[2], ids_BKTW.shape[3]
+  name = f"{tune.key(N // K, H, q_BTNH.dtype)}_rows{B * T * K}"
+  config = config or tune.lookup("sparse_decode", TritonConfig, name)
   config = config or default_config(B * T * K, W)
   gpu.check_cuda("sparse_decode", config.compute_capability)
   gpu.check_arrays("sparse_decode", q=q_BTNH, k=k, v=v)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.common import gpu
+from pallas_kernels.common import gpu, tune
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -34,9 +34,10 @@ class TritonConfig:
         raise ValueError(f"TritonConfig.{name}: found {value}, expected a power of two")
 
 
-def default_config(group: int) -> TritonConfig:
-  """128 rows a matmul: what a Hopper warpgroup pair fills."""
-  return TritonConfig(block_q=max(1, 128 // gpu.next_power_of_two(group)))
+def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
+  """As tuned for the device; else 128 rows a matmul, what two Hopper warpgroups fill."""
+  tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
+  return tuned or TritonConfig(block_q=max(1, 128 // gpu.next_power_of_two(group)))
 
 
 def select_triton(
@@ -52,7 +53,7 @@ def select_triton(
   """As `xla.select_xla`, or NotImplementedError with the reason."""
   B, T, N, H = q_BTNH.shape
   F, K = fine_BFKH.shape[1:3]
-  config = config or default_config(N // K)
+  config = config or default_config(N // K, H, q_BTNH.dtype)
   gpu.check_cuda("sparse_topk", config.compute_capability)
   gpu.check_arrays("sparse_topk", q=q_BTNH, fine=fine_BFKH)
   per_block = rule.block_size // rule.kernel_stride

@@ -54,7 +54,9 @@ def like(*shape, dtype=jnp.bfloat16):
 
 def select_program(num_heads, head_dim, arch, lse):
   rule, T, K = rules.Rule(lse=lse), 4096, 2
-  config = dataclasses.replace(topk.default_config(num_heads // K), compute_capability=arch)
+  config = dataclasses.replace(
+    topk.default_config(num_heads // K, head_dim, jnp.bfloat16), compute_capability=arch
+  )
   slots = 131072
 
   def run(q, fine, coarse, start):
@@ -116,7 +118,7 @@ def test_lowers_for_cuda(program, triton_installed):
 
 @pytest.mark.parametrize("op", ["select", "attend", "decode"])
 def test_compiles_to_cubins_without_spills(op, triton_installed):
-  """The 8B shape (G 16, H 128) on sm_80 and sm_90; other shapes by `python triton_cubin.py`."""
+  """The 8B shape (G 16, H 128) on sm_80 and sm_90; prints registers, spills and shared memory."""
   program = {
     "select": lambda: select_program(32, 128, 90, "coarse"),
     "attend": lambda: attend_program(32, 128, 90),

@@ -1,5 +1,5 @@
 """Compiles the Triton kernels of a traced function to cubins, on any machine, and reads what
-they use. `python tests/pallas_kernels/triton_cubin.py` prints the table for the real shapes."""
+they use: `table(function, *arrays)` prints a row for every kernel and architecture."""
 
 import dataclasses
 import os

@@ -1,0 +1,99 @@
+"""One decoded token at 8k to 128k: `python -m pallas_kernels.sparse_decode.bench`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import bench, tune
+from pallas_kernels.sparse_decode import api, cases, triton
+
+
+def inputs(case: cases.Case, dtype):
+  """(q, k, v, ids, page table or None): random distinct blocks, the current one included."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  B, N, K, H = case.batch, case.num_heads, case.num_kv_heads, case.head_dim
+  M = case.num_slots // case.block_size
+  shape = (B, case.num_slots, K, H)
+  table = None
+  if case.is_paged:
+    shape = (B * M, case.block_size, K, H)
+    table = jnp.reshape(jax.random.permutation(keys[4], B * M), (B, M)).astype(jnp.int32)
+  q = jax.random.normal(keys[0], (B, case.num_queries, N, H), dtype)
+  k, v = (jax.random.normal(key, shape, dtype) for key in keys[1:3])
+  order = jax.random.uniform(keys[3], (B, K, case.num_queries, M)).at[..., -1].set(2.0)
+  ids = jnp.sort(jax.lax.top_k(order, min(case.num_listed, M))[1], axis=-1).astype(jnp.int32)
+  return q, k, v, ids, table
+
+
+def work(case: cases.Case, itemsize: int) -> tuple[float, float]:
+  """(FLOPs, bytes): the listed keys and values once a key head (infllm_v2.md section 15)."""
+  rows = case.batch * case.num_queries * min(case.num_listed * case.block_size, case.num_slots)
+  flops = 4.0 * rows * case.num_heads * case.head_dim
+  return flops, 2.0 * rows * case.num_kv_heads * case.head_dim * itemsize
+
+
+def program(case: cases.Case, implementation: str, config=None):
+  def run(q, k, v, ids, table):
+    return api.decode_blocks(
+      q,
+      k,
+      v,
+      ids,
+      block_size=case.block_size,
+      q_offset=case.num_slots - case.num_queries,
+      page_table_BM=table,
+      implementation=implementation,
+      config=config,
+    )[0]
+
+  return run
+
+
+def candidates():
+  for splits, warps, stages in itertools.product((8, 16, 32, 64), (2, 4, 8), (1, 2, 3)):
+    yield triton.TritonConfig(num_splits=splits, num_warps=warps, num_stages=stages)
+
+
+def main():
+  args = bench.arguments("sparse_decode", cases.REAL)
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  rows = []
+  for name in args.cases:
+    case = cases.REAL[name]
+    arrays = inputs(case, dtype)
+    if args.tune:
+      best = tune.search(
+        candidates(),
+        lambda c, case=case, arrays=arrays: bench.seconds(
+          program(case, "triton", c), *arrays, repeats=20
+        ),
+      )
+      group = case.num_heads // case.num_kv_heads
+      label = f"{tune.key(group, case.head_dim, 'bfloat16')}_rows{case.batch * case.num_kv_heads}"
+      print(tune.save("sparse_decode", label, best))
+    flops, size = work(case, jnp.dtype(dtype).itemsize)
+    dense = None
+    if not case.is_paged:
+      dense = bench.dense_seconds(
+        lambda q, k, v: bench.dense_attention(q, k, v, is_causal=False),
+        *arrays[:3],
+        repeats=args.repeats,
+      )
+    rows.append(
+      bench.Row(
+        op="sparse_decode",
+        case=name,
+        implementation=args.implementation,
+        seconds=bench.seconds(program(case, args.implementation), *arrays, repeats=args.repeats),
+        flops=flops,
+        bytes=size,
+        dense_seconds=dense,
+      )
+    )
+    print(rows[-1].printed(), flush=True)
+  bench.report(rows, args.json)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,76 @@
+"""Tuned tiles are found by device and shape; benches refuse a CPU and count their work right."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.common import bench, tune
+from pallas_kernels.sparse_attention import bench as attention_bench
+from pallas_kernels.sparse_attention import triton
+from pallas_kernels.sparse_decode import bench as decode_bench
+from pallas_kernels.sparse_topk import bench as topk_bench
+from pallas_kernels.sparse_topk import rule as rules
+
+
+def test_a_saved_config_is_found_and_another_shape_is_a_miss(tmp_path, monkeypatch):
+  monkeypatch.setattr(tune, "_path", lambda op: tmp_path / f"{op}.json")
+  tune._table.cache_clear()
+  name = tune.key(16, 128, "bfloat16")
+  assert tune.lookup("op", triton.TritonConfig, name) is None
+  config = triton.TritonConfig(kv_rows=32, list_stages=3)
+  tune.save("op", name, config)
+  assert tune.lookup("op", triton.TritonConfig, name) == config
+  assert tune.lookup("op", triton.TritonConfig, tune.key(16, 64, "bfloat16")) is None
+  kind = jax.devices()[0].device_kind
+  assert json.loads((tmp_path / "op.json").read_text())[kind][name]["kv_rows"] == 32
+  tune._table.cache_clear()
+
+
+def test_search_takes_the_fastest_that_runs(capsys):
+  def seconds(x):
+    if x == 0:
+      raise ValueError("out of shared memory")
+    return abs(x - 3)
+
+  assert tune.search([0, 1, 2, 3, 4], seconds) == 3
+  assert "out of shared memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [attention_bench, topk_bench, decode_bench])
+def test_benches_refuse_a_cpu(module, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["bench"])
+  with pytest.raises(SystemExit):
+    module.main()
+  assert "no accelerator" in capsys.readouterr().err
+
+
+def test_attention_work_counts_the_visible_tokens_of_random_lists():
+  case = dataclasses.replace(
+    attention_bench.CASES["minicpm4_8b_4k"],
+    num_queries=96,
+    num_slots=96,
+    rule=rules.Rule(kernel_size=8, kernel_stride=4, block_size=8, local_blocks=2, topk=2),
+  )
+  ids = np.asarray(attention_bench.random_lists(jax.random.key(0), case))
+  assert ids.shape == (1, 2, 96, 4)
+  tokens = 0
+  for t in range(96):
+    row = ids[0, 0, t][ids[0, 0, t] >= 0]
+    assert row[-1] == t // 8 and np.all(np.diff(row) > 0) and 0 in row
+    tokens += sum(1 for s in range(t + 1) if s // 8 in row)
+  flops, _ = attention_bench.work(case, 2, False)
+  # `work` counts full rows of W blocks; the current block is on average half filled.
+  assert 0.8 * flops < 4 * 128 * 32 * tokens <= flops
+
+
+def test_row_prints_rates(monkeypatch):
+  monkeypatch.setattr(bench, "peaks", lambda: (1e12, 1e9))
+  row = bench.Row(
+    op="op", case="c", implementation="xla", seconds=1e-3, flops=5e8, bytes=1e5, dense_seconds=4e-3
+  )
+  text = row.printed()
+  assert "1000 us" in text and "50.0 % of roofline" in text and "4.00 x dense" in text
