@@ -139,7 +139,7 @@ def test_random_kills_between_any_two_file_operations(kills, late):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
   st.sets(st.tuples(st.integers(0, NUM_FILES - 1), st.integers(0, NUM_ROWS - 1)), max_size=5),
   st.integers(1, 3),
