@@ -14,8 +14,7 @@ PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python
 PYTEST_PARALLEL ?= -n 2 --dist=loadfile
 ARGS ?=
 
-.PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean
-
+.PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean tpu-compile
 quickstart: $(VENV)/.quickstart
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
@@ -55,6 +54,13 @@ $(VENV)/.dev: setup.py $(CONSTRAINTS)
 	  "jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')" \
 	  || echo "no CUDA plugin for this jax: tests that import jax_triton will be skipped"
 	@touch $@ $(VENV)/.quickstart
+
+# The TPU kernels through the TPU compiler, without a TPU (installs libtpu, 480 MB, beside .venv).
+tpu-compile: $(VENV)/.dev
+	@test -d $(VENV)/libtpu || \
+	  $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu libtpu
+	@TPU_LIBRARY_PATH=$(VENV)/libtpu/libtpu/libtpu.so PYTHONPATH=. \
+	  $(BIN)/python tests/pallas_kernels/tpu_compile.py $(ARGS)
 
 # The same code on Python 3.12 with the newest jax, in an environment of its own.
 # Without a 3.12 interpreter it says so and does nothing (CI calls it everywhere).

@@ -65,10 +65,9 @@ def attend_tpu(
   return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
 
 
-def embed(x_XRH, heads: int, head_X):
-  """[X, R, C]: rows in the lanes of their head, zero in those of its neighbours."""
-  H = x_XRH.shape[-1]
-  C = kernels.lanes(heads, H)
+def embed(x_XRH, width: int, head_X):
+  """[X, R, C = width]: rows in the lanes of their head, zero in those of its neighbours."""
+  H, C = x_XRH.shape[-1], width
   lane_C = jnp.arange(C)[None, None, :]
   place_X11 = (head_X % (C // H))[:, None, None]
   return jnp.where(lane_C // H == place_X11, jnp.tile(x_XRH, (1, 1, C // H)), 0)
@@ -150,7 +149,7 @@ def _prepare(static: _Static, q_BTNH, k_BSKH, ids_BKTW, pos_BT, start_BT):
   tile_X = jnp.arange(X, dtype=jnp.int32)
   head_X, batch_X = tile_X % K, tile_X // (X // B)
   tiles = dict(
-    q=embed(_tiles(static, q_BTNH), K, head_X),
+    q=embed(_tiles(static, q_BTNH), kernels.lanes(K, H), head_X),
     pos=_by_tile(static, pos_BT, -1),
     start=_by_tile(static, start_BT, rules.NOWHERE),
     ids=ids_XQW,
@@ -212,10 +211,11 @@ def _backward(static: _Static, residuals, cotangents):
     "delta": _chunked(static, _tiles(static, delta_BTN)[:, :, None]),
   }
   sizes = dict(block=static.block, scale=static.scale, interpret=static.interpret)
+  k_lanes = kernels.lanes(static.heads, H)
 
   def one(carry, chunk):
     lists = _lists(static, chunk, M, H)
-    dout = embed(chunk["dout"], static.heads, chunk["head"])
+    dout = embed(chunk["dout"], k_lanes, chunk["head"])
     arrays = (chunk["q"], k_PC, v_PC, bit_R1, chunk["pos"], chunk["start"], dout)
     arrays += (chunk["lse"], chunk["delta"])
     dq = kernels.backward_q(lists, *arrays, **sizes)

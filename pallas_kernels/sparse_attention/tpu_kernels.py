@@ -35,6 +35,13 @@ def _dot(a, b, contract):
   )
 
 
+def _keys(ref):
+  """[s, C]: a block as it lies in [slots, K*H], or its heads side by side from [s, K, H]."""
+  if len(ref.shape) == 2:
+    return ref[...]
+  return jnp.concatenate([ref[:, h, :] for h in range(ref.shape[1])], axis=1)
+
+
 def _seen(logical, member_bits, bit_R1, pos_R1, start_R1, shape):
   """Bool [R, s]: the row's query lists this block, at or after its document's start, not future."""
   slot_Rs = logical * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -73,7 +80,7 @@ def _forward_body(
 
   @pl.when(j < counts[x])
   def _():
-    scores = scale * _dot(q_ref[...], k_ref[...], (1, 1))
+    scores = scale * _dot(q_ref[...], _keys(k_ref), (1, 1))
     seen = _seen(
       logical[x, j], bits[x, j], bit_ref[...], pos_ref[...], start_ref[...], scores.shape
     )
@@ -82,7 +89,7 @@ def _forward_body(
     shrink = jnp.exp(top_ref[...] - top)
     probs = jnp.exp(scores - top)
     sum_ref[...] = sum_ref[...] * shrink + jnp.sum(probs, axis=1, keepdims=True)
-    acc_ref[...] = acc_ref[...] * shrink + _dot(probs.astype(v_ref.dtype), v_ref[...], (1, 0))
+    acc_ref[...] = acc_ref[...] * shrink + _dot(probs.astype(v_ref.dtype), _keys(v_ref), (1, 0))
     top_ref[...] = top
 
   @pl.when(j == pl.num_programs(1) - 1)
@@ -199,9 +206,16 @@ def _specs(block: int, width: int, rows: int):
 
 def forward(lists, q_XRC, k_PC, v_PC, bit_R1, pos_XR1, start_XR1, *, block, scale, interpret):
   """(out [X, R, C], lse [X, R, 1]) of X tiles. lists: (physical, logical, bits [X, U], counts,
-  column [X]) int32; k_PC: [slots, K*H], slots a multiple of the block."""
+  column [X]) int32; k_PC: [slots, K*H], slots a multiple of the block, or [blocks, s, K, H], which
+  reads all heads of a block (columns are then 0) and copies nothing beforehand."""
   X, R, C = q_XRC.shape
   wide, narrow, key, bit = _specs(block, C, R)
+  if k_PC.ndim == 4:
+
+    def whole_block(*args):
+      return _key_block(*args)[0], 0, 0, 0
+
+    key = pl.BlockSpec((None, *k_PC.shape[1:]), whole_block)
   return pl.pallas_call(
     functools.partial(_forward_body, scale=scale),
     grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -249,7 +249,7 @@ def _backward(static: _Static, residuals, cotangents):
       M=M,
       R=R,
       NUM_LOCAL=static.num_local,
-      num_warps=4,
+      num_warps=8,
       num_stages=2,
       **{name: sizes[name] for name in names},
     )

@@ -1,7 +1,9 @@
 """Sparse decoding on TPUs (Pallas): a row's queries of one key head are one tile.
 
 No split over the list: a TPU core walks the blocks one after the other, fetching the next while it
-works on one. Rows must start at slot 0, or have a page table.
+works on one. A block comes with all its key heads, K times what the one head needs: their rows are
+interleaved in the cache [.., K, H], and bringing them apart would copy the whole cache. Rows must
+start at slot 0, or have a page table.
 """
 
 import jax.numpy as jnp
@@ -41,11 +43,16 @@ def decode_tpu(
     x_BKTG = jnp.broadcast_to(x_BT[:, None, :, None], (B, K, T, G))
     return jnp.reshape(x_BKTG, (B * K, T * G, 1))
 
+  def blocks(x):  # [P, s, K, H]: a view; nothing of the cache is copied
+    if page_table_BM is None:
+      x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block_size), (0, 0), (0, 0)))
+    return jnp.reshape(x, (-1, block_size, K, H))
+
   out_XRC, lse_XR1 = kernels.forward(
-    (physical_XU, logical_XU, bits_XU, counts_X, head_X * H // kernels.lanes(K, H)),
-    mosaic_tpu.embed(q_XRH, K, head_X),
-    mosaic_tpu.flat_keys(k, block_size),
-    mosaic_tpu.flat_keys(v, block_size),
+    (physical_XU, logical_XU, bits_XU, counts_X, jnp.zeros_like(head_X)),
+    mosaic_tpu.embed(q_XRH, K * H, head_X),
+    blocks(k),
+    blocks(v),
     jnp.left_shift(1, row // G),
     rows(pos_BT),
     rows(start_BT),

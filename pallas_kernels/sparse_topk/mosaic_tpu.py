@@ -273,7 +273,7 @@ def select_tpu(
   tile_X = jnp.arange(X, dtype=jnp.int32)
   batch_X, head_X = tile_X // (num_tiles * K), tile_X % K
   arrays = dict(
-    q=tiles.embed(jnp.reshape(q, (X, G * Q, H)), K, head_X),
+    q=tiles.embed(jnp.reshape(q, (X, G * Q, H)), C, head_X),
     pos=jnp.repeat(jnp.reshape(pos_BtQ, (-1, Q, 1)), K, axis=0),
     start=jnp.repeat(jnp.reshape(start_BtQ, (-1, Q, 1)), K, axis=0),
     batch=batch_X,
