@@ -14,7 +14,9 @@ PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python
 PYTEST_PARALLEL ?= -n 2 --dist=loadfile
 ARGS ?=
 
-.PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean tpu-compile
+.PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean \
+  tpu-compile
+
 quickstart: $(VENV)/.quickstart
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 

@@ -40,6 +40,27 @@ class TritonConfig:
         raise ValueError(f"TritonConfig.{field.name}: found {value}, expected a power of two")
 
 
+def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
+  """As tuned for the device; else full tiles for rows of up to 256 bytes, smaller for wider ones.
+
+  float32 runs without tensor cores (it is not rounded to TF32) and needs the registers.
+  """
+  tuned = tune.lookup("sparse_attention", TritonConfig, tune.key(group, head_dim, dtype))
+  if tuned is not None:
+    return tuned
+  if jnp.dtype(dtype).itemsize == 4:
+    return TritonConfig(
+      kv_rows=16,
+      kv_stages=1,
+      band_rows=32,
+      band_keys=32,
+      band_stages=1,
+    )
+  if head_dim > 128:
+    return TritonConfig(kv_rows=32, kv_stages=1, band_rows=64, band_stages=1)
+  return TritonConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Static:
   block: int
@@ -54,12 +75,11 @@ def attend_triton(
 
   Positions go up by one along T; lists ascend.
   """
-  name = tune.key(q_BTNH.shape[2] // k_BSKH.shape[2], q_BTNH.shape[3], q_BTNH.dtype)
-  config = config or tune.lookup("sparse_attention", TritonConfig, name) or TritonConfig()
+  H, V = q_BTNH.shape[-1], v_BSKH.shape[-1]
+  config = config or default_config(q_BTNH.shape[2] // k_BSKH.shape[2], H, q_BTNH.dtype)
   gpu.check_cuda("sparse_attention", config.compute_capability)
   gpu.check_arrays("sparse_attention", q=q_BTNH, k=k_BSKH, v=v_BSKH)
   gpu.require_power_of_two("sparse_attention", block_size=block_size)
-  H, V = q_BTNH.shape[-1], v_BSKH.shape[-1]
   if H != V or H > 256:
     raise NotImplementedError(f"sparse_attention: head widths {H} and {V}, equal ones up to 256")
   pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)

@@ -37,7 +37,10 @@ class TritonConfig:
 def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
   """As tuned for the device; else 128 rows a matmul, what two Hopper warpgroups fill."""
   tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
-  return tuned or TritonConfig(block_q=max(1, 128 // gpu.next_power_of_two(group)))
+  rows = gpu.next_power_of_two(group)
+  if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer rows in registers
+    return tuned or TritonConfig(block_q=max(1, 32 // rows), block_c=32, num_stages=1)
+  return tuned or TritonConfig(block_q=max(1, 128 // rows), num_stages=3 if head_dim <= 128 else 2)
 
 
 def select_triton(

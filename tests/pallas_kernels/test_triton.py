@@ -66,9 +66,10 @@ def select_program(num_heads, head_dim, arch, lse):
   return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
 
 
-def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True):
+def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True, dtype=jnp.bfloat16):
   T, K = 4096, 2
-  config = attention.TritonConfig(compute_capability=arch)
+  config = attention.default_config(num_heads // K, head_dim, dtype)
+  config = dataclasses.replace(config, compute_capability=arch)
 
   def forward(q, k, v, ids, pos, start):
     return attention.attend_triton(
@@ -79,7 +80,7 @@ def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True):
     out, vjp = jax.vjp(lambda *x: forward(*x, ids, pos, start), q, k, v)
     return vjp(out)
 
-  q, k = like(1, T, num_heads, head_dim), like(1, T, K, head_dim)
+  q, k = like(1, T, num_heads, head_dim, dtype=dtype), like(1, T, K, head_dim, dtype=dtype)
   lists = (like(1, K, T, 96, dtype=jnp.int32), *[like(1, T, dtype=jnp.int32)] * 2)
   return run if has_grad else forward, (q, k, k, *lists)
 

@@ -12,9 +12,9 @@ import time
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+import numpy as np
+from jax.experimental import topologies
 
 
 def main(topology: str = "v5e:2x2") -> int:
