@@ -21,10 +21,10 @@ from minicpm_jax.infer import generate
 from minicpm_jax.text import tokenizer
 from minicpm_jax.train import loop
 
-DEFAULT_STEPS = 700
+DEFAULT_STEPS = 900
 DECAY_SHARE = 0.2  # of all steps; 10% suffices for long runs (MiniCPM section 4.3)
 TOKENIZER_BYTES = 4 << 20  # the tokenizer is trained on this much text
-BASELINE_BYTES = 16 << 20  # and the n-gram model on at most this much
+BASELINE_BYTES = 96 << 20  # and the n-gram model on at most this much
 HELDOUT_BYTES = 160_000  # evaluated text of every source, about
 MIN_BYTES = 10_000  # a corpus smaller than this is refused
 PYTHON_PROMPTS = ("The ", "Return the ", "def ", "import ", "This function ", "class ")
@@ -242,9 +242,7 @@ def pause_step(cfg: config.TrainConfig) -> int:
 
 def train_first_part(run: Run, cfg: config.TrainConfig) -> None:
   """Trains to the pause and leaves a checkpoint; nothing to do where it has been passed."""
-  loop.train(
-    dataclasses.replace(cfg, num_steps=pause_step(cfg), eval_sources=()), run.workdir / "train"
-  )
+  loop.train(dataclasses.replace(cfg, num_steps=pause_step(cfg)), run.workdir / "train")
 
 
 def train_to_the_end(run: Run, cfg: config.TrainConfig) -> dict[str, float]:
@@ -273,7 +271,7 @@ def plot_losses(run: Run, cfg: config.TrainConfig) -> None:
     )
   start = cfg.optim.schedule.decay_start
   ax.axvline(start, color="grey", ls="--", lw=1)
-  ax.annotate("decay", (start, ax.get_ylim()[1]), textcoords="offset points", xytext=(4, -12))
+  ax.annotate("decay", (start, ax.get_ylim()[1]), textcoords="offset points", xytext=(4, -14))
   ax.set(
     xlabel="step", ylabel="nats per token", title=f"{cfg.model.name}: stable stage, then decay"
   )
@@ -285,7 +283,7 @@ def plot_losses(run: Run, cfg: config.TrainConfig) -> None:
     alpha=0.4,
   )
   right.set_ylabel("learning rate (red)")
-  ax.legend(loc="upper right")
+  ax.legend(loc="upper center")
   fig.tight_layout()
   fig.savefig(run.workdir / "loss.png", dpi=120)
   plt.close(fig)
