@@ -1,13 +1,16 @@
 """What bench_train measures with: our train step, the torch peer, timing, reports."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import mesh as mesh_lib
+from minicpm_jax.core import metrics
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
@@ -61,11 +65,10 @@ class Ours:
     *,
     batch_size: int,
     seq_len: int,
-    mesh_cfg: config.MeshConfig = config.MeshConfig(),
-    grad_accum: int = 1,
+    mesh_cfg: config.MeshConfig | None = None,
   ):
     self.tokens = batch_size * seq_len
-    self.mesh = mesh_lib.make_mesh(mesh_cfg)
+    self.mesh = mesh_lib.make_mesh(mesh_cfg or config.MeshConfig())
     optim = config.OptimConfig(schedule=config.ScheduleConfig(stable_steps=10**6))
     with jax.set_mesh(self.mesh):
       model = transformer.Transformer(cfg)
@@ -76,7 +79,6 @@ class Ours:
         step_lib.make_loss_fn(model),
         step_lib.make_totals_fn(model),
         optimizer,
-        grad_accum=grad_accum,
       )
       self._schedule = schedules.schedule_arrays(optim.schedule, optim.peak_lr)
       self._batch = mesh_lib.shard_batch(self.mesh, random_batch(cfg, batch_size, seq_len))
@@ -95,8 +97,8 @@ class Ours:
       if self._state is None:
         params = step_lib.init_params(self._model, self._abstract, 0)
         self._state = step_lib.fresh_state(self._optimizer, params, self._abstract)
-      self._state, metrics, _ = self.compiled(self._state, self._batch, self._schedule)
-      return float(metrics["loss"].sum) / float(metrics["loss"].weight)
+      self._state, values, _ = self.compiled(self._state, self._batch, self._schedule)
+      return float(values["loss"].sum) / float(values["loss"].weight)
 
 
 def random_batch(cfg: config.ModelConfig, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -186,6 +188,100 @@ def interleave(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, T
   return times
 
 
+# --- Suites: each returns the rows of its table -------------------------------------------------
+
+
+def peer_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
+  """Ours with scanned layers and with a list of layers, and torch, interleaved."""
+  cfg, shape = SIZES[size], dict(batch_size=batch_size, seq_len=seq_len)
+  threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  peer = Granite(cfg, threads=threads, **shape)
+  count = num_params(cfg)
+  if peer.num_params != count:
+    raise ValueError(f"peer {size}: found {peer.num_params} parameters, expected our {count}")
+  steps = {
+    "ours, scan": Ours(cfg, **shape).step,
+    "ours, layer list": Ours(dataclasses.replace(cfg, scan_layers=False), **shape).step,
+    "torch": peer.step,
+  }
+  times = interleave(steps, repeats)
+  tokens = batch_size * seq_len
+  return [
+    {
+      "size": f"{size} ({count / 1e6:.1f} M)",
+      "side": name,
+      "threads": threads,
+      "tok/s": tokens / t.median,
+      "best tok/s": tokens / min(t.wall),
+      "ratio": times["torch"].median / t.median,
+      "ratio of bests": min(times["torch"].wall) / min(t.wall),
+      "CPU s a step": min(t.cpu),
+      "load": os.getloadavg()[0],
+    }
+    for name, t in times.items()
+  ]
+
+
+def compile_rows(size: str, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
+  """Trace and compile seconds: cold, then from the persistent cache."""
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for form, is_scan in (("scan", True), ("layer list", False)):
+      for cache in ("empty", "filled"):
+        jax.clear_caches()
+        cfg = dataclasses.replace(SIZES[size], scan_layers=is_scan)
+        run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
+        lower, compiled = run.lower_seconds, run.compile_seconds
+        rows.append(
+          {"size": size, "layers": form, "cache": cache, "trace s": lower, "compile s": compiled}
+        )
+    jax.config.update("jax_compilation_cache_dir", None)
+  return rows
+
+
+def memory_rows(size: str, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
+  """MB of temporaries and of state, by remat policy."""
+  rows = []
+  for form, is_scan in (("scan", True), ("layer list", False)):
+    for policy in ("none", "dots", "full"):
+      cfg = dataclasses.replace(SIZES[size], scan_layers=is_scan, remat=policy)
+      run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
+      memory = run.compiled.memory_analysis()
+      temp, state = memory.temp_size_in_bytes / 2**20, memory.argument_size_in_bytes / 2**20
+      rows.append(
+        {"size": size, "layers": form, "remat": policy, "temporary MB": temp, "state MB": state}
+      )
+  return rows
+
+
+def scaling_line(size: str, devices: int, repeats: int, *, batch_size: int, seq_len: int) -> str:
+  """One row as JSON: the batch over `devices` data-parallel host devices."""
+  mesh_cfg = config.MeshConfig(dp=devices, fsdp=1)
+  run = Ours(SIZES[size], batch_size=batch_size, seq_len=seq_len, mesh_cfg=mesh_cfg)
+  median = interleave({"ours": run.step}, repeats)["ours"].median
+  return json.dumps({"size": size, "devices": devices, "tok/s": run.tokens / median})
+
+
+def mfu_rows(repeats: int, seq_len: int = 4096) -> list[dict[str, Any]]:
+  """The 1.2B and 2.4B models in bf16, as many rows as were found to fit 80 GB."""
+  rows = []
+  for name, batch_size in (("minicpm_1b", 4), ("minicpm_2b", 2)):
+    cfg = zoo.ZOO[name](dtype="bf16", remat="dots")
+    run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
+    speed = run.tokens / interleave({"ours": run.step}, repeats)["ours"].median
+    kind = jax.devices()[0].device_kind
+    used = metrics.mfu(cfg, seq_len=seq_len, tokens_per_second=speed, device_kind=kind)
+    shown = "unknown peak" if used is None else f"{used:.1%}"
+    rows.append({"model": name, "device": kind, "batch": batch_size, "tok/s": speed, "MFU": shown})
+  return rows
+
+
+# --- Reports ------------------------------------------------------------------------------------
+
+
 def environment() -> dict[str, Any]:
   """Device, versions and load, for every result file."""
   device = jax.devices()[0]
@@ -198,10 +294,15 @@ def environment() -> dict[str, Any]:
     "cpu": cpu,
     "num_cpus": os.cpu_count(),
     "jax": jax.__version__,
+    **{p: metadata.version(p) for p in ("torch", "transformers") if _is_installed(p)},
     "python": platform.python_version(),
     "load_average": os.getloadavg(),
     "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
   }
+
+
+def _is_installed(package: str) -> bool:
+  return importlib.util.find_spec(package) is not None
 
 
 def table(rows: list[dict[str, Any]]) -> str:

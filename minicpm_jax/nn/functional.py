@@ -32,7 +32,25 @@ def gated(
   gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: Act, threshold: float = 0.0
 ) -> Float[Array, "*shape"]:
   """act(gate) * up, the inner product of SwiGLU and of MiniCPM-S's FFN."""
+  if act == "silu":
+    return _gated_silu(gate, up)
   return activation(gate, act, threshold) * up
+
+
+@jax.custom_vjp
+def _gated_silu(gate, up):
+  return jax.nn.silu(gate) * up
+
+
+def _gated_silu_bwd(inputs, dout):
+  """Keeps gate and up alone; the barrier has the sigmoid computed again, not stored and read."""
+  gate, up = jax.lax.optimization_barrier(inputs)
+  sigmoid = jax.nn.sigmoid(gate)
+  silu = gate * sigmoid
+  return dout * up * (sigmoid + silu * (1 - sigmoid)), dout * silu
+
+
+_gated_silu.defvjp(lambda gate, up: (_gated_silu(gate, up), (gate, up)), _gated_silu_bwd)
 
 
 def linear(

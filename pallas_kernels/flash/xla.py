@@ -23,13 +23,11 @@ _FLOOR = -1e30  # below every real score; scores under a mask are finfo.min, far
 class XlaConfig:
   """Block sizes: `block_q` queries at a time, at most `max_bands` unrolled key lengths.
 
-  Work beyond the causal half is 1 / number of bands. `is_batch_looped` takes one batch row at a
-  time (keeps the scores of a CPU in its cache); it must stay off where the batch is sharded.
+  Work beyond the causal half is 1 / number of bands.
   """
 
-  block_q: int = 128
+  block_q: int = 64
   max_bands: int = 8
-  is_batch_looped: bool = False
 
   def __post_init__(self):
     for name in ("block_q", "max_bands"):
@@ -38,13 +36,10 @@ class XlaConfig:
 
 
 def default_config(q_shape, k_shape) -> XlaConfig:
-  """Blocks of about 1M scores on a single CPU device, larger ones elsewhere."""
-  B, T, N, _ = q_shape
-  S = k_shape[1]
-  is_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
-  scores = 2**20 if is_one_cpu else 2**26 // max(B, 1)
-  block_q = max(64, min(512, scores // (N * S) // 64 * 64))
-  return XlaConfig(block_q=block_q, is_batch_looped=is_one_cpu and B > 1 and T > 1)
+  """Blocks of about 1M scores (4 MB) on a CPU, 64M elsewhere; 64 to 512 queries."""
+  B, _, N, _ = q_shape
+  scores = 2**20 if jax.default_backend() == "cpu" else 2**26
+  return XlaConfig(block_q=max(64, min(512, scores // (B * N * k_shape[1]) // 64 * 64)))
 
 
 def flash_attention_xla(
@@ -148,6 +143,16 @@ def _dot(a_BKxx, b_BKxx, contract: tuple[int, int]):
   return jax.lax.dot_general(a_BKxx, b_BKxx, dims, preferred_element_type=jnp.float32)
 
 
+def _sum_over_queries(a_BKRH, b_BKRS):
+  """a^T b [B, K, H, S]; the barrier keeps the small transpose apart from the product.
+
+  XLA's fast CPU matmul takes no transposed left side; the one it falls back to takes 1.6 times as
+  long, and packs b, which here is the large side.
+  """
+  a_BKHR = jax.lax.optimization_barrier(jnp.swapaxes(a_BKRH, 2, 3))
+  return _dot(a_BKHR, b_BKRS, (3, 2))
+
+
 def _scores(q_BKRH, k_BKSH, start, static: _Static, masks: _Masks, block: int):
   """Masked, scaled scores [B, K, block*G, S] float32 of the block that starts at `start`."""
   scores_BKRS = static.scale * _dot(q_BKRH, k_BKSH, (3, 3))
@@ -157,15 +162,6 @@ def _scores(q_BKRH, k_BKSH, start, static: _Static, masks: _Masks, block: int):
   scores_BKTGS = jnp.reshape(scores_BKRS, (B, K, block, R // block, S))
   scores_BKTGS = jnp.where(mask_B1T1S, scores_BKTGS, jnp.finfo(jnp.float32).min)
   return jnp.reshape(scores_BKTGS, (B, K, R, S))
-
-
-def _over_batch(function, static: _Static, *trees):
-  """function(*trees), one batch row at a time when the config says so."""
-  if not static.config.is_batch_looped:
-    return function(*trees)
-  rows = jax.tree.map(lambda x: x[:, None], trees)
-  out = jax.lax.scan(lambda _, row: (None, function(*row)), None, rows)[1]
-  return jax.tree.map(lambda x: x[:, 0], out)
 
 
 def _forward_block(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks, start, block):
@@ -202,23 +198,23 @@ def _forward_rows(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks: _Masks):
 
 
 def _backward_block(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks, start, block, dout, lse, delta):
-  """(dq, dk, dv) in float32 that one block of queries contributes."""
+  """(dq, dk transposed, dv transposed) in float32 that one block of queries contributes."""
   scores_BKRS = _scores(q_BKRH, k_BKSH, start, static, masks, block)
   probs_BKRS = jnp.exp(scores_BKRS - lse[..., None])
-  dv_BKSV = _dot(probs_BKRS.astype(dout.dtype), dout, (2, 2))
+  dv_BKVS = _sum_over_queries(dout, probs_BKRS.astype(dout.dtype))
   dprobs_BKRS = _dot(dout, v_BKSV, (3, 3))
   dscores_BKRS = (static.scale * probs_BKRS * (dprobs_BKRS - delta[..., None])).astype(q_BKRH.dtype)
   dq_BKRH = _dot(dscores_BKRS, k_BKSH, (3, 2))
-  dk_BKSH = _dot(dscores_BKRS, q_BKRH, (2, 2))
-  return dq_BKRH, dk_BKSH, dv_BKSV
+  dk_BKHS = _sum_over_queries(q_BKRH, dscores_BKRS)
+  return dq_BKRH, dk_BKHS, dv_BKVS
 
 
 def _backward_rows(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks: _Masks, out, lse, dout):
   """(dq, dk, dv): sums over query blocks run from the first block to the last, in float32."""
   G, S = static.group, k_BKSH.shape[2]
   delta_BKR = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-  dk_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
-  dv_BKSV = jnp.zeros(v_BKSV.shape, jnp.float32)
+  dk_BKHS = jnp.zeros((*k_BKSH.shape[:2], k_BKSH.shape[3], S), jnp.float32)
+  dv_BKVS = jnp.zeros((*v_BKSV.shape[:2], v_BKSV.shape[3], S), jnp.float32)
   dqs = []
   for first, size, block, keys in _bands(q_BKRH.shape[2] // G, S, static):
     k_BKsH, v_BKsV = k_BKSH[:, :, :keys], v_BKSV[:, :, :keys]
@@ -234,13 +230,14 @@ def _backward_rows(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks: _Masks, out, 
     if size == block:
       dq, dk, dv = one(first)
     else:
-      zeros = (jnp.zeros(k_BKsH.shape, jnp.float32), jnp.zeros(v_BKsV.shape, jnp.float32))
+      zeros = (jnp.zeros_like(dk_BKHS[..., :keys]), jnp.zeros_like(dv_BKVS[..., :keys]))
       (dk, dv), dq = jax.lax.scan(add, zeros, first + block * jnp.arange(size // block))
       dq = _unstack_blocks(dq)
     dqs.append(dq)
-    dk_BKSH = dk_BKSH.at[:, :, :keys].add(dk)
-    dv_BKSV = dv_BKSV.at[:, :, :keys].add(dv)
+    dk_BKHS = dk_BKHS.at[..., :keys].add(dk)
+    dv_BKVS = dv_BKVS.at[..., :keys].add(dv)
   dq_BKRH = jnp.concatenate(dqs, axis=2)
+  dk_BKSH, dv_BKSV = jnp.swapaxes(dk_BKHS, 2, 3), jnp.swapaxes(dv_BKVS, 2, 3)
   return dq_BKRH.astype(q_BKRH.dtype), dk_BKSH.astype(k_BKSH.dtype), dv_BKSV.astype(v_BKSV.dtype)
 
 
@@ -260,15 +257,12 @@ def _attention(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks: _Masks):
 
 
 def _attention_fwd(static: _Static, q_BKRH, k_BKSH, v_BKSV, masks: _Masks):
-  forward = functools.partial(_forward_rows, static)
-  out_BKRV, lse_BKR = _over_batch(forward, static, q_BKRH, k_BKSH, v_BKSV, masks)
+  out_BKRV, lse_BKR = _forward_rows(static, q_BKRH, k_BKSH, v_BKSV, masks)
   return out_BKRV, (q_BKRH, k_BKSH, v_BKSV, masks, out_BKRV, lse_BKR)
 
 
 def _attention_bwd(static: _Static, residuals, dout_BKRV):
-  backward = functools.partial(_backward_rows, static)
-  dq, dk, dv = _over_batch(backward, static, *residuals, dout_BKRV)
-  return dq, dk, dv, None
+  return *_backward_rows(static, *residuals, dout_BKRV), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

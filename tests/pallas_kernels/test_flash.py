@@ -10,8 +10,8 @@ import pytest
 from pallas_kernels.flash import api, xla
 
 CONFIGS = {
-  "blocks": xla.XlaConfig(block_q=4, max_bands=3, is_batch_looped=False),
-  "loop": xla.XlaConfig(block_q=5, max_bands=2, is_batch_looped=True),
+  "blocks": xla.XlaConfig(block_q=4),
+  "bands": xla.XlaConfig(block_q=3, max_bands=2),
 }
 
 
