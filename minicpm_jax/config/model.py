@@ -124,6 +124,12 @@ class SparseAttentionConfig:
     require(not unknown, "sparse_config", unknown, f"only the keys {list(cls._HF_KEYS)}")
     return cls(selection=selection, lse=lse, **sparse_config)
 
+  @property
+  def alignment(self) -> int:
+    """Tokens; packed documents must start at multiples of it (64 for the released values)."""
+    windows = self.kernel_stride * (4 if self.lse == "coarse" else 1)
+    return math.lcm(windows, self.block_size)
+
   def to_hf(self) -> dict[str, Any]:
     """The `sparse_config` dict as released (selection and lse are not stored there)."""
     return {key: getattr(self, key) for key in self._HF_KEYS}
@@ -231,6 +237,9 @@ class ModelConfig:
       "model.mla",
       self.mla,
       f"set exactly when arch is 'minicpm3' (arch is {self.arch!r})",
+    )
+    require(
+      self.sparse is None or self.mla is None, "model.sparse", self.sparse, "None with latent heads"
     )
     if self.mla is not None:
       width = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim

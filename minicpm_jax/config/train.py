@@ -59,6 +59,14 @@ class TrainConfig:
       self.grad_accum,
       f"a divisor of data.batch_size {self.data.batch_size}",
     )
+    sparse = self.model.sparse
+    if sparse is not None and self.data.seq_len >= sparse.dense_len:
+      require(
+        self.data.align % sparse.alignment == 0,
+        "data.align",
+        self.data.align,
+        f"a multiple of {sparse.alignment} (model.sparse: documents start on its grid of blocks)",
+      )
     require(self.log_every > 0, "log_every", self.log_every, "> 0")
     require(self.eval_batches >= 0, "eval_batches", self.eval_batches, ">= 0")
     names = [s.name for s in self.data.sources]

@@ -6,8 +6,8 @@ and both normalisers are in `SparseAttentionConfig`. The selection is a constant
 carries the name `SELECTION`, which remat policies save.
 
 Documents of a packed row share one grid of windows and blocks when they start at multiples of
-`sparse_grid.alignment(cfg)` (data.align). Rows where they do not are served by implementation
-"ref", which holds T x S arrays; under jit the other one answers such documents with NaN.
+`cfg.alignment` (data.align). Rows where they do not are served by implementation "ref", which holds
+T x S arrays; under jit, where nobody can look, the others answer such documents with NaN.
 """
 
 import dataclasses
@@ -282,7 +282,7 @@ def _is_ref(implementation: Implementation, grid: sparse_grid.Grid) -> bool:
   if is_off and implementation != "auto":
     raise NotImplementedError(
       "segment_ids: found documents off the grid, expected starts at multiples of "
-      "sparse_grid.alignment (pack with data.align), or implementation 'ref'"
+      "cfg.alignment (pack with data.align), or implementation 'ref'"
     )
   return is_off
 

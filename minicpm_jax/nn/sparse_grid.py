@@ -2,7 +2,7 @@
 
 A row has one grid of windows and blocks. Position 0 is slot 0 of the row, or its first token where
 a cache holds prompts padded on the left (`base_B`). Packed documents share the grid when they start
-at multiples of `alignment`. Also how the stages are laid over a mesh (infllm_v2.md section 12).
+at multiples of `cfg.alignment`. Also how the stages are laid over a mesh (infllm_v2.md section 12).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +34,6 @@ def rule_of(cfg: SparseAttentionConfig) -> rules.Rule:
     selection=cfg.selection,
     lse=cfg.lse,
   )
-
-
-def alignment(cfg: SparseAttentionConfig) -> int:
-  """Tokens; packed documents start at multiples of it (64 for the released values)."""
-  return rule_of(cfg).alignment
 
 
 def is_always_dense(cfg: SparseAttentionConfig, num_slots: int) -> bool:
@@ -122,7 +117,7 @@ def make_grid(
       base_B = jnp.where(base_B == rules.NOWHERE, 0, base_B)
       offset_B, is_static = offset_B - base_B, False
       start_BT = jnp.where(start_BT == rules.NOWHERE, start_BT, start_BT - base_B[:, None])
-    is_off_BT = (start_BT < rules.NOWHERE) & (start_BT % alignment(cfg) != 0)
+    is_off_BT = (start_BT < rules.NOWHERE) & (start_BT % cfg.alignment != 0)
   is_dense_BT = None
   if cfg.dense_len > 0:
     is_dense_BT = (doc_length_BT < cfg.dense_len) & (start_BT < rules.NOWHERE)

@@ -1,4 +1,4 @@
-"""Sparse attention inside the model: decoding, packing, remat, meshes (infllm_v2.md 8, 11 to 13)."""
+"""Sparse attention in the model: decoding, packing, remat, meshes (infllm_v2.md 8, 11 to 13)."""
 
 import dataclasses
 
@@ -11,11 +11,11 @@ from minicpm_jax.config import MeshConfig, SparseAttentionConfig
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import convert, transformer
-from minicpm_jax.nn import sparse_attention
 from tests.models import common
 
+# Of up to 12 blocks a query takes 5: the first, the last two, and two by score.
 SMALL = SparseAttentionConfig(
-  kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=2, dense_len=-1
+  kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=4, dense_len=-1
 )
 
 
@@ -61,3 +61,192 @@ def test_decode_equals_prefill(lse, selection, is_scan):
     model = transformer.Transformer(cfg)
   found, _ = run_cached(model, params, tokens_BT, [0, *range(97, 133)], capacity=140)
   np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_decode_with_scores_before_rope():
+  model, params = build(use_nope=True, lse="coarse")
+  tokens_BT = common.tokens((1, 110))
+  expected = common.apply(model, params, tokens_BT).logits
+  with_rope = model.clone(
+    cfg=dataclasses.replace(model.cfg, sparse=dataclasses.replace(model.cfg.sparse, use_nope=False))
+  )
+  assert np.max(np.abs(common.apply(with_rope, params, tokens_BT).logits - expected)) > 1e-3
+  found, cache = run_cached(model, params, tokens_BT, [0, *range(97, 111)], capacity=112)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+  assert cache.k_nope.shape == cache.k.shape
+
+
+def test_left_padded_prompts_and_chunked_prefill():
+  """Rows that begin at slots 0 and 21 (off every grid), fed in pieces of 40, 40, 17, 1, 1, ...
+
+  The pads are longer than the first windows, and row 1 begins inside the first piece.
+  """
+  model, params = build(lse="coarse")
+  tokens_BT, pads = common.tokens((2, 104)), (0, 21)
+  ids = jnp.stack([jnp.where(jnp.arange(104) < pad, 0, 1) for pad in pads])
+  cuts = [0, 40, 80, *range(97, 105)]
+  found, _ = run_cached(model, params, tokens_BT, cuts, capacity=112, segment_ids_BT=ids)
+  for row, pad in enumerate(pads):
+    alone = common.apply(model, params, tokens_BT[row : row + 1, pad:]).logits
+    np.testing.assert_allclose(found[row, pad:], alone[0], atol=1e-4)
+
+
+def test_crossing_dense_len_while_decoding():
+  """Dense rows below, sparse ones from the step on where a row's length reaches dense_len."""
+  model, params = build(dense_len=100)
+  sparse, _ = build(dense_len=-1)
+  tokens_BT, pads = common.tokens((2, 112)), (0, 5)
+  ids = jnp.stack([jnp.where(jnp.arange(112) < pad, 0, 1) for pad in pads])
+  # Prefill of 90, steps up to 112: row 0 crosses at slot 99, row 1 at slot 104.
+  found, cache = run_cached(
+    model, params, tokens_BT, [0, *range(90, 113)], capacity=120, segment_ids_BT=ids
+  )
+  for row, pad in enumerate(pads):
+    prompt = tokens_BT[row : row + 1, pad:]
+    below = common.apply(dense_of(model), params, prompt[:, :99]).logits[0]
+    np.testing.assert_allclose(found[row, pad : pad + 99], below, atol=1e-4)
+    # From then on the keys are those of a dense past: one sparse step on a dense cache.
+    start = cache_lib.init(sparse.cfg, 1, 120)
+    _, dense_cache = run_cached(model, params, prompt[:, :99], [0, 99], capacity=120)
+    start = dense_cache.replace(length=jnp.int32(99))
+    out = common.apply(sparse, params, prompt[:, 99:100], cache=start)
+    np.testing.assert_allclose(found[row, pad + 99], out.logits[0, 0], atol=1e-4)
+    full = common.apply(dense_of(model), params, prompt[:, :100]).logits[0, 99]
+    assert np.max(np.abs(out.logits[0, 0] - full)) > 1e-3
+
+
+def test_rejected_tokens_leave_no_trace():
+  """Back by 9 tokens over a window border and on with others."""
+  model, params = build(lse="coarse")
+  tokens_BT, wrong = common.tokens((1, 120)), common.tokens((1, 9), seed=9)
+  expected = common.apply(model, params, tokens_BT).logits
+  run = jax.jit(lambda t, cache: model.apply({"params": params}, t, cache=cache))
+  out = run(tokens_BT[:, :100], cache_lib.init(model.cfg, 1, 128))
+  ahead = run(wrong, out.cache)
+  cache = ahead.cache.replace(length=out.cache.length)
+  for t in range(100, 120):
+    found = run(tokens_BT[:, t : t + 1], cache)
+    np.testing.assert_allclose(found.logits[:, 0], expected[:, t], atol=1e-4)
+    cache = found.cache
+
+
+def test_windows_are_emitted_when_they_complete():
+  """Fine ones at L % 4 == 0 from 8 on, coarse ones at L % 16 == 0 from 32 on (section 13)."""
+  model, params = build()
+  tokens_BT = common.tokens((1, 70))
+  _, whole = run_cached(model, params, tokens_BT, [0, 70], capacity=80)
+  run = jax.jit(lambda t, cache: model.apply({"params": params}, t, cache=cache).cache)
+  cache = run(tokens_BT[:, :29], cache_lib.init(model.cfg, 1, 80))
+  for length in range(30, 71):
+    cache = run(tokens_BT[:, length - 1 : length], cache)
+    for name, size, stride in (("fine", 8, 4), ("coarse", 32, 16)):
+      count = max(0, (length - size) // stride + 1)
+      found, expected = (np.asarray(getattr(c, name))[:, :, :count] for c in (cache, whole))
+      np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f"{name} at {length}")
+
+
+def test_capacity_below_dense_len_keeps_no_compressed_keys():
+  model, _ = build(dense_len=64)
+  assert cache_lib.init(model.cfg, 1, 63).fine is None
+  cache = cache_lib.init(model.cfg, 1, 64)
+  assert cache.fine.shape == (2, 1, 18, 2, 8) and cache.coarse.shape == (2, 1, 6, 2, 8)
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+LENGTHS, TOTAL = (112, 37, 27), 192  # documents of a packed row, each at a multiple of 16
+
+
+def packed():
+  ids = np.zeros((4, TOTAL), np.int32)
+  starts = (0, 112, 160)
+  for i, (start, length) in enumerate(zip(starts, LENGTHS, strict=True)):
+    ids[:, start : start + length] = i + 1
+  return ids, starts
+
+
+def gradients(model):
+  ids, _ = packed()
+
+  def loss(params, tokens_BT):
+    hidden = model.apply({"params": params}, tokens_BT, segment_ids_BT=ids).hidden
+    return jnp.sum(jnp.sin(hidden) * (ids != 0)[:, :, None])
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+def test_packed_documents_equal_separate_ones():
+  """Per document: 112 tokens are sparse, the others below dense_len 100 are dense."""
+  model, params = build(dense_len=100)
+  ids, starts = packed()
+  tokens_BT = common.tokens((4, TOTAL))
+  found = common.apply(model, params, tokens_BT, segment_ids_BT=ids).logits
+  for start, length in zip(starts, LENGTHS, strict=True):
+    alone = common.apply(model, params, tokens_BT[:1, start : start + length]).logits
+    np.testing.assert_allclose(found[0, start : start + length], alone[0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reference():
+  model, params = build("minicpm4_8b", lse="coarse")
+  tokens_BT = common.tokens((4, TOTAL))
+  return model, params, tokens_BT, *gradients(model)(params, tokens_BT)
+
+
+def place(model, params, mesh):
+  shapes, specs = transformer.abstract_params(model)
+  return jax.device_put(params, mesh_lib.tree_shardings(mesh, specs, shapes))
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"tp": 2, "fsdp": 2, "dp": 1}, {"cp": 2, "dp": 2}], ids=["tp-fsdp", "cp-dp"]
+)
+def test_sharded_equals_unsharded(reference, sizes):
+  model, params, tokens_BT, loss, grads = reference
+  mesh = mesh_lib.make_mesh(MeshConfig(**sizes), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    tokens_BT = jax.device_put(tokens_BT, mesh_lib.batch_sharding(mesh))
+    found_loss, found = gradients(model)(place(model, params, mesh), tokens_BT)
+  np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
+  largest = max(np.max(np.abs(g)) for g in jax.tree.leaves(grads))
+  common.assert_trees_close(jax.device_get(found), grads, atol=1e-5 * largest)
+
+
+def test_a_mesh_that_splits_a_group_is_refused(reference):
+  model, params, tokens_BT, *_ = reference
+  mesh = mesh_lib.make_mesh(MeshConfig(tp=4, dp=1), jax.devices()[:4])
+  with jax.set_mesh(mesh), pytest.raises(mesh_lib.ShardingError, match="num_kv_heads 2.*group"):
+    model.apply({"params": params}, tokens_BT)
+
+
+def test_sharded_decoding(reference):
+  model, params, tokens_BT, *_ = reference
+  expected = common.apply(model, params, tokens_BT).logits
+  mesh = mesh_lib.make_mesh(MeshConfig(tp=2, dp=2), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    found, _ = run_cached(
+      model, place(model, params, mesh), tokens_BT, [0, *range(188, 193)], capacity=TOTAL
+    )
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_keeps_the_selection(reference, policy):
+  """The backward pass ranks no block again, and the gradients are those without remat."""
+  model, params, tokens_BT, loss, grads = reference
+  other = model.clone(cfg=dataclasses.replace(model.cfg, remat=policy))
+  found_loss, found = gradients(other)(params, tokens_BT)
+  np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
+  largest = max(np.max(np.abs(g)) for g in jax.tree.leaves(grads))
+  common.assert_trees_close(found, grads, atol=1e-5 * largest)
+  text = str(jax.make_jaxpr(gradients(other))(params, tokens_BT))
+  assert text.count("top_k[") == 1, text.count("top_k[")
+
+
+def test_mesh_and_remat_together_keep_the_selection(reference):
+  model, params, tokens_BT, *_ = reference
+  other = model.clone(cfg=dataclasses.replace(model.cfg, remat="full"))
+  mesh = mesh_lib.make_mesh(MeshConfig(cp=2, dp=2), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    text = str(jax.make_jaxpr(gradients(other))(params, tokens_BT))
+  assert text.count("top_k[") == 1
