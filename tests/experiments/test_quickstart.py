@@ -48,4 +48,4 @@ def test_an_empty_corpus_is_refused(tmp_path):
   (tmp_path / "empty.txt").write_text("\n")
   result = run(tmp_path / "w", f"--data={tmp_path / 'empty.txt'}")
   assert result.returncode != 0
-  assert "found 0 bytes of text, expected 10000" in result.stderr
+  assert "found 1 bytes of text, expected 10000" in result.stderr
