@@ -145,11 +145,14 @@ def _split(name: str, docs: list[documents.Doc]) -> tuple[list[documents.Doc], l
 
 
 def _first_bytes(docs: list[documents.Doc], limit: int) -> list[documents.Doc]:
-  """Documents from the start until `limit` bytes are reached."""
+  """Documents from the start until `limit` bytes are reached; one of a quarter or more is passed
+  over, so that several are there, unless there is no other.
+  """
+  sizes = {d.id: len(d.text.encode()) for d in docs}
   size, kept = 0, []
-  for doc in docs:
+  for doc in [d for d in docs if sizes[d.id] <= limit // 4] or docs[:1]:
     kept.append(doc)
-    size += len(doc.text.encode())
+    size += sizes[doc.id]
     if size >= limit:
       break
   return kept
