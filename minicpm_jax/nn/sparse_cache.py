@@ -54,17 +54,13 @@ def _new_windows(k_BSKH, cfg: SparseAttentionConfig, grid: sparse_grid.Grid, lev
 
 
 def _write(array, new_BEKH, layer, first_B):
-  new_BEKH, zero = new_BEKH.astype(array.dtype), jnp.zeros((), jnp.int32)
+  """Puts new_BEKH at entries first_B on of every row (in place: no transposes around a scatter)."""
+  new_BEKH = new_BEKH.astype(array.dtype)
+  B, E = new_BEKH.shape[:2]
+  rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+  entries_BE = first_B[:, None] + jnp.arange(E, dtype=jnp.int32)[None, :]
   if layer is None:
-
-    def one(row_CKH, new_EKH, first):
-      return jax.lax.dynamic_update_slice(row_CKH, new_EKH, (first, zero, zero))
-
-    array = jax.vmap(one)(array, new_BEKH, first_B)
+    array = array.at[rows_B1, entries_BE].set(new_BEKH, mode="drop", unique_indices=True)
     return array, array
-
-  def one_of(rows_LCKH, new_EKH, first):
-    return jax.lax.dynamic_update_slice(rows_LCKH, new_EKH[None], (layer, first, zero, zero))
-
-  array = jax.vmap(one_of, in_axes=(1, 0, 0), out_axes=1)(array, new_BEKH, first_B)
+  array = array.at[layer, rows_B1, entries_BE].set(new_BEKH, mode="drop", unique_indices=True)
   return array, jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
