@@ -24,6 +24,7 @@ from absl import flags
 
 from experiments import _flags
 from minicpm_jax import config
+from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.train import loop
 
@@ -94,4 +95,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep()
   sys.exit(main())

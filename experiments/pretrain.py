@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments import _flags
 from minicpm_jax.ckpt import run_config
+from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.text import tokenizer as tokenizer_lib
 from minicpm_jax.train import loop
@@ -49,4 +50,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep()
   sys.exit(main())

@@ -16,6 +16,7 @@ from absl import app, flags
 
 from experiments import _quickstart as steps
 from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", "workdir/quickstart", "Everything is written below it.")
@@ -64,4 +65,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  host_memory.keep()
   app.run(main)
