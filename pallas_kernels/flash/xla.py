@@ -26,7 +26,7 @@ class XlaConfig:
   Work beyond the causal half is 1 / number of bands.
   """
 
-  block_q: int = 64
+  block_q: int = 128
   max_bands: int = 8
 
   def __post_init__(self):
@@ -36,10 +36,10 @@ class XlaConfig:
 
 
 def default_config(q_shape, k_shape) -> XlaConfig:
-  """Blocks of about 1M scores (4 MB) on a CPU, 64M elsewhere; 64 to 512 queries."""
+  """Blocks of about 1M scores (4 MB) on a CPU, 64M elsewhere; 128 to 512 queries."""
   B, _, N, _ = q_shape
   scores = 2**20 if jax.default_backend() == "cpu" else 2**26
-  return XlaConfig(block_q=max(64, min(512, scores // (B * N * k_shape[1]) // 64 * 64)))
+  return XlaConfig(block_q=max(128, min(512, scores // (B * N * k_shape[1]) // 64 * 64)))
 
 
 def flash_attention_xla(
