@@ -89,25 +89,29 @@ class Attention(nn.Module):
       q_offset = cache.length
       cache, k_BSKH, v_BSKH = kv.write(cache, k_BSKH, v_BSKH)
     if cache is not None and grid is not None:
-      scored_BSKH, arrays = k_BSKH, {}
+      keys, arrays = cache.k, {}
       if nope is not None:
-        arrays["k_nope"], scored_BSKH = kv.write_nope(before, nope[1])
-        nope = (nope[0], scored_BSKH)
-      levels, compressed = sparse_cache.extend(before, scored_BSKH, cfg.sparse, grid)
+        keys, k_nope_BSKH = kv.write_nope(before, nope[1])
+        nope, arrays = (nope[0], k_nope_BSKH), {"k_nope": keys}
+      levels, compressed = sparse_cache.extend(before, keys, cfg.sparse, grid)
       cache = cache.replace(**arrays, **levels)
 
-    def dense() -> Float[Array, "B T N H"]:
+    def dense(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       return attend(cfg, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, kv_segment_ids_BS, q_offset)
 
-    def sparse() -> Float[Array, "B T N H"]:
+    def sparse(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       return attend_sparse(cfg, q_BTNH, k_BSKH, v_BSKH, grid, compressed, nope)
 
     if grid is None:
-      out_BTNH = dense()
+      out_BTNH = dense(k_BSKH, v_BSKH)
     elif cache is None or grid.is_dense_BT is None:
-      out_BTNH = sparse()
-    else:
+      out_BTNH = sparse(k_BSKH, v_BSKH)
+    else:  # a layer's keys are cut out of the stacked cache inside the branch that runs
       is_short_BT = grid.is_dense_BT | (grid.start_BT == sparse_grid.NOWHERE)
-      out_BTNH = jax.lax.cond(jnp.all(is_short_BT), dense, sparse)
+      out_BTNH = jax.lax.cond(
+        jnp.all(is_short_BT),
+        lambda: dense(*kv.view(cache, before.layer)),
+        lambda: sparse(*kv.view(cache, before.layer)),
+      )
     o_axes = ("heads", "head_dim", "embed")
     return layers.Linear(cfg, (N, H, D), o_axes, num_in=2, name="o")(out_BTNH), cache

@@ -40,6 +40,15 @@ def write_nope(
   return _write(cache.k_nope, k_BTKH, cache.layer, cache.length)
 
 
+def view(
+  cache: LayerCache, layer: Int[Array, ""] | None
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+  """Keys and values of a layer that has been written (`layer` None: not stacked)."""
+  if layer is None:
+    return cache.k, cache.v
+  return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
+
+
 def write(
   cache: LayerCache, k_BTKH: Float[Array, "B T K H"], v_BTKV: Float[Array, "B T K V"]
 ) -> tuple[LayerCache, Float[Array, "B S K H"], Float[Array, "B S K V"]]:

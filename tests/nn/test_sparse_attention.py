@@ -465,8 +465,10 @@ def test_unaligned_documents():
   cfg = oracle.small()
   q, k, v = oracle.draw(22, T, T, 4, 2, 8)
   ids = np.repeat([1, 2], [67, T - 67])[None]
-  out = sparse_attention.infllm_attention(*map(jnp.asarray, (q, k, v)), cfg, segment_ids=ids)
-  lists, counts = map(np.asarray, sparse_attention.select_blocks(q, k, cfg, segment_ids=ids))
+  arrays = [jnp.asarray(x) for x in (q, k, v)]
+  out = sparse_attention.infllm_attention(*arrays, cfg, segment_ids=ids)
+  lists = sparse_attention.select_blocks(*arrays[:2], cfg, segment_ids=ids)
+  lists, counts = map(np.asarray, lists)
   for one in (slice(0, 67), slice(67, T)):
     own = [x[0, one] for x in (q, k, v)]
     oracle.check_select(*own[:2], cfg, lists[0, :, one], counts[0, :, one])
@@ -474,7 +476,7 @@ def test_unaligned_documents():
       out[0, one], oracle.attend_with(*own, cfg, lists[0, :, one]), atol=2e-5
     )
   with pytest.raises(NotImplementedError, match="data.align"):
-    sparse_attention.infllm_attention(q, k, v, cfg, segment_ids=ids, implementation="xla")
+    sparse_attention.infllm_attention(*arrays, cfg, segment_ids=ids, implementation="xla")
   blind = np.asarray(attend(q, k, v, cfg, ids))
   assert np.all(np.isfinite(blind[:, :67])) and np.all(np.isnan(blind[:, 67:]))
 
