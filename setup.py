@@ -13,7 +13,7 @@ EXTRAS = {
   "text": ["tokenizers>=0.22", "sentencepiece>=0.2", "jinja2>=3.1.6"],
   "gguf": ["gguf>=0.17"],
   "data": ["zstandard>=0.23", "pyarrow>=18", "py3langid>=0.4", *FASTTEXT],
-  "html": ["trafilatura>=2"],
+  "html": ["trafilatura>=2", "lxml_html_clean>=0.4"],
   "dedup": ["semhash>=0.5"],
   "spark": ["pyspark>=4.0", "pandas<3"],
   "plot": ["matplotlib>=3.9"],

@@ -21,7 +21,7 @@ from minicpm_jax.infer import generate
 from minicpm_jax.text import tokenizer
 from minicpm_jax.train import loop
 
-DEFAULT_STEPS = 1300
+DEFAULT_STEPS = 900
 DECAY_SHARE = 0.2  # of all steps; 10% suffices for long runs (MiniCPM section 4.3)
 TOKENIZER_BYTES = 4 << 20  # the tokenizer is trained on this much text
 BASELINE_BYTES = 96 << 20  # and the n-gram model on at most this much

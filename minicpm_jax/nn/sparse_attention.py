@@ -33,6 +33,7 @@ from pallas_kernels.sparse_topk import xla as topk_xla
 
 SELECTION = "sparse_selection"
 Implementation = spec.Implementation
+HostOrDevice = Array | np.ndarray
 
 
 # --- The stages ----------------------------------------------------------------------------------
@@ -163,8 +164,8 @@ def sparse_attend(
 
 
 def select_blocks(
-  q_BTNH: Float[Array, "B T N H"],
-  k_BSKH: Float[Array, "B S K H"],
+  q_BTNH: Float[HostOrDevice, "B T N H"],
+  k_BSKH: Float[HostOrDevice, "B S K H"],
   cfg: SparseAttentionConfig,
   *,
   q_offset: sparse_grid.Scalar = 0,
@@ -178,6 +179,7 @@ def select_blocks(
   those before RoPE. implementation "auto": what serves the device, "ref" for documents that are
   seen to be off the grid; "ref" holds T x S arrays and takes documents anywhere.
   """
+  q_BTNH, k_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH)
   cfg = dataclasses.replace(cfg, dense_len=-1)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
   grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, None, segment_ids)
@@ -192,9 +194,9 @@ def select_blocks(
 
 
 def infllm_attention(
-  q_BTNH: Float[Array, "B T N H"],
-  k_BSKH: Float[Array, "B S K H"],
-  v_BSKH: Float[Array, "B S K V"],
+  q_BTNH: Float[HostOrDevice, "B T N H"],
+  k_BSKH: Float[HostOrDevice, "B S K H"],
+  v_BSKH: Float[HostOrDevice, "B S K V"],
   cfg: SparseAttentionConfig,
   *,
   q_offset: sparse_grid.Scalar = 0,
@@ -213,6 +215,7 @@ def infllm_attention(
   Gradients reach q, k and v; the selection is a constant (section 11). implementation: as in
   `select_blocks`; a named one that cannot serve the call raises.
   """
+  q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
   if cfg.use_nope and nope is None:
     raise ValueError("nope: found None, expected (q, k) before RoPE because cfg.use_nope is set")

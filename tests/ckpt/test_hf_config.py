@@ -332,6 +332,9 @@ def _configs(draw):
       "mup_denominator": draw(st.none() | st.integers(1, 64)),
     }
   dtype = draw(st.sampled_from(["f32", "bf16", "f16"]))
+  sparse = [None]
+  if mla is None:
+    sparse.append(config.SparseAttentionConfig.from_hf({}))
   ids = st.integers(0, 1000)
   return config.ModelConfig(
     arch=arch, vocab_size=draw(st.integers(1, 200_000)), model_dim=draw(st.integers(1, 64)) * heads,
@@ -339,7 +342,7 @@ def _configs(draw):
     num_kv_heads=kv_heads, head_dim=head_dim, max_position=draw(st.integers(2, 1 << 17)), rope=rope,
     norm_eps=draw(st.sampled_from([1e-5, 1e-6])), tie_embeddings=draw(st.booleans()), **mup,
     act=act, act_threshold=draw(_positive) if act == "fatrelu" else 0.0, moe=moe, mla=mla,
-    sparse=draw(st.none() | st.just(config.SparseAttentionConfig.from_hf({}))),
+    sparse=draw(st.sampled_from(sparse)),
     bos_id=draw(st.none() | ids), stop_ids=tuple(draw(st.lists(ids, max_size=3, unique=True))),
     pad_id=draw(st.none() | ids), dtype=dtype, param_dtype=dtype, init_std=draw(_positive),
   )  # fmt: skip
