@@ -237,6 +237,21 @@ def test_the_sparse_switch_is_not_reached_by_padding(mup):
   assert found == logits_TV[39:-1].argmax(-1).tolist()
 
 
+def test_sparse_generation_is_the_argmax_of_full_forwards(mup):
+  """Prompts of unequal length, padded on the left: each row has its own grid of blocks."""
+  sparse = config.SparseAttentionConfig(
+    kernel_size=8, kernel_stride=4, block_size=8, window_size=8, topk=3, dense_len=-1, lse="coarse"
+  )
+  model = transformer.Transformer(dataclasses.replace(mup[0].cfg, sparse=sparse))
+  prompts = [list(range(40)), list(range(50, 17, -1))]
+  sampling = config.SamplingConfig(max_new_tokens=12)
+  tokens = generate.generate(model, mup[1], prompts, sampling).tokens
+  for prompt, found in zip(prompts, tokens, strict=True):
+    logits_TV = full_logits(model, mup[1], prompt + found, width=64)
+    start = len(prompt) - 1
+    assert found == logits_TV[start : start + 12].argmax(-1).tolist()
+
+
 @pytest.mark.oracle
 def test_greedy_equals_transformers_for_64_steps():
   torch = pytest.importorskip("torch")

@@ -416,7 +416,7 @@ def test_chunked_prefill_equals_one_pass(selection, lse, chunk):
 
 
 @PROPERTY
-@hypothesis.given(st.integers(0, 142), st.sampled_from(oracle.MODES))
+@hypothesis.given(st.integers(0, T - 1), st.sampled_from([oracle.MODES[1], oracle.MODES[2]]))
 def test_later_keys_never_matter(pos, mode):
   cfg = oracle.small(*mode)
   q, k, v = oracle.draw(20, T, T, 4, 2, 8)
