@@ -266,7 +266,7 @@ def scaling_line(size: str, devices: int, repeats: int, *, batch_size: int, seq_
 
 
 def mfu_rows(repeats: int, seq_len: int = 4096) -> list[dict[str, Any]]:
-  """The 1.2B and 2.4B models in bf16, as many rows as were found to fit 80 GB."""
+  """The 1.2B and 2.4B models in bf16; the row counts are untested guesses for an 80 GB card."""
   rows = []
   for name, batch_size in (("minicpm_1b", 4), ("minicpm_2b", 2)):
     cfg = zoo.ZOO[name](dtype="bf16", remat="dots")
