@@ -16,6 +16,8 @@ EXTRAS = {
   "html": ["trafilatura>=2", "lxml_html_clean>=0.4"],
   "dedup": ["semhash>=0.5"],
   "spark": ["pyspark>=4.0", "pandas<3"],
+  "constrained": ["llguidance>=1.9"],
+  "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
   "plot": ["matplotlib>=3.9"],
   "bench": ["psutil>=6"],
   "oracle": ["torch>=2.6", "transformers>=5.17"],
@@ -27,9 +29,13 @@ EXTRAS["smoke"] = sorted(
   set(EXTRAS["quickstart"]) | {"pytest>=8", "hypothesis>=6.100", "beartype>=0.20"}
 )
 EXTRAS["dev"] = sorted(
-  {d for e in ("smoke", "data", "html", "bench", "oracle", "dedup") for d in EXTRAS[e]}
+  {
+    dependency
+    for extra in ("smoke", "data", "html", "bench", "oracle", "dedup", "constrained", "serve")
+    for dependency in EXTRAS[extra]
+  }
   | {"datasketch>=2", "ruff>=0.12", "nbclient>=0.10", "jupytext>=1.16", "ipykernel>=6.29"}
-  | {"jax-triton>=0.3.1", "pytest-xdist>=3.6"}
+  | {"jax-triton>=0.3.1", "pytest-xdist>=3.6", "openai>=2", "httpx>=0.28", "jsonschema>=4.20"}
 )
 
 setup(

@@ -235,8 +235,12 @@ def test_real_text(shared_dir, lang, segmenter, least):
   found = classifier.evaluate(classifier.train(train, cfg, segmenter), test)
   print(f"\n[data] classifier {lang}: {len(train)} rows, {found}", flush=True)
   assert found.accuracy >= least
-  labels = [label for label, _ in train]
-  random.Random(1).shuffle(labels)
-  shuffled = [(label, line) for label, (_, line) in zip(labels, train, strict=True)]
-  found = classifier.evaluate(classifier.train(shuffled, cfg, segmenter), test)
-  assert 0.35 < found.accuracy < 0.65
+  # One shuffle may lean to either side: all documents of a source move together.
+  shuffled = []
+  for seed in range(1, 6):
+    labels = [label for label, _ in train]
+    random.Random(seed).shuffle(labels)
+    rows = [(label, line) for label, (_, line) in zip(labels, train, strict=True)]
+    shuffled.append(classifier.evaluate(classifier.train(rows, cfg, segmenter), test).accuracy)
+  print(f"[data] shuffled labels {lang}: {shuffled}", flush=True)
+  assert 0.3 < np.mean(shuffled) < 0.7 and max(shuffled) < found.accuracy - 0.05
