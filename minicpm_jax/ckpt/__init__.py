@@ -6,6 +6,7 @@ _FUNCTIONS = {
   "load_hf": "hf_io",
   "save_hf": "hf_io",
   "load_gguf": "gguf_io",
+  "save_gguf": "gguf_write",
   "load_run": "orbax_io",
 }
 

@@ -1,4 +1,5 @@
-"""GGUF files of the llama and minicpm architectures into our parameter tree.
+"""GGUF files of the llama and minicpm architectures into our parameter tree (`save_gguf` is in
+`gguf_write`).
 
 Every type that the gguf package dequantises is read (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, ...);
 parameters are plain floats afterwards. The rows of attn_q and attn_k lie in interleaved-pair RoPE
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, gguf_vocab
+from minicpm_jax.ckpt import errors, gguf_vocab, gguf_write
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
@@ -27,6 +28,7 @@ from minicpm_jax.models import transformer
 from minicpm_jax.text import tokenizer
 
 ARCHITECTURES = ("llama", "minicpm")
+save_gguf = gguf_write.save_gguf
 _IGNORED = ("rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight")
 
 

@@ -1,12 +1,14 @@
 """The tokenizer inside a GGUF file (`tokenizer.ggml.*`).
 
 Built: model "gpt2" (byte-level BPE) with the pre-tokenizers of `PRE`, and model "llama"
-(SentencePiece BPE, merges by score). Every other kind is refused by its name.
+(SentencePiece BPE, merges by score), read and written. Every other kind is refused by its name.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minicpm_jax import config
 from minicpm_jax.ckpt import errors
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.text import tokenizer
@@ -165,3 +167,134 @@ def _spm(
   )
   special = {t: i for i, t in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL)}
   return SentencePieceTokenizer(proto.SerializeToString(), special, special, traits, source)
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def write_tokenizer(writer: Any, tok: tokenizer.Tokenizer | None, cfg: config.ModelConfig) -> None:
+  """Vocabulary, special ids and chat template into a `gguf.GGUFWriter`; None writes the ids only.
+
+  The vocabulary is filled up to the model's with tokens of type unused.
+  """
+  if tok is None:
+    writer.add_tokenizer_model("none")
+    _write_ids(writer, cfg.bos_id, cfg.stop_ids, cfg.pad_id)
+    return
+  if tok.vocab_size > cfg.vocab_size:
+    raise errors.CheckpointError(
+      f"save_gguf: tokenizer: found {tok.vocab_size} tokens, expected at most the model's "
+      f"{cfg.vocab_size}"
+    )
+  if isinstance(tok, SentencePieceTokenizer):
+    tokens, types = _write_spm(writer, tok, cfg.vocab_size)
+  elif isinstance(tok, tokenizer.HFTokenizer):
+    tokens, types = _write_bpe(writer, tok, cfg.vocab_size)
+  else:
+    raise errors.CheckpointError(
+      f"save_gguf: tokenizer: found {type(tok).__name__}, expected HFTokenizer or "
+      "SentencePieceTokenizer"
+    )
+  for i in range(len(tokens), cfg.vocab_size):
+    tokens.append(f"[PAD{i}]")
+    types.append(UNUSED)
+  writer.add_token_list(tokens)
+  writer.add_token_types(types)
+  eos = () if tok.eos_id is None else (tok.eos_id,)
+  _write_ids(writer, tok.bos_id, tuple(dict.fromkeys((*eos, *tok.stop_ids))), tok.pad_id)
+  writer.add_add_bos_token(tok.add_bos)
+  writer.add_add_eos_token(False)
+  if tok.chat_template is not None:
+    writer.add_chat_template(tok.chat_template)
+
+
+def _write_ids(
+  writer: Any, bos_id: int | None, stop_ids: tuple[int, ...], pad_id: int | None
+) -> None:
+  """The first stop id is EOS, the second end-of-turn; the format has no place for more."""
+  if bos_id is not None:
+    writer.add_bos_token_id(bos_id)
+  if stop_ids:
+    writer.add_eos_token_id(stop_ids[0])
+  if len(stop_ids) > 1:
+    writer.add_eot_token_id(stop_ids[1])
+  if pad_id is not None:
+    writer.add_pad_token_id(pad_id)
+
+
+def _write_bpe(writer: Any, tok: tokenizer.HFTokenizer, size: int) -> tuple[list[str], list[int]]:
+  spec = json.loads(tok.backend.to_str())
+  model = spec["model"]
+  if model["type"] != "BPE" or model.get("byte_fallback"):
+    raise errors.CheckpointError(
+      f"save_gguf: tokenizer.json: found {model['type']} (byte_fallback "
+      f"{model.get('byte_fallback')}), expected byte-level BPE"
+    )
+  if spec["normalizer"] is not None:
+    raise errors.CheckpointError(
+      f"save_gguf: tokenizer.json: found normalizer {spec['normalizer']['type']}, expected none"
+    )
+  by_id = {i: text for text, i in model["vocab"].items()}
+  added = {t["id"]: t for t in spec["added_tokens"]}
+  tokens, types = [], []
+  for i in range(tok.vocab_size):
+    if i in added:
+      tokens.append(added[i]["content"])
+      types.append(CONTROL if added[i]["special"] else USER_DEFINED)
+    else:
+      tokens.append(by_id.get(i, f"[PAD{i}]"))
+      types.append(NORMAL if i in by_id else UNUSED)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(_pre_name(spec["pre_tokenizer"]))
+  merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+  writer.add_token_merges(merges)
+  return tokens, types
+
+
+def _pre_name(found: dict[str, Any] | None) -> str:
+  """The name in `PRE` whose pre-tokenizer is this one (offsets do not matter)."""
+  tokenizers = require_extra("tokenizers", extra="text")
+
+  def plain(spec: Any) -> Any:
+    if isinstance(spec, dict):
+      parts = {k: plain(v) for k, v in spec.items() if k not in ("trim_offsets", "invert")}
+      is_single = parts.get("type") == "Sequence" and len(parts["pretokenizers"]) == 1
+      return parts["pretokenizers"][0] if is_single else parts
+    return [plain(x) for x in spec] if isinstance(spec, list) else spec
+
+  for name, patterns in PRE.items():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = _pre_tokenizer(patterns)
+    if plain(json.loads(backend.to_str())["pre_tokenizer"]) == plain(found):
+      return name
+  raise errors.CheckpointError(
+    f"save_gguf: tokenizer.json: pre_tokenizer: found {json.dumps(found)[:200]}, expected one that "
+    f"GGUF names among {sorted(PRE)}"
+  )
+
+
+def _write_spm(writer: Any, tok: SentencePieceTokenizer, size: int) -> tuple[list[str], list[int]]:
+  require_extra("sentencepiece", extra="text")
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(tok.model)
+  tokens = [p.piece for p in proto.pieces]
+  scores = [float(p.score) for p in proto.pieces]
+  types = [int(p.type) for p in proto.pieces]
+  for i in range(len(tokens), tok.vocab_size):
+    tokens.append(f"[PAD{i}]")
+    scores.append(-1000.0)
+    types.append(UNUSED)
+  for text, i in tok.added_tokens.items():
+    tokens[i] = text
+    if types[i] not in (UNKNOWN, BYTE):
+      types[i] = CONTROL if text in tok.special_tokens else USER_DEFINED
+  scores += [-1000.0] * (size - len(scores))
+  writer.add_tokenizer_model("llama")
+  writer.add_tokenizer_pre("default")
+  writer.add_token_scores(scores)
+  writer.add_add_space_prefix(bool(proto.normalizer_spec.add_dummy_prefix))
+  extra = bool(proto.normalizer_spec.remove_extra_whitespaces)
+  writer.add_remove_extra_whitespaces(extra)
+  return tokens, types

@@ -1,0 +1,1 @@
+"""Low-bit weights: the QTensor leaf, quantisers, QAT forward, FP8 (quantization.md)."""
