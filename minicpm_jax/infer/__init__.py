@@ -2,7 +2,7 @@
 
 import importlib
 
-_SUBMODULES = ("chat", "detokenize", "generate", "sampling")
+_SUBMODULES = ("chat", "constrained", "detokenize", "generate", "grammars", "sampling")
 
 __all__ = ["Chat", *_SUBMODULES]
 

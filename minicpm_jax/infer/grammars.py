@@ -1,0 +1,172 @@
+"""Grammar texts for `constrained`: whitespace of JSON, a SQL SELECT subset, Python tool calls.
+
+All of them are written in llguidance's Lark dialect: upper-case names are terminals (regular
+expressions), lower-case names are rules, `%json {...}` embeds a JSON schema.
+"""
+
+import json
+import keyword
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+JSON_WHITESPACE = r"\n? {0,16}"  # what json.dumps writes, with and without indent; bounded
+JSON_COMPACT = ""  # no whitespace between tokens
+
+# Numbers, strings and containers of Python source, for call arguments.
+_PYTHON_VALUES = r"""
+value: STRING | NUMBER | "True" | "False" | "None" | list | dict
+list: "[" "]" | "[" value (", " value)* "]"
+dict: "{" "}" | "{" item (", " item)* "}"
+item: STRING ": " value
+integer: INTEGER
+number: NUMBER
+INTEGER: /-?(0|[1-9][0-9]{0,17})/
+NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?(e[-+]?[0-9]{1,2})?/
+STRING: /"([^"\\\x00-\x1f\x7f]|\\["\\nrt])*"/
+"""
+
+_SQL = r"""
+start: select
+select: "SELECT" WS ("DISTINCT" WS)? columns WS "FROM" WS source where? group? order? limit?
+columns: "*" | column ("," WS? column)*
+column: term (WS "AS" WS NAME)?
+source: table (WS join)*
+join: ("INNER" WS | "LEFT" WS)? "JOIN" WS table WS "ON" WS condition
+where: WS "WHERE" WS condition
+group: WS "GROUP BY" WS field ("," WS? field)* (WS "HAVING" WS condition)?
+order: WS "ORDER BY" WS key ("," WS? key)*
+key: term (WS ("ASC" | "DESC"))?
+limit: WS "LIMIT" WS INTEGER (WS "OFFSET" WS INTEGER)?
+condition: test (WS ("AND" | "OR") WS test)*
+test: "(" condition ")" | "NOT" WS test | term WS? COMPARE WS? term
+  | term WS ("NOT" WS)? "IN" WS "(" literal ("," WS? literal)* ")"
+  | term WS ("NOT" WS)? "BETWEEN" WS term WS "AND" WS term
+  | term WS ("NOT" WS)? "LIKE" WS STRING | term WS "IS" WS ("NOT" WS)? "NULL"
+term: factor (WS OPERATOR WS factor)*
+factor: literal | field | call | "(" term ")"
+call: "COUNT(*)" | FUNCTION "(" ("DISTINCT" WS)? term ")"
+field: COLUMN | TABLE "." COLUMN
+literal: NUMBER | STRING | "NULL"
+FUNCTION: "COUNT" | "SUM" | "AVG" | "MIN" | "MAX" | "LOWER" | "UPPER" | "LENGTH" | "ABS" | "ROUND"
+COMPARE: "=" | "<>" | "!=" | "<" | "<=" | ">" | ">="
+OPERATOR: "+" | "-" | "*" | "/" | "||"
+INTEGER: /0|[1-9][0-9]{0,17}/
+NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?/
+STRING: /'([^'\x00-\x1f]|'')*'/
+WS: /[ \n]{1,8}/
+"""
+_SQL_RESERVED = """all and as asc between by case cast check collate column count create cross
+default delete desc distinct drop else end escape except exists foreign from full glob group having
+in index inner insert intersect into is isnull join left like limit match natural not notnull null
+offset on or order outer primary references regexp right select set table then to union unique
+update using values when where with""".split()
+
+
+def sql_select(tables: Mapping[str, Sequence[str]] | None = None) -> str:
+  """Lark grammar of one SELECT statement: joins, WHERE, GROUP BY, HAVING, ORDER BY, LIMIT.
+
+  `tables` (name -> column names) allows only these identifiers (and free names after AS of a
+  column); without it any, and aliases of tables too. That a column belongs to a table of the
+  statement is not checked. Keywords are in capitals.
+  """
+  reserved = "|".join(f"(?i:{word})" for word in _SQL_RESERVED)
+  free = rf"/[a-zA-Z_][a-zA-Z0-9_]{{0,62}}/ & ~/({reserved})/"
+  name = f"NAME: {free}"
+  if tables is None:
+    return f'{_SQL}table: TABLE (WS "AS" WS NAME)?\n{name}\nTABLE: {free}\nCOLUMN: {free}\n'
+  if not tables or not all(tables.values()):
+    raise ValueError(f"tables: found {dict(tables)!r}, expected a table with at least one column")
+  columns = sorted({column for names in tables.values() for column in names})
+  for identifier in (*tables, *columns):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", identifier):
+      raise ValueError(f"tables: found the name {identifier!r}, expected letters, digits and _")
+  return f"{_SQL}table: TABLE\n{name}\nTABLE: {_any_of(tables)}\nCOLUMN: {_any_of(columns)}\n"
+
+
+def python_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+  """Lark rules of `calls`: one call a line, keyword arguments only, as the tools' schemas say.
+
+  `tools` are {"name", "parameters": JSON schema} or the same under "function". Arguments come in
+  the order of the schema's properties; those not in "required" may be missing. Enumerations and
+  the types string, integer, number, boolean, null, array (with items) and object are kept; an
+  unknown type takes any literal. Names must be Python identifiers.
+  """
+  rules: list[str] = []
+  names = []
+  if not tools:
+    raise ValueError("tools: found none, expected at least one")
+  for index, tool in enumerate(tools):
+    function = tool.get("function", tool)
+    name = function["name"]
+    _check_identifier("tools", name)
+    schema = function.get("parameters") or {}
+    properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
+    arguments = []
+    for number, (key, field) in enumerate(properties.items()):
+      _check_identifier(f"tools: {name}", key)
+      rules.append(f"t{index}a{number}: {_quote(key + '=')} {_python_type(field)}")
+      arguments.append((f"t{index}a{number}", key in required))
+    rules += _argument_rules(f"t{index}", arguments)
+    names.append(f"{_quote(name + '(')} t{index}f0 {_quote(')')}")
+  one_of = "call: " + " | ".join(names)
+  more = f'calls: call ("\\n" call){{0,{max_calls - 1}}}' if max_calls > 1 else "calls: call"
+  return "\n".join([more, one_of, *rules]) + _PYTHON_VALUES
+
+
+def _argument_rules(prefix: str, arguments: Sequence[tuple[str, bool]]) -> list[str]:
+  """Rules `{prefix}f{i}` (arguments i.. as the first) and `{prefix}n{i}` (after others)."""
+  rules = []
+  for i in range(len(arguments), -1, -1):
+    for kind, comma in (("f", ""), ("n", '", " ')):
+      if i == len(arguments):
+        rules.append(f'{prefix}{kind}{i}: ""')
+        continue
+      name, is_required = arguments[i]
+      choices = [f"{comma}{name} {prefix}n{i + 1}"]
+      if not is_required:
+        choices.append(f"{prefix}{kind}{i + 1}")
+      rules.append(f"{prefix}{kind}{i}: " + " | ".join(choices))
+  return rules
+
+
+def _python_type(field: Mapping[str, Any]) -> str:
+  """A Lark expression for one value of the JSON schema `field`, in Python's spelling."""
+  if "enum" in field:
+    return "(" + " | ".join(_quote(_literal(value)) for value in field["enum"]) + ")"
+  kind = field.get("type")
+  if isinstance(kind, list):
+    return "(" + " | ".join(_python_type({**field, "type": k}) for k in kind) + ")"
+  if kind == "array" and isinstance(field.get("items"), Mapping):
+    item = _python_type(field["items"])
+    return f'("[" "]" | "[" {item} (", " {item})* "]")'
+  simple = {
+    "string": "STRING",
+    "integer": "integer",
+    "number": "number",
+    "boolean": '("True" | "False")',
+    "null": '"None"',
+    "array": "list",
+    "object": "dict",
+  }
+  return simple.get(kind, "value")
+
+
+def _literal(value: Any) -> str:
+  """A JSON value as Python source with double quotes."""
+  if isinstance(value, str):
+    return json.dumps(value, ensure_ascii=False)
+  return repr(value)
+
+
+def _any_of(words: Sequence[str] | Mapping[str, Any]) -> str:
+  return " | ".join(_quote(word) for word in words)
+
+
+def _quote(text: str) -> str:
+  return json.dumps(text, ensure_ascii=False)
+
+
+def _check_identifier(where: str, name: Any) -> None:
+  if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+    raise ValueError(f"{where}: found the name {name!r}, expected a Python identifier")
