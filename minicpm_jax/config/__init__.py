@@ -1,6 +1,7 @@
 """Frozen configuration dataclasses: data only, no jax."""
 
 from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
+from minicpm_jax.config.draft import DistillConfig, DraftConfig
 from minicpm_jax.config.infer import SamplingConfig
 from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import (
@@ -20,6 +21,8 @@ __all__ = [
   "CheckpointConfig",
   "DTypeName",
   "DataConfig",
+  "DistillConfig",
+  "DraftConfig",
   "MLAConfig",
   "MTPConfig",
   "MeshConfig",

@@ -1,0 +1,447 @@
+"""Draft models: EAGLE-1/2, MiniCPM4's EAGLE ("MTP layer") and EAGLE-3 (inference.md section 10).
+
+Row t of a draft consumes (embedding of token t + 1, target feature of token t) at rotary position
+t and predicts token t + 2. Its output is the feature of the next level.
+
+  eagle    h = fc[e ; f];                layer(s), the first without input norm
+  minicpm  h = fc[norm e ; norm f];      layer(s), residual branches scaled
+  eagle3   h = fc(f), once a token;      q, k, v read [norm e ; norm h], the stream is h;
+                                         logits = head(norm x), x is the next level's h
+
+e is the target's embedding times scale_emb, f the output of the target's final norm (eagle3: the
+residual stream before three of its layers). Rejected rows are never written to the cache, so the
+cache holds committed rows alone: a ring of any size serves a sliding window.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from minicpm_jax.config import DraftConfig, ModelConfig
+from minicpm_jax.core import mesh, types
+from minicpm_jax.nn import functional, layers, rope
+
+Layers = tuple[tuple[Any, Any], ...]  # (k, v) of every draft layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+  """A draft with its weights; `ids` are the full token ids of its head's rows (None: identity)."""
+
+  cfg: DraftConfig
+  params: types.Params
+  ids: Any = None  # int32 [cfg.head_size] or None
+
+  @property
+  def model(self) -> "DraftModel":
+    return DraftModel(self.cfg)
+
+
+@flax.struct.dataclass
+class DraftCache:
+  """Committed rows. Position p lives in slot p mod R; a slot's position is -1 while it is empty."""
+
+  k: Any  # one [B, R, K, H] a layer
+  v: Any
+  positions_BR: Any  # int32
+
+
+@flax.struct.dataclass
+class Diagonals:
+  """Keys that row t sees at row t alone: earlier steps of training-time test."""
+
+  layers: Any  # ((k_JBTKH, v_JBTKH), ...)
+  is_on_J: Any  # bool
+
+
+# --- Shapes --------------------------------------------------------------------------------------
+
+
+def feature_layers(num_layers: int) -> tuple[int, int, int]:
+  """EAGLE-3's layers 2, L // 2, L - 3; shallow targets (L < 6) give an early, a middle, a late one.
+
+  A feature is the residual stream *before* that layer, so 0 would be the embedding.
+  """
+  if num_layers >= 6:
+    return (2, num_layers // 2, num_layers - 3)
+  return (min(1, num_layers - 1), num_layers // 2, num_layers - 1)
+
+
+def for_target(target: ModelConfig, kind: str, **changes: Any) -> DraftConfig:
+  """A one-layer draft of the target's widths, to be trained here.
+
+  The logit scale is the target's, so its head means the same on the draft's features. `changes`
+  are fields of DraftConfig.
+  """
+  is_mup = target.dim_model_base is not None
+  layer = dataclasses.replace(
+    target,
+    name=f"{target.name}-{kind}",
+    arch="minicpm" if target.arch == "minicpm3" else target.arch,
+    num_layers=1,
+    moe=None,
+    mla=None,
+    mtp=None,
+    sparse=None,
+    act="silu",
+    vocab_multiple=1,
+    scan_layers=False,
+    init_std=target.init_std if is_mup else 0.02,
+  )
+  fields: dict[str, Any] = {"kind": kind, "layer": layer}
+  scale_depth = 1.0 if target.scale_depth is None else target.scale_depth
+  branch = 1.0 if target.scale_depth is None else scale_depth / np.sqrt(target.num_layers + 1)
+  if kind == "eagle3":
+    fields |= {"feature_layers": feature_layers(target.num_layers), "residual_scale": float(branch)}
+    fields |= {"feature_scale": target.residual_scale}
+  else:
+    fields["draft_logit_scale"] = 1.0 / target.logit_divisor
+  if kind == "minicpm":
+    fields["residual_scale"] = float(branch)
+  return DraftConfig(**fields | changes)
+
+
+def plain(cfg: DraftConfig) -> DraftConfig:
+  """EAGLE-3 with features and branches unscaled, as Llama's (vLLM reads MiniCPM's so)."""
+  if cfg.kind != "eagle3":
+    raise ValueError(f"draft.kind: found {cfg.kind!r}, expected 'eagle3' (only it has features)")
+  return dataclasses.replace(cfg, feature_scale=1.0, residual_scale=1.0)
+
+
+def check_fits(cfg: DraftConfig, target: ModelConfig) -> None:
+  """Refuses a draft of another width or vocabulary."""
+  for name in ("model_dim", "vocab_size"):
+    found, expected = getattr(cfg.layer, name), getattr(target, name)
+    if found != expected:
+      raise ValueError(f"draft.layer.{name}: found {found}, expected the target's {expected}")
+  if cfg.feature_layers and max(cfg.feature_layers) > target.num_layers:
+    raise ValueError(
+      f"draft.feature_layers: found {cfg.feature_layers}, expected 0..{target.num_layers}"
+    )
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def attend(
+  q_BTNH: Float[Array, "B T N H"],
+  parts: list[tuple[Array, Array, Array]],
+  own: tuple[Array, Array] | None = None,
+  diagonals: tuple[Array, Array, Array] | None = None,
+) -> Float[Array, "B T N H"]:
+  """One softmax over several sets of keys, none of them copied; 0 where a row sees nothing.
+
+  parts: (k_BSKH, v_BSKH, mask_BTS). own: (k_BTKH, v_BTKH), row t sees its own. diagonals:
+  (k_JBTKH, v_JBTKH, is_on_J), row t sees row t of each set that is on.
+  """
+  B, T, N, H = q_BTNH.shape
+  K = parts[0][0].shape[2]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  if own is not None:
+    one = jnp.ones((1,), bool)
+    k_J, v_J, is_on_J = diagonals or (own[0][:0], own[1][:0], one[:0])
+    if diagonals is None:
+      diagonals = (own[0][None], own[1][None], one)
+    else:
+      diagonals = (
+        jnp.concatenate((k_J, own[0][None])),
+        jnp.concatenate((v_J, own[1][None])),
+        jnp.concatenate((is_on_J, one)),
+      )
+  scores, masks = [], []
+  for k_BSKH, _, mask_BTS in parts:
+    scores.append(jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, k_BSKH.astype(q_BTNH.dtype)))
+    masks.append(jnp.broadcast_to(mask_BTS[:, :, None, None, :], (B, T, 1, 1, k_BSKH.shape[1])))
+  if diagonals is not None:
+    k_JBTKH, _, is_on_J = diagonals
+    scores.append(jnp.einsum("BTKGH,JBTKH->BTKGJ", q_BTKGH, k_JBTKH))
+    on = is_on_J[None, None, None, None, :]
+    masks.append(jnp.broadcast_to(on, (B, T, 1, 1, is_on_J.shape[0])))
+  sizes = [s.shape[-1] for s in scores]
+  scores_all = jnp.concatenate(scores, axis=-1).astype(jnp.float32) * H**-0.5
+  mask_all = jnp.concatenate(masks, axis=-1)
+  scores_all = jnp.where(mask_all, scores_all, -1e30)
+  weights = jnp.where(mask_all, jax.nn.softmax(scores_all, axis=-1), 0.0).astype(q_BTNH.dtype)
+  split = jnp.split(weights, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+  out_BTKGH = jnp.zeros_like(q_BTKGH)
+  for weight, (_, v_BSKH, _) in zip(split, parts, strict=False):
+    out_BTKGH += jnp.einsum("BTKGS,BSKH->BTKGH", weight, v_BSKH.astype(q_BTNH.dtype))
+  if diagonals is not None:
+    out_BTKGH += jnp.einsum("BTKGJ,JBTKH->BTKGH", split[-1], diagonals[1])
+  return out_BTKGH.reshape(B, T, N, H)
+
+
+def seen(
+  q_positions_BT: Int[Array, "B T"], k_positions_BS: Int[Array, "B S"], window_size: int
+) -> Bool[Array, "B T S"]:
+  """Causal sliding window by position: k <= q, and k > q - window_size unless it is 0."""
+  q_BT1, k_B1S = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
+  mask_BTS = (k_B1S >= 0) & (k_B1S <= q_BT1)
+  return mask_BTS & (k_B1S > q_BT1 - window_size) if window_size else mask_BTS
+
+
+# --- Modules -------------------------------------------------------------------------------------
+
+
+class Fuse(nn.Module):
+  """The fc: [features] -> D, with a bias where the checkpoint has one."""
+
+  cfg: DraftConfig
+  num_in: int
+
+  @nn.compact
+  def __call__(self, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    cfg, D = self.cfg.layer, self.cfg.layer.model_dim
+    init = nn.with_logical_partitioning(
+      nn.initializers.normal(layers.matrix_std(cfg)), ("embed", None)
+    )
+    dtype = types.dtype_of(cfg.param_dtype)
+    x_BTD = functional.linear(x_BTF, self.param("kernel", init, (self.num_in * D, D), dtype))
+    if self.cfg.fc_bias:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+      x_BTD = x_BTD + self.param("bias", zeros, (D,), dtype).astype(x_BTD.dtype)[None, None, :]
+    return x_BTD
+
+
+class DraftAttention(nn.Module):
+  """q, k, v of `x` (D or 2D wide), rotated; `attend` over what the caller says it sees."""
+
+  cfg: ModelConfig
+  in_dim: int
+
+  @nn.compact
+  def __call__(
+    self, x: Array, tables: rope.RopeTables, past: Any, own_mask: Any, diagonals: Any
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    cfg, N, K, H = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
+    kv_axes = ("embed", "kv_heads", "head_dim")
+    q_axes = ("embed", "heads", "head_dim")
+    q_BTNH = layers.Linear(cfg, (self.in_dim, N, H), q_axes, name="q")(x)
+    k_BTKH = layers.Linear(cfg, (self.in_dim, K, H), kv_axes, name="k")(x)
+    v_BTKH = layers.Linear(cfg, (self.in_dim, K, H), kv_axes, name="v")(x)
+    q_BTNH, k_BTKH = rope.apply_rope(q_BTNH, tables), rope.apply_rope(k_BTKH, tables)
+    q_BTNH = mesh.constrain(q_BTNH, "act_batch", "act_seq", "act_heads", None)
+    parts = list(past)
+    if own_mask is not None:
+      parts.append((k_BTKH, v_BTKH, own_mask))
+    own = (k_BTKH, v_BTKH) if own_mask is None else None
+    out_BTNH = attend(q_BTNH, parts, own, diagonals)
+    o_axes = ("heads", "head_dim", "embed")
+    out_BTD = layers.Linear(cfg, (N, H, cfg.model_dim), o_axes, num_in=2, name="o")(out_BTNH)
+    return out_BTD, (k_BTKH, v_BTKH)
+
+
+class DraftLayer(nn.Module):
+  """One decoder layer; without `attn_norm` its input goes to q, k, v as it is."""
+
+  cfg: DraftConfig
+  has_attn_norm: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, inputs: Any, tables: rope.RopeTables, past: Any, own_mask: Any, diag: Any
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    cfg, s = self.cfg.layer, self.cfg.residual_scale
+    if inputs is None:
+      inputs = layers.RMSNorm(cfg, name="attn_norm")(x_BTD) if self.has_attn_norm else x_BTD
+    attn = DraftAttention(cfg, inputs.shape[-1], name="attn")
+    branch, new = attn(inputs, tables, past, own_mask, diag)
+    x_BTD = functional.add_branch(x_BTD, branch, s)
+    normed = layers.RMSNorm(cfg, name="mlp_norm")(x_BTD)
+    x_BTD = functional.add_branch(x_BTD, layers.MLP(cfg, name="mlp")(normed), s)
+    return mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), new
+
+
+class DraftModel(nn.Module):
+  """Parameters and forward of all three kinds; see the module's docstring.
+
+  Paths: fc/kernel (rows: embedding first, then feature), fc/bias, embed_norm, hidden_norm,
+  layers_i/{attn_norm,attn,mlp_norm,mlp}, and for eagle3 norm/scale, lm_head/kernel.
+  """
+
+  cfg: DraftConfig
+
+  def setup(self):
+    cfg, layer = self.cfg, self.cfg.layer
+    self.fc = Fuse(cfg, 3 if cfg.kind == "eagle3" else 2)
+    if cfg.kind != "eagle":
+      self.embed_norm = layers.RMSNorm(layer)
+      self.hidden_norm = layers.RMSNorm(layer)
+    has_norm = [cfg.kind == "minicpm" or i > 0 for i in range(layer.num_layers)]
+    self.layers = [DraftLayer(cfg, has) for has in has_norm]
+    if cfg.kind == "eagle3":
+      self.norm = layers.RMSNorm(layer)
+      axes = ("embed", "vocab")
+      self.lm_head = layers.Kernel(layer, (layer.model_dim, cfg.head_size), axes)
+
+  def fuse(self, feature_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    """Target features as `__call__` takes them: eagle3 projects 3D to D once a committed token."""
+    dtype = types.dtype_of(self.cfg.layer.dtype)
+    feature_BTF = feature_BTF.astype(dtype)
+    if self.cfg.kind != "eagle3":
+      return feature_BTF
+    s = self.cfg.feature_scale
+    return self.fc(feature_BTF if s == 1.0 else feature_BTF * s)
+
+  def __call__(
+    self,
+    embedded_BTD: Float[Array, "B T D"],
+    feature_BTD: Float[Array, "B T D"],
+    tables: rope.RopeTables,
+    past: tuple[Any, ...] = (),
+    own_mask_BTT: Bool[Array, "B T T"] | None = None,
+    diagonals: Diagonals | None = None,
+  ) -> tuple[Float[Array, "B T D"], Layers]:
+    """Next features (before any norm), and the rows' keys and values by layer.
+
+    past: sets of keys, each ((k_BSKH, v_BSKH) by layer, mask_BTS). own_mask_BTT: which of these
+    rows see each other; None: each sees itself alone. diagonals: see `Diagonals`.
+    """
+    cfg = self.cfg
+    embedded_BTD = embedded_BTD.astype(feature_BTD.dtype)
+    inputs = None
+    if cfg.kind == "eagle":
+      x_BTD = self.fc(jnp.concatenate((embedded_BTD, feature_BTD), axis=-1))
+    else:
+      e_BTD, f_BTD = self.embed_norm(embedded_BTD), self.hidden_norm(feature_BTD)
+      both = jnp.concatenate((e_BTD, f_BTD), axis=-1)
+      x_BTD, inputs = (feature_BTD, both) if cfg.kind == "eagle3" else (self.fc(both), None)
+    new = []
+    for i, layer in enumerate(self.layers):
+      parts = [(*by_layer[i], mask) for by_layer, mask in past]
+      diag = None if diagonals is None else (*diagonals.layers[i], diagonals.is_on_J)
+      x_BTD, kv = layer(x_BTD, inputs, tables, parts, own_mask_BTT, diag)
+      inputs = None
+      new.append(kv)
+    return x_BTD, tuple(new)
+
+  def logits(
+    self, hidden_BTD: Float[Array, "B T D"], head_DR: Float[Array, "D R"] | None = None
+  ) -> Float[Array, "B T R"]:
+    """float32 logits over the head's rows; `head_DR` is the target's (eagle3 has its own)."""
+    if self.cfg.kind == "eagle3":
+      hidden_BTD, head_DR = self.norm(hidden_BTD), self.lm_head()
+    if head_DR is None:
+      raise ValueError(f"head_DR: found None, expected the target's head for {self.cfg.kind!r}")
+    head_DR = head_DR.astype(hidden_BTD.dtype)
+    logits = jnp.einsum("BTD,DR->BTR", hidden_BTD, head_DR, preferred_element_type=jnp.float32)
+    logits = mesh.constrain(logits, "act_batch", "act_seq", "act_vocab")
+    scale = self.cfg.draft_logit_scale
+    return logits if scale == 1.0 else logits * scale
+
+  def first_call(self) -> None:
+    """Touches every parameter, for `init`."""
+    cfg = self.cfg
+    embedded = jnp.zeros((1, 1, cfg.layer.model_dim), types.dtype_of(cfg.layer.dtype))
+    hidden = self.fuse(jnp.zeros((1, 1, cfg.feature_dim)))
+    tables = position_tables(cfg, jnp.zeros((1, 1), jnp.int32))
+    hidden, _ = self(embedded, hidden, tables, (), jnp.ones((1, 1, 1), bool))
+    if cfg.kind == "eagle3":
+      self.logits(hidden)
+
+
+def position_tables(
+  cfg: DraftConfig, positions_BT: Int[Array, "B T"], rope_length: int | None = None
+) -> rope.RopeTables:
+  """Rotary tables of a draft; `rope_length` as in Transformer.__call__."""
+  layer = cfg.layer
+  return rope.tables(layer.rope, layer.rotary_dim, layer.max_position, positions_BT, rope_length)
+
+
+def _init(model: DraftModel, key: Key[Array, ""]) -> types.Params:
+  return model.init(key, method="first_call")["params"]
+
+
+def init_params(cfg: DraftConfig, key: Key[Array, ""]) -> types.Params:
+  """Random parameters as a plain nested dict."""
+  return jax.jit(lambda key: nn.unbox(_init(DraftModel(cfg), key)))(key)
+
+
+def abstract_params(cfg: DraftConfig) -> tuple[types.Params, types.Params]:
+  """(ShapeDtypeStruct tree, tree of PartitionSpecs of logical axis names), nothing computed."""
+  boxed = jax.eval_shape(lambda: _init(DraftModel(cfg), jax.random.key(0)))
+  return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+# --- Cache ---------------------------------------------------------------------------------------
+
+
+def init_cache(cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any = None) -> DraftCache:
+  """An empty cache of `capacity` rows; with a window, a ring of window_size rows is enough."""
+  if cfg.window_size and capacity > cfg.window_size:
+    capacity = cfg.window_size
+  return _empty(cfg, batch_size, capacity, dtype)
+
+
+def init_linear_cache(
+  cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any = None
+) -> DraftCache:
+  """A cache with a slot for every position, window or not."""
+  return _empty(cfg, batch_size, capacity, dtype)
+
+
+def _empty(cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any) -> DraftCache:
+  layer = cfg.layer
+  dtype = types.dtype_of(layer.dtype) if dtype is None else dtype
+  shape = (batch_size, capacity, layer.num_kv_heads, layer.head_dim)
+  zeros = [tuple(jnp.zeros(shape, dtype) for _ in range(layer.num_layers)) for _ in range(2)]
+  return DraftCache(*zeros, jnp.full((batch_size, capacity), -1, jnp.int32))
+
+
+def cached(cache: DraftCache) -> Layers:
+  """(k, v) by layer, as `DraftModel` takes them."""
+  return tuple(zip(cache.k, cache.v, strict=True))
+
+
+def write(
+  cache: DraftCache,
+  new: Layers,
+  positions_BT: Int[Array, "B T"],
+  is_valid_BT: Bool[Array, "B T"],
+) -> DraftCache:
+  """Puts valid rows into their slots; of more rows than slots the last ones stay."""
+  R = cache.positions_BR.shape[1]
+  last_B1 = jnp.max(jnp.where(is_valid_BT, positions_BT, -1), axis=1, keepdims=True)
+  is_kept_BT = is_valid_BT & (positions_BT > last_B1 - R)
+  slots_BT = jnp.where(is_kept_BT, positions_BT % R, R)  # slot R does not exist: dropped
+  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+
+  def put(old: Array, value: Array) -> Array:
+    return old.at[rows_B1, slots_BT].set(value.astype(old.dtype), mode="drop")
+
+  return DraftCache(
+    tuple(put(k, kv[0]) for k, kv in zip(cache.k, new, strict=True)),
+    tuple(put(v, kv[1]) for v, kv in zip(cache.v, new, strict=True)),
+    put(cache.positions_BR, positions_BT),
+  )
+
+
+def extend(
+  cfg: DraftConfig,
+  params: types.Params,
+  cache: DraftCache,
+  embedded_BTD: Float[Array, "B T D"],
+  feature_BTF: Float[Array, "B T F"],
+  positions_BT: Int[Array, "B T"],
+  is_valid_BT: Bool[Array, "B T"],
+  rope_length: int | None = None,
+) -> tuple[Float[Array, "B T D"], DraftCache]:
+  """Commits rows of true target features: (outputs, cache with the valid rows).
+
+  Positions rise by one along a row; rows that are not valid may hold anything and leave no trace.
+  """
+  model, variables = DraftModel(cfg), {"params": params}
+  hidden_BTD = model.apply(variables, feature_BTF, method="fuse")
+  tables = position_tables(cfg, positions_BT, rope_length)
+  own_BTT = seen(positions_BT, jnp.where(is_valid_BT, positions_BT, -1), cfg.window_size)
+  # Slots at or past the first new row are leftovers of a longer text.
+  old_BR = jnp.where(cache.positions_BR < positions_BT[:, :1], cache.positions_BR, -1)
+  past = (cached(cache), seen(positions_BT, old_BR, cfg.window_size))
+  hidden_BTD, new = model.apply(variables, embedded_BTD, hidden_BTD, tables, (past,), own_BTT)
+  return hidden_BTD, write(cache, new, positions_BT, is_valid_BT)
