@@ -8,6 +8,8 @@ _FUNCTIONS = {
   "load_gguf": "gguf_io",
   "save_gguf": "gguf_write",
   "load_run": "orbax_io",
+  "load_draft": "draft_io",
+  "save_draft": "draft_io",
 }
 
 __all__ = list(_FUNCTIONS)

@@ -1,11 +1,12 @@
 """Function-preserving changes of (config, parameters): nothing here changes what the model says.
 
 Fold into Llama form and back (models.md 9), untie, pad and un-pad the vocabulary, sparse upcycling
-to experts (MiniCPM §7.3), stacked layers and one subtree a layer. Inputs are never modified; leaves
-may be numpy or jax arrays and keep their dtype.
+to experts (MiniCPM §7.3), stacked layers and one subtree a layer, MTP module to draft. Inputs are
+never modified; leaves may be numpy or jax arrays and keep their dtype.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from minicpm_jax.config import ModelConfig, MoEConfig
+from minicpm_jax.config import DraftConfig, ModelConfig, MoEConfig
 from minicpm_jax.core import trees, types
+from minicpm_jax.models import draft as draft_lib
 
 Converted = tuple[ModelConfig, types.Params]
 
@@ -162,3 +164,39 @@ def unstack_layers(cfg: ModelConfig, params: types.Params) -> Converted:
   }
   rest = {name: leaf for name, leaf in params.items() if name != "layers"}
   return dataclasses.replace(cfg, scan_layers=False), {**rest, **split}
+
+
+def mtp_to_eagle(cfg: ModelConfig, params: types.Params) -> tuple[DraftConfig, types.Params]:
+  """The MTP module as a MiniCPM4 EAGLE draft of the same logits (MiniCPM4 §2.3.2, §4.1.3).
+
+  Renames; the projection reads (h, emb) where the draft's fc reads (emb, h), so its rows change
+  places. Residual scale and logit scale are those of pretraining.
+  """
+  if cfg.mtp is None or "mtp" not in params:
+    raise ValueError("model.mtp: found no MTP module, expected a model that was trained with one")
+  scale = 1.0
+  if cfg.mtp.scale_depth_over_sqrt_layers and cfg.scale_depth is not None:
+    scale = cfg.scale_depth / math.sqrt(cfg.num_layers + 1)
+  draft_cfg = draft_lib.for_target(cfg, "minicpm", residual_scale=scale)
+  mtp = params["mtp"]
+  return draft_cfg, {
+    "fc": {"kernel": _swap_halves(mtp["proj"]["kernel"])},
+    "embed_norm": mtp["embed_norm"],
+    "hidden_norm": mtp["hidden_norm"],
+    "layers_0": mtp["layer"],
+  }
+
+
+def eagle_to_mtp(params: types.Params) -> types.Params:
+  """Inverse of `mtp_to_eagle` on parameters: the subtree `params["mtp"]` of the target."""
+  return {
+    "proj": {"kernel": _swap_halves(params["fc"]["kernel"])},
+    "embed_norm": params["embed_norm"],
+    "hidden_norm": params["hidden_norm"],
+    "layer": params["layers_0"],
+  }
+
+
+def _swap_halves(kernel_2DD: Any) -> Any:
+  first, second = jnp.split(jnp.asarray(kernel_2DD), 2, axis=0)
+  return jnp.concatenate((second, first), axis=0)

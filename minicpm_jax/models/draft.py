@@ -120,9 +120,9 @@ def check_fits(cfg: DraftConfig, target: ModelConfig) -> None:
     found, expected = getattr(cfg.layer, name), getattr(target, name)
     if found != expected:
       raise ValueError(f"draft.layer.{name}: found {found}, expected the target's {expected}")
-  if cfg.feature_layers and max(cfg.feature_layers) > target.num_layers:
+  if cfg.feature_layers and max(cfg.feature_layers) >= target.num_layers:
     raise ValueError(
-      f"draft.feature_layers: found {cfg.feature_layers}, expected 0..{target.num_layers}"
+      f"draft.feature_layers: found {cfg.feature_layers}, expected 0..{target.num_layers - 1}"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from minicpm_jax.config import MoEConfig, MTPConfig
 from minicpm_jax.models import convert, transformer
+from minicpm_jax.models import draft as draft_lib
 from tests.models import common
 
 TOKENS = common.tokens((2, 24))
@@ -101,3 +102,32 @@ def test_stack_and_unstack_are_inverse(dense):
   back_cfg, back = convert.stack_layers(flat_cfg, flat)
   assert back_cfg == cfg
   common.assert_trees_close(back, params, atol=0, rtol=0)
+
+
+def test_mtp_to_eagle_gives_the_logits_of_the_mtp_head_and_goes_back():
+  cfg = common.config(mtp=MTPConfig(), num_layers=3)
+  model, params = common.build(cfg)
+  tokens_BT = common.tokens((2, 9))
+  hidden_BTD = common.apply(model, params, tokens_BT).hidden
+
+  def mtp_logits(module):
+    return module.unembed(module.mtp_hidden(hidden_BTD, tokens_BT))
+
+  expected = jax.jit(lambda p: model.apply({"params": p}, method=mtp_logits))(params)
+  draft_cfg, draft_params = convert.mtp_to_eagle(cfg, params)
+  e_BTD = 12.0 * params["embed"]["embedding"][tokens_BT[:, 1:]]
+  positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+
+  @jax.jit
+  def draft_logits(draft_params):
+    cache = draft_lib.init_cache(draft_cfg, 2, 8)
+    args = (cache, e_BTD, hidden_BTD[:, :-1], positions, jnp.ones((2, 8), bool))
+    hidden, _ = draft_lib.extend(draft_cfg, draft_params, *args)
+    head = transformer.head_weight(cfg, params)
+    draft = draft_lib.DraftModel(draft_cfg)
+    return draft.apply({"params": draft_params}, hidden, head, method="logits")
+
+  np.testing.assert_allclose(draft_logits(draft_params), expected[:, :-1], atol=1e-4)
+  common.assert_trees_close(convert.eagle_to_mtp(draft_params), params["mtp"], atol=0, rtol=0)
+  with pytest.raises(ValueError, match="model.mtp: found no MTP module"):
+    convert.mtp_to_eagle(common.config(), params)

@@ -1,0 +1,347 @@
+"""Draft checkpoints under the names of EAGLE, EAGLE-3 and MiniCPM4 releases (inference.md 10).
+
+| kind    | told by            | tensors                                                             |
+|---------|--------------------|---------------------------------------------------------------------|
+| eagle   | neither of below   | fc.{weight,bias}, layers.0.* without input_layernorm                |
+| minicpm | input_norm1.weight | fc.weight, input_norm1 (embedding), input_norm2 (feature), layers.0.* |
+| eagle3  | midlayer.*         | fc.weight, midlayer.*, norm.weight, lm_head.weight, d2t, t2d        |
+
+A prefix "model." and vLLM's "eagle_layers" are accepted. `embed_tokens` is the target's and is
+ignored, as is the head of the first two kinds and the norm that vLLM declares for `minicpm` without
+calling it. Row i of an EAGLE-3 head is token i + d2t[i]. Quantised files are refused.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from minicpm_jax import config
+from minicpm_jax.ckpt import errors, hf_names, hf_tensors, safetensors_file
+from minicpm_jax.core import trees, types
+from minicpm_jax.models import draft as draft_lib
+
+_OURS = "minicpm_jax"  # our fields in config.json, which no release has
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8}
+_IGNORED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\..*|t2d")
+_LAYER = (
+  ("attn/q/kernel", "self_attn.q_proj.weight", "linear"),
+  ("attn/k/kernel", "self_attn.k_proj.weight", "linear"),
+  ("attn/v/kernel", "self_attn.v_proj.weight", "linear"),
+  ("attn/o/kernel", "self_attn.o_proj.weight", "heads_in"),
+  ("mlp_norm/scale", "post_attention_layernorm.weight", "copy"),
+  ("mlp/gate/kernel", "mlp.gate_proj.weight", "linear"),
+  ("mlp/up/kernel", "mlp.up_proj.weight", "linear"),
+  ("mlp/down/kernel", "mlp.down_proj.weight", "linear"),
+)
+_OUTER: dict[str, tuple[tuple[str, str, hf_names.Rule], ...]] = {
+  "eagle": (),
+  "minicpm": (
+    ("embed_norm/scale", "input_norm1.weight", "copy"),
+    ("hidden_norm/scale", "input_norm2.weight", "copy"),
+  ),
+  "eagle3": (
+    ("embed_norm/scale", "midlayer.input_layernorm.weight", "copy"),
+    ("hidden_norm/scale", "midlayer.hidden_norm.weight", "copy"),
+    ("norm/scale", "norm.weight", "copy"),
+    ("lm_head/kernel", "lm_head.weight", "linear"),
+  ),
+}
+
+
+def names(cfg: config.DraftConfig) -> dict[str, tuple[str, hf_names.Rule]]:
+  """Our path -> (released name, rule of hf_names)."""
+  rows: list[tuple[str, str, Any]] = [("fc/kernel", "fc.weight", "linear"), *_OUTER[cfg.kind]]
+  if cfg.fc_bias:
+    rows.append(("fc/bias", "fc.bias", "copy"))
+  for i in range(cfg.layer.num_layers):
+    prefix = "midlayer" if cfg.kind == "eagle3" else f"layers.{i}"
+    rows += [(f"layers_{i}/{path}", f"{prefix}.{name}", rule) for path, name, rule in _LAYER]
+    if cfg.kind == "minicpm" or (cfg.kind == "eagle" and i > 0):
+      rows.append((f"layers_{i}/attn_norm/scale", f"{prefix}.input_layernorm.weight", "copy"))
+  return {path: (name, rule) for path, name, rule in rows}
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def load_draft(
+  path: str | pathlib.Path,
+  target: config.ModelConfig,
+  *,
+  dtype: Any = None,
+  window_size: int | None = None,
+  draft_logit_scale: float | None = None,
+  is_plain: bool = False,
+) -> draft_lib.Draft:
+  """The draft of a folder (config.json, safetensors) for a target of this config.
+
+  Scales are those of CPM.cu (residual scale_depth / sqrt(L + 1) with the target's L, logits not
+  divided) unless the folder was written by `save_draft`. is_plain: EAGLE-3 without them.
+  dtype: of parameters and compute; None = as stored.
+  """
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    raise errors.MissingFileError(f"{folder}: found no such folder, expected a draft checkpoint")
+  raw = hf_tensors.read_json(folder / "config.json")
+  source = _strip(hf_tensors.open_tensors(folder), folder)
+  quantized = [name for name in source if hf_names.is_quantized(name)]
+  if quantized:
+    raise errors.QuantizedCheckpointError(
+      f"{folder}: found quantised tensors ({hf_tensors.listed(quantized[:3])} ...), expected plain "
+      "weights"
+    )
+  cfg = _config(raw, source, target, folder)
+  if is_plain:
+    cfg = draft_lib.plain(cfg)
+  if window_size is not None:
+    cfg = dataclasses.replace(cfg, window_size=window_size)
+  if draft_logit_scale is not None:
+    cfg = dataclasses.replace(cfg, draft_logit_scale=draft_logit_scale)
+  try:
+    draft_lib.check_fits(cfg, target)
+  except ValueError as error:
+    raise errors.ConfigError(f"{folder}: {error}") from error
+  _check(cfg, source, folder)
+  stored = _majority(cfg, source)
+  chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)
+  layer = dataclasses.replace(cfg.layer, dtype=chosen, param_dtype=chosen)
+  cfg = dataclasses.replace(cfg, layer=layer)
+  shapes = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
+  leaves = {}
+  for ours, (name, rule) in names(cfg).items():
+    reader, full_name = source[name]
+    x = hf_names.to_ours(rule, reader.read(full_name), shapes[ours].shape)
+    leaves[ours] = jnp.asarray(np.ascontiguousarray(x), types.dtype_of(chosen))
+  return draft_lib.Draft(cfg, trees.unflatten(leaves), _ids(cfg, source, folder))
+
+
+Source = dict[str, tuple[safetensors_file.Reader, str]]  # released name -> (file, name in it)
+
+
+def _strip(readers: Mapping[str, safetensors_file.Reader], folder: pathlib.Path) -> Source:
+  source: Source = {}
+  for full, reader in readers.items():
+    name = full.removeprefix("model.").replace("eagle_layers.", "layers.", 1)
+    if name in source:
+      raise errors.CheckpointError(f"{folder}: {full}: found twice ({source[name][1]})")
+    source[name] = (reader, full)
+  return source
+
+
+def _config(
+  raw: dict[str, Any], source: Source, target: config.ModelConfig, folder: pathlib.Path
+) -> config.DraftConfig:
+  def number(key: str, default: Any = None) -> Any:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise errors.ConfigError(f"{folder}/config.json: {key}: found {value!r}, expected a number")
+    return value
+
+  kind = "eagle"
+  if any(name.startswith("midlayer.") for name in source):
+    kind = "eagle3"
+  elif "input_norm1.weight" in source:
+    kind = "minicpm"
+  for key, ours in (
+    ("scale_emb", target.scale_emb),
+    ("scale_depth", target.scale_depth),
+    ("dim_model_base", target.dim_model_base),
+  ):
+    if kind != "eagle3" and key in raw and raw[key] != ours:
+      raise errors.ConfigError(
+        f"{folder}/config.json: {key}: found {raw[key]!r}, expected the target's {ours!r}"
+      )
+  base = draft_lib.for_target(target, kind)
+  heads = int(number("num_attention_heads"))
+  rope = base.layer.rope
+  if rope.kind == "longrope":  # CPM.cu applies no attention factor anywhere
+    rope = dataclasses.replace(rope, factor=1.0)
+  layer = dataclasses.replace(
+    base.layer,
+    name=folder.name,
+    model_dim=int(number("hidden_size")),
+    mlp_dim=int(number("intermediate_size")),
+    num_layers=int(number("num_hidden_layers", 1)),
+    num_heads=heads,
+    num_kv_heads=int(number("num_key_value_heads", heads)),
+    head_dim=int(number("head_dim", number("hidden_size") // heads)),
+    vocab_size=int(number("vocab_size", target.vocab_size)),
+    norm_eps=float(number("rms_norm_eps", target.norm_eps)),
+    rope=rope,
+  )
+  fields: dict[str, Any] = {"layer": layer, "fc_bias": "fc.bias" in source}
+  fields["draft_logit_scale"] = 1.0
+  if kind == "eagle3" and "draft_vocab_size" in raw:
+    fields["draft_vocab_size"] = int(number("draft_vocab_size"))
+  ours = raw.get(_OURS, {})
+  known = ("residual_scale", "draft_logit_scale", "feature_scale", "window_size", "feature_layers")
+  unknown = sorted(set(ours) - set(known))
+  if unknown:
+    raise errors.ConfigError(f"{folder}/config.json: {_OURS}: found {unknown}, expected {known}")
+  if "feature_layers" in ours:
+    ours = ours | {"feature_layers": tuple(ours["feature_layers"])}
+  try:
+    return dataclasses.replace(base, **fields | ours)
+  except ValueError as error:
+    raise errors.ConfigError(f"{folder}/config.json: {error}") from error
+
+
+def _check(cfg: config.DraftConfig, source: Source, folder: pathlib.Path) -> None:
+  shapes = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
+  wanted = {name: hf_names.hf_shape(r, shapes[p].shape) for p, (name, r) in names(cfg).items()}
+  also = {"d2t"} if cfg.kind == "eagle3" else {"lm_head.weight", "norm.weight"}
+  missing = [name for name in wanted if name not in source]
+  if cfg.kind == "eagle3" and cfg.head_size < cfg.layer.vocab_size and "d2t" not in source:
+    missing.append("d2t")
+  unexpected = [
+    full
+    for name, (_, full) in source.items()
+    if name not in wanted and name not in also and not _IGNORED.fullmatch(name)
+  ]
+  if missing or unexpected:
+    raise errors.CheckpointError(
+      f"{folder}: draft of kind {cfg.kind!r}: {len(missing)} missing tensors: "
+      f"{hf_tensors.listed(missing)}; {len(unexpected)} unexpected tensors: "
+      f"{hf_tensors.listed(unexpected)}"
+    )
+  for name, shape in wanted.items():
+    reader, full = source[name]
+    found = reader.tensors[full]
+    if found.shape != shape:
+      raise errors.CheckpointError(
+        f"{folder}: {full}: found {list(found.shape)}, expected {list(shape)}"
+      )
+    if found.dtype not in safetensors_file.DTYPES:
+      expected = list(safetensors_file.DTYPES)
+      raise errors.CheckpointError(
+        f"{folder}: {full}: found dtype {found.dtype}, expected one of {expected}"
+      )
+
+
+def _majority(cfg: config.DraftConfig, source: Source) -> config.DTypeName:
+  counts: dict[str, int] = {}
+  for name, _ in names(cfg).values():
+    reader, full = source[name]
+    info = reader.tensors[full]
+    counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
+  return hf_tensors.dtype_name(safetensors_file.DTYPES[max(counts, key=counts.__getitem__)])
+
+
+def _ids(
+  cfg: config.DraftConfig, source: Source, folder: pathlib.Path
+) -> Int[np.ndarray, "R"] | None:
+  """Full token ids of the head's rows from d2t; checked against t2d where it is there."""
+  if cfg.kind != "eagle3" or "d2t" not in source:
+    return None
+  offsets = _read_integers(*source["d2t"])
+  if offsets.shape != (cfg.head_size,):
+    raise errors.CheckpointError(
+      f"{folder}: d2t: found {list(offsets.shape)}, expected [{cfg.head_size}]"
+    )
+  ids = np.arange(cfg.head_size) + offsets.astype(np.int64)
+  if ids.min() < 0 or ids.max() >= cfg.layer.vocab_size or np.unique(ids).size != ids.size:
+    raise errors.CheckpointError(
+      f"{folder}: d2t: found ids {ids.min()}..{ids.max()} ({np.unique(ids).size} distinct), "
+      f"expected {ids.size} distinct ids in 0..{cfg.layer.vocab_size - 1}"
+    )
+  if "t2d" in source:
+    t2d = _read_integers(*source["t2d"]).astype(bool)
+    if t2d.shape != (cfg.layer.vocab_size,) or set(np.flatnonzero(t2d)) != set(ids.tolist()):
+      raise errors.CheckpointError(f"{folder}: t2d: found another set of ids than d2t gives")
+  return ids.astype(np.int32)
+
+
+def _read_integers(reader: safetensors_file.Reader, name: str) -> np.ndarray:
+  info = reader.tensors[name]
+  if info.dtype not in _INTEGERS:
+    raise errors.CheckpointError(
+      f"{reader.path}: {name}: found dtype {info.dtype}, expected one of {list(_INTEGERS)}"
+    )
+  size = info.end - info.start
+  raw = np.fromfile(reader.path, np.uint8, count=size, offset=info.start)
+  return raw.view(_INTEGERS[info.dtype]).reshape(info.shape)
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+def save_draft(
+  path: str | pathlib.Path, draft: draft_lib.Draft, target: config.ModelConfig
+) -> None:
+  """Writes config.json and model.safetensors under released names; scales go beside them.
+
+  The folder appears, or has its two files replaced, when all is written.
+  """
+  cfg, folder = draft.cfg, pathlib.Path(path).absolute()
+  draft_lib.check_fits(cfg, target)
+  leaves = trees.flatten_paths(draft.params)
+  wanted = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
+  for name in sorted(set(leaves) | set(wanted)):
+    a, b = (list(tree[name].shape) if name in tree else "none" for tree in (leaves, wanted))
+    if a != b:
+      raise errors.CheckpointError(f"draft.params: {name}: found {a}, expected {b}")
+  tensors = {name: hf_names.to_hf(r, np.asarray(leaves[p])) for p, (name, r) in names(cfg).items()}
+  if cfg.kind == "eagle3":
+    ids = np.arange(cfg.head_size) if draft.ids is None else np.asarray(draft.ids, np.int64)
+    t2d = np.zeros(cfg.layer.vocab_size, bool)
+    t2d[ids] = True
+    tensors |= {"d2t": ids - np.arange(cfg.head_size), "t2d": t2d}
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+  try:
+    work.chmod(0o755)
+    _write_safetensors(work / hf_tensors.WEIGHTS, tensors)
+    (work / "config.json").write_text(json.dumps(_to_json(cfg, target), indent=2) + "\n")
+    if not folder.exists():
+      work.replace(folder)
+    else:
+      for name in ("config.json", hf_tensors.WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+      for name in (hf_tensors.WEIGHTS, "config.json"):
+        (work / name).replace(folder / name)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _to_json(cfg: config.DraftConfig, target: config.ModelConfig) -> dict[str, Any]:
+  layer = cfg.layer
+  raw: dict[str, Any] = {
+    "architectures": [{"eagle3": "LlamaForCausalLMEagle3"}.get(cfg.kind, "EagleForCausalLM")],
+    "model_type": "minicpm" if target.arch == "minicpm" else "llama",
+    "hidden_size": layer.model_dim,
+    "intermediate_size": layer.mlp_dim,
+    "num_hidden_layers": layer.num_layers,
+    "num_attention_heads": layer.num_heads,
+    "num_key_value_heads": layer.num_kv_heads,
+    "head_dim": layer.head_dim,
+    "vocab_size": layer.vocab_size,
+    "rms_norm_eps": layer.norm_eps,
+    "rope_theta": layer.rope.theta,
+    "hidden_act": "silu",
+  }
+  if cfg.kind == "eagle3":
+    raw["draft_vocab_size"] = cfg.head_size
+  if target.scale_depth is not None:
+    raw |= {"scale_emb": target.scale_emb, "scale_depth": target.scale_depth}
+    raw["dim_model_base"] = target.dim_model_base
+  fields = ("residual_scale", "draft_logit_scale", "feature_scale", "window_size")
+  raw[_OURS] = {name: getattr(cfg, name) for name in fields}
+  raw[_OURS]["feature_layers"] = list(cfg.feature_layers)
+  return raw
+
+
+def _write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  from safetensors import numpy as safetensors_numpy
+
+  arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  safetensors_numpy.save_file(arrays, path, metadata={"format": "pt"})

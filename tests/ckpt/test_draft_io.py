@@ -1,0 +1,206 @@
+"""Synthetic draft folders under released names (inference.md 22.11): load, save, refusals."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors import numpy as st
+
+from minicpm_jax import ckpt
+from minicpm_jax.ckpt import draft_io, errors
+from minicpm_jax.models import draft as draft_lib
+from tests.models import common
+from tests.models import test_draft as oracle
+
+D, F, N, K, H, V, R = 32, 48, 4, 2, 8, 256, 40
+MLP = ("gate", "up", "down")
+CONFIG = {
+  "hidden_size": D,
+  "intermediate_size": F,
+  "num_attention_heads": N,
+  "num_key_value_heads": K,
+  "num_hidden_layers": 1,
+  "rms_norm_eps": 1e-5,
+  "vocab_size": V,
+}
+
+
+def layer_tensors(rng, prefix, in_dim=D):
+  shapes = {
+    "self_attn.q_proj": (N * H, in_dim),
+    "self_attn.k_proj": (K * H, in_dim),
+    "self_attn.v_proj": (K * H, in_dim),
+    "self_attn.o_proj": (D, N * H),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
+    "post_attention_layernorm": (D,),
+  }
+  return {f"{prefix}.{n}.weight": rng.normal(0, 0.2, s) for n, s in shapes.items()}
+
+
+def released(kind):
+  rng = np.random.default_rng(3)
+  more = {"embed_tokens.weight": (V, D)}
+  if kind == "eagle":
+    more |= {"fc.weight": (D, 2 * D), "fc.bias": (D,)}
+    tensors = layer_tensors(rng, "layers.0")
+  elif kind == "minicpm":
+    more |= {"fc.weight": (D, 2 * D), "input_norm1.weight": (D,), "input_norm2.weight": (D,)}
+    more["layers.0.input_layernorm.weight"] = (D,)
+    tensors = layer_tensors(rng, "layers.0")
+  else:
+    more |= {"fc.weight": (D, 3 * D), "norm.weight": (D,), "lm_head.weight": (R, D)}
+    more |= {f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm")}
+    tensors = layer_tensors(rng, "midlayer", 2 * D)
+  tensors |= {name: rng.normal(0, 0.2, shape) for name, shape in more.items()}
+  tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
+  if kind == "eagle3":
+    ids = np.sort(rng.choice(V, R, replace=False))
+    t2d = np.zeros(V, bool)
+    t2d[ids] = True
+    tensors |= {"d2t": ids - np.arange(R), "t2d": t2d}
+  return tensors
+
+
+def write(folder, kind, tensors=None, **changes):
+  folder.mkdir(exist_ok=True)
+  more = {"draft_vocab_size": R} if kind == "eagle3" else {}
+  (folder / "config.json").write_text(json.dumps(CONFIG | more | changes))
+  st.save_file(released(kind) if tensors is None else tensors, folder / "model.safetensors")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def target():
+  return common.config(num_layers=3)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "minicpm", "eagle3"])
+def test_released_names_load_and_mean_what_the_table_says(tmp_path, target, kind):
+  """Forward from the raw tensors: fc columns are (embedding | feature) as CPM.cu splits them."""
+  draft = ckpt.load_draft(write(tmp_path / "d", kind), target)
+  assert draft.cfg.kind == kind and draft.cfg.draft_logit_scale == 1.0
+  raw = released(kind)
+  fc = raw["fc.weight"].T
+  np.testing.assert_array_equal(np.asarray(draft.params["fc"]["kernel"]), fc)
+  e, f = oracle.inputs(draft.cfg, 5)
+  found, _ = oracle.run(draft.cfg, draft.params, e, f)
+  prefix = "midlayer" if kind == "eagle3" else "layers.0"
+
+  def lin(name, shape):
+    return raw[f"{prefix}.{name}.weight"].T.reshape(shape)
+
+  in_dim = 2 * D if kind == "eagle3" else D
+  by_name = {
+    "fc": {"kernel": fc, "bias": raw.get("fc.bias", np.zeros(D))},
+    "layers_0": {
+      "attn": {
+        "q": {"kernel": lin("self_attn.q_proj", (in_dim, N, H))},
+        "k": {"kernel": lin("self_attn.k_proj", (in_dim, K, H))},
+        "v": {"kernel": lin("self_attn.v_proj", (in_dim, K, H))},
+        "o": {"kernel": lin("self_attn.o_proj", (N, H, D))},
+      },
+      "mlp": {
+        n: {"kernel": raw[f"{prefix}.mlp.{n}_proj.weight"].T} for n in ("gate", "up", "down")
+      },
+      "mlp_norm": {"scale": raw[f"{prefix}.post_attention_layernorm.weight"]},
+    },
+  }
+  if kind == "minicpm":
+    by_name["embed_norm"] = {"scale": raw["input_norm1.weight"]}
+    by_name["hidden_norm"] = {"scale": raw["input_norm2.weight"]}
+    by_name["layers_0"]["attn_norm"] = {"scale": raw["layers.0.input_layernorm.weight"]}
+  if kind == "eagle3":
+    by_name["embed_norm"] = {"scale": raw["midlayer.input_layernorm.weight"]}
+    by_name["hidden_norm"] = {"scale": raw["midlayer.hidden_norm.weight"]}
+  expected = oracle.reference(draft.cfg, by_name, e[0], f[0])
+  np.testing.assert_allclose(found[0], expected, atol=2e-5, rtol=2e-5)
+  if kind == "eagle3":
+    np.testing.assert_array_equal(draft.ids, np.flatnonzero(raw["t2d"]))
+    np.testing.assert_array_equal(
+      np.asarray(draft.params["lm_head"]["kernel"]).T, raw["lm_head.weight"]
+    )
+  else:
+    assert draft.ids is None
+
+
+def test_prefixes_of_vllm_and_half_precision(tmp_path, target):
+  renamed = {}
+  for name, x in released("minicpm").items():
+    renamed["model." + name.replace("layers.0", "eagle_layers.0")] = x.astype(np.float16)
+  renamed["model.norm.weight"] = np.ones(D, np.float16)
+  draft = ckpt.load_draft(write(tmp_path / "d", "minicpm", renamed), target)
+  assert draft.cfg.layer.dtype == "f16"
+  wide = ckpt.load_draft(tmp_path / "d", target, dtype="f32", window_size=7, draft_logit_scale=0.5)
+  assert (wide.cfg.layer.dtype, wide.cfg.window_size, wide.cfg.draft_logit_scale) == ("f32", 7, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "minicpm", "eagle3"])
+def test_save_and_load_are_inverse(tmp_path, target, kind):
+  cfg, params, _ = oracle.make(kind, window_size=9)
+  ids = np.arange(3, 43, dtype=np.int32) if kind == "eagle3" else None
+  ckpt.save_draft(tmp_path / "d", draft_lib.Draft(cfg, params, ids), target)
+  ckpt.save_draft(tmp_path / "d", draft_lib.Draft(cfg, params, ids), target)  # replaces
+  again = ckpt.load_draft(tmp_path / "d", target)
+  named = dataclasses.replace(again.cfg.layer, name=cfg.layer.name)
+  assert dataclasses.replace(again.cfg, layer=named) == cfg
+  common.assert_trees_close(again.params, params, atol=0, rtol=0)
+  if ids is not None:
+    np.testing.assert_array_equal(again.ids, ids)
+    raw = st.load_file(tmp_path / "d" / "model.safetensors")
+    assert raw["d2t"].tolist() == [3] * 40 and raw["t2d"].sum() == 40
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+
+
+def without(name):
+  def change(tensors):
+    del tensors[name]
+
+  return change
+
+
+def put(name, value):
+  def change(tensors):
+    tensors[name] = value
+
+  return change
+
+
+@pytest.mark.parametrize(
+  "kind, change, changes, match",
+  [
+    ("minicpm", without("input_norm2.weight"), {}, "1 missing tensors: input_norm2.weight"),
+    ("eagle", put("extra.weight", np.ones(3, np.float32)), {}, "unexpected tensors: extra.weight"),
+    ("eagle", put("fc.weight", np.ones((D, D), np.float32)), {}, r"fc.weight: found \[32, 32\]"),
+    ("eagle", put("fc.qweight", np.ones((4, 4), np.float32)), {}, "quantised tensors"),
+    ("eagle3", without("d2t"), {}, "missing tensors: d2t"),
+    ("eagle3", put("d2t", np.zeros(R, np.int64) + V), {}, "d2t: found ids"),
+    ("eagle3", put("t2d", np.ones(V, bool)), {}, "t2d: found another set"),
+    ("minicpm", None, {"hidden_size": 64, "head_dim": 8}, "model_dim: found 64, expected the targ"),
+    ("minicpm", None, {"vocab_size": 300}, "vocab_size: found 300, expected the target's 256"),
+    ("minicpm", None, {"scale_emb": 1.0}, "scale_emb: found 1.0, expected the target's 12.0"),
+    ("minicpm", None, {"intermediate_size": "x"}, "intermediate_size: found 'x'"),
+    ("minicpm", None, {"minicpm_jax": {"oops": 1}}, r"minicpm_jax: found \['oops'\]"),
+  ],
+)
+def test_refusals_name_the_tensor_or_field(tmp_path, target, kind, change, changes, match):
+  tensors = released(kind)
+  if change is not None:
+    change(tensors)
+  with pytest.raises(errors.CheckpointError, match=match):
+    ckpt.load_draft(write(tmp_path / "d", kind, tensors, **changes), target)
+
+
+def test_missing_folder_and_pickles(tmp_path, target):
+  with pytest.raises(errors.MissingFileError, match="no such folder"):
+    ckpt.load_draft(tmp_path / "none", target)
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+  (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+  with pytest.raises(errors.CheckpointError, match="pytorch_model.bin"):
+    ckpt.load_draft(tmp_path, target)
+  cfg, params, _ = oracle.make("minicpm")
+  del params["embed_norm"]
+  with pytest.raises(errors.CheckpointError, match="embed_norm/scale: found none"):
+    draft_io.save_draft(tmp_path / "d", draft_lib.Draft(cfg, params), target)
