@@ -6,7 +6,19 @@ imported on first use.
 
 import importlib
 
-_SUBMODULES = ("ckpt", "config", "core", "data", "infer", "models", "nn", "optim", "text", "train")
+_SUBMODULES = (
+  "ckpt",
+  "config",
+  "core",
+  "data",
+  "infer",
+  "models",
+  "nn",
+  "optim",
+  "quant",
+  "text",
+  "train",
+)
 
 __all__ = list(_SUBMODULES)
 __version__ = "0.1.0"

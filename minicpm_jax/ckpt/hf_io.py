@@ -17,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -27,6 +28,7 @@ from minicpm_jax.ckpt import errors, hf_config, hf_names, hf_tensors, safetensor
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import transformer
+from minicpm_jax.quant import qtensor
 from minicpm_jax.text import tokenizer
 
 _SHARDS = "model-*-of-*.safetensors"
@@ -95,6 +97,8 @@ def save_hf(
 ) -> None:
   """Writes config.json, generation_config.json, safetensors and (with `tok`) tokenizer files.
 
+  Quantised kernels (QTensor) are written as the floats that they stand for.
+
   Everything is written to a temporary folder first; `path` appears, or has its files replaced with
   config.json last, when all is there. Under several processes all must call; process 0 writes.
 
@@ -104,7 +108,7 @@ def save_hf(
     dtype: stored dtype, default that of the parameters (a cast rounds to nearest even).
   """
   cfg, folder = model.cfg, pathlib.Path(path).absolute()
-  leaves = _check_params(cfg, trees.flatten_paths(nn.unbox(params)))
+  leaves = _check_params(cfg, trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor))
   to = None if dtype is None else types.dtype_of(hf_tensors.dtype_name(dtype))
   tensors = _Tensors(cfg, leaves, to)
   hf = hf_config.to_hf(cfg, hf_tensors.dtype_name(tensors.main_dtype))
@@ -157,7 +161,7 @@ class _Tensors:
   def _spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
     leaf, at = self._where[name]
     x = self._leaves[leaf.path]
-    block = list(x.shape[len(at) :])
+    block = list(_shape(x)[len(at) :])
     if (axis := _vocab_axis(leaf.path)) is not None:
       block[axis] = self._cfg.vocab_size
     return np.dtype(self._dtype or x.dtype), hf_names.hf_shape(leaf.rule, tuple(block))
@@ -196,8 +200,15 @@ def _vocab_axis(path: str) -> int | None:
   return {"embed/embedding": 0, "lm_head/kernel": 1}.get(path)
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+  return tuple(x.full_shape if qtensor.is_qtensor(x) else x.shape)
+
+
 def _block(x: Any, at: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
   """x[at] on the host, whatever devices x is spread over, without a host copy of all of x."""
+  if qtensor.is_qtensor(x):
+    one = jax.tree.map(lambda leaf: _block(leaf, at), x)
+    return np.asarray(_dequantize(jax.tree.map(jnp.asarray, one), dtype=x.dtype))
   if isinstance(x, np.ndarray):
     return x[at]
   if not x.is_fully_addressable:
@@ -215,6 +226,9 @@ def _block(x: Any, at: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
   return out
 
 
+_dequantize = jax.jit(qtensor.dequantize, static_argnames="dtype")  # one compilation a shape
+
+
 @jax.jit
 def _index(x: jax.Array, at: jax.Array) -> jax.Array:
   """x[at] with a traced index: one compilation serves all layers (and experts)."""
@@ -229,7 +243,8 @@ def _check_params(cfg: config.ModelConfig, leaves: dict[str, Any]) -> dict[str, 
   if mtp:
     logging.info("save_hf: %d leaves of the MTP head left out (no HF layout has them)", len(mtp))
   leaves = {path: x for path, x in leaves.items() if path not in mtp}
-  shapes = trees.flatten_paths(transformer.abstract_params(transformer.Transformer(cfg))[0])
+  plain = transformer.Transformer(dataclasses.replace(cfg, quant=None))
+  shapes = trees.flatten_paths(transformer.abstract_params(plain)[0])
   table = hf_names.leaves(cfg)
   missing = [path for path in table if path not in leaves]
   unexpected = [path for path in leaves if path not in table]
@@ -239,9 +254,9 @@ def _check_params(cfg: config.ModelConfig, leaves: dict[str, Any]) -> dict[str, 
       f"{hf_tensors.listed(unexpected)} (model.scan_layers is {cfg.scan_layers})"
     )
   wrong = [
-    f"{path}: found {list(x.shape)}, expected {list(shapes[path].shape)}"
+    f"{path}: found {list(_shape(x))}, expected {list(shapes[path].shape)}"
     for path, x in leaves.items()
-    if tuple(x.shape) != tuple(shapes[path].shape)
+    if _shape(x) != tuple(shapes[path].shape)
   ]
   if wrong:
     raise errors.CheckpointError(f"params: wrong shapes: {hf_tensors.listed(wrong)}")

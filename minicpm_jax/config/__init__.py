@@ -2,10 +2,10 @@
 
 from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
 from minicpm_jax.config.draft import DistillConfig, DraftConfig
+from minicpm_jax.config.dtypes import DTypeName
 from minicpm_jax.config.infer import SamplingConfig
 from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import (
-  DTypeName,
   MLAConfig,
   ModelConfig,
   MoEConfig,
@@ -15,6 +15,7 @@ from minicpm_jax.config.model import (
 )
 from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.override import as_python, override, overrides
+from minicpm_jax.config.quant import FP8Config, QuantConfig
 from minicpm_jax.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
   "DataConfig",
   "DistillConfig",
   "DraftConfig",
+  "FP8Config",
   "MLAConfig",
   "MTPConfig",
   "MeshConfig",
@@ -30,6 +32,7 @@ __all__ = [
   "ModelConfig",
   "OptimConfig",
   "PhaseConfig",
+  "QuantConfig",
   "RopeConfig",
   "SamplingConfig",
   "ScheduleConfig",

@@ -8,9 +8,9 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from minicpm_jax.config.dtypes import DTypeName
+from minicpm_jax.config.quant import QuantConfig
 from minicpm_jax.config.validate import require
-
-DTypeName = Literal["f32", "bf16", "f16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +207,7 @@ class ModelConfig:
   mla: MLAConfig | None = None
   mtp: MTPConfig | None = None
   sparse: SparseAttentionConfig | None = None
+  quant: QuantConfig | None = None  # low-bit projections (None = off)
   bos_id: int | None = 1
   stop_ids: tuple[int, ...] = (2,)
   pad_id: int | None = None
@@ -241,6 +242,8 @@ class ModelConfig:
     require(
       self.sparse is None or self.mla is None, "model.sparse", self.sparse, "None with latent heads"
     )
+    fp8 = self.quant is not None and self.quant.fp8 is not None
+    require(not (fp8 and self.moe), "model.quant.fp8", self.quant, "None with experts (not built)")
     if self.mla is not None:
       width = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
       require(self.head_dim == width, "model.head_dim", self.head_dim, f"nope + rope = {width}")

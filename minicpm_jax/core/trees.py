@@ -13,9 +13,10 @@ def path_str(path: Sequence[Any]) -> str:
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def flatten_paths(tree: Any) -> dict[str, Any]:
-  """Path -> leaf, in tree order."""
-  return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def flatten_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+  """Path -> leaf, in tree order; `is_leaf` stops at larger nodes (a QTensor)."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+  return {path_str(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,9 +35,15 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(
+  fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
   """`fn(path, leaf, *leaves of rest)` on every leaf, path as "a/b/c"."""
-  return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_str(p), *xs), tree, *rest)
+
+  def one(path: Sequence[Any], *leaves: Any) -> Any:
+    return fn(path_str(path), *leaves)
+
+  return jax.tree_util.tree_map_with_path(one, tree, *rest, is_leaf=is_leaf)
 
 
 def match_all(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], tree: Any) -> Any:

@@ -30,6 +30,7 @@ def _scaled(leaf: Any, factor: float) -> Any:
 
 def _scale_params(params: types.Params, emb: float, branch: float, head: float) -> types.Params:
   def one(path: str, leaf: Any) -> Any:
+    path = path.removesuffix("/scale")  # a quantised kernel is scaled by its scales
     if path == "embed/embedding":
       return _scaled(leaf, emb)
     if path == "lm_head/kernel":

@@ -332,7 +332,7 @@ class ParamCounts:
 
 def param_counts(cfg: ModelConfig) -> ParamCounts:
   """Exact counts from shapes alone, without vocabulary padding; the MTP module counts too."""
-  cfg = dataclasses.replace(cfg, vocab_multiple=1, scan_layers=True, remat="none")
+  cfg = dataclasses.replace(cfg, vocab_multiple=1, scan_layers=True, remat="none", quant=None)
   params, _ = transformer.abstract_params(transformer.Transformer(cfg))
 
   def count(tree: Any) -> int:

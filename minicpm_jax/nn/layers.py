@@ -5,6 +5,7 @@ Table 7: init_std / sqrt(width ratio) for matrices, by role, never by fan-in.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh, types
 from minicpm_jax.nn import functional
+from minicpm_jax.quant import leaf, qtensor
 
 
 def matrix_std(cfg: ModelConfig) -> float:
@@ -25,6 +27,31 @@ def embedding_std(cfg: ModelConfig) -> float:
   return matrix_std(cfg) if cfg.mup_embedding == "matrix" else cfg.init_std
 
 
+def kernel_leaf(
+  module: nn.Module,
+  cfg: ModelConfig,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  std: float,
+  *,
+  num_in: int = 1,
+  num_lead: int = 0,
+) -> Any:
+  """The parameter `kernel` of `module` as the matmul wants it: floats or, quantised, a QTensor."""
+  path, layout = "/".join((*module.path, "kernel")), dict(num_in=num_in, num_lead=num_lead)
+  if module.has_variable("params", "kernel"):
+    stored = nn.unbox(module.get_variable("params", "kernel"))
+    if qtensor.is_qtensor(stored):
+      leaf.check_leaf(stored, path, shape)
+      return stored
+  normal = nn.initializers.normal(std)
+  init = nn.with_logical_partitioning(normal, axes)
+  if leaf.is_stored(cfg.quant, path):
+    init = leaf.stored_init(cfg.quant, path, normal, nn.LogicallyPartitioned, axes, **layout)
+  kernel = module.param("kernel", init, shape, types.dtype_of(cfg.param_dtype))
+  return leaf.view(cfg.quant, path, kernel, **layout)
+
+
 class Kernel(nn.Module):
   """A normal-initialised array under the name `kernel`, in storage dtype."""
 
@@ -32,16 +59,17 @@ class Kernel(nn.Module):
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   std: float | None = None  # None: matrix_std
+  num_lead: int = 0  # leading axes that are not the matrix (experts)
 
   @nn.compact
   def __call__(self) -> Array:
-    std = matrix_std(self.cfg) if self.std is None else self.std
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), self.axes)
-    return self.param("kernel", init, self.shape, types.dtype_of(self.cfg.param_dtype))
+    cfg, std = self.cfg, matrix_std(self.cfg) if self.std is None else self.std
+    kernel = kernel_leaf(self, cfg, self.shape, self.axes, std, num_lead=self.num_lead)
+    return leaf.as_array(kernel, types.dtype_of(cfg.param_dtype))
 
 
 class Linear(nn.Module):
-  """Matmul without bias over the last `num_in` axes: kernel [*in, *out]."""
+  """Matmul without bias over the last `num_in` axes: kernel [*in, *out], maybe quantised."""
 
   cfg: ModelConfig
   shape: tuple[int, ...]
@@ -50,9 +78,9 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    init = nn.with_logical_partitioning(nn.initializers.normal(matrix_std(self.cfg)), self.axes)
-    kernel = self.param("kernel", init, self.shape, types.dtype_of(self.cfg.param_dtype))
-    return functional.linear(x, kernel, self.num_in)
+    std, num_in = matrix_std(self.cfg), self.num_in
+    kernel = kernel_leaf(self, self.cfg, self.shape, self.axes, std, num_in=num_in)
+    return functional.linear(x, kernel, num_in)
 
 
 class RMSNorm(nn.Module):

@@ -230,9 +230,9 @@ class MoE(nn.Module):
     router_axes, in_axes = ("embed", None), ("expert", "embed", "mlp")
     router = layers.Kernel(cfg, (D, E), router_axes, moe.router_init_std, name="router")()
     kernels = (
-      layers.Kernel(cfg, (E, D, F), in_axes, name="gate")(),
-      layers.Kernel(cfg, (E, D, F), in_axes, name="up")(),
-      layers.Kernel(cfg, (E, F, D), ("expert", "mlp", "embed"), name="down")(),
+      layers.Kernel(cfg, (E, D, F), in_axes, num_lead=1, name="gate")(),
+      layers.Kernel(cfg, (E, D, F), in_axes, num_lead=1, name="up")(),
+      layers.Kernel(cfg, (E, F, D), ("expert", "mlp", "embed"), num_lead=1, name="down")(),
     )
     probs_BTE, weights_BTX, index_BTX = route(x_BTD, router, moe.experts_per_token)
     loss = balance_loss(probs_BTE, index_BTX, is_token_BT, moe)

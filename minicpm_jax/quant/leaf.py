@@ -1,0 +1,136 @@
+"""Where quantisation meets the model: what a kernel leaf becomes in a forward pass.
+
+`nn.layers` calls `is_stored`, `stored_init` and `view` and knows nothing else. A QTensor leaf is
+used as it is, whatever the config says; a float leaf that `cfg.quant` selects is a latent weight.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from minicpm_jax.config import QuantConfig
+from minicpm_jax.core import types
+from minicpm_jax.quant import qtensor, schemes
+
+_ROW_PARALLEL = re.compile(r"(^|/)(o|down)/kernel$")  # inputs are cut over tp
+
+
+def group_size_of(cfg: QuantConfig, path: str, num_in: int) -> int:
+  """Group size of the kernel at `path` with `num_in` input channels; names the path it refuses."""
+  if cfg.scale_shards > 1 and _ROW_PARALLEL.search(path):
+    if num_in % cfg.scale_shards:
+      raise ValueError(
+        f"{path}: quant.scale_shards: found {cfg.scale_shards}, expected a divisor of {num_in}"
+      )
+    return num_in // cfg.scale_shards
+  schemes.group_count(num_in, cfg.group_size, path)
+  return cfg.group_size
+
+
+def is_stored(cfg: QuantConfig | None, path: str) -> bool:
+  """True where the parameter itself is to be a QTensor."""
+  return cfg is not None and cfg.weights != "latent" and cfg.selects(path)
+
+
+def quantize_kernel(
+  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
+) -> qtensor.QTensor:
+  """The QTensor of a float kernel by the scheme's own rule, packed if the config says so."""
+  width = math.prod(w.shape[num_lead : num_lead + num_in])
+  qt = qtensor.quantize(
+    w,
+    cfg.scheme,
+    group_size_of(cfg, path, width),
+    num_in=num_in,
+    num_lead=num_lead,
+    scale_dtype=types.dtype_of(cfg.scale_dtype),
+  )
+  return qtensor.pack(qt) if cfg.weights == "packed" else qt
+
+
+def names(
+  qt: qtensor.QTensor, kernel_names: tuple[str | None, ...], num_lead: int = 0
+) -> qtensor.QTensor:
+  """Logical axis names of every array of `qt`, in its own structure.
+
+  Unpacked codes are cut like the kernel. Scales and packed codes keep the first input axis' name
+  (groups and bytes lie along it) where it is the whole input; outputs are cut like the kernel's.
+  """
+  lead, out = kernel_names[:num_lead], kernel_names[num_lead + qt.num_in :]
+  along = kernel_names[num_lead] if qt.num_groups > 1 else None
+  first = kernel_names[num_lead]
+  grouped = (*lead, along, *out)
+  return qt.replace(
+    codes=(*lead, first, *out) if qt.is_packed else kernel_names,
+    scale=grouped,
+    zero=None if qt.zero is None else grouped,
+    g_idx=None if qt.g_idx is None else (*lead, None),
+  )
+
+
+def stored_init(
+  cfg: QuantConfig,
+  path: str,
+  init: Callable[..., Array],
+  box: Callable[[Any, tuple[str | None, ...]], Any],
+  axes: tuple[str | None, ...],
+  *,
+  num_in: int,
+  num_lead: int = 0,
+) -> Callable[..., qtensor.QTensor]:
+  """Initialiser of a QTensor leaf: `init` quantised, every array boxed with its axis names."""
+
+  def quantized(key: Any, shape: tuple[int, ...], dtype: Any) -> qtensor.QTensor:
+    qt = quantize_kernel(cfg, path, init(key, shape, dtype), num_in=num_in, num_lead=num_lead)
+    labels = names(qt, axes, num_lead)
+    fields = ("codes", "scale", "zero", "g_idx")
+    return qt.replace(
+      **{f: box(getattr(qt, f), getattr(labels, f)) for f in fields if getattr(qt, f) is not None}
+    )
+
+  return quantized
+
+
+@jax.custom_jvp
+def straight_through(latent: Float[Array, "..."], value: Float[Array, "..."]):
+  """`value` in the forward pass; its tangent is that of `latent`, also where codes were clipped."""
+  del latent
+  return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+  _, value = primals
+  return value, tangents[0].astype(value.dtype)
+
+
+def fake(
+  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
+) -> Float[Array, "..."]:
+  """dequantize(quantize(w)) with an identity gradient, in w's dtype."""
+  codes = dataclasses.replace(cfg, weights="codes", fp8=None)
+  qt = quantize_kernel(codes, path, jax.lax.stop_gradient(w), num_in=num_in, num_lead=num_lead)
+  return straight_through(w, qtensor.dequantize(qt, w.dtype))
+
+
+def check_leaf(qt: qtensor.QTensor, path: str, shape: tuple[int, ...]) -> None:
+  """Refuses a QTensor of another kernel's shape."""
+  if tuple(qt.shape) != tuple(shape) and qt.lead + qt.shape != tuple(shape):
+    raise ValueError(f"{path}: found a QTensor of shape {qt.lead + qt.shape}, expected {shape}")
+
+
+def view(cfg: QuantConfig | None, path: str, leaf: Any, *, num_in: int, num_lead: int = 0) -> Any:
+  """What the matmul gets: a QTensor as stored, fake-quantised latents, or the array itself."""
+  if cfg is None or cfg.scheme == "none" or qtensor.is_qtensor(leaf) or not cfg.selects(path):
+    return leaf
+  return fake(cfg, path, leaf, num_in=num_in, num_lead=num_lead)
+
+
+def as_array(leaf: Any, dtype: Any) -> Float[Array, "..."]:
+  """A kernel that is not used through `functional.linear` (experts, kv_b) as floats."""
+  return qtensor.dequantize(leaf, dtype) if qtensor.is_qtensor(leaf) else leaf.astype(dtype)

@@ -1,0 +1,262 @@
+"""QTensor: a quantised kernel as a parameter leaf (quantization.md 0 and 10).
+
+It stands where a float kernel [*in, *out] stood, with the same leading axes (layers, experts), and
+is a plain pytree: jit, scan over its leading axis, donation, sharding and Orbax see arrays. Groups
+lie along the inputs, flattened in memory order (which is HF's order of columns).
+
+  value[k, n] = scale[group(k), n] * (code[k, n] + offset - zero[group(k), n])
+
+group(k) is k // group_size, or g_idx[k] where act order was used. Packed codes share bytes along
+the inputs: byte r holds inputs r*f .. r*f+f-1, the first in its lowest bits, as unsigned
+code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`).
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from minicpm_jax.quant import schemes
+
+
+@flax.struct.dataclass
+class QTensor:
+  """Codes, scales and what they mean; `shape` is that of one kernel without leading axes.
+
+  codes: [*lead, *in, *out] int4/int8, or packed uint8 [*lead, ceil(in / f), *out].
+  scale: [*lead, Q, *out] float; zero: like scale, integers, None = symmetric;
+  g_idx: [*lead, in] int32 group of every input, None = consecutive groups.
+  """
+
+  codes: Any
+  scale: Any
+  zero: Any = None
+  g_idx: Any = None
+  scheme: str = flax.struct.field(pytree_node=False, default="int4")
+  group_size: int = flax.struct.field(pytree_node=False, default=-1)
+  shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  num_in: int = flax.struct.field(pytree_node=False, default=1)
+  is_packed: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """Leading axes (layers, experts) of the arrays."""
+    return tuple(self.scale.shape[: self.scale.ndim - 1 - len(self.out_shape)])
+
+  @property
+  def in_size(self) -> int:
+    return math.prod(self.shape[: self.num_in])
+
+  @property
+  def out_shape(self) -> tuple[int, ...]:
+    return self.shape[self.num_in :]
+
+  @property
+  def num_groups(self) -> int:
+    return self.scale.shape[len(self.lead)]
+
+  @property
+  def full_shape(self) -> tuple[int, ...]:
+    """Shape of the float kernel that this stands for, leading axes included."""
+    return self.lead + self.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Of the scales, which is what the kernel is exported in by default."""
+    return self.scale.dtype
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the arrays (an int4 code counts half a byte)."""
+    bits = 0
+    for x in jax.tree.leaves(self):
+      bits += x.size * (4 if x.dtype == jnp.int4 else 8 * jnp.dtype(x.dtype).itemsize)
+    return bits // 8
+
+
+def is_qtensor(x: Any) -> bool:
+  return isinstance(x, QTensor)
+
+
+def grouped(
+  w: Shaped[Array, "..."], num_in: int, num_groups: int, num_lead: int = 0
+) -> Shaped[Array, "..."]:
+  """[*lead, *in, *out] -> [*lead, Q, g, out]."""
+  lead, rest = w.shape[:num_lead], w.shape[num_lead:]
+  width = math.prod(rest[:num_in])
+  return w.reshape(*lead, num_groups, width // num_groups, math.prod(rest[num_in:]))
+
+
+def quantize(
+  w: Float[Array, "..."],
+  scheme: str = "ternary",
+  group_size: int = -1,
+  *,
+  num_in: int = 1,
+  num_lead: int = 0,
+  scale_dtype: Any = jnp.float32,
+) -> QTensor:
+  """Codes and scales of a kernel [*lead, *in, *out] by the scheme's own rule (`schemes`).
+
+  The scale is rounded to `scale_dtype` before codes are taken. Raises ValueError where group_size
+  does not divide the inputs.
+  """
+  rule, w = schemes.get(scheme), jnp.asarray(w)
+  lead, shape = w.shape[:num_lead], w.shape[num_lead:]
+  if not 0 < num_in < len(shape):
+    raise ValueError(f"num_in: found {num_in}, expected 1..{len(shape) - 1} for kernel {shape}")
+  num_groups = schemes.group_count(math.prod(shape[:num_in]), group_size)
+  w_QgO = grouped(w, num_in, num_groups, num_lead)
+  scale = rule.scale(w_QgO).astype(scale_dtype)
+  codes = rule.codes(w_QgO, scale.astype(jnp.float32))
+  return QTensor(
+    codes=codes.astype(jnp.int8).astype(rule.dtype).reshape(w.shape),
+    scale=scale.reshape(*lead, num_groups, *shape[num_in:]),
+    scheme=scheme,
+    group_size=group_size,
+    shape=tuple(shape),
+    num_in=num_in,
+  )
+
+
+def make(
+  codes: Shaped[Array, "..."],
+  scale: Float[Array, "..."],
+  scheme: str,
+  *,
+  group_size: int,
+  num_in: int = 1,
+  num_lead: int = 0,
+  zero: Any = None,
+  g_idx: Any = None,
+) -> QTensor:
+  """A QTensor of given codes [*lead, *in, *out] (from a solver or a file), checked for shape.
+
+  Values of the codes are not checked here: `check_codes` does that on the host.
+  """
+  rule = schemes.get(scheme)
+  lead, shape = tuple(codes.shape[:num_lead]), tuple(codes.shape[num_lead:])
+  width = math.prod(shape[:num_in])
+  groups = schemes.group_count(width, group_size)
+  for name, x, want in (
+    ("scale", scale, (*lead, groups, *shape[num_in:])),
+    ("zero", zero, (*lead, groups, *shape[num_in:])),
+    ("g_idx", g_idx, (*lead, width)),
+  ):
+    if x is not None and tuple(x.shape) != want:
+      raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected {want}")
+  codes = jnp.asarray(codes)
+  return QTensor(
+    codes=codes.astype(rule.dtype),
+    scale=jnp.asarray(scale),
+    zero=None if zero is None else jnp.asarray(zero).astype(jnp.int8),
+    g_idx=None if g_idx is None else jnp.asarray(g_idx).astype(jnp.int32),
+    scheme=scheme,
+    group_size=group_size,
+    shape=shape,
+    num_in=num_in,
+  )
+
+
+def check_codes(qt: QTensor, name: str = "codes") -> None:
+  """Refuses codes outside the scheme's range, and non-finite scales (concrete arrays)."""
+  rule = schemes.get(qt.scheme)
+  codes = unpack(qt).codes.astype(jnp.int32)
+  low, high = int(jnp.min(codes)), int(jnp.max(codes))
+  if low < rule.low or high > rule.high:
+    raise ValueError(
+      f"{name}: found codes {low}..{high}, expected {rule.low}..{rule.high} ({qt.scheme})"
+    )
+  if not bool(jnp.all(jnp.isfinite(qt.scale.astype(jnp.float32)))):
+    raise ValueError(f"{name}: scale: found a value that is not finite, expected finite scales")
+
+
+# --- Codes in bytes ------------------------------------------------------------------------------
+
+
+def pack(qt: QTensor) -> QTensor:
+  """The same tensor with 8 / bits codes a byte along the inputs."""
+  if qt.is_packed:
+    return qt
+  rule = schemes.get(qt.scheme)
+  per_byte, num_lead = 8 // rule.bits, len(qt.lead)
+  flat = qt.codes.astype(jnp.int8).reshape(*qt.lead, qt.in_size, *qt.out_shape)
+  unsigned = (flat.astype(jnp.int32) - rule.low).astype(jnp.uint8)
+  pad = [(0, 0)] * unsigned.ndim
+  pad[num_lead] = (0, -qt.in_size % per_byte)
+  unsigned = jnp.pad(unsigned, pad)
+  parts = unsigned.reshape(*qt.lead, -1, per_byte, *qt.out_shape)
+  packed = jnp.zeros(parts.shape[: num_lead + 1] + qt.out_shape, jnp.uint8)
+  for j in range(per_byte):
+    packed |= jax.lax.index_in_dim(parts, j, num_lead + 1, keepdims=False) << (rule.bits * j)
+  return qt.replace(codes=packed, is_packed=True)
+
+
+def unpack(qt: QTensor) -> QTensor:
+  """The same tensor with one code an element, in the kernel's shape."""
+  if not qt.is_packed:
+    return qt
+  rule = schemes.get(qt.scheme)
+  per_byte, num_lead = 8 // rule.bits, len(qt.lead)
+  rows = -(-qt.in_size // per_byte)
+  want = (*qt.lead, rows, *qt.out_shape)
+  if tuple(qt.codes.shape) != want or qt.codes.dtype != jnp.uint8:
+    found = f"{qt.codes.dtype}{list(qt.codes.shape)}"
+    raise ValueError(f"codes: found {found}, expected packed uint8{list(want)}")
+  mask = jnp.uint8(2**rule.bits - 1)
+  parts = [(qt.codes >> (rule.bits * j)) & mask for j in range(per_byte)]
+  codes = jnp.stack(parts, axis=num_lead + 1).astype(jnp.int32) + rule.low
+  codes = codes.reshape(*qt.lead, rows * per_byte, *qt.out_shape)
+  codes = jax.lax.slice_in_dim(codes, 0, qt.in_size, axis=num_lead)
+  codes = codes.astype(jnp.int8).astype(rule.dtype)
+  return qt.replace(codes=codes.reshape(*qt.lead, *qt.shape), is_packed=False)
+
+
+# --- Floats --------------------------------------------------------------------------------------
+
+
+def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+  """The kernel [*lead, *in, *out]: computed in float32, then cast."""
+  qt, rule, num_lead = unpack(qt), schemes.get(qt.scheme), len(qt.lead)
+  codes = qt.codes.astype(jnp.int8).astype(jnp.float32)
+  out = math.prod(qt.out_shape)
+  scale = qt.scale.astype(jnp.float32).reshape(*qt.lead, qt.num_groups, out)
+  zero = None if qt.zero is None else qt.zero.astype(jnp.float32).reshape(scale.shape)
+  if qt.g_idx is None:
+    codes = grouped(codes, qt.num_in, qt.num_groups, num_lead)
+    scale = jnp.expand_dims(scale, -2)
+    zero = None if zero is None else jnp.expand_dims(zero, -2)
+  else:
+    codes = codes.reshape(*qt.lead, qt.in_size, out)
+    index = jnp.expand_dims(qt.g_idx, -1)
+    scale = jnp.take_along_axis(scale, index, axis=-2)
+    zero = None if zero is None else jnp.take_along_axis(zero, index, axis=-2)
+  if rule.offset:
+    codes = codes + rule.offset
+  if zero is not None:
+    codes = codes - zero
+  return (codes * scale).astype(dtype).reshape(*qt.lead, *qt.shape)
+
+
+def matmul(x: Float[Array, "*rows"], qt: QTensor) -> Float[Array, "*out"]:
+  """x [*rows, *in] times the kernel, in x's dtype.
+
+  One scale an output channel and no zero point: y = (x @ T) s, exact codes in the product and the
+  scale after it; groups: dequantised in float32, cast, multiplied.
+  """
+  width, rows = qt.in_size, x.shape[: x.ndim - qt.num_in]
+  if qt.lead:
+    raise ValueError(f"kernel: found leading axes {qt.lead}, expected one kernel (scan over them)")
+  if tuple(x.shape[x.ndim - qt.num_in :]) != qt.shape[: qt.num_in]:
+    raise ValueError(f"x: found shape {x.shape}, expected [..., *{qt.shape[: qt.num_in]}]")
+  x_MK = x.reshape(-1, width)
+  rule = schemes.get(qt.scheme)
+  if qt.num_groups == 1 and qt.zero is None and not rule.offset:
+    codes_KN = unpack(qt).codes.astype(jnp.int8).reshape(width, -1).astype(x.dtype)
+    y_MN = jnp.matmul(x_MK, codes_KN) * qt.scale.reshape(1, -1).astype(jnp.float32)
+  else:
+    y_MN = jnp.matmul(x_MK, dequantize(qt, x.dtype).reshape(width, -1))
+  return y_MN.astype(x.dtype).reshape(*rows, *qt.out_shape)

@@ -1,0 +1,82 @@
+"""Quantisation of whole parameter trees by path (quantization.md 0)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from minicpm_jax.config import QuantConfig
+from minicpm_jax.core import trees, types
+from minicpm_jax.quant import leaf as leaf_lib
+from minicpm_jax.quant import qtensor
+
+
+def layout(path: str) -> tuple[int, int]:
+  """(num_in, num_lead) of the kernel at a parameter path.
+
+  Output projections [N, H, D] contract two axes; stacked layers and experts lead.
+  """
+  parts = path.split("/")
+  num_lead = int(parts[0] == "layers") + int("moe" in parts and "router" not in parts)
+  return (2 if parts[-2:] == ["o", "kernel"] else 1), num_lead
+
+
+def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
+  """Path -> kernel (array, shape struct or QTensor) of everything that `cfg` quantises.
+
+  A config that finds nothing is refused.
+  """
+  leaves = trees.flatten_paths(params, qtensor.is_qtensor)
+  found = {path: w for path, w in leaves.items() if cfg.selects(path)}
+  if not found:
+    raise ValueError(
+      f"quant.include: {cfg.include} without {cfg.exclude} matches no parameter; paths are "
+      f"{list(leaves)}"
+    )
+  return found
+
+
+def map_kernels(fn: Callable[..., Any], cfg: QuantConfig, params: types.Params) -> types.Params:
+  """`fn(path, leaf, num_in=, num_lead=)` on every selected leaf, others as they are."""
+  names = selected(cfg, params)
+
+  def one(path: str, leaf: Any) -> Any:
+    if path not in names:
+      return leaf
+    num_in, num_lead = layout(path)
+    return fn(path, leaf, num_in=num_in, num_lead=num_lead)
+
+  return trees.map_with_path(one, params, is_leaf=qtensor.is_qtensor)
+
+
+def quantize_params(cfg: QuantConfig, params: types.Params) -> types.Params:
+  """Every selected float kernel as a QTensor by the scheme's own rule (round to nearest)."""
+
+  def one(path: str, w: Any, *, num_in: int, num_lead: int) -> qtensor.QTensor:
+    if qtensor.is_qtensor(w):
+      raise ValueError(f"{path}: found a QTensor, expected floats to quantise")
+    return leaf_lib.quantize_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead)
+
+  return map_kernels(one, cfg, params)
+
+
+def map_qtensors(fn: Callable[[qtensor.QTensor], Any], params: types.Params) -> types.Params:
+  """`fn(qt)` on every QTensor, e.g. `qtensor.pack`."""
+  return trees.map_with_path(
+    lambda _, x: fn(x) if qtensor.is_qtensor(x) else x, params, is_leaf=qtensor.is_qtensor
+  )
+
+
+def dequantize_params(params: types.Params, dtype: Any = None) -> types.Params:
+  """Every QTensor as floats (default: the dtype of its scales)."""
+  return map_qtensors(
+    lambda qt: qtensor.dequantize(qt, qt.scale.dtype if dtype is None else dtype), params
+  )
+
+
+def num_weights(cfg: QuantConfig, params: types.Params) -> int:
+  """Number of weights that `cfg` quantises."""
+  sizes = (
+    leaf.lead + leaf.shape if qtensor.is_qtensor(leaf) else leaf.shape
+    for leaf in selected(cfg, params).values()
+  )
+  return sum(math.prod(shape) for shape in sizes)
