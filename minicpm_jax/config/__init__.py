@@ -3,7 +3,7 @@
 from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
 from minicpm_jax.config.draft import DistillConfig, DraftConfig
 from minicpm_jax.config.dtypes import DTypeName
-from minicpm_jax.config.infer import SamplingConfig
+from minicpm_jax.config.infer import EngineConfig, SamplingConfig
 from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import (
   MLAConfig,
@@ -24,6 +24,7 @@ __all__ = [
   "DataConfig",
   "DistillConfig",
   "DraftConfig",
+  "EngineConfig",
   "FP8Config",
   "MLAConfig",
   "MTPConfig",

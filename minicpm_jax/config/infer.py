@@ -1,4 +1,4 @@
-"""Generation configuration of the plain decode loop."""
+"""Configuration of sampling and of the decode engine."""
 
 import dataclasses
 
@@ -7,8 +7,12 @@ from minicpm_jax.config.validate import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-  """Filters apply in this order: temperature, top_k, top_p, min_p. temperature 0 is greedy."""
+  """Order: repetition penalty, temperature, top_k, top_p, min_p. temperature 0 is greedy.
 
+  A greedy choice heeds the penalty alone.
+  """
+
+  repetition_penalty: float = 1.0  # of tokens in prompt and output; 1 = off
   temperature: float = 0.0
   top_k: int = 0  # 0 = off
   top_p: float = 1.0
@@ -17,8 +21,31 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
+    penalty = self.repetition_penalty
+    require(penalty > 0, "sampling.repetition_penalty", penalty, "> 0")
     require(self.temperature >= 0, "sampling.temperature", self.temperature, ">= 0")
     require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0")
     require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
     require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "in [0, 1)")
     require(self.max_new_tokens > 0, "sampling.max_new_tokens", self.max_new_tokens, "> 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+  """Sizes of the decode engine; all static, so one compile each (inference.md 1-3)."""
+
+  capacity: int = 4096  # tokens of prompt and output together, a row
+  max_batch: int = 1  # rows that decode together
+  chunk_size: int = 512  # tokens of one prefill forward; the rest of a prompt goes in smaller ones
+  rounds_per_dispatch: int = 1  # rounds between two answers to the host
+  min_span: int = 256  # cache slots read at least; doubled until they hold the longest row
+  min_prefix: int = 32  # tokens; shorter common prefixes are not copied. -1 = no prompt cache
+
+  def __post_init__(self):
+    require(self.capacity >= 2, "engine.capacity", self.capacity, "tokens >= 2")
+    require(self.max_batch >= 1, "engine.max_batch", self.max_batch, "rows >= 1")
+    require(self.chunk_size >= 16, "engine.chunk_size", self.chunk_size, "tokens >= 16")
+    rounds = self.rounds_per_dispatch
+    require(1 <= rounds <= 64, "engine.rounds_per_dispatch", rounds, "1..64")
+    require(self.min_span >= 16, "engine.min_span", self.min_span, "slots >= 16")
+    require(self.min_prefix >= -1, "engine.min_prefix", self.min_prefix, "-1 or tokens >= 0")

@@ -1,15 +1,26 @@
-"""Decoding: `Chat(model, params, tok).say(text)`; below it `generate`, `sampling`, `detokenize`."""
+"""Decoding: `Chat(model, params, tok).say(text)`; below it `Engine`, `generate`, `sampling`."""
 
 import importlib
 
-_SUBMODULES = ("chat", "constrained", "detokenize", "generate", "grammars", "sampling")
+_SUBMODULES = (
+  "chat",
+  "constrained",
+  "detokenize",
+  "drafters",
+  "engine",
+  "generate",
+  "grammars",
+  "sampling",
+  "tree",
+)
+_NAMES = {"Chat": "chat", "Engine": "engine", "Request": "engine"}
 
-__all__ = ["Chat", *_SUBMODULES]
+__all__ = [*_NAMES, *_SUBMODULES]
 
 
 def __getattr__(name):
-  if name == "Chat":
-    return importlib.import_module("minicpm_jax.infer.chat").Chat
+  if name in _NAMES:
+    return getattr(importlib.import_module(f"minicpm_jax.infer.{_NAMES[name]}"), name)
   if name in _SUBMODULES:
     return importlib.import_module(f"minicpm_jax.infer.{name}")
   raise AttributeError(f"module 'minicpm_jax.infer' has no attribute {name!r}")

@@ -1,11 +1,13 @@
-"""Sampling from logits: temperature, top-k, top-p, min-p, with position-coupled noise.
+"""Sampling from logits: penalty, temperature, top-k, top-p, min-p, with position-coupled noise.
 
-Filters run in the order of the Hugging Face logits processors. All settings are data, one value a
-row, so changing them compiles nothing. The token at absolute position t is the inverse CDF of the
-filtered distribution at u_t = uniform(fold_in(key, t)): a function of (prefix, key) alone, whatever
-the batch, the padding or the number of tokens decoded together.
+Filters run in the order of the Hugging Face logits processors; a constraint's mask comes first. All
+settings are data, one value a row, so changing them compiles nothing. The token at absolute
+position t is the inverse CDF of the filtered distribution at u_t = uniform(fold_in(key, t)): a
+function of (prefix, key) alone, whatever the batch, the padding or the number of tokens decoded
+together.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -28,6 +30,12 @@ class SamplingState:
   top_k_B: Any  # int32, 0 = off
   top_p_B: Any  # float32
   min_p_B: Any  # float32
+  penalty_B: Any  # float32, 1 = off
+
+  def rows(self, num: int) -> "SamplingState":
+    """Every row `num` times, for as many tree nodes."""
+    at = jnp.repeat(jnp.arange(self.temperature_B.shape[0]), num)
+    return jax.tree.map(lambda x: x[at], self)
 
 
 def sampling_state(cfg: config.SamplingConfig, seeds: list[int]) -> SamplingState:
@@ -42,6 +50,7 @@ def sampling_state(cfg: config.SamplingConfig, seeds: list[int]) -> SamplingStat
     top_k_B=full(cfg.top_k, jnp.int32),
     top_p_B=full(cfg.top_p, jnp.float32),
     min_p_B=full(cfg.min_p, jnp.float32),
+    penalty_B=full(cfg.repetition_penalty, jnp.float32),
   )
 
 
@@ -126,11 +135,40 @@ def inverse_cdf(p_BV: Float[Array, "B V"], u_B: Float[Array, "B"]) -> Int[Array,
   return ids_B.astype(jnp.int32)
 
 
+def apply_bitmask(logits_BV: Float[Array, "B V"], mask_BW: Int[Array, "B W"]) -> Array:
+  """-inf where bit i % 32 of word i // 32 is 0 (the layout of llguidance)."""
+  V = logits_BV.shape[-1]
+  words_BV = jnp.repeat(mask_BW, 32, axis=-1)[:, :V]
+  bits_1V = (jnp.arange(V, dtype=jnp.int32) % 32)[None, :]
+  return jnp.where((words_BV >> bits_1V) & 1 == 1, logits_BV, -jnp.inf)
+
+
+def penalise(
+  logits_BV: Float[Array, "B V"], penalty_B: Float[Array, "B"], seen_BV: Bool[Array, "B V"]
+) -> Float[Array, "B V"]:
+  """z / r where z > 0, else z * r, for the tokens that have been seen (CTRL, arXiv 1909.05858)."""
+  r_B1 = penalty_B[:, None]
+  punished_BV = jnp.where(logits_BV > 0, logits_BV / r_B1, logits_BV * r_B1)
+  return jnp.where(seen_BV, punished_BV, logits_BV)
+
+
 def sample(
-  logits_BV: Float[Array, "B V"], state: SamplingState, positions_B: Int[Array, "B"]
+  logits_BV: Float[Array, "B V"],
+  state: SamplingState,
+  positions_B: Int[Array, "B"],
+  seen: Callable[[], Bool[Array, "B V"]] | None = None,
 ) -> Int[Array, "B"]:
-  """The token at absolute position `positions_B` of each row; greedy ties go to the lower id."""
+  """The token at absolute position `positions_B` of each row; greedy ties go to the lower id.
+
+  `seen` gives the tokens of each row's context; it is evaluated only where a row has a penalty.
+  """
   logits_BV = logits_BV.astype(jnp.float32)
+  if seen is not None:
+    logits_BV = jax.lax.cond(
+      jnp.any(state.penalty_B != 1),
+      lambda: penalise(logits_BV, state.penalty_B, seen()),
+      lambda: logits_BV,
+    )
   greedy_B = jnp.argmax(logits_BV, axis=1)
   is_greedy_B = state.temperature_B == 0
 

@@ -1,14 +1,17 @@
 """Key/value cache of a whole model: a frozen pytree that goes into a forward and comes out of it.
 
-Slots are filled in order; prompts of unequal length are padded on the left (segment id 0). A
-forward of T tokens writes slots [length, length + T) and must fit into the capacity. Going back
-after rejected speculative tokens is `cache.replace(length=...)`: later slots are never seen.
+Slots are filled in order. A forward of T tokens writes slots [length, length + T) and must fit into
+the capacity. Going back after rejected speculative tokens is `cache.replace(length=...)`: later
+slots are never seen. Two forms: one length for all rows, where prompts of unequal length are padded
+on the left (segment id 0), and one length a row (`per_row`), where slot = position and there is no
+padding; the engine uses the second and says with a `Step` what a forward does to it.
 A model with sparse attention that may reach `dense_len` also holds compressed keys (4% more).
 """
 
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from minicpm_jax.config import ModelConfig
@@ -25,15 +28,48 @@ class KVCache:
 
   k: Any
   v: Any
-  segment_ids_BS: Any  # int32, 0 = empty or padding
-  length: Any  # int32 scalar, slots used
+  segment_ids_BS: Any  # int32, 0 = empty or padding; None = one length a row
+  length: Any  # int32 slots used: a scalar, or [B] with one length a row
   k_nope: Any = None  # like k, keys before RoPE (sparse.use_nope)
   fine: Any = None  # like k with windows for slots: compressed keys (nn/sparse_cache.py)
   coarse: Any = None
 
   @property
   def capacity(self) -> int:
-    return self.segment_ids_BS.shape[1]
+    return jax.tree.leaves(self.k)[0].shape[-3]
+
+  @property
+  def batch_size(self) -> int:
+    return jax.tree.leaves(self.k)[0].shape[-4]
+
+  @property
+  def is_per_row(self) -> bool:
+    return self.segment_ids_BS is None
+
+
+@flax.struct.dataclass
+class Step:
+  """What a forward does with a cache that has one length a row.
+
+  Default: T tokens in a chain, all of which count. `num_new_B`: tokens that count (padding comes
+  last; 0 leaves a row as it is). `anc_BTT` makes it a tree of at most 64 nodes: node i sees the
+  committed slots and node j iff anc[i, j]; positions are length + depth; nothing is committed,
+  see `commit`. `row`: the forward has batch 1 and works on that row. `total_B`: sequence length
+  that decides between dense and sparse attention (chunks of one prompt: the whole prompt; default:
+  that after this forward, node by node). `span`: a static bound of length + T; slots beyond it are
+  not read.
+  """
+
+  num_new_B: Any = None  # int32
+  anc_BTT: Any = None  # bool, ancestor or self
+  depth_BT: Any = None  # int32, 0 = root
+  row: Any = None  # int32 scalar
+  total_B: Any = None  # int32
+  span: int | None = flax.struct.field(pytree_node=False, default=None)
+
+  @property
+  def is_tree(self) -> bool:
+    return self.anc_BTT is not None
 
 
 def widths(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -43,7 +79,9 @@ def widths(cfg: ModelConfig) -> tuple[int, int, int]:
   return cfg.num_kv_heads, cfg.head_dim, cfg.head_dim
 
 
-def init(cfg: ModelConfig, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
+def init(
+  cfg: ModelConfig, batch_size: int, capacity: int, dtype: Any = None, *, per_row: bool = False
+) -> KVCache:
   """An empty cache of `capacity` slots; `dtype` None = the compute dtype."""
   dtype = types.dtype_of(cfg.dtype) if dtype is None else dtype
   num_heads, k_width, v_width = widths(cfg)
@@ -63,8 +101,8 @@ def init(cfg: ModelConfig, batch_size: int, capacity: int, dtype: Any = None) ->
   return KVCache(
     k=zeros(k_width),
     v=zeros(v_width),
-    segment_ids_BS=jnp.zeros((batch_size, capacity), jnp.int32),
-    length=jnp.zeros((), jnp.int32),
+    segment_ids_BS=None if per_row else jnp.zeros((batch_size, capacity), jnp.int32),
+    length=jnp.zeros((batch_size,) if per_row else (), jnp.int32),
     **more,
   )
 
@@ -72,17 +110,46 @@ def init(cfg: ModelConfig, batch_size: int, capacity: int, dtype: Any = None) ->
 _BY_LAYER = ("k", "v", "k_nope", "fine", "coarse")
 
 
-def layer_view(cache: KVCache, layer: int | None) -> kv.LayerCache:
+def layer_view(cache: KVCache, layer: int | None, step: Step | None = None) -> kv.LayerCache:
   """One layer of an unrolled cache, or the stacked cache at layer 0 (`layer` None)."""
   arrays = {name: getattr(cache, name) for name in _BY_LAYER}
+  more = {"length": cache.length}
+  if step is not None:
+    more = {"length": lengths(cache, step), "row": step.row, "span": step.span}
   if layer is None:
-    return kv.LayerCache(length=cache.length, layer=jnp.zeros((), jnp.int32), **arrays)
+    return kv.LayerCache(layer=jnp.zeros((), jnp.int32), **more, **arrays)
   arrays = {name: None if x is None else x[layer] for name, x in arrays.items()}
-  return kv.LayerCache(length=cache.length, **arrays)
+  return kv.LayerCache(**more, **arrays)
 
 
-def after(cache: KVCache, views: kv.LayerCache | list[kv.LayerCache], num_new: int) -> KVCache:
-  """The cache from the view(s) that the layers returned, `num_new` slots longer."""
+def lengths(cache: KVCache, step: Step) -> Any:
+  """int32 [B]: slots used by the rows that a forward works on."""
+  return cache.length if step.row is None else cache.length[step.row][None]
+
+
+def positions(cache: KVCache, step: Step, num_new: int) -> Any:
+  """int32 [B, T]: absolute positions of the tokens of a forward."""
+  steps_1T = jnp.arange(num_new, dtype=jnp.int32)[None, :]
+  return lengths(cache, step)[:, None] + (steps_1T if step.depth_BT is None else step.depth_BT)
+
+
+def tree_mask(length_B: Any, anc_BTT: Any, span: int) -> Any:
+  """bool [B, T, span]: slots below the length, and ancestors at length + node (inference.md 2)."""
+  T = anc_BTT.shape[-1]
+  node_BS = jnp.arange(span, dtype=jnp.int32)[None, :] - length_B[:, None]
+  is_node_BS = (node_BS >= 0) & (node_BS < T)
+  at_B1S = jnp.clip(node_BS, 0, T - 1)[:, None, :]
+  anc_BTS = jnp.take_along_axis(anc_BTT, jnp.broadcast_to(at_B1S, (*anc_BTT.shape[:2], span)), 2)
+  return (node_BS < 0)[:, None, :] | (is_node_BS[:, None, :] & anc_BTS)
+
+
+def after(
+  cache: KVCache,
+  views: kv.LayerCache | list[kv.LayerCache],
+  num_new: int,
+  step: Step | None = None,
+) -> KVCache:
+  """The cache from the view(s) that the layers returned, `num_new` slots longer (or as `step`)."""
 
   def joined(name: str) -> Any:
     if isinstance(views, kv.LayerCache):
@@ -90,4 +157,54 @@ def after(cache: KVCache, views: kv.LayerCache | list[kv.LayerCache], num_new: i
     return None if getattr(cache, name) is None else tuple(getattr(w, name) for w in views)
 
   arrays = {name: joined(name) for name in _BY_LAYER}
-  return cache.replace(length=cache.length + num_new, **arrays)
+  if step is None:
+    return cache.replace(length=cache.length + num_new, **arrays)
+  if step.is_tree:
+    return cache.replace(**arrays)
+  new = num_new if step.num_new_B is None else step.num_new_B
+  at = slice(None) if step.row is None else step.row[None]
+  return cache.replace(length=cache.length.at[at].add(new), **arrays)
+
+
+def _rows_axis(array: Any) -> int:
+  """Axis of the batch: stacked arrays have the layers first."""
+  return array.ndim - 4
+
+
+def commit(cfg: ModelConfig, cache: KVCache, path_BA: Any, num_B: Any) -> KVCache:
+  """The accepted path of a tree, as slots length, length + 1, ... (inference.md 9).
+
+  path_BA: node of each depth, nodes lie at length + node; rows beyond num_B are garbage that the
+  next forward overwrites.
+  """
+  A = path_BA.shape[1]
+  if A > 1:
+    slots_BA = cache.length[:, None] + path_BA
+    rows_B1 = jnp.arange(cache.batch_size, dtype=jnp.int32)[:, None]
+    zero = jnp.zeros((), jnp.int32)
+
+    def moved(x: Any) -> Any:
+      stacked = (slice(None),) * _rows_axis(x)
+      # The barrier ends the read before the write, which then happens in place.
+      new = jax.lax.optimization_barrier(x[(*stacked, rows_B1, slots_BA)])
+      if cache.batch_size == 1:
+        at = (zero,) * len(stacked) + (zero, cache.length[0], zero, zero)
+        return jax.lax.dynamic_update_slice(x, new, at)
+      to_BA = cache.length[:, None] + jnp.arange(A, dtype=jnp.int32)[None, :]
+      return x.at[(*stacked, rows_B1, to_BA)].set(new, mode="drop", unique_indices=True)
+
+    arrays = {name: getattr(cache, name) for name in ("k", "v", "k_nope")}
+    cache = cache.replace(**jax.tree.map(moved, arrays))
+  return cache.replace(length=cache.length + num_B)
+
+
+def copy_row(cache: KVCache, source: Any, target: Any) -> KVCache:
+  """Row `target` becomes a copy of row `source`, its length apart."""
+
+  def copied(x: Any) -> Any:
+    axis = _rows_axis(x)
+    row = jax.lax.dynamic_index_in_dim(x, source, axis, keepdims=True)
+    return jax.lax.dynamic_update_slice_in_dim(x, row, target, axis)
+
+  arrays = {name: getattr(cache, name) for name in _BY_LAYER}
+  return cache.replace(**jax.tree.map(copied, arrays))

@@ -42,6 +42,7 @@ class Output:
   logits: Any  # [B, T, vocab_size] float32, or None
   hidden: Any  # [B, T, D] after the final norm, before the logit divisor
   cache: Any = None  # KVCache or None
+  taps: Any = None  # [B, T, D * number of taps]: the residual stream before the chosen layers
   aux: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
@@ -53,10 +54,15 @@ class Context:
   segment_ids_BT: Any = None
   kv_segment_ids_BS: Any = None
   grid: Any = None  # sparse_grid.Grid where attention may be sparse
+  mask_BTS: Any = None  # bool, replaces the causal rule (draft trees)
+  keeps_inputs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Block(nn.Module):
-  """h + r attn(norm h), h + r mlp(norm h); carries (hidden, cache), yields the balance loss."""
+  """h + r attn(norm h), h + r mlp(norm h); carries (hidden, cache).
+
+  Yields (balance loss or None, its input where `ctx.keeps_inputs`).
+  """
 
   cfg: ModelConfig
   residual_scale: float
@@ -65,15 +71,16 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self, carry: tuple[Float[Array, "B T D"], kv.LayerCache | None], ctx: Context
-  ) -> tuple[tuple[Float[Array, "B T D"], kv.LayerCache | None], Float[Array, ""] | None]:
+  ) -> tuple[tuple[Float[Array, "B T D"], kv.LayerCache | None], tuple[Any, Any]]:
     cfg, (x_BTD, cache) = self.cfg, carry
     x_BTD = checkpoint_name(x_BTD, "block_input")
+    given = x_BTD if ctx.keeps_inputs else None
     normed = layers.RMSNorm(cfg, name="attn_norm")(x_BTD)
     args = (normed, ctx.tables, ctx.segment_ids_BT, ctx.kv_segment_ids_BS, cache)
     if cfg.mla is None:
-      branch, cache = attention.Attention(cfg, name="attn")(*args, ctx.grid)
+      branch, cache = attention.Attention(cfg, name="attn")(*args, ctx.grid, ctx.mask_BTS)
     else:
-      branch, cache = mla.MLA(cfg, name="attn")(*args)
+      branch, cache = mla.MLA(cfg, name="attn")(*args, ctx.mask_BTS)
     x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
     x_BTD = mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed")
     normed = layers.RMSNorm(cfg, name="mlp_norm")(x_BTD)
@@ -84,7 +91,7 @@ class Block(nn.Module):
       is_token_BT = None if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
       branch, loss = moe.MoE(cfg, name="moe")(normed, is_token_BT)
     x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
-    return (mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), cache), loss
+    return (mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), cache), (loss, given)
 
 
 def remat(
@@ -175,44 +182,59 @@ class Transformer(nn.Module):
     segment_ids_BT: Ids | None = None,
     cache: cache_lib.KVCache | None = None,
     *,
-    rope_length: int | None = None,
+    rope_length: rope.Length | None = None,
     return_logits: bool = True,
+    step: cache_lib.Step | None = None,
+    tap_layers: tuple[int, ...] = (),
   ) -> Output:
     """Forward pass.
 
     segment_ids_BT: 1, 2, ... per packed document, 0 = padding (attends to nothing).
     positions_BT: default restarts at 0 in every segment and continues what the cache holds.
-    rope_length: static length that dynamic NTK and LongRoPE scale for; default is the largest
-      position + 1 of this forward, or the capacity of the cache.
+    rope_length: length that dynamic NTK and LongRoPE scale for, or one a row; default is the
+      largest position + 1 of this forward, or the capacity of the cache.
+    step: required with a cache that has one length a row; then positions and segments are its own.
+    tap_layers: layers whose input is wanted in `Output.taps` (EAGLE-3).
     """
     cfg = self.cfg
     tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
       jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)
     )
+    is_stepped = cache is not None and cache.is_per_row
+    if step is not None and not is_stepped:
+      raise ValueError("step: found one, expected none without a cache of one length a row")
+    step = cache_lib.Step() if is_stepped and step is None else step
     num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
     if tokens_BT.shape[1] > num_keys:
       raise ValueError(
         f"tokens_BT: found {tokens_BT.shape[1]} tokens, "
         f"expected at most the cache's {num_keys} slots"
       )
-    if cache is not None and segment_ids_BT is None:
+    if is_stepped:
+      positions_BT = cache_lib.positions(cache, step, tokens_BT.shape[1])
+    elif cache is not None and segment_ids_BT is None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
       positions_BT = default_positions(tokens_BT, segment_ids_BT, cache)
     if rope_length is None and cache is not None:
       rope_length = cache.capacity
     ctx = self._context(tokens_BT.shape, positions_BT, segment_ids_BT, rope_length)
+    ctx = ctx.replace(keeps_inputs=bool(tap_layers))
     x_BTD = self.embed(tokens_BT)
-    if cache is not None:
+    if is_stepped:
+      ctx = _with_step(cfg, cache, step, tokens_BT.shape, ctx)
+    elif cache is not None:
       cache, ctx = _extend(cfg, cache, segment_ids_BT, ctx)
-    x_BTD, cache, losses = self._run_layers(x_BTD, cache, ctx)
+    x_BTD, cache, losses, inputs = self._run_layers(x_BTD, cache, ctx, step)
     hidden_BTD = self.final_norm(x_BTD)
     if cfg.mtp is not None and self.is_initializing():
       self.mtp_hidden(hidden_BTD, tokens_BT, positions_BT, segment_ids_BT)
+    taps = [inputs[layer] for layer in tap_layers]
     return Output(
       logits=self.unembed(hidden_BTD) if return_logits else None,
       hidden=hidden_BTD,
       cache=cache,
+      taps=jnp.concatenate(taps, axis=-1) if taps else None,
       aux={} if losses is None else {"moe_balance_loss": losses},
     )
 
@@ -252,22 +274,25 @@ class Transformer(nn.Module):
       grid = sparse_grid.make_grid(cfg.sparse, T, T, B, segment_ids_BS=segment_ids_BT)
     return Context(tables, segment_ids_BT, segment_ids_BT, grid)
 
-  def _run_layers(self, x_BTD, cache, ctx):
+  def _run_layers(self, x_BTD, cache, ctx, step=None):
+    """(output, cache, sum of balance losses or None, inputs of the layers where they are kept)."""
+    num_new = x_BTD.shape[1]
     if self.cfg.scan_layers:
-      view = None if cache is None else cache_lib.layer_view(cache, None)
-      (x_BTD, view), losses = self.layers((x_BTD, view), ctx)
+      view = None if cache is None else cache_lib.layer_view(cache, None, step)
+      (x_BTD, view), (losses, inputs) = self.layers((x_BTD, view), ctx)
       if cache is not None:
-        cache = cache_lib.after(cache, view, x_BTD.shape[1])
-      return x_BTD, cache, None if losses is None else jnp.sum(losses)
-    views, total = [], None
+        cache = cache_lib.after(cache, view, num_new, step)
+      return x_BTD, cache, None if losses is None else jnp.sum(losses), inputs
+    views, total, inputs = [], None, []
     for i, block in enumerate(self.layers):
-      view = None if cache is None else cache_lib.layer_view(cache, i)
-      (x_BTD, view), loss = block((x_BTD, view), ctx)
+      view = None if cache is None else cache_lib.layer_view(cache, i, step)
+      (x_BTD, view), (loss, given) = block((x_BTD, view), ctx)
       views.append(view)
+      inputs.append(given)
       total = loss if total is None else total + loss
     if cache is not None:
-      cache = cache_lib.after(cache, views, x_BTD.shape[1])
-    return x_BTD, cache, total
+      cache = cache_lib.after(cache, views, num_new, step)
+    return x_BTD, cache, total, inputs
 
 
 def default_positions(
@@ -299,6 +324,26 @@ def _extend(cfg: ModelConfig, cache: cache_lib.KVCache, segment_ids_BT, ctx: Con
     more = dict(kv_length=start + T, segment_ids_BS=ids_BS, has_base=True)
     grid = sparse_grid.make_grid(cfg.sparse, T, cache.capacity, B, q_offset=start, **more)
   return cache.replace(segment_ids_BS=ids_BS), ctx.replace(kv_segment_ids_BS=ids_BS, grid=grid)
+
+
+def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Context) -> Context:
+  """The context of a forward on a cache with one length a row."""
+  (B, T), length_B = shape, cache_lib.lengths(cache, step)
+  if B != length_B.shape[0]:
+    raise ValueError(
+      f"tokens_BT: found {B} rows, expected {length_B.shape[0]} "
+      f"({'step.row is set' if step.row is not None else 'rows of the cache'})"
+    )
+  span = cache.capacity if step.span is None else min(step.span, cache.capacity)
+  mask_BTS = cache_lib.tree_mask(length_B, step.anc_BTT, span) if step.is_tree else None
+  grid = None
+  if cache.fine is not None:
+    if step.is_tree and T > 1:
+      raise NotImplementedError("step.anc_BTT: trees on a sparse target")
+    total_B = length_B + T if step.total_B is None else step.total_B
+    grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
+    grid = grid.replace(is_cached=True)
+  return ctx.replace(grid=grid, mask_BTS=mask_BTS)
 
 
 def init_params(model: Transformer, key: Key[Array, ""]) -> types.Params:

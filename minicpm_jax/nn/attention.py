@@ -7,7 +7,7 @@ blocks instead (`sparse_attention`); below dense_len the same weights run dense.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh
@@ -22,15 +22,19 @@ def attend(
   v_BSKV: Float[Array, "B S K V"],
   segment_ids_BT: Int[Array, "B T"] | None,
   kv_segment_ids_BS: Int[Array, "B S"] | None,
-  q_offset: Int[Array, ""] | int = 0,
+  q_offset: Int[Array, "*B"] | int = 0,
+  mask_BTS: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T N V"]:
   """softmax(q k^T / sqrt(cfg.head_dim)) v, causal by slot and inside segments.
 
-  Keys are whole along the sequence here; queries may be cut over the context axis.
+  Keys are whole along the sequence here; queries may be cut over the context axis. A mask (draft
+  trees: few queries) stands instead of both rules.
   """
   q_BTNH = mesh.constrain(q_BTNH, "act_batch", "act_seq", "act_heads", None)
   k_BSKH = mesh.constrain(k_BSKH, "act_batch", None, "act_kv_heads", None)
   v_BSKV = mesh.constrain(v_BSKV, "act_batch", None, "act_kv_heads", None)
+  if mask_BTS is not None:
+    return attend_masked(q_BTNH, k_BSKH, v_BSKV, mask_BTS, cfg.head_dim**-0.5)
   out_BTNV = flash.flash_attention(
     q_BTNH,
     k_BSKH,
@@ -42,6 +46,24 @@ def attend(
     implementation=cfg.attention,
   )
   return mesh.constrain(out_BTNV, "act_batch", "act_seq", "act_heads", None)
+
+
+def attend_masked(
+  q_BTNH: Float[Array, "B T N H"],
+  k_BSKH: Float[Array, "B S K H"],
+  v_BSKV: Float[Array, "B S K V"],
+  mask_BTS: Bool[Array, "B T S"],
+  scale: float,
+) -> Float[Array, "B T N V"]:
+  """Attention under a mask that leaves every query a key; holds T x S scores, for few queries."""
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BTKGH = jnp.reshape(q_BTNH, (B, T, K, N // K, H))
+  scores = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask_BTS[:, None, :, None, :], scale * scores, jnp.finfo(jnp.float32).min)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKV.dtype)
+  out_BTKGV = jnp.einsum("BKTGS,BSKV->BTKGV", probs, v_BSKV, preferred_element_type=jnp.float32)
+  return jnp.reshape(out_BTKGV, (B, T, N, -1)).astype(v_BSKV.dtype)
 
 
 def attend_sparse(
@@ -75,6 +97,7 @@ class Attention(nn.Module):
     kv_segment_ids_BS: Int[Array, "B S"] | None = None,
     cache: kv.LayerCache | None = None,
     grid: sparse_grid.Grid | None = None,
+    mask_BTS: Bool[Array, "B T S"] | None = None,
   ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
     cfg = self.cfg
     D, N, K, H = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -97,7 +120,8 @@ class Attention(nn.Module):
       cache = cache.replace(**arrays, **levels)
 
     def dense(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
-      return attend(cfg, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, kv_segment_ids_BS, q_offset)
+      ids = (segment_ids_BT, kv_segment_ids_BS)
+      return attend(cfg, q_BTNH, k_BSKH, v_BSKH, *ids, q_offset, mask_BTS)
 
     def sparse(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       return attend_sparse(cfg, q_BTNH, k_BSKH, v_BSKH, grid, compressed, nope)

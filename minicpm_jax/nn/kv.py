@@ -1,4 +1,4 @@
-"""One layer's view of the key/value cache: written in place, read whole."""
+"""One layer's view of the key/value cache: written in place, read whole or up to `span`."""
 
 import flax.struct
 import jax
@@ -11,49 +11,80 @@ class LayerCache:
   """Keys and values of one layer, or of all layers with the number of the one at work.
 
   Under the scan over layers the stacked arrays travel in the carry and each layer writes its T
-  new slots, so a decode step copies no cache.
+  new slots, so a decode step copies no cache. With `row` a forward of batch 1 works on that row of
+  a cache with more rows.
   """
 
   k: Float[Array, "*L B S K H"]
   v: Float[Array, "*L B S K V"]
-  length: Int[Array, ""]  # slots in use before this forward
+  length: Int[Array, "*B"]  # slots in use before this forward; one number, or one a row
   layer: Int[Array, ""] | None = None  # set when k and v are stacked
   k_nope: Float[Array, "*L B S K H"] | None = None  # keys before RoPE (sparse.use_nope)
   fine: Float[Array, "*L B F K H"] | None = None  # compressed keys, see nn/sparse_cache.py
   coarse: Float[Array, "*L B C K H"] | None = None
+  row: Int[Array, ""] | None = None
+  span: int | None = flax.struct.field(pytree_node=False, default=None)  # slots read; None = all
 
 
-def _write(cache, new_BTKH, layer, length):
+def write_at(cache: LayerCache, array: Array, new_BEKH: Array, first: Array) -> Array:
+  """`array` with new_BEKH at entries first.. of this layer and of every row (or of `cache.row`).
+
+  `first` is a scalar or one start a row. One row is a slice update; rows that start apart are one
+  scatter. Entries beyond the end are dropped by the scatter (a slice update would move: callers
+  keep room for all).
+  """
+  new = new_BEKH.astype(array.dtype)
   zero = jnp.zeros((), jnp.int32)
-  new = new_BTKH.astype(cache.dtype)
-  if layer is None:
-    cache = jax.lax.dynamic_update_slice(cache, new, (zero, length, zero, zero))
-    return cache, cache
-  cache = jax.lax.dynamic_update_slice(cache, new[None], (layer, zero, length, zero, zero))
-  return cache, jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+  rows = array.shape[-4]
+  if first.ndim and new.shape[0] == 1:
+    first = first[0]
+  if first.ndim == 0 and (cache.row is not None or rows == new.shape[0]):
+    row = zero if cache.row is None else cache.row
+    if cache.layer is None:
+      return jax.lax.dynamic_update_slice(array, new, (row, first, zero, zero))
+    return jax.lax.dynamic_update_slice(array, new[None], (cache.layer, row, first, zero, zero))
+  at_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+  at_BE = first[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None, :]
+  at = (at_B1, at_BE) if cache.layer is None else (cache.layer, at_B1, at_BE)
+  return array.at[at].set(new, mode="drop", unique_indices=True)
+
+
+def read(cache: LayerCache, array: Array, *, span: int | None = None) -> Array:
+  """This layer's entries [B, S, K, H] of `array`, those of `cache.row`, up to `span`."""
+  starts, sizes = [0] * 4, list(array.shape[-4:])
+  if cache.row is not None:
+    starts[0], sizes[0] = cache.row, 1
+  if span is not None:
+    sizes[1] = min(span, sizes[1])
+  if cache.layer is not None:
+    cut = jax.lax.dynamic_slice(array, (cache.layer, *starts), (1, *sizes))
+    return jnp.reshape(cut, sizes)
+  return array if sizes == list(array.shape) else jax.lax.dynamic_slice(array, starts, sizes)
 
 
 def write_nope(
   cache: LayerCache, k_BTKH: Float[Array, "B T K H"]
 ) -> tuple[Array, Float[Array, "B S K H"]]:
   """Puts T keys before RoPE at `length`; returns the cache's array and this layer's view."""
-  return _write(cache.k_nope, k_BTKH, cache.layer, cache.length)
+  array = write_at(cache, cache.k_nope, k_BTKH, cache.length)
+  return array, read(cache, array, span=cache.span)
 
 
 def view(
   cache: LayerCache, layer: Int[Array, ""] | None
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
   """Keys and values of a layer that has been written (`layer` None: not stacked)."""
-  if layer is None:
-    return cache.k, cache.v
-  return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
+  cache = cache.replace(layer=layer)
+  return read(cache, cache.k, span=cache.span), read(cache, cache.v, span=cache.span)
 
 
 def write(
   cache: LayerCache, k_BTKH: Float[Array, "B T K H"], v_BTKV: Float[Array, "B T K V"]
 ) -> tuple[LayerCache, Float[Array, "B S K H"], Float[Array, "B S K V"]]:
   """Puts T new tokens at `length`; returns the view for the next layer and this layer's k, v."""
-  k, k_BSKH = _write(cache.k, k_BTKH, cache.layer, cache.length)
-  v, v_BSKV = _write(cache.v, v_BTKV, cache.layer, cache.length)
+  k = write_at(cache, cache.k, k_BTKH, cache.length)
+  v = write_at(cache, cache.v, v_BTKV, cache.length)
+  written = cache.replace(k=k, v=v)
+  k_BSKH, v_BSKV = view(written, cache.layer)
   layer = None if cache.layer is None else cache.layer + 1
-  return cache.replace(k=k, v=v, layer=layer), k_BSKH, v_BSKV
+  return written.replace(layer=layer), k_BSKH, v_BSKV

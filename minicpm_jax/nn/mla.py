@@ -7,7 +7,7 @@ and the output, which makes it attention with one key head of that width.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh
@@ -27,6 +27,7 @@ class MLA(nn.Module):
     segment_ids_BT: Int[Array, "B T"] | None = None,
     kv_segment_ids_BS: Int[Array, "B S"] | None = None,
     cache: kv.LayerCache | None = None,
+    mask_BTS: Bool[Array, "B T S"] | None = None,
   ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
     cfg, mla = self.cfg, self.cfg.mla
     D, N, H = cfg.model_dim, cfg.num_heads, cfg.head_dim
@@ -60,9 +61,8 @@ class MLA(nn.Module):
       cache, k_BS1X, _ = kv.write(cache, new_k, new_k[..., :0])
       q_latent = jnp.einsum("BTNH,RNH->BTNR", q_nope, kv_b[..., :nope])
       q_BTNX = jnp.concatenate((q_latent, q_rope), axis=-1)
-      out_BTNR = attention.attend(
-        cfg, q_BTNX, k_BS1X, k_BS1X[..., :R], segment_ids_BT, kv_segment_ids_BS, q_offset
-      )
+      ids = (segment_ids_BT, kv_segment_ids_BS)
+      out_BTNR = attention.attend(cfg, q_BTNX, k_BS1X, k_BS1X[..., :R], *ids, q_offset, mask_BTS)
       out_BTNV = jnp.einsum("BTNR,RNV->BTNV", out_BTNR, kv_b[..., nope:])
     out_BTNV = mesh.constrain(out_BTNV, "act_batch", "act_seq", "act_heads", None)
     o_axes = ("heads", "head_dim", "embed")

@@ -23,6 +23,7 @@ _CURVES = {
   "minicpm4_8b": (64, 0.915773467047734, 31.105949332194008, 31.5, 5.334),
   "minicpm4p1_8b": (64, 0.8288299491615256, 63.17796446556374, 31.5, 5.334),
 }
+Length = int | Int[Array, ""] | Int[Array, "B"]  # of a sequence, in tokens; or one a row
 Family = Literal["minicpm3_4b", "minicpm4_0p5b", "minicpm4_8b", "minicpm4p1_8b"]
 
 
@@ -65,9 +66,11 @@ def attention_factor(rope: RopeConfig, max_position: int) -> float:
 
 
 def frequencies(
-  rope: RopeConfig, rotary_dim: int, max_position: int, length: int | Int[Array, ""] | None
-) -> tuple[Float[Array, "half"] | None, Float[Array, "half"]]:
+  rope: RopeConfig, rotary_dim: int, max_position: int, length: Length | None
+) -> tuple[Float[Array, "*B half"] | None, Float[Array, "*B half"]]:
   """(position multiplier or None, inverse frequencies) of a forward of `length` positions.
+
+  One length a row gives one row of each.
 
   The angle is (p * multiplier) * inverse frequency, in this order: the released code divides the
   position by LongRoPE's factor first, and float32 angles differ visibly at long positions.
@@ -79,10 +82,12 @@ def frequencies(
     inv_freq = inv_freq / rope.factor
   if rope.kind == "dynamic":
     # theta' = theta * stretch ** (d / (d - 2)), hence theta'^(-2i/d) carries stretch^(-2i/(d-2)).
-    excess = jnp.asarray(length, jnp.float32) / max_position
+    excess = jnp.asarray(length, jnp.float32)[..., None] / max_position
     stretch = jnp.maximum(rope.factor * excess - (rope.factor - 1.0), 1.0)
-    power = -exponents * rotary_dim / (rotary_dim - 2)
-    return None, jnp.asarray(inv_freq, jnp.float32) * stretch ** jnp.asarray(power, jnp.float32)
+    power = jnp.asarray(-exponents * rotary_dim / (rotary_dim - 2), jnp.float32)
+    shape = (1,) * (stretch.ndim - 1) + (-1,)
+    inv_freq = jnp.asarray(inv_freq, jnp.float32)
+    return None, jnp.reshape(inv_freq, shape) * stretch ** jnp.reshape(power, shape)
   multiplier = None
   if rope.kind == "longrope":
     short, long = (
@@ -90,7 +95,9 @@ def frequencies(
     )
     multiplier = short
     if rope.short_factor != rope.long_factor:
-      multiplier = jnp.where(jnp.asarray(length) > rope.original_max_position, long, short)
+      is_long = jnp.asarray(length)[..., None] > rope.original_max_position
+      shape = (1,) * (is_long.ndim - 1) + (-1,)
+      multiplier = jnp.where(is_long, jnp.reshape(long, shape), jnp.reshape(short, shape))
   return multiplier, jnp.asarray(inv_freq, jnp.float32)
 
 
@@ -99,7 +106,7 @@ def tables(
   rotary_dim: int,
   max_position: int,
   positions_BT: Int[Array, "B T"],
-  length: int | Int[Array, ""] | None = None,
+  length: Length | None = None,
 ) -> RopeTables:
   """cos/sin tables of the given positions; `length` None = largest position + 1."""
   needs_length = rope.kind == "dynamic" or (
@@ -110,8 +117,8 @@ def tables(
   multiplier, inv_freq = frequencies(rope, rotary_dim, max_position, length)
   position_BT11 = positions_BT.astype(jnp.float32)[:, :, None, None]
   if multiplier is not None:
-    position_BT11 = position_BT11 * multiplier[None, None, None, :]
-  angles = position_BT11 * inv_freq[None, None, None, :]
+    position_BT11 = position_BT11 * jnp.reshape(multiplier, (-1, 1, 1, multiplier.shape[-1]))
+  angles = position_BT11 * jnp.reshape(inv_freq, (-1, 1, 1, inv_freq.shape[-1]))
   m = attention_factor(rope, max_position)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   return RopeTables(cos, sin) if m == 1.0 else RopeTables(cos * m, sin * m)

@@ -110,7 +110,8 @@ def attend_blocks(
 
   A few queries against a cache go to `sparse_decode`, which reads it where it lies.
   """
-  is_decoding = grid.base_B is not None and q_BTNH.shape[1] <= sparse_attention.FEW
+  is_cached = grid.is_cached or grid.base_B is not None
+  is_decoding = is_cached and q_BTNH.shape[1] <= sparse_attention.FEW
 
   def local(q, k, v, ids, counts, grid):
     more = dict(block_size=cfg.block_size, q_offset=grid.offset, start_BT=grid.start_BT)

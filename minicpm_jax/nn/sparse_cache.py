@@ -35,17 +35,17 @@ def extend(
   """
   arrays, views = {}, []
   for level in LEVELS:
-    new_BEKH, first_B = _new_windows(keys, cache.layer, cfg, grid, LEVELS[level])
-    array, view = _write(getattr(cache, level), new_BEKH, cache.layer, first_B)
-    arrays[level] = array
-    views.append(view)
+    new_BEKH, first_B = _new_windows(cache, keys, cfg, grid, LEVELS[level])
+    arrays[level] = kv.write_at(cache, getattr(cache, level), new_BEKH, first_B)
+    span = None if cache.span is None else num_entries(cfg, level, cache.span)
+    views.append(kv.read(cache, arrays[level], span=span))
   return arrays, tuple(views)
 
 
-def _new_windows(keys, layer, cfg: SparseAttentionConfig, grid: sparse_grid.Grid, level: int):
+def _new_windows(cache, keys, cfg: SparseAttentionConfig, grid: sparse_grid.Grid, level: int):
   """(every window that T new tokens may complete, number of complete ones before)."""
   size, stride = level * cfg.kernel_size, level * cfg.kernel_stride
-  T, (B, S, K, H) = grid.start_BT.shape[1], keys.shape[-4:]
+  (B, T), (S, K, H) = grid.start_BT.shape, keys.shape[-3:]
   bound = T // stride + 1
   first_B = jnp.maximum(0, (jnp.maximum(grid.offset_B, 0) - size) // stride + 1)
   base_B = 0 if grid.base_B is None else grid.base_B
@@ -53,8 +53,7 @@ def _new_windows(keys, layer, cfg: SparseAttentionConfig, grid: sparse_grid.Grid
   slots_BR = jnp.minimum((base_B + stride * first_B)[:, None] + steps_R[None, :], S - 1)
 
   def means():
-    k_BSKH = keys if layer is None else jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-    rows_BRKH = jax.vmap(lambda k_SKH, at_R: k_SKH[at_R])(k_BSKH, slots_BR)
+    rows_BRKH = jax.vmap(lambda k_SKH, at_R: k_SKH[at_R])(kv.read(cache, keys), slots_BR)
     return topk_xla.compress(rows_BRKH, sparse_grid.rule_of(cfg), level)
 
   # Most decode steps complete no window. The branch also keeps XLA from fusing the write of the new
@@ -63,16 +62,3 @@ def _new_windows(keys, layer, cfg: SparseAttentionConfig, grid: sparse_grid.Grid
   zeros = functools.partial(jnp.zeros, (B, bound, K, H), keys.dtype)
   new_BEKH = jax.lax.cond(jnp.any(is_complete_B), means, zeros)
   return new_BEKH, first_B
-
-
-def _write(array, new_BEKH, layer, first_B):
-  """Puts new_BEKH at entries first_B on of every row (in place: no transposes around a scatter)."""
-  new_BEKH = new_BEKH.astype(array.dtype)
-  B, E = new_BEKH.shape[:2]
-  rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-  entries_BE = first_B[:, None] + jnp.arange(E, dtype=jnp.int32)[None, :]
-  if layer is None:
-    array = array.at[rows_B1, entries_BE].set(new_BEKH, mode="drop", unique_indices=True)
-    return array, array
-  array = array.at[layer, rows_B1, entries_BE].set(new_BEKH, mode="drop", unique_indices=True)
-  return array, jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)

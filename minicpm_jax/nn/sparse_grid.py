@@ -51,6 +51,7 @@ class Grid:
   is_off_BT: Any = None  # bool, documents off the grid; None = there is none
   base_B: Any = None  # int32, slot of position 0; None = slot 0
   static_offset: int | None = flax.struct.field(pytree_node=False, default=None)
+  is_cached: bool = flax.struct.field(pytree_node=False, default=False)  # decoding: no gradient
 
   @property
   def offset(self) -> Any:

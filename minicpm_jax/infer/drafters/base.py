@@ -1,0 +1,147 @@
+"""The one protocol of all drafters, and the tree they hand to the verifier (inference.md 1).
+
+A drafter is a frozen, hashable dataclass: sizes and modules, no arrays (it is a static argument of
+the jitted round). Its parameters and its state are pytrees. A drafter may be wrong, never harmful:
+whatever tree it returns, the tokens are those of plain sampling.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_NODES = 64  # root included
+CUT = -1  # token of a node that must not be accepted
+
+
+@flax.struct.dataclass
+class Tree:
+  """P nodes a row; node 0 is the root: the last sampled token, not yet in the cache.
+
+  Parents come before children. Siblings hold distinct tokens. A node with token `CUT` is never
+  accepted, nor is what hangs on it.
+  """
+
+  tok_BP: Any  # int32
+  parent_BP: Any  # int32, of the root 0
+  depth_BP: Any  # int32, 0 = root
+  anc_BPP: Any  # bool, [i, j]: j is i or an ancestor of i
+
+
+@flax.struct.dataclass
+class Committed:
+  """Tokens that have become part of the context: a chunk of a prompt, or the path of a round.
+
+  tokens_BT: at positions start_B + t. next_BT: the token after each (of the last one of a prompt:
+  the sampled root). features_BTD: the target's state at each token: hidden after the final norm,
+  or where the drafter has `tap_layers` the residual stream before those layers side by side.
+  Only the first num_B are real (0: leave the row as it is). `row`: None for all rows, else B = 1
+  and the state's row that this belongs to.
+  """
+
+  tokens_BT: Any  # int32
+  next_BT: Any  # int32
+  features_BTD: Any
+  start_B: Any  # int32
+  num_B: Any  # int32
+  row: Any = None  # int32 scalar
+
+
+class Params(NamedTuple):
+  """What a drafter may read."""
+
+  target: Any
+  draft: Any
+
+
+@runtime_checkable
+class Drafter(Protocol):
+  """See the module docstring. All methods but `check` and `init_state` are traced.
+
+  num_nodes: P, static, root included. num_levels: depth of the deepest node, so that a round emits
+  1..num_levels + 1 tokens. tap_layers: target layers whose input is wanted as feature; () = hidden
+  after the final norm. reuses_prefix: False where a copied row of the state is not enough to go on
+  from an earlier position (then the engine's prompt cache stays off).
+  """
+
+  num_nodes: int
+  num_levels: int
+  tap_layers: tuple[int, ...]
+  reuses_prefix: bool
+
+  def check(self, model: Any, params: Params) -> None:
+    """Raises ValueError where width, vocabulary or shapes do not fit the target."""
+
+  def init_state(self, model: Any, params: Params, batch_size: int, capacity: int) -> Any:
+    """Empty state. `capacity`: slots of the target's cache."""
+
+  def prefill(self, params: Params, state: Any, new: Committed) -> Any:
+    """State after a chunk of a prompt in one row. start_B 0 begins a new sequence."""
+
+  def draft(self, params: Params, state: Any, root_B: Any, length_B: Any) -> tuple[Tree, Any]:
+    """The tree after root_B (int32, at position length_B), and the state with scratch rows."""
+
+  def commit(self, params: Params, state: Any, new: Committed) -> Any:
+    """State after a round in all rows: T = num_levels + 1, num_B accepted."""
+
+  def copy_row(self, state: Any, source: Any, target: Any) -> Any:
+    """State in which row `target` continues like row `source` (prompt cache)."""
+
+
+def copy_rows(state: Any, source: Any, target: Any) -> Any:
+  """`copy_row` for states whose leaves all have the batch as their first axis."""
+  return jax.tree.map(lambda x: x.at[target].set(x[source]), state)
+
+
+def check_tree_size(num_nodes: int, num_levels: int) -> None:
+  if not 1 <= num_nodes <= MAX_NODES:
+    raise ValueError(f"num_nodes: found {num_nodes} tree nodes, expected 1..{MAX_NODES}")
+  if not 0 <= num_levels < num_nodes:
+    raise ValueError(f"num_levels: found {num_levels}, expected 0..{num_nodes - 1}")
+
+
+def chain(tok_BP: Any) -> Tree:
+  """The tree of one chain per row: root, then each token the child of the one before."""
+  B, P = tok_BP.shape
+  steps = np.arange(P, dtype=np.int32)
+
+  def rows(x: Any) -> Any:
+    return jnp.broadcast_to(jnp.asarray(x)[None], (B, *x.shape))
+
+  return Tree(
+    tok_BP=tok_BP,
+    parent_BP=rows(np.maximum(steps - 1, 0)),
+    depth_BP=rows(steps),
+    anc_BPP=rows(np.tril(np.ones((P, P), bool))),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoDrafter:
+  """Plain decoding: a tree of the root alone."""
+
+  num_nodes: int = 1
+  num_levels: int = 0
+  tap_layers: tuple[int, ...] = ()
+  reuses_prefix: bool = True
+
+  def check(self, model: Any, params: Params) -> None:
+    pass
+
+  def init_state(self, model: Any, params: Params, batch_size: int, capacity: int) -> Any:
+    return ()
+
+  def prefill(self, params: Params, state: Any, new: Committed) -> Any:
+    return state
+
+  def draft(self, params: Params, state: Any, root_B: Any, length_B: Any) -> tuple[Tree, Any]:
+    return chain(root_B[:, None]), state
+
+  def commit(self, params: Params, state: Any, new: Committed) -> Any:
+    return state
+
+  def copy_row(self, state: Any, source: Any, target: Any) -> Any:
+    return state

@@ -1,0 +1,563 @@
+"""The decode engine: requests in, tokens out, several rows at a time (inference.md 1-9).
+
+    engine = Engine(model, params, config.EngineConfig(max_batch=4))
+    uid = engine.add(Request(prompt, sampling))
+    while engine.has_work:
+      for event in engine.step(): ...
+
+Rows join and leave while others decode. The host asks for a round and reads the answer of the round
+before, so the device never waits for it; rows under a constraint are the exception. Tokens are a
+function of (prompt, sampling) alone: not of the drafter, the other rows, or the sizes.
+"""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_jax import config
+from minicpm_jax.core import rng, types
+from minicpm_jax.infer import rounds as rounds_lib
+from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import tree as tree_lib
+from minicpm_jax.infer.drafters import base
+from minicpm_jax.models import transformer
+
+NO_TOKEN = rounds_lib.NO_TOKEN
+SMALLEST_CHUNK = 16
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@runtime_checkable
+class TokenConstraint(Protocol):
+  """What may be said next; follows one output (infer/constrained.py has llguidance's)."""
+
+  def fill_mask(self, row: np.ndarray) -> None:
+    """Writes int32 [ceil(V / 32)]: bit i % 32 of word i // 32 is 1 where token i may follow."""
+
+  def consume(self, token: int) -> None:
+    """Goes on behind an allowed token."""
+
+  def rollback(self, num: int) -> None:
+    """Forgets the last `num` tokens."""
+
+  def is_accepting(self) -> bool: ...
+
+  def is_stopped(self) -> bool:
+    """Nothing may follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt. stop_ids are added to the engine's; `constraint` belongs to this request alone."""
+
+  prompt: Sequence[int]
+  sampling: config.SamplingConfig = config.SamplingConfig()
+  stop_ids: Sequence[int] = ()
+  constraint: TokenConstraint | None = None
+  want_logprobs: bool = False
+
+
+@dataclasses.dataclass
+class Stats:
+  """Counts and times of one request; compilation is apart and never inside a rate."""
+
+  prompt_tokens: int = 0
+  cached_tokens: int = 0  # of the prompt, taken from an earlier request
+  new_tokens: int = 0
+  prefill_seconds: float = 0.0
+  decode_seconds: float = 0.0  # from the first token to the last; other rows decode meanwhile
+  compile_seconds: float = 0.0
+  accepted: list[int] = dataclasses.field(default_factory=list)  # tokens of every round
+
+  @property
+  def mean_accepted(self) -> float:
+    """Mean accept length: tokens a round, the first token (of the prefill) excluded."""
+    return sum(self.accepted) / len(self.accepted) if self.accepted else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """Tokens of one request out of one step. logprobs: of the bare model, where asked for."""
+
+  id: int
+  tokens: list[int]
+  logprobs: list[float]
+  finish_reason: FinishReason | None = None
+  stats: Stats | None = None  # with the last event
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+  """New tokens of every prompt, the stop token included; log-probabilities of the bare model."""
+
+  tokens: list[list[int]]
+  logprobs: list[list[float]]
+  finish_reason: list[FinishReason]
+  stats: list[Stats] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _Job:
+  """A request on its way."""
+
+  id: int
+  request: Request
+  stops: tuple[int, ...]
+  stats: Stats
+  row: int = -1
+  num_cached: int = 0  # prompt tokens in the cache
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  finish_reason: FinishReason | None = None
+  started: float = 0.0
+  limit: int = 0
+  promised: int = 0  # tokens that rounds under way will bring at least
+
+
+@dataclasses.dataclass
+class _Row:
+  """What the host knows of a row of the cache."""
+
+  job: _Job | None = None
+  held: list[int] = dataclasses.field(default_factory=list)  # tokens whose keys are in the cache
+  kind: Any = None  # rotation and dense/sparse mode that these keys were made in
+
+
+class _Answer(NamedTuple):
+  """An answer under way: what it holds of which request of each row."""
+
+  answer: rounds_lib.Answer
+  jobs: list[_Job | None]
+  rounds: int  # 0 = the first token, out of the prefill
+
+
+class Engine:
+  """Continuous batching over `cfg.max_batch` rows; see the module docstring.
+
+  `model` and `params` as they are to run: on a CPU pass them through `generate.for_decoding` first.
+  `drafter` with its `draft_params` proposes tokens (infer/drafters); None decodes plainly.
+  """
+
+  def __init__(
+    self,
+    model: transformer.Transformer,
+    params: types.Params,
+    cfg: config.EngineConfig | None = None,
+    *,
+    drafter: base.Drafter | None = None,
+    draft_params: Any = (),
+    stop_ids: Sequence[int] = (),
+  ):
+    self.model, self.cfg = model, config.EngineConfig() if cfg is None else cfg
+    self.drafter = base.NoDrafter() if drafter is None else drafter
+    self.params = base.Params(params, draft_params)
+    self.stop_ids = tuple(stop_ids)
+    base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
+    self.drafter.check(model, self.params)
+    extra = max(SMALLEST_CHUNK, self.drafter.num_nodes)
+    self._num_slots = self.cfg.capacity + extra  # a padded chunk and a tree always fit behind
+    self._state = rounds_lib.init_state(
+      model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
+    )
+    self._rows = [_Row() for _ in range(self.cfg.max_batch)]
+    self._waiting: collections.deque[_Job] = collections.deque()
+    self._pending: collections.deque[_Answer] = collections.deque()
+    self._ids = itertools.count()
+    self._clock = time.perf_counter()
+    self._free_mask = jnp.full((1, -(-model.cfg.vocab_size // 32)), -1, jnp.int32)
+
+  # --- Requests -----------------------------------------------------------------------------------
+
+  @property
+  def num_free_slots(self) -> int:
+    """Rows that no request has, less the requests that wait; at least 0."""
+    return max(0, sum(row.job is None for row in self._rows) - len(self._waiting))
+
+  @property
+  def has_work(self) -> bool:
+    return bool(self._waiting or self._pending) or any(row.job is not None for row in self._rows)
+
+  def add(self, request: Request) -> int:
+    """Queues a request; its events carry the id. ValueError where it can never be served."""
+    prompt, vocab = list(map(int, request.prompt)), self.model.cfg.vocab_size
+    if not prompt:
+      raise ValueError("prompt: found no token, expected at least one (a BOS will do)")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= vocab:
+      found = low if low < 0 else high
+      raise ValueError(f"prompt: found token {found}, expected 0..{vocab - 1}")
+    room = self.cfg.capacity - self.drafter.num_nodes
+    if len(prompt) > room:
+      raise ValueError(
+        f"prompt: found {len(prompt)} tokens, expected at most {room}: the cache's "
+        f"{self.cfg.capacity} less a tree of {self.drafter.num_nodes}"
+      )
+    stops = tuple(dict.fromkeys((*self.stop_ids, *map(int, request.stop_ids))))
+    if len(stops) > rounds_lib.STOP_SLOTS:
+      raise ValueError(f"stop_ids: found {len(stops)}, expected at most {rounds_lib.STOP_SLOTS}")
+    job = _Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
+    job.stats.prompt_tokens = len(prompt)
+    job.limit = min(request.sampling.max_new_tokens, self.cfg.capacity - len(prompt) + 1)
+    self._waiting.append(job)
+    return job.id
+
+  def cancel(self, uid: int) -> Event | None:
+    """Ends a request now; its last event, or None where it is unknown or has ended."""
+    for job in list(self._waiting):
+      if job.id == uid:
+        self._waiting.remove(job)
+        return self._finish(job, "cancelled", [], [])
+    for row in self._rows:
+      if row.job is not None and row.job.id == uid:
+        self._state = rounds_lib.release(self._state, np.int32(row.job.row))
+        return self._finish(row.job, "cancelled", [], [])
+    return None
+
+  # --- One step -----------------------------------------------------------------------------------
+
+  def step(self) -> list[Event]:
+    """One chunk of a waiting prompt, one dispatch of rounds for the rows that decode.
+
+    Returns the events of the dispatch before (all that are left where nothing was dispatched).
+    """
+    num_before = len(self._pending)
+    self._admit()
+    filling = next((row.job for row in self._rows if self._is_filling(row.job)), None)
+    if filling is not None:
+      self._prefill_chunk(filling)
+    live = [row.job for row in self._rows if row.job is not None and not self._is_filling(row.job)]
+    events: list[Event] = []
+    if any(job.request.constraint is not None for job in live):
+      events += self._read_all()
+      live = [job for job in live if job.finish_reason is None]
+      if live:
+        self._constrained_round(live)
+        events += self._read_all()
+      return events
+    if any(len(job.tokens) + job.promised < job.limit for job in live):
+      self._dispatch(live)
+    num_new = len(self._pending) - num_before
+    while self._pending and (num_new == 0 or len(self._pending) > num_new):
+      events += self._read()
+    return events
+
+  def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+    """Events of these requests as they come; ids count from the first request's (the iterator
+    closed early cancels what is left)."""
+    uids = {self.add(request) for request in requests}
+    try:
+      while uids:
+        for event in self.step():
+          if event.id in uids:
+            if event.finish_reason is not None:
+              uids.discard(event.id)
+            yield event
+    finally:
+      for uid in uids:
+        self.cancel(uid)
+
+  def generate(
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: config.SamplingConfig | None = None,
+    *,
+    stop_ids: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
+    want_logprobs: bool = False,
+  ) -> Generation:
+    """Decodes prompts to the end. `seeds` gives every prompt its own noise."""
+    sampling = config.SamplingConfig() if sampling is None else sampling
+    seeds = [sampling.seed] * len(prompts) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+      raise ValueError(
+        f"seeds: found {len(seeds)}, expected one for each of {len(prompts)} prompts"
+      )
+    requests = [
+      Request(prompt, dataclasses.replace(sampling, seed=seed), stop_ids, None, want_logprobs)
+      for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return self.collect(requests)
+
+  def collect(self, requests: Sequence[Request]) -> Generation:
+    """Runs requests to the end, in their order."""
+    uids = [self.add(request) for request in requests]
+    tokens = {uid: [] for uid in uids}
+    logprobs = {uid: [] for uid in uids}
+    ends: dict[int, Event] = {}
+    while len(ends) < len(uids):
+      for event in self.step():
+        if event.id in tokens:
+          tokens[event.id] += event.tokens
+          logprobs[event.id] += event.logprobs
+          if event.finish_reason is not None:
+            ends[event.id] = event
+    return Generation(
+      tokens=[tokens[uid] for uid in uids],
+      logprobs=[logprobs[uid] for uid in uids],
+      finish_reason=[ends[uid].finish_reason for uid in uids],
+      stats=[ends[uid].stats for uid in uids],
+    )
+
+  # --- Inside -------------------------------------------------------------------------------------
+
+  @staticmethod
+  def _is_filling(job: _Job | None) -> bool:
+    return job is not None and job.num_cached < len(job.request.prompt)
+
+  def _kind(self, job: _Job) -> Any:
+    """Keys are reused only where they were made with the same rotation and attention."""
+    cfg, total = self.model.cfg, len(job.request.prompt)
+    rotation = None
+    if cfg.rope.kind == "longrope":
+      rotation = self._rope_length(job) > cfg.rope.original_max_position
+    elif cfg.rope.kind == "dynamic":
+      rotation = max(self._rope_length(job), cfg.max_position)
+    return rotation, cfg.sparse is not None and total >= cfg.sparse.dense_len
+
+  @staticmethod
+  def _rope_length(job: _Job) -> int:
+    return len(job.request.prompt) + job.request.sampling.max_new_tokens
+
+  def _admit(self) -> None:
+    """Waiting requests take free rows, those whose cache begins alike first."""
+    while self._waiting:
+      free = [i for i, row in enumerate(self._rows) if row.job is None]
+      if not free:
+        return
+      job = self._waiting.popleft()
+      row, source, num = self._choose_row(free, job)
+      job.row, job.num_cached, job.started = row, num, time.perf_counter()
+      job.stats.cached_tokens = num
+      self._rows[row] = _Row(job, list(job.request.prompt[:num]), self._kind(job))
+      if source != row:
+        copied = (self.drafter, self._state, np.int32(source), np.int32(row))
+        self._state = rounds_lib.copy_row(*copied)
+      self._state = rounds_lib.admit(self._state, np.int32(row), self._settings(job))
+
+  def _choose_row(self, free: list[int], job: _Job) -> tuple[int, int, int]:
+    """(row, row to continue, tokens of it). One token less than the common prefix is reused: the
+    state of a draft at the last one depends on the token that follows."""
+    prompt, kind = job.request.prompt, self._kind(job)
+
+    def common(index: int) -> int:
+      row = self._rows[index]
+      if self.cfg.min_prefix < 0 or row.kind != kind or not self.drafter.reuses_prefix:
+        return 0
+      pairs = zip(row.held, prompt, strict=False)
+      num = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.held), len(prompt)))
+      return max(0, num - 1)
+
+    own = max(free, key=lambda i: (common(i), -len(self._rows[i].held)))
+    best = max(range(len(self._rows)), key=common)
+    if common(best) >= common(own) + max(1, self.cfg.min_prefix):
+      own = min(free, key=lambda i: len(self._rows[i].held))
+      return own, best, common(best)
+    num = common(own)
+    return own, own, num if num >= self.cfg.min_prefix else 0
+
+  def _settings(self, job: _Job) -> rounds_lib.RowSettings:
+    sampling = job.request.sampling
+    stops_E = np.full(rounds_lib.STOP_SLOTS, NO_TOKEN, np.int32)
+    stops_E[: len(job.stops)] = job.stops
+    seen_V = np.zeros(self.model.cfg.vocab_size, bool)
+    seen_V[job.request.prompt] = True
+    one = lambda value, dtype: np.full((1,), value, dtype)  # noqa: E731
+    return rounds_lib.RowSettings(
+      start=np.int32(job.num_cached),
+      limit=np.int32(job.limit),
+      stops_E=stops_E,
+      rope_length=np.int32(self._rope_length(job)),
+      seen_V=seen_V,
+      wants_logprobs=np.bool_(job.request.want_logprobs),
+      sampling=sampling_lib.SamplingState(
+        key_B=rng.key(sampling.seed, "sampling")[None],
+        temperature_B=one(sampling.temperature, np.float32),
+        top_k_B=one(sampling.top_k, np.int32),
+        top_p_B=one(sampling.top_p, np.float32),
+        min_p_B=one(sampling.min_p, np.float32),
+        penalty_B=one(sampling.repetition_penalty, np.float32),
+      ),
+    )
+
+  def _span(self, num_slots: int) -> int:
+    span = self.cfg.min_span
+    while span < num_slots:
+      span *= 2
+    return min(span, self._num_slots)
+
+  def _chunk_size(self, start: int, rest: int) -> int:
+    """The largest chunk while the prompt fills it, then the smallest that holds the rest."""
+    size, sizes = self.cfg.chunk_size, []
+    while size >= SMALLEST_CHUNK:
+      sizes.append(size)
+      size //= 4
+    sizes.append(SMALLEST_CHUNK)
+    fitting = [s for s in sizes if start + s <= self._num_slots]
+    holding = [s for s in fitting if s >= rest]
+    return min(holding) if holding else max(fitting)
+
+  def _prefill_chunk(self, job: _Job) -> None:
+    prompt, start = job.request.prompt, job.num_cached
+    size = self._chunk_size(start, len(prompt) - start)
+    num = min(size, len(prompt) - start)
+    is_last = start + num == len(prompt)
+    tokens_1C = np.zeros((1, size), np.int32)
+    tokens_1C[0, :num] = prompt[start : start + num]
+    mask_1W = self._free_mask
+    if is_last and job.request.constraint is not None:
+      mask_1W = np.zeros(self._free_mask.shape, np.int32)
+      job.request.constraint.fill_mask(mask_1W[0])
+      _check_mask(mask_1W[0], job)
+    args = (
+      *(tokens_1C, np.int32(job.row), np.int32(num), np.int32(len(prompt))),
+      *(np.int32(NO_TOKEN if is_last else prompt[start + num]), mask_1W),
+    )
+    answer = self._call(rounds_lib.prefill, [job], *args, span=self._span(start + size))
+    job.num_cached += num
+    self._rows[job.row].held += prompt[start : start + num]
+    if is_last:
+      self._await(_Answer(answer, [job], 0))
+
+  def _dispatch(self, live: list[_Job]) -> None:
+    rounds, A = self.cfg.rounds_per_dispatch, self.drafter.num_levels + 1
+    # Answers under way may have made a row longer than the host knows.
+    ahead = sum(p.rounds for p in self._pending) * A
+    length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
+    span = self._span(length + rounds * A + self.drafter.num_nodes)
+    answer = self._call(rounds_lib.run, live, span=span, rounds=rounds)
+    self._await(_Answer(answer, self._jobs_by_row(live), rounds))
+
+  def _constrained_round(self, live: list[_Job]) -> None:
+    """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""
+    tree, self._state = rounds_lib.draft(self.drafter, self.params, self._state)
+    tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
+    mask_BPW = np.full((*tok_BP.shape, self._free_mask.shape[1]), -1, np.int32)
+    for job in live:
+      if job.request.constraint is not None:
+        b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
+        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
+        _check_mask(mask_PW[0], job)
+        mask_PW[tok_BP[b] < 0] = -1
+        mask_BPW[b] = mask_PW
+    length = max(len(job.request.prompt) + len(job.tokens) for job in live)
+    span = self._span(length + self.drafter.num_nodes)
+    tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
+    answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
+    self._await(_Answer(answer, self._jobs_by_row(live), 1))
+
+  def _await(self, answer: _Answer) -> None:
+    self._pending.append(answer)
+    for job in answer.jobs:
+      if job is not None:
+        job.promised += max(1, answer.rounds)
+
+  def _jobs_by_row(self, live: list[_Job]) -> list[_Job | None]:
+    by_row = {job.row: job for job in live}
+    return [by_row.get(i) for i in range(len(self._rows))]
+
+  def _call(self, function: Any, jobs: list[_Job], *args: Any, **static: Any) -> Any:
+    """Runs a function of the state; what it compiles first is timed apart."""
+    head = (self.model, self.drafter, self.params, self._state)
+    shapes = tuple(getattr(x, "shape", None) for x in args)
+    key = (function.__name__, self.model, self.drafter, shapes, tuple(static.items()))
+    key += (self.cfg.max_batch, self._num_slots)
+    if key not in _COMPILED:
+      begin = time.perf_counter()
+      function.lower(*head, *args, **static).compile()
+      _COMPILED.add(key)
+      seconds = time.perf_counter() - begin
+      self._clock += seconds
+      for job in jobs:
+        job.stats.compile_seconds += seconds
+        job.started += seconds
+    self._state, answer = function(*head, *args, **static)
+    return answer
+
+  def _read_all(self) -> list[Event]:
+    events = []
+    while self._pending:
+      events += self._read()
+    return events
+
+  def _read(self) -> list[Event]:
+    """Waits for the oldest answer and turns it into events."""
+    answer, jobs, num_rounds = self._pending.popleft()
+    tokens_BRA, logprobs_BRA, is_bad_B = jax.device_get(
+      (answer.tokens_BRA, answer.logprobs_BRA, answer.is_bad_B)
+    )
+    now, events = time.perf_counter(), []
+    seconds, self._clock = now - self._clock, now
+    for b, job in enumerate(jobs):
+      if job is None or job.finish_reason is not None:
+        continue
+      job.promised -= max(1, num_rounds)
+      if is_bad_B[b]:
+        raise ValueError(
+          f"request {job.id}: found non-finite logits, expected finite (broken weights?)"
+        )
+      if num_rounds:
+        job.stats.decode_seconds += seconds
+      else:
+        job.stats.prefill_seconds = now - job.started
+      event = self._emit(job, tokens_BRA[b], logprobs_BRA[b], is_prefill=num_rounds == 0)
+      if event is not None:
+        events.append(event)
+    return events
+
+  def _emit(self, job: _Job, tokens_RA, logprobs_RA, *, is_prefill: bool) -> Event | None:
+    is_token_RA = tokens_RA != NO_TOKEN
+    counts = is_token_RA.sum(axis=1)
+    if not is_prefill:
+      job.stats.accepted += [int(n) for n in counts if n]
+    tokens = [int(t) for t in tokens_RA[is_token_RA]]
+    logprobs = [float(x) for x in logprobs_RA[is_token_RA]] if job.request.want_logprobs else []
+    reason: FinishReason | None = None
+    if job.request.constraint is not None:
+      tokens, is_stopped = _follow(job.request.constraint, tokens, job.stops)
+      logprobs = logprobs[: len(tokens)]
+      reason = "stop" if is_stopped else None
+    if not tokens:
+      return None
+    self._rows[job.row].held += [*job.tokens[-1:], *tokens[:-1]]  # the last is not in the cache
+    job.tokens += tokens
+    if tokens[-1] in job.stops:
+      reason = "stop"
+    elif reason is None and len(job.tokens) >= job.limit:
+      reason = "length"
+    if reason is None:
+      return Event(job.id, tokens, logprobs)
+    if job.request.constraint is not None:
+      self._state = rounds_lib.release(self._state, np.int32(job.row))
+    return self._finish(job, reason, tokens, logprobs)
+
+  def _finish(self, job: _Job, reason: FinishReason, tokens, logprobs) -> Event:
+    job.finish_reason = reason
+    job.stats.new_tokens = len(job.tokens)
+    if job.row >= 0:
+      self._rows[job.row].job = None
+    return Event(job.id, tokens, logprobs, reason, job.stats)
+
+
+_COMPILED: set[Any] = set()
+
+
+def _check_mask(mask_W: np.ndarray, job: _Job) -> None:
+  if not mask_W.any():
+    raise ValueError(f"request {job.id}: constraint allows no token, expected at least one")
+
+
+def _follow(
+  constraint: TokenConstraint, tokens: list[int], stops: tuple[int, ...]
+) -> tuple[list[int], bool]:
+  """(tokens up to the one that ends the constraint, whether it has ended)."""
+  for i, token in enumerate(tokens):
+    constraint.consume(token)
+    if constraint.is_stopped() or token in stops:
+      return tokens[: i + 1], True
+  return tokens, False

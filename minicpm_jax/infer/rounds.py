@@ -1,0 +1,323 @@
+"""What the engine runs on the device: prefill of a chunk, one round, several rounds (inference.md).
+
+A round drafts a tree, verifies it with one forward of the target and commits the accepted path.
+Plain decoding is a tree of the root alone. All functions are of static shape; the state is donated.
+The root is sampled but not yet in the cache; its position is the row's length.
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from minicpm_jax import config
+from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import tree as tree_lib
+from minicpm_jax.infer.drafters import base
+from minicpm_jax.models import cache as cache_lib
+
+NO_TOKEN = -1  # in an answer: nothing was emitted here
+STOP_SLOTS = 16  # stop ids a row may have
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that one round hands to the next."""
+
+  cache: Any  # KVCache, one length a row
+  draft: Any  # the drafter's
+  root_B: Any  # int32
+  is_live_B: Any  # bool, rows that decode
+  num_emitted_B: Any  # int32
+  limit_B: Any  # int32, tokens to emit at most
+  stops_BE: Any  # int32, NO_TOKEN = unused
+  rope_length_B: Any  # int32, what LongRoPE and dynamic NTK scale for
+  seen_BV: Any  # bool, tokens of prompt and output (repetition penalty)
+  wants_logprobs_B: Any  # bool
+  sampling: sampling_lib.SamplingState
+
+
+@flax.struct.dataclass
+class RowSettings:
+  """What a request sets in its row."""
+
+  start: Any  # int32, cache slots that hold its first tokens already
+  limit: Any  # int32
+  stops_E: Any  # int32
+  rope_length: Any  # int32
+  seen_V: Any  # bool
+  wants_logprobs: Any  # bool
+  sampling: sampling_lib.SamplingState  # of one row
+
+
+@flax.struct.dataclass
+class Answer:
+  """What the host reads. tokens_BRA: of each round, `NO_TOKEN` beyond what a row emitted."""
+
+  tokens_BRA: Any  # int32
+  logprobs_BRA: Any  # float32, of the bare model; 0 unless asked for
+  is_bad_B: Any  # bool, logits were not finite
+
+
+def init_state(
+  model: Any, drafter: base.Drafter, params: base.Params, batch_size: int, capacity: int
+) -> State:
+  B, V = batch_size, model.cfg.vocab_size
+  no_sampling = sampling_lib.sampling_state(config.SamplingConfig(), [0] * B)
+  return State(
+    cache=cache_lib.init(model.cfg, B, capacity, per_row=True),
+    draft=drafter.init_state(model, params, B, capacity),
+    root_B=jnp.zeros((B,), jnp.int32),
+    is_live_B=jnp.zeros((B,), bool),
+    num_emitted_B=jnp.zeros((B,), jnp.int32),
+    limit_B=jnp.zeros((B,), jnp.int32),
+    stops_BE=jnp.full((B, STOP_SLOTS), NO_TOKEN, jnp.int32),
+    rope_length_B=jnp.full((B,), capacity, jnp.int32),
+    seen_BV=jnp.zeros((B, V), bool),
+    wants_logprobs_B=jnp.zeros((B,), bool),
+    sampling=no_sampling,
+  )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def admit(state: State, row: Any, new: RowSettings) -> State:
+  """Gives a row to a request; the first `new.start` slots of its cache are kept."""
+  return state.replace(
+    cache=state.cache.replace(length=state.cache.length.at[row].set(new.start)),
+    is_live_B=state.is_live_B.at[row].set(False),
+    num_emitted_B=state.num_emitted_B.at[row].set(0),
+    limit_B=state.limit_B.at[row].set(new.limit),
+    stops_BE=state.stops_BE.at[row].set(new.stops_E),
+    rope_length_B=state.rope_length_B.at[row].set(new.rope_length),
+    seen_BV=state.seen_BV.at[row].set(new.seen_V),
+    wants_logprobs_B=state.wants_logprobs_B.at[row].set(new.wants_logprobs),
+    sampling=jax.tree.map(lambda x, y: x.at[row].set(y[0]), state.sampling, new.sampling),
+  )
+
+
+@functools.partial(jax.jit, static_argnames="drafter", donate_argnames="state")
+def copy_row(drafter: base.Drafter, state: State, source: Any, target: Any) -> State:
+  """Row `target` continues like row `source` (prompt cache)."""
+  return state.replace(
+    cache=cache_lib.copy_row(state.cache, source, target),
+    draft=drafter.copy_row(state.draft, source, target),
+  )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def release(state: State, row: Any) -> State:
+  """The row stops decoding; its cache stays for requests that begin alike."""
+  return state.replace(is_live_B=state.is_live_B.at[row].set(False))
+
+
+def _rope_length(cfg: config.ModelConfig, length_B: Any) -> Any:
+  """None where the model does not ask for it: then the tables need no data."""
+  return length_B if cfg.rope.kind in ("dynamic", "longrope") else None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
+def prefill(
+  model: Any,
+  drafter: base.Drafter,
+  params: base.Params,
+  state: State,
+  tokens_1C: Any,
+  row: Any,
+  num_real: Any,
+  total: Any,
+  next_id: Any,
+  mask_1W: Any,
+  *,
+  span: int,
+) -> tuple[State, Answer]:
+  """One chunk of a prompt of `total` tokens, padded to C; samples the root where next_id < 0.
+
+  next_id: the token after this chunk, NO_TOKEN for the last one. mask_1W: bits of the tokens that
+  may be the root.
+  """
+  start = state.cache.length[row]
+  out = model.apply(
+    {"params": params.target},
+    tokens_1C,
+    cache=state.cache,
+    step=cache_lib.Step(num_new_B=num_real[None], row=row, total_B=total[None], span=span),
+    rope_length=_rope_length(model.cfg, state.rope_length_B[row][None]),
+    tap_layers=drafter.tap_layers,
+    return_logits=False,
+  )
+  last = jax.lax.dynamic_slice_in_dim(out.hidden, num_real - 1, 1, axis=1)
+  logits_1V = model.apply({"params": params.target}, last, method="unembed")[:, 0]
+  sampling = jax.tree.map(lambda x: x[row][None], state.sampling)
+  token_1 = sampling_lib.sample(
+    sampling_lib.apply_bitmask(logits_1V, mask_1W),
+    sampling,
+    (start + num_real)[None],
+    lambda: state.seen_BV[row][None],
+  )
+  is_last = next_id < 0
+  root = jnp.where(is_last, token_1[0], next_id)
+  following_1C = jnp.concatenate((tokens_1C[:, 1:], tokens_1C[:, :1]), axis=1)
+  following_1C = following_1C.at[0, num_real - 1].set(root)
+  new = base.Committed(
+    tokens_BT=tokens_1C,
+    next_BT=following_1C,
+    features_BTD=out.taps if drafter.tap_layers else out.hidden,
+    start_B=start[None],
+    num_B=num_real[None],
+    row=row,
+  )
+  is_open = is_last & ~jnp.any(root == state.stops_BE[row]) & (state.limit_B[row] > 1)
+  logprob_1 = sampling_lib.logprobs(logits_1V, token_1)
+  state = state.replace(
+    cache=out.cache,
+    draft=drafter.prefill(params, state.draft, new),
+    root_B=state.root_B.at[row].set(root),
+    is_live_B=state.is_live_B.at[row].set(is_open),
+    num_emitted_B=state.num_emitted_B.at[row].set(is_last.astype(jnp.int32)),
+    seen_BV=state.seen_BV.at[row, root].set(True),
+  )
+  token = jnp.where(is_last, root, NO_TOKEN)
+  return state, Answer(
+    tokens_BRA=token[None, None, None],
+    logprobs_BRA=logprob_1[:, None, None],
+    is_bad_B=~jnp.all(jnp.isfinite(jnp.max(logits_1V, axis=1, keepdims=True)), axis=1),
+  )
+
+
+def _draft(drafter: base.Drafter, params: base.Params, state: State) -> tuple[base.Tree, State]:
+  tree, draft = drafter.draft(params, state.draft, state.root_B, state.cache.length)
+  return tree, state.replace(draft=draft)
+
+
+def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, span):
+  """(state after the round, tokens_BA, logprobs_BA, is_bad_B)."""
+  cfg, D = model.cfg, drafter.num_levels
+  B, P = tree.tok_BP.shape
+  length_B = state.cache.length
+  out = model.apply(
+    {"params": params.target},
+    jnp.maximum(tree.tok_BP, 0),
+    cache=state.cache,
+    step=cache_lib.Step(anc_BTT=tree.anc_BPP, depth_BT=tree.depth_BP, span=span),
+    rope_length=_rope_length(cfg, state.rope_length_B),
+    tap_layers=drafter.tap_layers,
+  )
+  logits_NV = jnp.reshape(out.logits, (B * P, -1))
+  masked_NV = logits_NV
+  if mask_BPW is not None:
+    masked_NV = sampling_lib.apply_bitmask(logits_NV, jnp.reshape(mask_BPW, (B * P, -1)))
+  y_N = sampling_lib.sample(
+    masked_NV,
+    state.sampling.rows(P),
+    jnp.reshape(length_B[:, None] + tree.depth_BP + 1, (-1,)),
+    lambda: tree_lib.seen_by_nodes(state.seen_BV, tree, D),
+  )
+  acc_B, path_BA, new_BA = tree_lib.match(tree, jnp.reshape(y_N, (B, P)), D)
+  acc_B, is_live_B = _cut(state, acc_B, new_BA)
+  steps_1A = jnp.arange(D + 1, dtype=jnp.int32)[None, :]
+  emitted_BA = jnp.where(steps_1A < acc_B[:, None], new_BA, NO_TOKEN)
+  last_B = jnp.take_along_axis(new_BA, jnp.maximum(acc_B - 1, 0)[:, None], axis=1)[:, 0]
+  features = out.taps if drafter.tap_layers else out.hidden
+  new = base.Committed(
+    tokens_BT=jnp.take_along_axis(jnp.maximum(tree.tok_BP, 0), path_BA, axis=1),
+    next_BT=new_BA,
+    features_BTD=jnp.take_along_axis(features, path_BA[:, :, None], axis=1),
+    start_B=length_B,
+    num_B=acc_B,
+  )
+  path_NA = path_BA + P * jnp.arange(B, dtype=jnp.int32)[:, None]
+
+  def logprobs():
+    rows = jnp.reshape(path_NA, (-1,))
+    return sampling_lib.logprobs(logits_NV[rows], jnp.reshape(new_BA, (-1,)))
+
+  wanted = jnp.any(state.wants_logprobs_B & state.is_live_B)
+  logprobs_N = jax.lax.cond(wanted, logprobs, lambda: jnp.zeros((B * (D + 1),), jnp.float32))
+  rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+  seen_ids_BA = jnp.where(emitted_BA < 0, state.seen_BV.shape[1], emitted_BA)
+  root_logits_B = jnp.max(jnp.reshape(logits_NV, (B, P, -1))[:, 0], axis=-1)
+  is_bad_B = ~jnp.isfinite(root_logits_B) & state.is_live_B
+  state = state.replace(
+    cache=cache_lib.commit(cfg, out.cache, path_BA, acc_B),
+    draft=drafter.commit(params, state.draft, new),
+    root_B=jnp.where(acc_B > 0, last_B, state.root_B),
+    is_live_B=is_live_B,
+    num_emitted_B=state.num_emitted_B + acc_B,
+    seen_BV=state.seen_BV.at[rows_B1, seen_ids_BA].set(True, mode="drop"),
+  )
+  return state, emitted_BA, jnp.reshape(logprobs_N, (B, D + 1)), is_bad_B
+
+
+def _cut(state: State, acc_B, new_BA):
+  """(tokens emitted, rows that go on): cut after the first stop id and at the limit."""
+  steps_1A = jnp.arange(new_BA.shape[1], dtype=jnp.int32)[None, :]
+  is_stop_BA = jnp.any(new_BA[:, :, None] == state.stops_BE[:, None, :], axis=2)
+  until_BA = jnp.where(is_stop_BA, steps_1A + 1, new_BA.shape[1])
+  acc_B = jnp.minimum(acc_B, jnp.min(until_BA, axis=1))
+  acc_B = jnp.minimum(acc_B, state.limit_B - state.num_emitted_B)
+  acc_B = jnp.where(state.is_live_B, acc_B, 0)
+  is_stopped_B = jnp.any(is_stop_BA & (steps_1A < acc_B[:, None]), axis=1)
+  is_open_B = state.is_live_B & ~is_stopped_B & (state.num_emitted_B + acc_B < state.limit_B)
+  return acc_B, is_open_B
+
+
+@functools.partial(
+  jax.jit, static_argnames=("model", "drafter", "span", "rounds"), donate_argnames="state"
+)
+def run(
+  model: Any, drafter: base.Drafter, params: base.Params, state: State, *, span: int, rounds: int
+) -> tuple[State, Answer]:
+  """`rounds` rounds, fewer when no row is live."""
+
+  def one(state):
+    tree, state = _draft(drafter, params, state)
+    return _verify(model, drafter, params, state, tree, None, span)
+
+  if rounds == 1:
+    state, tokens, logprobs, is_bad_B = one(state)
+    return state, Answer(tokens[:, None], logprobs[:, None], is_bad_B)
+
+  def body(carry):
+    i, state, answer = carry
+    state, tokens, logprobs, is_bad_B = one(state)
+    answer = Answer(
+      tokens_BRA=answer.tokens_BRA.at[:, i].set(tokens),
+      logprobs_BRA=answer.logprobs_BRA.at[:, i].set(logprobs),
+      is_bad_B=answer.is_bad_B | is_bad_B,
+    )
+    return i + 1, state, answer
+
+  shape = (state.root_B.shape[0], rounds, drafter.num_levels + 1)
+  answer = Answer(
+    tokens_BRA=jnp.full(shape, NO_TOKEN, jnp.int32),
+    logprobs_BRA=jnp.zeros(shape, jnp.float32),
+    is_bad_B=jnp.zeros(shape[:1], bool),
+  )
+  first = (jnp.zeros((), jnp.int32), state, answer)
+  is_on = lambda carry: (carry[0] < rounds) & jnp.any(carry[1].is_live_B)  # noqa: E731
+  _, state, answer = jax.lax.while_loop(is_on, body, first)
+  return state, answer
+
+
+@functools.partial(jax.jit, static_argnames="drafter", donate_argnames="state")
+def draft(drafter: base.Drafter, params: base.Params, state: State) -> tuple[base.Tree, State]:
+  """First half of a round, for the host to look at the tree (constraints)."""
+  return _draft(drafter, params, state)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
+def verify(
+  model: Any,
+  drafter: base.Drafter,
+  params: base.Params,
+  state: State,
+  tree: base.Tree,
+  mask_BPW: Any,
+  *,
+  span: int,
+) -> tuple[State, Answer]:
+  """Second half: mask_BPW holds the bits of the tokens that may follow each node."""
+  state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, tree, mask_BPW, span)
+  return state, Answer(tokens[:, None], logprobs[:, None], is_bad_B)

@@ -1,0 +1,150 @@
+"""The engine against full forwards without a cache, and against itself alone and in company."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.infer import engine as engine_lib
+from tests.infer import small
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 1, 8], list(range(20, 60))]
+GREEDY = config.SamplingConfig(max_new_tokens=10)
+DRAWN = config.SamplingConfig(temperature=1.3, top_k=40, top_p=0.95, max_new_tokens=10, seed=5)
+CFG = config.EngineConfig(capacity=64, max_batch=3, chunk_size=16, min_span=16)
+
+
+@pytest.fixture(scope="module")
+def mup():
+  return small.make()
+
+
+def argmax_tokens(model, params, prompt, num):
+  tokens = list(prompt)
+  for _ in range(num):
+    tokens.append(int(np.argmax(small.full_logits(model, params, tokens)[-1])))
+  return tokens[len(prompt) :]
+
+
+def test_greedy_is_the_argmax_of_full_forwards_with_more_requests_than_rows(mup):
+  out = engine_lib.Engine(*mup, CFG).generate(PROMPTS, GREEDY, want_logprobs=True)
+  for prompt, found, logprobs in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+    assert found == argmax_tokens(*mup, prompt, 10)
+    logits_TV = small.full_logits(*mup, prompt + found)[len(prompt) - 1 : -1]
+    expected = logits_TV[np.arange(10), found] - np.log(np.exp(logits_TV).sum(-1))
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+  assert out.finish_reason == ["length"] * 4
+  assert [s.prompt_tokens for s in out.stats] == [8, 1, 3, 40]
+
+
+def test_rows_of_a_batch_equal_each_alone_under_their_own_settings(mup):
+  settings = [
+    DRAWN,
+    dataclasses.replace(DRAWN, seed=8, repetition_penalty=1.4),
+    GREEDY,
+    dataclasses.replace(DRAWN, temperature=0.8, min_p=0.1, max_new_tokens=4),
+  ]
+  requests = [engine_lib.Request(p, s) for p, s in zip(PROMPTS, settings, strict=True)]
+  together = engine_lib.Engine(*mup, CFG).collect(requests)
+  alone_cfg = dataclasses.replace(CFG, max_batch=1)
+  alone = engine_lib.Engine(*mup, alone_cfg).collect(requests)
+  assert together.tokens == alone.tokens
+  assert [len(t) for t in together.tokens] == [10, 10, 10, 4]
+
+
+def test_greedy_with_a_penalty_against_the_equation(mup):
+  sampling = dataclasses.replace(GREEDY, repetition_penalty=1.7)
+  found = engine_lib.Engine(*mup, CFG).generate(PROMPTS[:1], sampling).tokens[0]
+  tokens = list(PROMPTS[0])
+  for _ in range(10):
+    logits_V = small.full_logits(*mup, tokens)[-1]
+    for i in set(tokens):
+      logits_V[i] = logits_V[i] / 1.7 if logits_V[i] > 0 else logits_V[i] * 1.7
+    tokens.append(int(np.argmax(logits_V)))
+  assert found == tokens[8:]
+  assert found != engine_lib.Engine(*mup, CFG).generate(PROMPTS[:1], GREEDY).tokens[0]
+
+
+def test_a_request_that_joins_late_and_one_that_is_cancelled(mup):
+  engine = engine_lib.Engine(*mup, CFG)
+  expected = engine.generate(PROMPTS[:3], DRAWN).tokens
+  first, second = (engine.add(engine_lib.Request(p, DRAWN)) for p in PROMPTS[:2])
+  tokens, ends = {first: [], second: []}, {}
+
+  def step():
+    for event in engine.step():
+      tokens[event.id] += event.tokens
+      if event.finish_reason:
+        ends[event.id] = event
+
+  for _ in range(4):
+    step()
+  last = engine.cancel(second)
+  assert (last.finish_reason, last.tokens) == ("cancelled", [])
+  assert engine.cancel(second) is None
+  third = engine.add(engine_lib.Request(PROMPTS[2], DRAWN))
+  tokens[third] = []
+  while engine.has_work:
+    step()
+  assert tokens[first] == expected[0] and tokens[third] == expected[2]
+  assert tokens[second] == expected[1][: len(tokens[second])]
+  assert 0 < len(tokens[second]) < 10
+  assert ends[first].stats.new_tokens == 10
+  assert engine.num_free_slots == 3
+
+
+def test_stop_ids_of_engine_and_request_end_a_row(mup):
+  engine = engine_lib.Engine(*mup, CFG)
+  whole = engine.generate(PROMPTS[:2], DRAWN).tokens
+  out = engine.generate(PROMPTS[:2], DRAWN, stop_ids=[small.VOCAB + 3, whole[0][4]])
+  cut = whole[0].index(whole[0][4])
+  assert (out.tokens[0], out.finish_reason[0]) == (whole[0][: cut + 1], "stop")
+  engine = engine_lib.Engine(*mup, CFG, stop_ids=[whole[1][0]])
+  out = engine.generate(PROMPTS[1:2], DRAWN)
+  assert (out.tokens, out.finish_reason) == ([[whole[1][0]]], ["stop"])
+
+
+@pytest.mark.parametrize(
+  "request_, text",
+  [
+    (engine_lib.Request([]), "prompt: found no token"),
+    (engine_lib.Request([1, small.VOCAB]), f"found token {small.VOCAB}, expected 0..60"),
+    (engine_lib.Request([1] * 64), "found 64 tokens, expected at most 63: the cache's 64"),
+    (engine_lib.Request([1], stop_ids=range(17)), "stop_ids: found 17, expected at most 16"),
+  ],
+)
+def test_bad_requests_are_refused_and_the_engine_goes_on(mup, request_, text):
+  engine = engine_lib.Engine(*mup, CFG)
+  with pytest.raises(ValueError, match=text):
+    engine.add(request_)
+  assert len(engine.generate([[1]], GREEDY).tokens[0]) == 10
+
+
+def test_an_output_ends_where_the_cache_is_full(mup):
+  sampling = dataclasses.replace(GREEDY, max_new_tokens=500)
+  prompt = list(range(60))
+  out = engine_lib.Engine(*mup, CFG).generate([prompt], sampling)
+  assert out.finish_reason == ["length"]
+  assert out.tokens[0] == argmax_tokens(*mup, prompt, 5)[: len(out.tokens[0])]
+  assert len(out.tokens[0]) == 5  # 60 + 4 slots, the last token needs none
+
+
+def test_non_finite_logits_are_refused(mup):
+  model, params = mup
+  broken = dict(params, final_norm={"scale": params["final_norm"]["scale"] * jnp.nan})
+  with pytest.raises(ValueError, match="non-finite logits"):
+    engine_lib.Engine(model, broken, CFG).generate([[1, 2]], GREEDY)
+
+
+def test_no_host_transfer_inside_a_round(mup):
+  """The dispatch of a round moves nothing between host and device."""
+  engine = engine_lib.Engine(*mup, CFG)
+  engine.generate(PROMPTS[:1], GREEDY)
+  engine.add(engine_lib.Request(PROMPTS[0], GREEDY))
+  engine.step()
+  live = [row.job for row in engine._rows if row.job is not None]
+  with jax.transfer_guard("disallow"):
+    engine._dispatch(live)
