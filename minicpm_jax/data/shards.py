@@ -92,6 +92,7 @@ class ShardConfig:
   add_eos: bool
   source_id: int
   shard_bytes: int  # text of one shard, at least (the last one may be smaller)
+  parse_special: bool = True  # "<s>" in the text became BOS; folders without the field did so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,7 +217,9 @@ def _write_shard(
   tokenizer: tokenizer_lib.Tokenizer, cfg: ShardConfig, chunk: _Chunk, folder: pathlib.Path
 ) -> ShardInfo:
   """Tokenises and writes one part file, then its description: both under final names only."""
-  if hasattr(tokenizer, "encode_batch"):
+  if not cfg.parse_special:
+    encoded = tokenizer_lib.encode_plain(tokenizer, chunk.texts)
+  elif hasattr(tokenizer, "encode_batch"):
     encoded = tokenizer.encode_batch(chunk.texts)
   else:
     encoded = [tokenizer.encode(text) for text in chunk.texts]
@@ -286,6 +289,7 @@ def prepare(
   source_id: int = 0,
   add_bos: bool | None = None,
   add_eos: bool = True,
+  parse_special: bool = False,
   shard_bytes: int = 32 << 20,
   num_workers: int = 1,
   overwrite: bool = False,
@@ -296,8 +300,10 @@ def prepare(
   Work is done in `folder.partial`, which becomes `folder` in one rename at the end: a failed run
   leaves no index, and a rerun keeps the shards whose text, config and sha256 still agree. A
   finished folder of the same documents and config is verified and kept. `tokenizer` is an object
-  or a folder; `add_bos` None = what the tokenizer says; `num_workers` > 1 uses processes (the
-  caller's main module must be importable). `on_shard(info, was_kept)` reports progress.
+  or a folder; `add_bos` None = what the tokenizer says; `parse_special` turns special tokens that
+  are spelled out in the text into their ids (default: they are text); `num_workers` > 1 uses
+  processes (the caller's main module must be importable). `on_shard(info, was_kept)` reports
+  progress.
   The shards do not depend on `num_workers`.
   """
   folder = pathlib.Path(folder)
@@ -324,6 +330,7 @@ def prepare(
     add_eos=add_eos,
     source_id=source_id,
     shard_bytes=shard_bytes,
+    parse_special=parse_special,
   )
   report = on_shard or (lambda info, was_kept: None)
   if folder.exists() and any(folder.iterdir()):

@@ -8,6 +8,7 @@ another file's dummy prefix is honoured per part, which is what SentencePiece it
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from minicpm_jax.core.extras import require_extra
@@ -46,14 +47,15 @@ class SentencePieceTokenizer(tokenizer.TraitsMixin):
         )
     self._added_by_id = {i: text for text, i in added_tokens.items()}
     self.vocab_size = max([size - 1, *added_tokens.values()]) + 1
-    longest_first = sorted(added_tokens, key=len, reverse=True)
-    self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    self._all = _splitter(self.added_tokens)
+    self._ordinary = _splitter(set(self.added_tokens) - set(self.special_tokens))
     self.strips_first_space = self.processor.encode("a", out_type=str)[0].startswith("\u2581")
 
-  def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+  def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = True) -> list[int]:
     ids = []
-    for part in self._splitter.split(text) if self.added_tokens else [text]:
-      if part in self.added_tokens:
+    splitter = self._all if parse_special else self._ordinary
+    for i, part in enumerate(splitter.split(text) if splitter else [text]):
+      if i % 2:  # what the splitter matched
         ids.append(self.added_tokens[part])
       elif part:
         ids.extend(self.processor.encode(part))
@@ -97,6 +99,11 @@ class SentencePieceTokenizer(tokenizer.TraitsMixin):
         "tokenizer_config.json": tokenizer.json_bytes(config),
       },
     )
+
+
+def _splitter(tokens: Iterable[str]) -> re.Pattern[str] | None:
+  longest_first = sorted(tokens, key=lambda text: (-len(text), text))
+  return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
 def load(folder: pathlib.Path) -> SentencePieceTokenizer:

@@ -2,10 +2,13 @@
 
 A tokenizer here never adds or guesses a BOS by itself: `encode` is text to ids, special and added
 tokens in the text are recognised, and `add_bos=True` puts one BOS in front. `add_bos` (attribute)
-says what the model expects. Bytes come out exactly, so that streaming and bits-per-byte work.
+says what the model expects. With `parse_special=False` special tokens in the text are ordinary
+characters ("<s>" in a document is no BOS), which is what raw text wants: `encode_plain`. Bytes come
+out exactly, so that streaming and bits-per-byte work.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -44,10 +47,23 @@ class Tokenizer(Protocol):
   @property
   def chat_template(self) -> str | None: ...
 
-  def encode(self, text: str, *, add_bos: bool = False) -> list[int]: ...
+  def encode(
+    self, text: str, *, add_bos: bool = False, parse_special: bool = True
+  ) -> list[int]: ...
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
   def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes: ...
   def save(self, folder: str | os.PathLike[str]) -> None: ...
+
+
+def encode_plain(tok: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+  """Ids of raw text: a special token that is spelled out in it is text like any other.
+
+  Added tokens that are not special (white space runs, MiniCPM5's <think>) stay tokens.
+  """
+  option = {"parse_special": False} if tok.special_tokens else {}
+  if hasattr(tok, "encode_batch"):
+    return tok.encode_batch(list(texts), **option)
+  return [tok.encode(text, **option) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,12 +160,24 @@ class HFTokenizer(TraitsMixin):
     vocab = backend.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values(), default=-1) + 1
 
-  def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-    return self._with_bos(self.backend.encode(text, add_special_tokens=False).ids, add_bos)
+  def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = True) -> list[int]:
+    backend = self.backend if parse_special else self._plain
+    return self._with_bos(backend.encode(text, add_special_tokens=False).ids, add_bos)
 
-  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+  def encode_batch(self, texts: list[str], *, parse_special: bool = True) -> list[list[int]]:
     """Many texts at once on the library's threads."""
-    return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+    backend = self.backend if parse_special else self._plain
+    return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+  @functools.cached_property
+  def _plain(self) -> Any:
+    """A copy that reads special tokens as text: the switch is a state of the library's object."""
+    plain = type(self.backend).from_str(self.backend.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {key: value for key, value in self.__dict__.items() if key != "_plain"}
 
   def token_text(self, token_id: int) -> str | None:
     return self.backend.id_to_token(token_id)

@@ -271,3 +271,35 @@ def test_shard_config_is_part_of_the_index(tmp_path):
   assert dataclasses.asdict(index.config)["shard_bytes"] == 100
   assert index.config.tokenizer_hash == shards.tokenizer_hash(ByteTokenizer())
   assert index.config.tokenizer_hash != shards.tokenizer_hash(ByteTokenizer("another"))
+
+
+class Marked(ByteTokenizer):
+  """ "<s>" in the text is BOS, unless the text is plain."""
+
+  special_tokens = {"<s>": BOS}
+
+  def encode(self, text, *, add_bos=False, parse_special=True):
+    if not parse_special:
+      return list(text.encode())
+    parts = [list(part.encode()) for part in text.split("<s>")]
+    return [i for n, part in enumerate(parts) for i in [BOS] * (n > 0) + part]
+
+
+def test_special_tokens_in_raw_text_are_text(tmp_path):
+  text = ["HTML knows <s>struck</s> text"]
+  made = {}
+  for parse in (False, True):
+    folder = tmp_path / str(parse)
+    option = {"parse_special": True} if parse else {}
+    index = _prepare(folder, _docs(text), tokenizer=Marked(), **option)
+    assert index.config.parse_special is parse
+    made[parse] = _sources().open_source("toy", folder)[0].tolist()
+  assert made[False] == [BOS, *text[0].encode(), EOS]
+  assert made[True].count(BOS) == 2
+  # A folder written before the field existed was made the other way: refused, not mixed.
+  path = tmp_path / "True" / "index.json"
+  body = json.loads(path.read_text())
+  del body["config"]["parse_special"]
+  path.write_text(json.dumps(body))
+  with pytest.raises(shards.ShardError, match="parse_special: found True, expected False"):
+    _prepare(tmp_path / "True", _docs(text), tokenizer=Marked())

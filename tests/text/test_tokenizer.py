@@ -320,3 +320,46 @@ def test_added_token_on_top_of_a_piece(copied):
 def test_bos_where_there_is_none(smollm):
   with pytest.raises(ValueError, match="no BOS"):
     smollm.encode("x", add_bos=True)
+
+
+SPELLED = "a <s> in HTML, <|im_start|>user <|im_end|></s> <|endoftext|> and <unk>"
+
+
+@pytest.mark.parametrize("name", ["smollm", "trained"])
+def test_plain_text_has_no_special_tokens(request, name):
+  """Reference: the same file without its special tokens."""
+  tok = request.getfixturevalue(name)
+  spec = json.loads(tok.backend.to_str())
+  spec["added_tokens"], spec["post_processor"] = [], None
+  bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  special = set(tok.special_tokens.values())
+  assert special & set(tok.encode(SPELLED))
+  plain = tok.encode(SPELLED, parse_special=False)
+  assert plain == bare.encode(SPELLED).ids
+  assert not special & set(plain)
+  assert tok.decode_bytes(plain) == SPELLED.encode()
+  assert tok.encode_batch([SPELLED, "x"], parse_special=False)[0] == plain
+  assert tokenizer.encode_plain(tok, [SPELLED, "x"])[0] == plain
+  assert special & set(pickle.loads(pickle.dumps(tok)).encode(SPELLED))  # the other mode stays
+
+
+def test_plain_text_of_sentencepiece(minicpm4, shared_dir):
+  path = shared_dir / "models/minicpm4-0.5b-tokenizer/tokenizer.model"
+  reference = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(SPELLED)
+  assert 73441 in minicpm4.encode(SPELLED)
+  assert tokenizer.encode_plain(minicpm4, [SPELLED]) == [reference]
+  assert not set(minicpm4.special_tokens.values()) & set(reference)
+
+
+def test_added_tokens_that_are_not_special_stay_tokens_in_plain_text(copied, shared_dir):
+  path = copied / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+  config["added_tokens_decoder"] = {
+    str(i): {"content": text, "special": text != "<|tool_call|>"} | flags
+    for text, i in json.loads((copied / "added_tokens.json").read_text()).items()
+  }
+  path.write_text(json.dumps(config))
+  tok = tokenizer.load_tokenizer(copied)
+  ids = tok.encode("<|tool_call|><|im_end|>", parse_special=False)
+  assert ids[0] == 73442 and 73440 not in ids
