@@ -144,8 +144,8 @@ def _positives(plan: Plan, lang: str) -> list[Doc]:
 def _negatives(plan: Plan) -> dict[str, dict[str, list[Doc]]]:
   """Documents of the inputs that `NegativeSeeds` leaves out, by language and file."""
   chosen: dict[str, dict[str, list[Doc]]] = {lang: {} for lang in plan.languages}
-  for path in documents.expand(plan.inputs):
-    for item in plan.reader(path):
+  for path, name in documents.name_files(plan.inputs):
+    for item in plan.reader.named(name)(path):
       if isinstance(item, Dropped) or not is_negative(item.id, plan.negative_permille):
         continue
       lang = item.lang or langid.identify(item.text)[0]
@@ -252,8 +252,8 @@ def write_shards(plan: Plan, final: executor.Report, tell: Tell) -> dict[str, sh
         yield doc
 
   def raw() -> Iterator[Doc]:
-    for path in documents.expand(plan.inputs):
-      for item in plan.reader(path):
+    for path, name in documents.name_files(plan.inputs):
+      for item in plan.reader.named(name)(path):
         is_doc = isinstance(item, Doc)
         if is_doc and not documents.is_heldout(item.id, plan.heldout_permille):
           yield item
@@ -274,12 +274,8 @@ def write_shards(plan: Plan, final: executor.Report, tell: Tell) -> dict[str, sh
 
 
 def _bpe_texts(final: executor.Report) -> Iterator[str]:
-  size = 0
-  for doc in executor.read_kept(final.folder):
-    size += len(doc.text)
-    yield from doc.text.splitlines(keepends=True)
-    if size >= _BPE_CHARS:
-      return
+  for text in documents.head((d.text for d in executor.read_kept(final.folder)), _BPE_CHARS):
+    yield from text.splitlines(keepends=True)
 
 
 def next_command(plan: Plan, made: dict[str, shards.Index]) -> str:

@@ -7,7 +7,7 @@
 
 Reads .jsonl, .txt, .md (also .gz, .zst) and .parquet, files or folders. The same command again goes
 on where a stopped run ended. --heldout_permille=20 puts that share (by the hash of the document's
-id) into OUTPUT-heldout, for evaluation.
+id, which rows without one get from file name and line) into OUTPUT-heldout, for evaluation.
 """
 
 import pathlib
@@ -40,6 +40,7 @@ _SPLIT = _flag(
   flags.DEFINE_enum, "text_split", "file", ["file", "line", "paragraph"], "Document of plain text."
 )
 _BOS = _flag(flags.DEFINE_bool, "add_bos", None, "BOS in front; default: as the tokenizer says.")
+_SPECIAL = _flag(flags.DEFINE_bool, "parse_special", False, '"<s>" in the text is BOS, not text.')
 _HELDOUT = _flag(flags.DEFINE_integer, "heldout_permille", 0, "Documents in a thousand held out.")
 _SHARD_MB = _flag(flags.DEFINE_integer, "shard_mb", 32, "Text of one shard, MiB.")
 _WORKERS = _flag(flags.DEFINE_integer, "num_workers", 1, "Processes that tokenise.")
@@ -53,22 +54,14 @@ def _read(is_out: bool | None = None) -> Iterator[documents.Doc]:
       yield doc
 
 
-def _texts() -> Iterator[str]:
-  size = 0
-  for doc in _read():
-    size += len(doc.text)
-    yield doc.text
-    if size >= _BPE_CHARS:
-      return
-
-
 def _tokenizer(output: pathlib.Path) -> tokenizer_lib.Tokenizer:
   if (_TOKENIZER.value is None) == (_VOCAB.value is None):
     raise ValueError("--tokenizer, --train_tokenizer_vocab: expected exactly one of them")
   folder = pathlib.Path(_TOKENIZER.value or f"{output}-tokenizer")
   if _VOCAB.value is not None and not (folder / "tokenizer.json").exists():
     print(f"training a BPE of {_VOCAB.value} tokens")
-    tokenizer_lib.train_bpe(_texts(), _VOCAB.value).save(folder)
+    texts = documents.head((doc.text for doc in _read()), _BPE_CHARS)
+    tokenizer_lib.train_bpe(texts, _VOCAB.value).save(folder)
   loaded = tokenizer_lib.load_tokenizer(folder)
   if loaded is None:
     raise ValueError(f"--tokenizer: found no tokenizer.json or tokenizer.model in {folder}")
@@ -80,8 +73,7 @@ def _prepare(docs: Iterator[documents.Doc], folder: pathlib.Path, name: str, tok
 
   def on_shard(info: shards.ShardInfo, was_kept: bool) -> None:
     kept = " (kept)" if was_kept else ""
-    size = f"{info.num_documents:,} documents, {info.num_tokens:,} tokens"
-    print(f"{info.file}: {size}{kept} after {time.time() - start:.1f} s")
+    print(f"{info.file}: {_size(info)}{kept} after {time.time() - start:.1f} s")
 
   index = shards.prepare(
     docs,
@@ -89,15 +81,18 @@ def _prepare(docs: Iterator[documents.Doc], folder: pathlib.Path, name: str, tok
     name=name,
     tokenizer=tokenizer,
     add_bos=_BOS.value,
+    parse_special=_SPECIAL.value,
     shard_bytes=_SHARD_MB.value << 20,
     num_workers=_WORKERS.value,
     overwrite=_OVERWRITE.value,
     on_shard=on_shard,
   )
-  print(
-    f"{folder}: {index.num_documents:,} documents, {index.num_tokens:,} tokens, "
-    f"{index.text_bytes / max(index.num_tokens, 1):.2f} bytes a token, {len(index.shards)} shards"
-  )
+  ratio = index.text_bytes / max(index.num_tokens, 1)
+  print(f"{folder}: {_size(index)}, {ratio:.2f} bytes a token, {len(index.shards)} shards")
+
+
+def _size(counted: shards.ShardInfo | shards.Index) -> str:
+  return f"{counted.num_documents:,} documents, {counted.num_tokens:,} tokens"
 
 
 def main(argv: list[str]) -> int:

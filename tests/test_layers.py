@@ -153,3 +153,9 @@ def test_library_does_not_read_the_environment_at_import():
       is_def = isinstance(node, ast.FunctionDef | ast.ClassDef)
       if not is_def and not module.startswith("experiments"):
         assert "os.environ[" not in text and "DEFINE_" not in text, f"{module}: {text}"
+
+
+def test_verbs_stay_short():
+  """experiments/VERB.py is flags and main (style.md 2.1); what outgrows that moves to _*.py."""
+  lengths = {p.name: len(p.read_text().splitlines()) for p in ROOT.glob("experiments/[!_]*.py")}
+  assert lengths and {n: size for n, size in lengths.items() if size > 120} == {}

@@ -30,6 +30,15 @@ from minicpm_jax.core import trees, types
 from minicpm_jax.models import transformer
 
 
+def _is_damage(error: Exception) -> bool:
+  """Is it what Orbax, tensorstore and json raise for files that are missing, cut or damaged?
+
+  Orbax raises the bare class where tensorstore cannot read an array. Anything else (a bug, no
+  memory) is not about the checkpoint and goes through.
+  """
+  return isinstance(error, OSError | ValueError | KeyError) or type(error) is Exception
+
+
 class _ProcessJsonHandler(ocp.CheckpointHandler):
   """A JSON value for each process (grain's own handler wants a grain iterator)."""
 
@@ -205,9 +214,9 @@ class CheckpointStore:
     self._check_step(step, item)
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-    except errors.CheckpointError:
-      raise
-    except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+    except Exception as error:
+      if isinstance(error, errors.CheckpointError) or not _is_damage(error):
+        raise
       where = self.directory / str(step) / item
       raise errors.CheckpointError(
         f"{where}: cannot be read, the checkpoint is damaged: {error}"
@@ -220,6 +229,8 @@ class CheckpointStore:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
       return self._manager.restore(step, args=args)[item]
     except Exception as error:
+      if not _is_damage(error):
+        raise
       leaf = self._first_damaged_leaf(step, item, target)
       raise errors.CheckpointError(
         f"{self.directory / str(step) / item}: leaf {leaf} cannot be read, the checkpoint is "
@@ -230,8 +241,13 @@ class CheckpointStore:
     """Orbax casts dtypes silently and names no leaf for shapes: compare with the metadata first."""
     where = self.directory / str(step) / item
     try:
-      stored = trees.flatten_paths(self._manager.item_metadata(step)[item].tree)
+      metadata = self._manager.item_metadata(step)[item]
+      if metadata is None:
+        raise KeyError(f"no metadata of {item}")
+      stored = trees.flatten_paths(metadata.tree)
     except Exception as error:
+      if not _is_damage(error):
+        raise
       raise errors.CheckpointError(
         f"{where}: found no readable metadata, expected a complete checkpoint "
         f"({_first_line(error)})"
@@ -265,7 +281,9 @@ class CheckpointStore:
       try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
           reader.restore(folder, args=args)
-      except Exception:
+      except Exception as error:
+        if not _is_damage(error):
+          raise
         return path
     return "(every leaf alone can be read)"
 

@@ -2,6 +2,11 @@
 
 All yield `Doc` (data.md section 1) in a fixed order: files sorted by path, then file order.
 Bad input raises CorpusError naming file and line. Cleaning is left to later stages.
+
+A document without an id of its own gets one from its file's name and its place in the file (see
+`name_files`), so that splits by the hash of the id survive a move of the folder. Until December
+2026 these ids held the absolute path: splits of such documents change once, and folders made with
+them (prepare_data with --heldout_permille, ultraclean) must be made anew or kept as they are.
 """
 
 import contextlib
@@ -31,7 +36,7 @@ class CorpusError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doc:
-  """One document; `id` is stable over runs (default: sha1 of source and offset)."""
+  """One document; `id` is stable over runs (default: sha1 of file name and offset)."""
 
   id: str
   text: str
@@ -50,9 +55,9 @@ class Dropped:
   detail: str = ""
 
 
-def stable_id(source: str, offset: int) -> str:
-  """The default document id: sha1 of source and position in it."""
-  return hashlib.sha1(f"{source}\0{offset}".encode()).hexdigest()
+def stable_id(name: str, offset: int) -> str:
+  """The default document id: sha1 of the name of its file and the position in it."""
+  return hashlib.sha1(f"{name}\0{offset}".encode()).hexdigest()
 
 
 def is_heldout(key: str, permille: int = 20) -> bool:
@@ -79,6 +84,16 @@ def from_texts(texts: Iterable[str], *, source: str = "texts") -> Iterator[Doc]:
     yield Doc(id=stable_id(source, i), text=_encodable(text, f"{source}: item {i}"), source=source)
 
 
+def head(texts: Iterable[str], num_chars: int) -> Iterator[str]:
+  """Texts from the front until they hold `num_chars` characters (what a tokenizer learns from)."""
+  size = 0
+  for text in texts:
+    yield text
+    size += len(text)
+    if size >= num_chars:
+      return
+
+
 def read(
   paths: Sequence[str | os.PathLike],
   *,
@@ -91,39 +106,62 @@ def read(
   documents: the whole file, its lines, or blocks between blank lines. A file of unknown suffix
   named directly is read as plain text; in folders it is left out.
   """
-  for path in expand(paths):
+  for path, name in name_files(paths):
     kind = kind_of(path) or "text"
     if kind == "jsonl":
-      yield from read_jsonl(path, text_field=text_field)
+      yield from read_jsonl(path, text_field=text_field, name=name)
     elif kind == "parquet":
-      yield from read_parquet(path, text_field=text_field)
+      yield from read_parquet(path, text_field=text_field, name=name)
     elif kind == "warc":
       from minicpm_jax.data import warc  # imports this module
 
       yield from warc.read_warc(path)
     else:
-      yield from read_text(path, text_split=text_split)
+      yield from read_text(path, text_split=text_split, name=name)
 
 
 def expand(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
   """The files behind `paths`; CorpusError for a missing path or a folder without any."""
-  files = []
+  return [path for path, _ in name_files(paths)]
+
+
+def name_files(paths: Sequence[str | os.PathLike]) -> list[tuple[pathlib.Path, str]]:
+  """(file, name) of the files behind `paths`, with names that do not depend on where they lie.
+
+  The name of a file in a folder of `paths` is its path inside that folder, that of a file given
+  directly its file name. Another file of an equal name gets "NAME#2", "NAME#3" in input order.
+  """
+  files: list[tuple[pathlib.Path, str]] = []
   for path in map(pathlib.Path, paths):
     if path.is_dir():
       inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
       if not inside:
         known = ", ".join(sorted([*_KINDS, *_TEXT_SUFFIXES]))
         raise CorpusError(f"{path}: found no readable file, expected {known} (or .gz, .zst)")
-      files += inside
+      files += [(p, p.relative_to(path).as_posix()) for p in inside]
     elif path.exists():
-      files.append(path)
+      files.append((path, path.name))
     else:
       raise CorpusError(f"{path}: no such file or folder")
-  return files
+  seen: dict[str, list[pathlib.Path]] = {}
+  named = []
+  for path, name in files:
+    same = seen.setdefault(name, [])
+    if path not in same:
+      same.append(path)
+    place = same.index(path) + 1
+    named.append((path, name if place == 1 else f"{name}#{place}"))
+  return named
 
 
-def read_jsonl(path: str | os.PathLike, *, text_field: str = "text") -> Iterator[Doc]:
-  """One JSON object a line with the text under `text_field`; an "id" string is kept."""
+def read_jsonl(
+  path: str | os.PathLike, *, text_field: str = "text", name: str | None = None
+) -> Iterator[Doc]:
+  """One JSON object a line with the text under `text_field`; an "id" string is kept.
+
+  `name` (default: the file name) is what other ids are made from.
+  """
+  name = pathlib.Path(path).name if name is None else name
   for number, line in enumerate(_lines(path), start=1):
     where = f"{path}: line {number}"
     if not line.strip():
@@ -134,11 +172,14 @@ def read_jsonl(path: str | os.PathLike, *, text_field: str = "text") -> Iterator
       raise CorpusError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
       raise CorpusError(f"{where}: found {type(row).__name__}, expected a JSON object")
-    yield row_doc(row, text_field, str(path), number, where)
+    yield row_doc(row, text_field, str(path), number, where, name)
 
 
-def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterator[Doc]:
+def read_parquet(
+  path: str | os.PathLike, *, text_field: str = "text", name: str | None = None
+) -> Iterator[Doc]:
   """Rows of a Parquet file with the text in column `text_field`; an "id" column is kept."""
+  name = pathlib.Path(path).name if name is None else name
   parquet = open_parquet(path)
   names = parquet.schema_arrow.names
   if text_field not in names:
@@ -147,7 +188,7 @@ def read_parquet(path: str | os.PathLike, *, text_field: str = "text") -> Iterat
   number = 0
   for batch in parquet.iter_batches(batch_size=512, columns=columns):
     for row in batch.to_pylist():
-      yield row_doc(row, text_field, str(path), number, f"{path}: row {number}")
+      yield row_doc(row, text_field, str(path), number, f"{path}: row {number}", name)
       number += 1
 
 
@@ -161,14 +202,17 @@ def open_parquet(path: str | os.PathLike):
     raise CorpusError(f"{path}: not a readable Parquet file ({error})") from None
 
 
-def read_text(path: str | os.PathLike, *, text_split: TextSplit = "file") -> Iterator[Doc]:
+def read_text(
+  path: str | os.PathLike, *, text_split: TextSplit = "file", name: str | None = None
+) -> Iterator[Doc]:
   """Plain UTF-8 text as one document, one a line, or one a block between blank lines."""
+  name = pathlib.Path(path).name if name is None else name
   block, count = [], 0
 
   def flush():
     text = "".join(block)
     block.clear()
-    return Doc(id=stable_id(str(path), count), text=text, source=str(path))
+    return Doc(id=stable_id(name, count), text=text, source=str(path))
 
   for line in _lines(path):
     is_blank = not line.strip()
@@ -194,8 +238,14 @@ def kind_of(path: pathlib.Path) -> str | None:
   return _KINDS.get(os.path.splitext(name)[1])
 
 
-def row_doc(row: dict, text_field: str, source: str, number: int, where: str) -> Doc:
-  """One JSON object as a document; CorpusError without a string under `text_field`."""
+def row_doc(
+  row: dict, text_field: str, source: str, number: int, where: str, name: str | None = None
+) -> Doc:
+  """One JSON object as a document; CorpusError without a string under `text_field`.
+
+  `name` (default: the file name of `source`) makes the id where the row has none.
+  """
+  name = pathlib.Path(source).name if name is None else name
   text = row.get(text_field)
   if not isinstance(text, str):
     found = type(text).__name__ if text_field in row else f"keys {sorted(row)}"
@@ -203,7 +253,7 @@ def row_doc(row: dict, text_field: str, source: str, number: int, where: str) ->
   own_id = row.get("id")
   lang, score = row.get("lang"), row.get("score")
   return Doc(
-    id=own_id if isinstance(own_id, str) else stable_id(source, number),
+    id=own_id if isinstance(own_id, str) else stable_id(name, number),
     text=_encodable(text, where),
     source=source,
     lang=lang if isinstance(lang, str) else "",

@@ -54,6 +54,7 @@ class Report:
 class _Task:
   name: str  # of the shard
   path: str
+  file_name: str  # among the inputs: ids are made from it
   signature: str
 
 
@@ -193,7 +194,8 @@ def _process(task: _Task, folder: pathlib.Path, stages: Sequence[Stage], reader:
       line = json.dumps({**row, "excerpt": excerpt}, ensure_ascii=False)
       drops_file.write(line.encode("utf-8", "replace") + b"\n")
 
-    docs = apply(_count_renamed(reader(task.path), counts), stages, on_drop, counts)
+    items = named(reader, task.file_name)(task.path)
+    docs = apply(_count_renamed(items, counts), stages, on_drop, counts)
     _write_parquet(kept_file, docs, counts)
   counts["seconds"] = time.perf_counter() - start
   with _atomic(folder / f"{task.name}.counts.json") as file:
@@ -270,13 +272,18 @@ def _tasks(inputs, stages: Sequence[Stage], reader: Reader) -> list[_Task]:
   """One task a file, in input order; a file given twice is read once."""
   how = [_identity(reader), *map(_identity, stages)]
   tasks = {}
-  for path in documents.expand(inputs):
+  for path, file_name in documents.name_files(inputs):
     name = shard_name(path)
     status = path.stat()
-    made_from = [str(path), status.st_size, status.st_mtime_ns, *how]
+    made_from = [str(path), file_name, status.st_size, status.st_mtime_ns, *how]
     signature = hashlib.sha1(json.dumps(made_from).encode()).hexdigest()
-    tasks.setdefault(name, _Task(name, str(path), signature))
+    tasks.setdefault(name, _Task(name, str(path), file_name, signature))
   return list(tasks.values())
+
+
+def named(reader: Reader, file_name: str) -> Reader:
+  """The reader for the input of that name; readers without `named` make their own ids."""
+  return reader.named(file_name) if hasattr(reader, "named") else reader
 
 
 def shard_name(path: str | os.PathLike) -> str:

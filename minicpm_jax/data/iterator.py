@@ -6,13 +6,13 @@ as they are, so every source goes on where it stopped. The position of the whole
 {step, rows of the phase by source, one cursor of two or three integers by source}.
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
-import queue
-import threading
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -20,6 +20,7 @@ import numpy as np
 
 from minicpm_jax.config import data as data_config
 from minicpm_jax.data import mixture, packing, sources
+from minicpm_jax.data import prefetch as prefetch_lib
 
 Batch = dict[str, np.ndarray]
 STATE_VERSION = 1
@@ -35,15 +36,18 @@ def make_iterator(
   batch_size_per_host: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  vocab_size: int | None = None,
 ) -> "BatchIterator":
   """The endless iterator of this host's training batches.
 
   A batch holds int32 `tokens`, `targets`, `segment_ids`, `positions`, `source_ids` (place in
-  `cfg.sources`) and float32 `loss_mask`, each [rows of this host, cfg.seq_len].
+  `cfg.sources`) and float32 `loss_mask`, each [rows of this host, cfg.seq_len]. Sources with ids
+  of `vocab_size` or more are refused: at once where the source records its vocabulary, else when
+  the row is read.
   """
+  batch_size = _rows_a_host(cfg, batch_size_per_host, process_count)
   return BatchIterator(
-    _Rows(cfg, _rows_a_host(cfg, batch_size_per_host, process_count), process_index, process_count),
-    cfg.prefetch,
+    _Rows(cfg, batch_size, process_index, process_count, vocab_size), cfg.prefetch
   )
 
 
@@ -55,6 +59,7 @@ def make_eval_iterator(
   batch_size_per_host: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  vocab_size: int | None = None,
 ) -> Iterator[Batch]:
   """The first `num_batches` batches of one source, in file order, once: the same at every call.
 
@@ -68,19 +73,29 @@ def make_eval_iterator(
     raise ValueError(f"source_name: found {source_name!r}, expected one of {names}")
   number = names.index(source_name)
   batch_size = _rows_a_host(cfg, batch_size_per_host, process_count)
+  source = sources.open_source(source_name, cfg.sources[number].path)
+  sources.check_vocabulary(source, vocab_size)
   stream = sources.DocumentStream(
-    sources.open_source(source_name, cfg.sources[number].path),
+    source,
     seed=None,
     process_index=process_index,
     process_count=process_count,
     repeat=False,
     num_threads=cfg.num_threads,
   )
-  return _eval_batches(_packer(cfg, stream), cfg.seq_len, batch_size, num_batches, number)
+  packer = _packer(cfg, stream)
+  checked = None if source.vocab_size else vocab_size
+  return _eval_batches(packer, cfg.seq_len, batch_size, num_batches, number, source.name, checked)
 
 
 def _eval_batches(
-  packer: packing.Packer, seq_len: int, batch_size: int, num_batches: int | None, number: int
+  packer: packing.Packer,
+  seq_len: int,
+  batch_size: int,
+  num_batches: int | None,
+  number: int,
+  name: str,
+  vocab_size: int | None,
 ) -> Iterator[Batch]:
   with contextlib.closing(packer):
     count, more = 0, True
@@ -89,7 +104,7 @@ def _eval_batches(
       while more and len(rows) < batch_size:
         row = packer.next_row()
         more = row is not None
-        rows += [row] if more else []
+        rows += [sources.check_ids(row, name, vocab_size)] if more else []
       if not rows and num_batches is None:
         return
       rows += [packing.make_row([], seq_len)] * (batch_size - len(rows))
@@ -146,7 +161,12 @@ class _Rows:
   """The batches themselves, without the thread."""
 
   def __init__(
-    self, cfg: data_config.DataConfig, batch_size: int, process_index: int, process_count: int
+    self,
+    cfg: data_config.DataConfig,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    vocab_size: int | None,
   ):
     if not cfg.phases:
       raise ValueError("data.phases: found none, expected at least one phase with weights")
@@ -166,6 +186,9 @@ class _Rows:
       s.name: sources.open_source(s.name, s.path) for s in cfg.sources if s.name in used
     }
     self._check_tokenizers()
+    for source in self.sources.values():
+      sources.check_vocabulary(source, vocab_size)
+    self._unknown = {n: vocab_size for n, s in self.sources.items() if s.vocab_size is None}
     self.streams = {
       name: sources.DocumentStream(
         source,
@@ -204,7 +227,7 @@ class _Rows:
       row = self._packers[name].next_row()  # also where it is replaced: the others stay the same
       if (other := mixture.replaced(phase, first + i)) is not None:
         name, row = other, self._packers[other].next_row()
-      made.append(row)
+      made.append(sources.check_ids(row, name, self._unknown.get(name)))
       numbers.append(self.numbers[name])
     batch = _stack(made, numbers)
     self._step, self._rows = self._step + 1, rows
@@ -255,30 +278,23 @@ class BatchIterator(grain.DatasetIterator):
 
   def __init__(self, rows: _Rows, prefetch: int):
     super().__init__()
-    self._rows, self._prefetch = rows, prefetch
+    self._rows = rows
     self._position = rows.position()
-    self._thread: threading.Thread | None = None
-    self._stop = threading.Event()
+    self._ahead = prefetch_lib.Prefetcher(lambda: (rows.next_batch(), rows.position()), prefetch)
+    # grain's worker processes must be ended before multiprocessing's own clean-up at exit, also if
+    # nobody calls close: atexit runs the last one registered first.
+    self._end = weakref.finalize(self, _end, self._ahead, rows)
+    atexit.register(self._end)
 
   def __next__(self) -> Batch:
     self._assert_not_closed()
-    batch, position = self._next_item() if self._prefetch else _make(self._rows)
-    if isinstance(batch, Exception):
-      self._halt()
+    try:
+      batch, self._position = self._ahead.next()
+    except Exception:
+      self._ahead.halt()
       self._rows.seek(self._position)
-      raise batch
-    self._position = position
+      raise
     return batch
-
-  def _next_item(self) -> tuple[Batch | Exception, _Position | None]:
-    if self._thread is None:
-      self._queue: queue.Queue = queue.Queue(self._prefetch)
-      self._stop = threading.Event()
-      self._thread = threading.Thread(
-        target=_produce, args=(self._rows, self._queue, self._stop), daemon=True
-      )
-      self._thread.start()
-    return self._queue.get()
 
   @property
   def step(self) -> int:
@@ -293,7 +309,7 @@ class BatchIterator(grain.DatasetIterator):
   @property
   def vocab_size(self) -> int | None:
     """The largest vocabulary that the sources were tokenised with, where they record it."""
-    sizes = [s.index.config.vocab_size for s in self._rows.sources.values() if hasattr(s, "index")]
+    sizes = [s.vocab_size for s in self._rows.sources.values() if s.vocab_size is not None]
     return max(sizes, default=None)
 
   def epochs(self) -> dict[str, float]:
@@ -330,7 +346,7 @@ class BatchIterator(grain.DatasetIterator):
     cursors = {name: dict(cursor) for name, cursor in state["cursors"].items()}
     if mismatch:
       cursors = {name: {"document": cursor["document"]} for name, cursor in cursors.items()}
-    self._halt()
+    self._ahead.halt()
     self._rows.seek(_Position(state["step"], dict(state["rows"]), cursors))
     self._position = self._rows.position()
 
@@ -344,35 +360,14 @@ class BatchIterator(grain.DatasetIterator):
         )
     return None
 
-  def _halt(self) -> None:
-    self._stop.set()
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
-
   def close(self) -> None:
-    """Ends the thread and the readers."""
-    self._halt()
-    self._rows.close()
+    """Ends the thread and the readers, with their threads and processes."""
+    if self._end.alive:  # grain's __del__ calls this again, perhaps after atexit is gone
+      atexit.unregister(self._end)
+      self._end()
     super().close()
 
-  def __del__(self):
-    self._stop.set()
 
-
-def _make(rows: _Rows) -> tuple[Batch | Exception, _Position | None]:
-  try:
-    return rows.next_batch(), rows.position()
-  except Exception as error:  # raised by __next__ in the caller's thread
-    return error, None
-
-
-def _produce(rows: _Rows, out: queue.Queue, stop: threading.Event) -> None:
-  while not stop.is_set():
-    item = _make(rows)
-    while not stop.is_set():
-      with contextlib.suppress(queue.Full):
-        out.put(item, timeout=0.1)
-        break
-    if isinstance(item[0], Exception):
-      return
+def _end(ahead: prefetch_lib.Prefetcher, rows: _Rows) -> None:
+  ahead.halt()
+  rows.close()

@@ -49,7 +49,7 @@ def read_pool(pool: SeedPool) -> Iterator[Doc]:
 
 
 def _instructions(pool: SeedPool) -> Iterator[Doc]:
-  for path in documents.expand([pool.path]):
+  for path, file_name in documents.name_files([pool.path]):
     with documents.open_stream(path) as stream:
       for number, line in enumerate(stream, start=1):
         where = f"{path}: line {number}"
@@ -64,7 +64,7 @@ def _instructions(pool: SeedPool) -> Iterator[Doc]:
             f"{pool.question_field!r} and {pool.answer_field!r}"
           )
         own = row.get("id")
-        doc_id = own if isinstance(own, str) else documents.stable_id(str(path), number)
+        doc_id = own if isinstance(own, str) else documents.stable_id(file_name, number)
         yield Doc(id=doc_id, text="\n\n".join(parts), source=str(path))
 
 
@@ -72,8 +72,12 @@ def _instructions(pool: SeedPool) -> Iterator[Doc]:
 
 
 def hash_order(docs: Iterable[Doc], seed: int = 0) -> list[Doc]:
-  """The documents in a random order that depends on their ids and sources only."""
-  return sorted(docs, key=lambda doc: _digest(f"{seed}\0{doc.id}\0{doc.source}"))
+  """The documents in a random order that depends on their ids and file names only."""
+
+  def key(doc: Doc) -> bytes:
+    return _digest(f"{seed}\0{doc.id}\0{os.path.basename(doc.source)}")
+
+  return sorted(docs, key=key)
 
 
 def _digest(key: str) -> bytes:

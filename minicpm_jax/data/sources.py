@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from minicpm_jax.data import documents, shards
+from minicpm_jax.data import documents, packing, shards
 
 
 @runtime_checkable
@@ -28,6 +28,7 @@ class Source(Protocol):
   name: str
   identity: str
   tokenizer_hash: str | None  # None: not recorded
+  vocab_size: int | None  # ids are below it; None: not recorded
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> np.ndarray: ...
@@ -43,6 +44,24 @@ def open_source(name: str, path: str | os.PathLike) -> "Source":
   if files and not (path / shards.INDEX_FILE).exists():
     return ParquetSource(name, files)
   return ShardSource(name, path)
+
+
+def check_vocabulary(source: Source, vocab_size: int | None) -> None:
+  """Refuses a source that was tokenised with more ids than the model has."""
+  if vocab_size is not None and (source.vocab_size or 0) > vocab_size:
+    raise ValueError(
+      f"model.vocab_size: found {vocab_size}, expected at least {source.vocab_size}, the "
+      f"vocabulary of the data (source {source.name})"
+    )
+
+
+def check_ids(row: packing.Row, name: str, vocab_size: int | None) -> packing.Row:
+  """The row, or an error when it holds an id that the model lacks."""
+  if vocab_size is not None and (largest := int(row["tokens"].max())) >= vocab_size:
+    raise ValueError(
+      f"source {name}: found token id {largest}, expected ids below model.vocab_size {vocab_size}"
+    )
+  return row
 
 
 def mark_flags_as_parsed() -> None:
@@ -70,6 +89,7 @@ class ShardSource:
     self.index = shards.read_index(path)
     self.identity = self.index.identity
     self.tokenizer_hash = self.index.config.tokenizer_hash
+    self.vocab_size = self.index.config.vocab_size
     self._files = [str(pathlib.Path(path) / s.file) for s in self.index.shards]
     counts = [s.num_documents for s in self.index.shards]
     self._starts = [sum(counts[:i]) for i in range(len(counts))]
@@ -107,6 +127,7 @@ class ParquetSource:
     self._groups: list[tuple[int, int]] = []  # (file, row group)
     self._starts: list[int] = []
     digest = hashlib.sha256()
+    largest: list[int | None] = []
     total = 0
     for i, file in enumerate(self._files):
       parquet = documents.open_parquet(file)
@@ -116,8 +137,10 @@ class ParquetSource:
         self._groups.append((i, group))
         self._starts.append(total)
         total += parquet.metadata.row_group(group).num_rows
+        largest.append(_largest_id(parquet.metadata.row_group(group), self._column))
     if total == 0:
       raise shards.ShardError(f"source {name}: {self._files}: found no rows")
+    self.vocab_size = None if None in largest else max(largest) + 1
     self.identity = digest.hexdigest()
     self._length = total
     self._reset()
@@ -175,6 +198,16 @@ class ParquetSource:
     where = bisect.bisect_right(self._starts, index) - 1
     file, group = self._groups[where]
     return f"{self._files[file]} row group {group} row {index - self._starts[where]}"
+
+
+def _largest_id(row_group, column: str) -> int | None:
+  """The largest value of a list column by the file's own statistics; None without them."""
+  for i in range(row_group.num_columns):
+    chunk = row_group.column(i)
+    if chunk.path_in_schema.split(".")[0] == column:
+      stats = chunk.statistics
+      return stats.max if stats is not None and stats.has_min_max else None
+  return None
 
 
 def _parquet_footer(path: str) -> bytes:

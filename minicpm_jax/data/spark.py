@@ -73,8 +73,8 @@ def read(spark: Any, inputs: Sequence[Any], *, reader: Any = None, num_partition
   One file is read by one task; `num_partitions` (0: four a core) spreads the documents after that.
   """
   reader = reader or tolerant.Reader()
-  paths = [(str(path),) for path in dict.fromkeys(documents.expand(inputs))]
-  frame = spark.createDataFrame(paths, "path string").repartition(len(paths))
+  paths = [(str(path), name) for path, name in dict(documents.name_files(inputs)).items()]
+  frame = spark.createDataFrame(paths, "path string, name string").repartition(len(paths))
 
   count = num_partitions or 4 * spark.sparkContext.defaultParallelism
   return frame.mapInPandas(functools.partial(_load, reader), _SCHEMA).repartition(count)
@@ -230,8 +230,9 @@ def minhash(frame: Any, cfg: dedup.MinHash | None = None) -> list[dedup.Removal]
 
 def _load(reader: executor.Reader, batches: Iterator[Any]) -> Iterator[Any]:
   for batch in batches:
-    for path in batch["path"]:
-      yield from _frames(_row(item, "read", path) for item in reader(path))
+    for path, name in zip(batch["path"], batch["name"], strict=True):
+      items = executor.named(reader, name)(path)
+      yield from _frames(_row(item, "read", path) for item in items)
 
 
 def _work(stages: tuple, batches: Iterator[Any]) -> Iterator[Any]:

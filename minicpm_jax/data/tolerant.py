@@ -26,6 +26,11 @@ class Reader:
   text_field: str = "text"  # JSON key or Parquet column
   text_split: documents.TextSplit = "file"  # how plain text is cut
   max_bytes: int = 16 * 2**20  # of one JSON line or one text, UTF-8; longer is dropped
+  name: str | None = None  # what ids are made from (`documents.name_files`); None: the file name
+
+  def named(self, name: str) -> "Reader":
+    """The same reader for the file that has this name among the inputs."""
+    return dataclasses.replace(self, name=name)
 
   def __call__(self, path: str | os.PathLike) -> Iterator[documents.Doc | documents.Dropped]:
     """Documents with ids unique in the file, in file order, and a Dropped for what is bad."""
@@ -53,7 +58,7 @@ class Reader:
 
   def _json_line(self, path: str, number: int, line: bytes | None):
     where = f"{path}: line {number}"
-    doc_id = documents.stable_id(path, number)
+    doc_id = documents.stable_id(self._name(path), number)
     if line is None:
       return documents.Dropped(doc_id, "line_too_long", f"{where}: over {self.max_bytes} bytes")
     if not line.strip():
@@ -67,7 +72,10 @@ class Reader:
     if not isinstance(row, dict):
       found = type(row).__name__
       return documents.Dropped(doc_id, "not_json", f"{where}: found {found}, expected an object")
-    return _doc(row, self.text_field, path, number, where)
+    return _doc(row, self.text_field, path, number, where, self._name(path))
+
+  def _name(self, path: str) -> str:
+    return os.path.basename(path) if self.name is None else self.name
 
   def _parquet(self, path: str) -> Iterator[documents.Doc | documents.Dropped]:
     number = 0
@@ -79,7 +87,8 @@ class Reader:
           if is_ours:
             yield documents.Doc(**{**row, "meta": json.loads(row["meta"])})
           else:
-            yield _doc(row, self.text_field, path, number, f"{path}: row {number}")
+            where = f"{path}: row {number}"
+            yield _doc(row, self.text_field, path, number, where, self._name(path))
           number += 1
     except Exception as error:
       if not _is_read_error(error):
@@ -89,7 +98,7 @@ class Reader:
   def _other(self, path, kind) -> Iterator[documents.Doc | documents.Dropped]:
     try:
       if kind in (None, "text"):
-        yield from documents.read_text(path, text_split=self.text_split)
+        yield from documents.read_text(path, text_split=self.text_split, name=self.name)
       else:
         yield from documents.read([path])
     except documents.CorpusError as error:
@@ -144,12 +153,12 @@ def to_row(doc: documents.Doc) -> dict:
   return {**vars(doc), "meta": meta}
 
 
-def _doc(row: dict, text_field: str, path: str, number: int, where: str):
+def _doc(row: dict, text_field: str, path: str, number: int, where: str, name: str):
   """Document of a foreign row: id, text, lang and score by name, every other field in `meta`."""
   try:
-    doc = documents.row_doc(row, text_field, path, number, where)
+    doc = documents.row_doc(row, text_field, path, number, where, name)
   except documents.CorpusError as error:
-    return documents.Dropped(documents.stable_id(path, number), "bad_row", str(error))
+    return documents.Dropped(documents.stable_id(name, number), "bad_row", str(error))
   lang, score = row.get("lang"), row.get("score")
   return dataclasses.replace(
     doc,

@@ -1,5 +1,6 @@
 """Held-out loss in nats per token, and in bits per byte where the source knows its bytes."""
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def evaluate(
   """{"eval/SOURCE/loss", "eval/SOURCE/accuracy", "eval/SOURCE/bits_per_byte"} for every source.
 
   bits per byte = loss / ln 2 * tokens / bytes, tokens and bytes of the whole source (EOS counted
-  as a token). Every call reads the same batches.
+  as a token); a Parquet source does not record its bytes and has no such value. Every call reads
+  the same batches.
   """
   values: dict[str, float] = {}
   for name in cfg.eval_sources:
@@ -40,9 +42,13 @@ def _sums(
   index, count = mesh_lib.data_process(mesh)
   rows = cfg.data.batch_size // count
   total: dict[str, metrics_lib.Metric] = {}
-  for batch in iterator.make_eval_iterator(cfg.data, name, cfg.eval_batches or None):
-    mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
-    total = metrics_lib.add(total, eval_step(params, mesh_lib.shard_batch(mesh, mine)))
+  batches = iterator.make_eval_iterator(
+    cfg.data, name, cfg.eval_batches or None, vocab_size=cfg.model.vocab_size
+  )
+  with contextlib.closing(batches):
+    for batch in batches:
+      mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
+      total = metrics_lib.add(total, eval_step(params, mesh_lib.shard_batch(mesh, mine)))
   return total
 
 

@@ -91,6 +91,7 @@ class _Run:
 
     # --- Workdir, input, start -------------------------------------------------------------------
     changes = start.check_workdir(workdir, cfg)
+    start.check_tokenizer(tok, cfg)
     self.batches = start.open_data(cfg, self.mesh)
     stack.callback(self.batches.close)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))

@@ -23,7 +23,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import rng, trees, types
-from minicpm_jax.data import iterator
+from minicpm_jax.data import iterator, sources
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.optim import schedules
 from minicpm_jax.train import step as step_lib
@@ -197,21 +197,32 @@ def _restore(
   return Start(state, step, int(meta["tokens"]), store.data(step), f"{how}, step {step}")
 
 
+def check_tokenizer(tok: Any, cfg: config.TrainConfig) -> None:
+  """Refuses a tokenizer (None: no opinion) with ids that the model has no row for."""
+  if tok is not None and tok.vocab_size > cfg.model.vocab_size:
+    raise ValueError(
+      f"model.vocab_size: found {cfg.model.vocab_size}, expected at least {tok.vocab_size}, the "
+      "size of the tokenizer"
+    )
+
+
 def open_data(cfg: config.TrainConfig, mesh: jax.sharding.Mesh) -> iterator.BatchIterator:
-  """The batch iterator of this process, at its beginning."""
+  """The batch iterator of this process, at its beginning.
+
+  Sources with more ids than the model, those that are only evaluated included, are refused.
+  """
   index, count = mesh_lib.data_process(mesh)
-  batches = iterator.make_iterator(
+  for source in cfg.data.sources:
+    if source.name in cfg.eval_sources:
+      opened = sources.open_source(source.name, source.path)
+      sources.check_vocabulary(opened, cfg.model.vocab_size)
+  return iterator.make_iterator(
     cfg.data,
     batch_size_per_host=cfg.data.batch_size // count,
     process_index=index,
     process_count=count,
+    vocab_size=cfg.model.vocab_size,
   )
-  if (batches.vocab_size or 0) > cfg.model.vocab_size:
-    raise ValueError(
-      f"model.vocab_size: found {cfg.model.vocab_size}, expected at least "
-      f"{batches.vocab_size}, the vocabulary of the data"
-    )
-  return batches
 
 
 def seek_data(batches: iterator.BatchIterator, begun: Start) -> str:

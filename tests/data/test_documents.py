@@ -30,7 +30,7 @@ def test_jsonl_plain_and_compressed(tmp_path, name, opener):
   docs = list(documents.read([tmp_path / name]))
   assert [d.text for d in docs] == [row["text"] for row in LINES]
   assert docs[0].id == "a"
-  assert docs[1].id == documents.stable_id(str(tmp_path / name), 2)
+  assert docs[1].id == documents.stable_id(name, 2)
 
 
 def test_parquet(tmp_path):
@@ -67,6 +67,34 @@ def test_folders_are_read_in_order_of_path_and_unknown_files_left_out(tmp_path):
   (tmp_path / "a.txt").write_text("a")
   (tmp_path / "c.bin").write_bytes(b"\xff")
   assert [d.text for d in documents.read([tmp_path])] == ["a", "b1"]
+
+
+def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path):
+  """A split by the hash of the id must survive a move; equal names must not collide."""
+  pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+  def make(root):
+    (root / "sub").mkdir(parents=True)
+    for folder in (root, root / "sub"):
+      (folder / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+      (folder / "y.txt").write_text("c\n\nd\n")
+      pq.write_table(pa.table({"text": ["e", "f"]}), folder / "z.parquet")
+    return [d.id for d in documents.read([root], text_split="paragraph")]
+
+  here, there = make(tmp_path / "one" / "corpus"), make(tmp_path / "another" / "name")
+  assert here == there and len(set(here)) == len(here) == 12
+  first = documents.stable_id("sub/x.jsonl", 1)  # sha1 of "sub/x.jsonl", NUL, "1"
+  assert first == "5fa4ce7ffca64a94fc9585ed37e265d189e6177c" and first in here
+
+
+def test_equal_names_of_several_inputs_get_numbers(tmp_path):
+  for folder in "ab":
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "x.jsonl").write_text('{"text": "t"}\n')
+  a, b = tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl"
+  assert documents.name_files([a, b]) == [(a, "x.jsonl"), (b, "x.jsonl#2")]
+  assert documents.name_files([tmp_path / "a", b, a])[2] == (a, "x.jsonl")  # the same file again
+  assert len({d.id for d in documents.read([a, b])}) == 2
 
 
 def test_from_texts():
@@ -124,3 +152,8 @@ def test_heldout_share():
   assert abs(share - 0.05) < 0.006  # four standard deviations of the binomial
   assert not any(documents.is_heldout(str(i), 0) for i in range(100))
   assert all(documents.is_heldout(str(i), 1000) for i in range(100))
+
+
+def test_head_ends_with_the_text_that_fills_it():
+  assert list(documents.head(iter(["abc", "de", "f", "g"]), 5)) == ["abc", "de"]
+  assert list(documents.head(["abc"], 5)) == ["abc"]

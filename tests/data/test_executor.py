@@ -219,3 +219,18 @@ def test_ids_over_files_are_counted_and_one_file_is_read_once(tmp_path):
   assert [d.id for d in kept] == ["same", "same"] and all(
     isinstance(d, documents.Doc) for d in kept
   )
+
+
+def test_ids_are_those_of_reading_the_folder_directly(tmp_path):
+  """Rows without ids: the executor and `documents.read` split them alike, wherever they lie."""
+  made = []
+  for where in ("a", "b/c"):
+    root = tmp_path / where
+    (root / "sub").mkdir(parents=True)
+    for folder in (root, root / "sub"):
+      (folder / "x.jsonl").write_text(json.dumps({"text": "x" * 9}) + "\n")
+    out = tmp_path / f"out{len(made)}"
+    executor.run([root], [stages.DropShort()], out, num_workers=0)
+    made.append(sorted(doc.id for doc in executor.read_kept(out)))
+    assert made[-1] == sorted(doc.id for doc in documents.read([root]))
+  assert made[0] == made[1] and len(set(made[0])) == 2

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -454,3 +456,27 @@ def test_eval_gives_every_host_equally_many_batches(folder):
     iterator.make_eval_iterator(cfg, "a", process_count=2)
   with pytest.raises(ValueError, match="source_name: found 'q', expected one of"):
     iterator.make_eval_iterator(cfg, "q", 1)
+
+
+@pytest.mark.slow  # an interpreter and a worker process each
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_worker_processes_end_with_the_iterator_or_the_interpreter(tmp_path, folder, is_closed):
+  """grain complains at exit about worker processes that nobody ended."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    "from minicpm_jax import config\n"
+    "from minicpm_jax.data import iterator\n"
+    "if __name__ == '__main__':\n"
+    f"  source = config.SourceConfig(name='a', path={str(folder / 'a')!r})\n"
+    "  phase = config.PhaseConfig(weights=(('a', 1.0),))\n"
+    "  cfg = config.DataConfig(sources=(source,), phases=(phase,), seq_len=32, batch_size=4,\n"
+    "    num_workers=1)\n"
+    "  it = iterator.make_iterator(cfg)\n"
+    "  print([next(it)['tokens'].sum() for _ in range(3)][0] > 0)\n"
+    f"  {'it.close()' if is_closed else 'pass'}\n"
+  )
+  env = os.environ | {"PYTHONPATH": os.getcwd()}
+  done = subprocess.run(
+    [sys.executable, script], capture_output=True, text=True, env=env, timeout=300
+  )
+  assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")

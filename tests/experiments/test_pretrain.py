@@ -16,7 +16,6 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
-from minicpm_jax.data import documents, shards
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build
 from minicpm_jax.train import loop
@@ -24,27 +23,7 @@ from minicpm_jax.train import start as start_lib
 from minicpm_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
-SEQ, VOCAB = 32, 64
-
-
-class WordTokenizer:
-  """Token ids written as words."""
-
-  vocab_size, bos_id, eos_id, pad_id, stop_ids, add_bos = VOCAB, None, 1, None, (), False
-  special_tokens: dict[str, int] = {}
-  chat_template = None
-
-  def encode(self, text, *, add_bos=False):
-    return [int(word) for word in text.split()]
-
-  def decode(self, ids, *, skip_special=True):
-    return " ".join(map(str, ids))
-
-  def decode_bytes(self, ids, *, skip_special=True):
-    return self.decode(ids).encode()
-
-  def save(self, folder):
-    (pathlib.Path(folder) / "name").write_text("words")
+SEQ, VOCAB = 32, words.NumberTokenizer.vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +31,13 @@ def base(tmp_path_factory) -> config.TrainConfig:
   """Every document fills one row, in file order: all hosts together see the rows of one host."""
   folder = tmp_path_factory.mktemp("data")
   rng = np.random.default_rng(0)
-  texts = [" ".join(map(str, rng.integers(2, VOCAB, SEQ - 1))) for _ in range(48)]
-  shards.prepare(documents.from_texts(texts), folder / "a", name="a", tokenizer=WordTokenizer())
+  texts = [words.text_of(rng.integers(2, VOCAB, SEQ - 1)) for _ in range(48)]
+  source = words.write_source(folder, "a", texts)
   return config.TrainConfig(
-    model=config.ModelConfig(
-      vocab_size=VOCAB,
-      model_dim=32,
-      mlp_dim=64,
-      num_layers=2,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      max_position=64,
-    ),
+    model=words.model_config(VOCAB),
     optim=config.OptimConfig(peak_lr=0.01, schedule=config.ScheduleConfig(warmup_steps=1)),
     data=config.DataConfig(
-      sources=(config.SourceConfig(name="a", path=str(folder / "a")),),
+      sources=(source,),
       phases=(config.PhaseConfig(weights=(("a", 1.0),)),),
       seq_len=SEQ,
       batch_size=8,

@@ -7,26 +7,13 @@ import numpy as np
 import pytest
 
 from minicpm_jax import config
-from minicpm_jax.data import documents, shards
+from tests import words
 
-VOCAB, ROWS, SEQ = 64, 8, 32
+VOCAB, ROWS, SEQ = words.NumberTokenizer.vocab_size, 8, 32
 
 
 def model_config(**changes) -> config.ModelConfig:
-  base = config.ModelConfig(
-    name="test",
-    vocab_size=VOCAB,
-    model_dim=32,
-    mlp_dim=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position=64,
-    scale_emb=12.0,
-    scale_depth=1.4,
-    dim_model_base=16,
-  )
+  base = words.model_config(VOCAB, scale_emb=12.0, scale_depth=1.4, dim_model_base=16)
   return dataclasses.replace(base, **changes)
 
 
@@ -54,33 +41,11 @@ def packed_batch(seed: int = 0, rows: int = ROWS, seq: int = SEQ) -> dict[str, n
   return batch
 
 
-class WordTokenizer:
-  """Token ids written as words: the tests choose them."""
-
-  vocab_size, bos_id, eos_id, pad_id, stop_ids, add_bos = VOCAB, None, 1, None, (), False
-  special_tokens: dict[str, int] = {}
-  chat_template = None
-
-  def encode(self, text, *, add_bos=False):
-    return [int(word) for word in text.split()]
-
-  def decode(self, ids, *, skip_special=True):
-    return " ".join(map(str, ids))
-
-  def decode_bytes(self, ids, *, skip_special=True):
-    return self.decode(ids).encode()
-
-  def save(self, folder):
-    (pathlib.Path(folder) / "name").write_text("words")
-
-
 def write_source(folder: pathlib.Path, name: str, seed: int, sizes: tuple[int, int] = (5, 60)):
   """A shard folder of 40 random documents."""
   rng = np.random.default_rng(seed)
   docs = [rng.integers(2, VOCAB, rng.integers(*sizes)) for _ in range(40)]
-  texts = [" ".join(map(str, doc)) for doc in docs]
-  shards.prepare(documents.from_texts(texts), folder / name, name=name, tokenizer=WordTokenizer())
-  return config.SourceConfig(name=name, path=str(folder / name))
+  return words.write_source(folder, name, map(words.text_of, docs))
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,13 @@ import pytest
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
 from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees
-from minicpm_jax.data import iterator
-from minicpm_jax.train import loop, start, window
+from minicpm_jax.data import iterator, sources
+from minicpm_jax.models import transformer
+from minicpm_jax.train import evaluate, loop, start, window
+from minicpm_jax.train import step as step_lib
+from tests import words
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -198,6 +202,65 @@ def test_a_small_vocabulary_is_refused(train_config, tmp_path):
   with pytest.raises(ValueError, match="model.vocab_size: found 48, expected at least 64"):
     loop.train(cfg, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_ids_that_the_model_lacks_are_refused_wherever_they_come_from(train_config, tmp_path):
+  pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  cfg, workdir = train_config, tmp_path / "run"
+  big = [[2, 3, 64, 5]] * 40
+  pq.write_table(pa.table({"tokens": big}), tmp_path / "known.parquet")
+  pq.write_table(pa.table({"tokens": big}), tmp_path / "unknown.parquet", write_statistics=False)
+  known, unknown = (
+    config.SourceConfig(name="c", path=str(tmp_path / f"{n}.parquet")) for n in ("known", "unknown")
+  )
+  a, b, _ = cfg.data.sources
+
+  def with_sources(*sources, **changes):
+    return dataclasses.replace(
+      cfg, data=dataclasses.replace(cfg.data, sources=sources), num_steps=1, **changes
+    )
+
+  too_big = "model.vocab_size: found 64, expected at least 65, the vocabulary of the data"
+  with pytest.raises(ValueError, match=too_big):  # held out
+    loop.train(with_sources(a, b, known, eval_sources=("c",)), workdir)
+  with pytest.raises(ValueError, match=too_big):  # trained on
+    loop.train(with_sources(dataclasses.replace(known, name="a"), b), workdir)
+  assert not workdir.exists()
+  row = "source [ac]: found token id 64, expected ids below model.vocab_size 64"
+  hidden = with_sources(dataclasses.replace(unknown, name="a"), b).data
+  with pytest.raises(ValueError, match=row):  # nothing in the file says so: found in the row
+    next(iterator.make_iterator(hidden, vocab_size=64))
+  batches = iterator.make_eval_iterator(
+    with_sources(a, b, unknown).data, "c", num_batches=1, vocab_size=64
+  )
+  with pytest.raises(ValueError, match=row):
+    next(batches)
+
+  class Large(words.NumberTokenizer):
+    vocab_size = 70
+
+  with pytest.raises(ValueError, match="found 64, expected at least 70, the size of the tokenizer"):
+    loop.train(cfg, workdir, tok=Large())
+  assert not workdir.exists()
+
+
+def test_a_parquet_source_is_evaluated_without_bits_per_byte(straight, train_config, tmp_path):
+  """The same documents as Parquet: the loss of the shards, but no bytes are recorded."""
+  pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  _, result = straight
+  shard = train_config.data.sources[2]
+  source = sources.open_source("c", shard.path)
+  rows = [source[i].tolist() for i in range(len(source))]
+  pq.write_table(pa.table({"tokens": rows}), tmp_path / "c.parquet")
+  parquet = dataclasses.replace(shard, path=str(tmp_path / "c.parquet"))
+  data = dataclasses.replace(train_config.data, sources=(*train_config.data.sources[:2], parquet))
+  cfg = dataclasses.replace(train_config, data=data, eval_sources=("c",), eval_batches=0)
+  mesh = mesh_lib.make_mesh(cfg.mesh)
+  with jax.set_mesh(mesh):
+    step = step_lib.make_eval_step(transformer.Transformer(cfg.model))
+    found = evaluate.evaluate(jax.jit(step), result.state.params, cfg, mesh)
+  assert sorted(found) == ["eval/c/accuracy", "eval/c/loss"]
+  assert found["eval/c/loss"] == pytest.approx(result.values["eval/c/loss"], rel=1e-5)
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_diagnosis(train_config, tmp_path):

@@ -6,30 +6,14 @@ import numpy as np
 import pytest
 
 from minicpm_jax import config
-from minicpm_jax.data import documents, shards
 from minicpm_jax.train import loop
+from tests import words
 
 VOCAB, ROWS, SEQ = 48, 8, 32
 
 
-class NumberTokenizer:
-  """Token ids written as numbers: the tests choose them."""
-
-  vocab_size, bos_id, eos_id, pad_id, stop_ids, add_bos = VOCAB, None, 1, None, (), False
-  special_tokens: dict[str, int] = {}
-  chat_template = None
-
-  def encode(self, text, *, add_bos=False):
-    return [int(word) for word in text.split()]
-
-  def decode(self, ids, *, skip_special=True):
-    return " ".join(map(str, ids))
-
-  def decode_bytes(self, ids, *, skip_special=True):
-    return self.decode(ids).encode()
-
-  def save(self, folder):
-    (pathlib.Path(folder) / "name").write_text("numbers")
+class NumberTokenizer(words.NumberTokenizer):
+  vocab_size = VOCAB
 
 
 def counting(seed: int, count: int = 60) -> list[str]:
@@ -49,8 +33,7 @@ def noise(seed: int, count: int = 60) -> list[str]:
 
 
 def write(folder: pathlib.Path, name: str, texts: list[str]) -> config.SourceConfig:
-  shards.prepare(documents.from_texts(texts), folder / name, name=name, tokenizer=NumberTokenizer())
-  return config.SourceConfig(name=name, path=str(folder / name))
+  return words.write_source(folder, name, texts, NumberTokenizer())
 
 
 class Planted:
@@ -72,18 +55,7 @@ def base_config(tmp_path_factory) -> config.TrainConfig:
   folder = tmp_path_factory.mktemp("sources")
   made = (write(folder, "half", counting(0) + noise(1)), write(folder, "more", noise(2)))
   return config.TrainConfig(
-    model=config.ModelConfig(
-      name="test",
-      vocab_size=VOCAB,
-      model_dim=32,
-      mlp_dim=64,
-      num_layers=2,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      max_position=64,
-      dim_model_base=16,
-    ),
+    model=words.model_config(VOCAB, dim_model_base=16),
     optim=config.OptimConfig(
       peak_lr=0.02, schedule=config.ScheduleConfig(warmup_steps=1, stable_steps=100)
     ),
