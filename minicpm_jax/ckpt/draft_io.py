@@ -1,10 +1,10 @@
 """Draft checkpoints under the names of EAGLE, EAGLE-3 and MiniCPM4 releases (inference.md 10).
 
-| kind    | told by            | tensors                                                             |
-|---------|--------------------|---------------------------------------------------------------------|
-| eagle   | neither of below   | fc.{weight,bias}, layers.0.* without input_layernorm                |
-| minicpm | input_norm1.weight | fc.weight, input_norm1 (embedding), input_norm2 (feature), layers.0.* |
-| eagle3  | midlayer.*         | fc.weight, midlayer.*, norm.weight, lm_head.weight, d2t, t2d        |
+| kind | told by | tensors |
+|---|---|---|
+| eagle | neither of below | fc.{weight,bias}, layers.0.* without input_layernorm |
+| minicpm | input_norm1.weight | fc.weight, input_norm1 (token), input_norm2 (state), layers.0.* |
+| eagle3 | midlayer.* | fc.weight, midlayer.*, norm.weight, lm_head.weight, d2t, t2d |
 
 A prefix "model." and vLLM's "eagle_layers" are accepted. `embed_tokens` is the target's and is
 ignored, as is the head of the first two kinds and the norm that vLLM declares for `minicpm` without
