@@ -128,7 +128,6 @@ def test_a_mismatch_names_the_leaf(tmp_path, change, text):
       store.params(1, target(change(tree())))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_is_refused(tmp_path, monkeypatch):
   # tensorstore reads the leaves at the same time; the errors of those nobody asks for any more are
   # reported when their tasks are collected: here and silently, not loudly in some later test.
