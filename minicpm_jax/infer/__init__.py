@@ -3,6 +3,7 @@
 import importlib
 
 _SUBMODULES = (
+  "chain",
   "chat",
   "constrained",
   "detokenize",

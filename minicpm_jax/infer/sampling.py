@@ -152,6 +152,17 @@ def penalise(
   return jnp.where(seen_BV, punished_BV, logits_BV)
 
 
+def distribution(logits_BV: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+  """The filtered probabilities that `sample` draws from (one-hot where greedy), without penalty."""
+  logits_BV = logits_BV.astype(jnp.float32)
+  is_greedy_B = state.temperature_B == 0
+  z_BV = logits_BV / jnp.where(is_greedy_B, 1.0, state.temperature_B)[:, None]
+  p_BV = jnp.where(keep_mask(z_BV, state), jax.nn.softmax(z_BV, axis=1), 0.0)
+  greedy_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=1), logits_BV.shape[1])
+  p_BV = jnp.where(is_greedy_B[:, None], greedy_BV, p_BV)
+  return p_BV / jnp.sum(p_BV, axis=1, keepdims=True)
+
+
 def sample(
   logits_BV: Float[Array, "B V"],
   state: SamplingState,
