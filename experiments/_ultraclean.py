@@ -258,8 +258,11 @@ def write_shards(plan: Plan, final: executor.Report, tell: Tell) -> dict[str, sh
         if is_doc and not documents.is_heldout(item.id, plan.heldout_permille):
           yield item
 
+  parts = {"clean": kept(False), "clean_heldout": kept(True), "raw": raw()}
+  if not plan.heldout_permille:
+    del parts["clean_heldout"]
   made = {}
-  for name, docs in (("clean", kept(False)), ("clean_heldout", kept(True)), ("raw", raw())):
+  for name, docs in parts.items():
     made[name] = shards.prepare(
       docs,
       plan.output / "shards" / name,
@@ -281,9 +284,10 @@ def _bpe_texts(final: executor.Report) -> Iterator[str]:
 def next_command(plan: Plan, made: dict[str, shards.Index]) -> str:
   """How `experiments.pretrain` takes the result: raw text, then half of it clean in the decay."""
   base = plan.output / "shards"
+  heldout = f"--data=heldout:{base / 'clean_heldout'}:eval " if "clean_heldout" in made else ""
   return (
     f"python -m experiments.pretrain --config=nano --workdir={plan.output / 'run'} "
     f"--tokenizer={plan.tokenizer or plan.output / 'tokenizer'} --data=raw:{base / 'raw'}:1/0.5 "
-    f"--data=clean:{base / 'clean'}:0/0.5 --data=heldout:{base / 'clean_heldout'}:eval "
+    f"--data=clean:{base / 'clean'}:0/0.5 {heldout}"
     f"--set model.vocab_size={made['clean'].config.vocab_size}"
   )

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from minicpm_jax.core import extras
-from minicpm_jax.data import documents
+from minicpm_jax.data import documents, warc
 
 SCHEMA_KEY = b"minicpm_jax.documents"  # marks Parquet files written by `parquet_schema`
 
@@ -39,8 +39,10 @@ class Reader:
       items = self._jsonl(str(path))
     elif kind == "parquet":
       items = self._parquet(str(path))
+    elif kind == "warc":
+      items = self._warc(str(path))
     else:
-      items = self._other(path, kind)
+      items = self._text(path)
     return unique_ids(self._limited(items))
 
   def _jsonl(self, path: str) -> Iterator[documents.Doc | documents.Dropped]:
@@ -95,12 +97,17 @@ class Reader:
         raise
       yield documents.Dropped(path, "unreadable", f"after row {number}: {error}")
 
-  def _other(self, path, kind) -> Iterator[documents.Doc | documents.Dropped]:
+  def _warc(self, path: str) -> Iterator[documents.Doc | documents.Dropped]:
+    """A damaged page costs that page; damage to the file itself ends it."""
+    errors: list[documents.CorpusError] = []
+    for doc in warc.read_warc(path, on_error=errors.append):
+      yield from _damaged(path, errors)
+      yield doc
+    yield from _damaged(path, errors)
+
+  def _text(self, path) -> Iterator[documents.Doc | documents.Dropped]:
     try:
-      if kind in (None, "text"):
-        yield from documents.read_text(path, text_split=self.text_split, name=self.name)
-      else:
-        yield from documents.read([path])
+      yield from documents.read_text(path, text_split=self.text_split, name=self.name)
     except documents.CorpusError as error:
       reason = "invalid_utf8" if "expected UTF-8" in str(error) else "unreadable"
       yield documents.Dropped(str(path), reason, str(error))
@@ -113,6 +120,11 @@ class Reader:
           yield documents.Dropped(item.id, "text_too_long", f"{size} bytes of {item.source}")
           continue
       yield item
+
+
+def _damaged(path: str, errors: list[documents.CorpusError]) -> Iterator[documents.Dropped]:
+  while errors:
+    yield documents.Dropped(path, "unreadable", str(errors.pop(0)))
 
 
 def unique_ids(

@@ -99,6 +99,20 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path):
     list(warc.read_warc(path, extract=str))
 
 
+def test_tolerant_reading_goes_on_after_a_damaged_page(tmp_path):
+  pytest.importorskip("trafilatura")
+  body = PAGE.format("a text that is long enough to be the main text of a page. " * 20).encode()
+  pages = [record(http(body), uri=f"http://{i}/", rid=f"<urn:uuid:{i}>") for i in range(2)]
+  path = write(tmp_path / "a.warc", pages[0], record(b"not http"), pages[1], b"junk\r\n")
+  items = list(tolerant.Reader()(path))
+  assert [type(item) for item in items] == [documents.Doc] + [documents.Dropped] + [
+    documents.Doc
+  ] + [documents.Dropped]
+  assert [item.meta["url"] for item in items[::2]] == ["http://0/", "http://1/"]
+  assert all(item.reason == "unreadable" for item in items[1::2])
+  assert "record 1" in items[1].detail and "expected a line 'WARC/1.x'" in items[3].detail
+
+
 def test_real_pages(shared_dir):
   pytest.importorskip("trafilatura")
   counts = collections.Counter()
