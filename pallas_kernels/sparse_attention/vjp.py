@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import xla
+from pallas_kernels.sparse_attention import xla, xla_backward
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -76,7 +76,7 @@ def _attend_bwd(static: xla.Static, residuals, cotangents):
   # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
   delta_BKTG = jnp.sum(dout_BKTGV.astype(jnp.float32) * out_BKTGV.astype(jnp.float32), axis=-1)
   delta_BKTG = delta_BKTG - jnp.where(lse_BKTG >= xla.NOTHING, 0.0, dlse_BKTG)
-  backward = functools.partial(xla.head_backward, static)
+  backward = functools.partial(xla_backward.head_backward, static)
   dq, dk, dv = _over_rows_and_heads(backward, *args, lse_BKTG, delta_BKTG, dout_BKTGV)
   return dq, dk, dv, None, None, None
 

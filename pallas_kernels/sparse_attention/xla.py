@@ -8,9 +8,9 @@ moves more bytes than it computes with. So, for a chunk of queries:
                  matmul [tile * G, H] x [H, block]; each pair leaves (max, sum, out), and the
                  queries add up theirs and the band by log-sum-exp.
 
-The backward pass recomputes the probabilities from lse; dk and dv are added up tile after tile in
-float32. Both passes are bitwise deterministic: the order of every sum is fixed. One batch row and
-key head at a time; `lanes` chunks are independent loops, which XLA's CPU runs side by side.
+The backward pass is `xla_backward`. Both are bitwise deterministic: the order of every sum is
+fixed. One batch row and key head at a time; `lanes` chunks are independent loops, which XLA's CPU
+runs side by side.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ class Chunk:
   is_pair_CW: jax.Array
 
 
-def _dot(a, b, contract: tuple[int, int], batch: int = 0):
+def dot(a, b, contract: tuple[int, int], batch: int = 0):
   dims = (((contract[0],), (contract[1],)), (tuple(range(batch)), tuple(range(batch))))
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
@@ -145,7 +145,7 @@ def _dot(a, b, contract: tuple[int, int], batch: int = 0):
 # --- The band of local blocks --------------------------------------------------------------------
 
 
-def _band_keys(static: Static, num_slots: int) -> tuple[int, int]:
+def band_keys(static: Static, num_slots: int) -> tuple[int, int]:
   """(key tiles, keys a tile) that a tile of queries at any position needs."""
   blocks = static.num_local + -(-(static.config.band_queries - 1) // static.block_size)
   keys = min(num_slots, blocks * static.block_size)
@@ -153,29 +153,29 @@ def _band_keys(static: Static, num_slots: int) -> tuple[int, int]:
   return tiles, -(-keys // tiles)
 
 
-def _band_range(static: Static, pos_b, start_b, num_slots: int):
+def band_range(static: Static, pos_b, start_b, num_slots: int):
   """(first key of the band, lowest slot of every query [band]) of the tile of queries at pos_b."""
-  block, (tiles, size) = static.block_size, _band_keys(static, num_slots)
+  block, (tiles, size) = static.block_size, band_keys(static, num_slots)
   low_b = (pos_b // block - static.num_local + 1) * block
   return jnp.clip(low_b[0], 0, max(0, num_slots - tiles * size)), jnp.maximum(low_b, start_b)
 
 
-def _band_scores(static: Static, q_RH, k_kH, first, low_b, pos_b):
+def band_scores(static: Static, q_RH, k_kH, first, low_b, pos_b):
   size, band = k_kH.shape[0], pos_b.shape[0]
   slots_1k = first + jnp.arange(size, dtype=jnp.int32)[None, :]
   mask_bk = (slots_1k >= low_b[:, None]) & (slots_1k <= pos_b[:, None])
-  scores = jnp.reshape(static.scale * _dot(q_RH, k_kH, (1, 1)), (band, -1, size))
+  scores = jnp.reshape(static.scale * dot(q_RH, k_kH, (1, 1)), (band, -1, size))
   return jnp.reshape(jnp.where(mask_bk[:, None, :], scores, 2 * FLOOR), (-1, size))
 
 
-def _in_tiles(static: Static, *arrays):
+def in_tiles(static: Static, *arrays):
   band = static.config.band_queries
   return [jnp.reshape(x, (-1, band, *x.shape[1:])) for x in arrays]
 
 
-def _pad_keys(static: Static, x_SH):
+def pad_keys(static: Static, x_SH):
   """Room behind the last key, so that whole key tiles fit."""
-  tiles, size = _band_keys(static, x_SH.shape[0])
+  tiles, size = band_keys(static, x_SH.shape[0])
   return jnp.pad(x_SH, ((0, max(0, tiles * size - x_SH.shape[0])), (0, 0)))
 
 
@@ -186,37 +186,37 @@ def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV):
   if static.num_local == 0:
     zeros = jnp.zeros((C, G), jnp.float32)
     return zeros + FLOOR, zeros, jnp.zeros((C, G, V), jnp.float32)
-  tiles, size = _band_keys(static, S)
-  k_SH, v_SV = _pad_keys(static, k_SH), _pad_keys(static, v_SV)
+  tiles, size = band_keys(static, S)
+  k_SH, v_SV = pad_keys(static, k_SH), pad_keys(static, v_SV)
 
   def one(rows):
     q_bGH, pos_b, start_b = rows
     q_RH = jnp.reshape(q_bGH, (-1, H))
-    first, low_b = _band_range(static, pos_b, start_b, S)
+    first, low_b = band_range(static, pos_b, start_b, S)
 
     def step(i, carry):
       top_R1, sum_R1, out_RV = carry
       at = first + i * size
       k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
-      scores_Rk = _band_scores(static, q_RH, k_kH, at, low_b, pos_b)
+      scores_Rk = band_scores(static, q_RH, k_kH, at, low_b, pos_b)
       best_R1 = jnp.maximum(top_R1, jnp.max(scores_Rk, axis=1, keepdims=True))
       probs_Rk = jnp.exp(scores_Rk - best_R1)
       shrink_R1 = jnp.exp(top_R1 - best_R1)
       sum_R1 = shrink_R1 * sum_R1 + jnp.sum(probs_Rk, axis=1, keepdims=True)
-      return best_R1, sum_R1, shrink_R1 * out_RV + _dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
+      return best_R1, sum_R1, shrink_R1 * out_RV + dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
 
     zeros_R1 = jnp.zeros((band * G, 1), jnp.float32)
     init = (zeros_R1 + FLOOR, zeros_R1, jnp.zeros((band * G, V), jnp.float32))
     return jax.lax.fori_loop(0, tiles, step, init)
 
-  top, total, out = jax.lax.map(one, _in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C))
+  top, total, out = jax.lax.map(one, in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C))
   return jnp.reshape(top, (C, G)), jnp.reshape(total, (C, G)), jnp.reshape(out, (C, G, V))
 
 
 # --- The other blocks ----------------------------------------------------------------------------
 
 
-def _rows_of(x_CGH, token_P):
+def rows_of(x_CGH, token_P):
   """x[tokens] as one [P * G, H]; a loop of slices is a loop of memcpy, a gather on CPU is not."""
   rows_PGH = jnp.zeros((token_P.shape[0], *x_CGH.shape[1:]), x_CGH.dtype)
 
@@ -228,13 +228,13 @@ def _rows_of(x_CGH, token_P):
   return jnp.reshape(rows_PGH, (-1, x_CGH.shape[-1]))
 
 
-def _pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH, *, is_masked: bool):
+def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH, *, is_masked: bool):
   """Scores [P * G, s] of tile i; masked ones are 2 * FLOOR.
 
   Unfilled places need no mask where nobody gathers them. Blocks before the local ones lie whole in
   the past; without the promise of local blocks the current one is among the pairs.
   """
-  scores_Rs = static.scale * _dot(q_RH, k_sH, (1, 1))
+  scores_Rs = static.scale * dot(q_RH, k_sH, (1, 1))
   if not is_masked and static.num_local:
     return scores_Rs
   token_P = at.token_IP[i]
@@ -245,13 +245,13 @@ def _pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH, *, is_
   return jnp.reshape(jnp.where(mask_Ps[:, None, :], scores_PGs, 2 * FLOOR), scores_Rs.shape)
 
 
-def _pair_buffers(static: Static, num_pairs: int, num_blocks: int, group: int, *widths: int):
+def pair_buffers(static: Static, num_pairs: int, num_blocks: int, group: int, *widths: int):
   """Room for what every place leaves: [places, G] and [places, G, width] for each width."""
   places = _max_tiles(num_pairs, num_blocks, static.config.tile) * static.config.tile
   return tuple(jnp.zeros((places, group, *((w,) if w else ())), jnp.float32) for w in widths)
 
 
-def _store(buffers, values, i, num_places: int):
+def store(buffers, values, i, num_places: int):
   def put(buffer, value):
     value = jnp.reshape(value, (num_places, *buffer.shape[1:]))
     return jax.lax.dynamic_update_slice_in_dim(buffer, value, i * num_places, axis=0)
@@ -263,18 +263,18 @@ def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, buffe
   """(max, sum [places, G], out [places, G, V] not divided) of every pair."""
 
   def body(i, buffers):
-    q_RH = _rows_of(chunk.q_CGH, at.token_IP[i])
+    q_RH = rows_of(chunk.q_CGH, at.token_IP[i])
     k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
-    scores_Rs = _pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=False)
+    scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=False)
     top_R1 = jnp.maximum(jnp.max(scores_Rs, axis=1, keepdims=True), FLOOR)
     probs_Rs = jnp.exp(scores_Rs - top_R1)
-    out_RV = _dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0))
-    return _store(buffers, (top_R1, jnp.sum(probs_Rs, axis=1), out_RV), i, static.config.tile)
+    out_RV = dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0))
+    return store(buffers, (top_R1, jnp.sum(probs_Rs, axis=1), out_RV), i, static.config.tile)
 
   return jax.lax.fori_loop(0, at.num_tiles, body, buffers)
 
 
-def _sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
+def sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
   """init + sum over the list of weight * value of the pair, in list order."""
 
   def body(w, total_CGV):
@@ -285,7 +285,7 @@ def _sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
   return jax.lax.fori_loop(0, at.place_CW.shape[1], body, init_CGV)
 
 
-def _blocks(static: Static, x_SH):
+def blocks(static: Static, x_SH):
   return jnp.reshape(x_SH, (-1, static.block_size, x_SH.shape[1]))
 
 
@@ -293,7 +293,7 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, buffers):
   """(out [C, G, V], lse [C, G]) and the buffers, to be filled again."""
   top_CG, sum_CG, out_CGV = _band_forward(static, chunk, k_SH, v_SV)
   if chunk.ids_CW.shape[1]:
-    k_MsH, v_MsV = _blocks(static, k_SH), _blocks(static, v_SV)
+    k_MsH, v_MsV = blocks(static, k_SH), blocks(static, v_SV)
     at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
     buffers = _pairs_forward(static, chunk, at, k_MsH, v_MsV, buffers)
     top_RG, sum_RG, out_RGV = buffers
@@ -303,7 +303,7 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, buffers):
     weight_CWG = jnp.where(chunk.is_pair_CW[:, :, None], weight_CWG, 0.0)
     scale_CG = jnp.exp(top_CG - best_CG)
     sum_CG = scale_CG * sum_CG + jnp.sum(weight_CWG * sum_RG[at.place_CW], axis=1)
-    out_CGV = _sum_pairs(out_RGV, at, weight_CWG, scale_CG[:, :, None] * out_CGV)
+    out_CGV = sum_pairs(out_RGV, at, weight_CWG, scale_CG[:, :, None] * out_CGV)
     top_CG = best_CG
   is_seen_CG = sum_CG > 0
   sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
@@ -311,91 +311,10 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, buffers):
   return ((out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG), buffers
 
 
-# --- Backward ------------------------------------------------------------------------------------
-
-
-def _probs_and_grads(static: Static, scores_Rs, lse_R1, delta_R1, dout_RV, v_sV):
-  """(P, dS) in float32: P = exp(S - lse), dS = scale P (dout v^T - delta) (section 11)."""
-  probs_Rs = jnp.exp(scores_Rs - lse_R1)
-  dprobs_Rs = _dot(dout_RV, v_sV, (1, 1))
-  return probs_Rs, static.scale * probs_Rs * (dprobs_Rs - delta_R1)
-
-
-def _add_at(total_SH, new_kH, first):
-  old_kH = jax.lax.dynamic_slice_in_dim(total_SH, first, new_kH.shape[0])
-  return jax.lax.dynamic_update_slice_in_dim(total_SH, old_kH + new_kH, first, axis=0)
-
-
-def _band_backward(static: Static, chunk: Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv):
-  """(dq [C, G, H], dk, dv) with the band's share added to dk [S, H] and dv [S, V]."""
-  C, G, H = chunk.q_CGH.shape
-  S = k_SH.shape[0]
-  if static.num_local == 0:
-    return jnp.zeros((C, G, H), jnp.float32), dk, dv
-  tiles, size = _band_keys(static, S)
-  k_SH, v_SV, dk, dv = (_pad_keys(static, x) for x in (k_SH, v_SV, dk, dv))
-
-  def one(carry, rows):
-    q_bGH, pos_b, start_b, dout_bGV, lse_bG, delta_bG = rows
-    first, low_b = _band_range(static, pos_b, start_b, S)
-    q_RH, dout_RV = (jnp.reshape(x, (-1, x.shape[-1])) for x in (q_bGH, dout_bGV))
-    lse_R1, delta_R1 = (jnp.reshape(x, (-1, 1)) for x in (lse_bG, delta_bG))
-
-    def step(i, carry):
-      dq_RH, dk, dv = carry
-      at = first + i * size
-      k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
-      scores_Rk = _band_scores(static, q_RH, k_kH, at, low_b, pos_b)
-      probs_Rk, dscores_Rk = _probs_and_grads(static, scores_Rk, lse_R1, delta_R1, dout_RV, v_kV)
-      dscores_Rk = dscores_Rk.astype(q_RH.dtype)
-      dv = _add_at(dv, _dot(probs_Rk.astype(dout_RV.dtype), dout_RV, (0, 0)), at)
-      dk = _add_at(dk, _dot(dscores_Rk, q_RH, (0, 0)), at)
-      return dq_RH + _dot(dscores_Rk, k_kH, (1, 0)), dk, dv
-
-    dq_RH, dk, dv = jax.lax.fori_loop(0, tiles, step, (jnp.zeros(q_RH.shape, jnp.float32), *carry))
-    return (dk, dv), dq_RH
-
-  rows = (chunk.q_CGH, chunk.pos_C, chunk.start_C, dout_CGV, lse_CG, delta_CG)
-  (dk, dv), dq = jax.lax.scan(one, (dk, dv), _in_tiles(static, *rows))
-  return jnp.reshape(dq, (C, G, H)), dk[:S], dv[:S]
-
-
-def _pairs_backward(
-  static: Static, chunk: Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv, buffers
-):
-  """(dq [C, G, H], dk, dv, buffers) with the pairs' share added to dk and dv."""
-  C, G, H = chunk.q_CGH.shape
-  k_MsH, v_MsV = _blocks(static, k_SH), _blocks(static, v_SV)
-  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
-
-  def body(i, carry):
-    buffers, dk, dv = carry
-    token_P, block = at.token_IP[i], at.block_I[i]
-    q_RH, dout_RV = _rows_of(chunk.q_CGH, token_P), _rows_of(dout_CGV, token_P)
-    lse_R1, delta_R1 = (jnp.reshape(x[token_P], (-1, 1)) for x in (lse_CG, delta_CG))
-    k_sH = k_MsH[block]
-    scores_Rs = _pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=True)
-    probs_Rs, dscores_Rs = _probs_and_grads(
-      static, scores_Rs, lse_R1, delta_R1, dout_RV, v_MsV[block]
-    )
-    dscores_Rs = dscores_Rs.astype(q_RH.dtype)
-    dk = _add_at(dk, _dot(dscores_Rs, q_RH, (0, 0)), block * static.block_size)
-    dv_sV = _dot(probs_Rs.astype(dout_RV.dtype), dout_RV, (0, 0))
-    dv = _add_at(dv, dv_sV, block * static.block_size)
-    return _store(buffers, (_dot(dscores_Rs, k_sH, (1, 0)),), i, static.config.tile), dk, dv
-
-  buffers, dk, dv = jax.lax.fori_loop(0, at.num_tiles, body, (buffers, dk, dv))
-  weight_CWG = jnp.broadcast_to(
-    chunk.is_pair_CW[:, :, None].astype(jnp.float32), (*chunk.is_pair_CW.shape, G)
-  )
-  dq_CGH = _sum_pairs(buffers[0], at, weight_CWG, jnp.zeros((C, G, H), jnp.float32))
-  return dq_CGH, dk, dv, buffers
-
-
 # --- All rows of one head ------------------------------------------------------------------------
 
 
-def _chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
+def in_chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
   """(Chunk, *others) with two leading axes: steps and lanes."""
   if static.num_local:
     # Lists ascend and end with the local blocks: these columns hold everything else.
@@ -409,11 +328,11 @@ def _chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
   return jax.tree.map(lambda x: jnp.reshape(x, (*lead, *x.shape[1:])), (chunk, *others))
 
 
-def _by_lane(static: Static, tree):
+def by_lane(static: Static, tree):
   return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(static.config.lanes)]
 
 
-def _in_order(parts):
+def in_order(parts):
   """Results of the lanes of every step, [steps, C, ...] each, as [T, ...]."""
   stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *parts)
   return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[3:])), stacked)
@@ -421,40 +340,14 @@ def _in_order(parts):
 
 def head_forward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW):
   """(out [T, G, V], lse [T, G]); T is a multiple of lanes * chunk, S of the block."""
-  (chunks,) = _chunks(static, q_TGH, pos_T, start_T, ids_TW)
+  (chunks,) = in_chunks(static, q_TGH, pos_T, start_T, ids_TW)
   num_pairs, num_blocks = chunks.ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
   sizes = (static, num_pairs, num_blocks, q_TGH.shape[1], 0, 0, v_SV.shape[1])
-  buffers = [_pair_buffers(*sizes) for _ in range(static.config.lanes)]
+  buffers = [pair_buffers(*sizes) for _ in range(static.config.lanes)]
 
   def step(buffers, chunks):
-    lanes = zip(_by_lane(static, chunks), buffers, strict=True)
+    lanes = zip(by_lane(static, chunks), buffers, strict=True)
     done = [_chunk_forward(static, chunk, k_SH, v_SV, buffer) for chunk, buffer in lanes]
     return [buffer for _, buffer in done], [result for result, _ in done]
 
-  return _in_order(jax.lax.scan(step, buffers, chunks)[1])
-
-
-def head_backward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW, lse, delta, dout):
-  """(dq, dk, dv), dk and dv summed over the group and all queries in float32."""
-  chunks = _chunks(static, q_TGH, pos_T, start_T, ids_TW, dout, lse, delta)
-  num_pairs, num_blocks = chunks[0].ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
-
-  def one(carry, x):
-    (dk, dv, buffers), (chunk, *rest) = carry, x
-    dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, dk, dv)
-    if chunk.ids_CW.shape[1]:
-      more, dk, dv, buffers = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dk, dv, buffers)
-      dq = dq + more
-    return (dk, dv, buffers), dq
-
-  def step(carries, chunks):
-    done = [one(c, x) for c, x in zip(carries, _by_lane(static, chunks), strict=True)]
-    return [carry for carry, _ in done], [dq for _, dq in done]
-
-  zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SV)]
-  buffers = _pair_buffers(static, num_pairs, num_blocks, q_TGH.shape[1], k_SH.shape[1])
-  carries = [(*zeros, buffers) for _ in range(static.config.lanes)]
-  carries, dqs = jax.lax.scan(step, carries, chunks)
-  dk, dv = (sum(parts) for parts in list(zip(*carries, strict=True))[:2])
-  dq = _in_order(dqs)
-  return dq.astype(q_TGH.dtype), dk.astype(k_SH.dtype), dv.astype(v_SV.dtype)
+  return in_order(jax.lax.scan(step, buffers, chunks)[1])

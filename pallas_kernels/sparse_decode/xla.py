@@ -1,48 +1,9 @@
-"""Sparse decoding by gathering the listed blocks: moves what a decode step has to read anyway."""
+"""Sparse decoding in XLA gathers the listed blocks: one form with `sparse_attention`'s "gather"."""
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.sparse_attention import gather
 
 
 def decode_xla(q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM, *, block_size):
   """As `api.decode_blocks`."""
-  B, T, N, H = q_BTNH.shape
-  K, W = k.shape[2], ids_BKTW.shape[3]
-  lane_s = jnp.arange(block_size, dtype=jnp.int32)[None, None, None, None, :]
-  spots = jnp.maximum(ids_BKTW, 0)[..., None] * block_size + lane_s
-  pos, start = pos_BT[:, None, :, None, None], start_BT[:, None, :, None, None]
-  mask = (ids_BKTW >= 0)[..., None] & (spots <= pos) & (spots >= start)
-  if page_table_BM is None:
-    slots = spots if base_B is None else spots + base_B[:, None, None, None, None]
-    first_B = k.shape[1] * jnp.arange(B, dtype=jnp.int32)
-    slots = jnp.minimum(slots, k.shape[1] - 1) + first_B[:, None, None, None, None]
-  else:
-    table_BK1M = jnp.broadcast_to(page_table_BM[:, None, None], (B, K, T, page_table_BM.shape[1]))
-    pages_BKTW = jnp.take_along_axis(table_BK1M, jnp.maximum(ids_BKTW, 0), axis=3)
-    slots = jnp.maximum(pages_BKTW, 0)[..., None] * block_size + lane_s
-  slots_BKTR = jnp.reshape(slots, (B, K, T, W * block_size))
-
-  def pick(x):
-    x_KSH = jnp.moveaxis(jnp.reshape(x, (-1, K, H)), 1, 0)
-    return jax.vmap(lambda x_SH, at: x_SH[at], in_axes=(0, 1), out_axes=1)(x_KSH, slots_BKTR)
-
-  mask_BKT1R = jnp.reshape(mask, (B, K, T, 1, W * block_size))
-  q_BKTGH = jnp.moveaxis(jnp.reshape(q_BTNH, (B, T, K, N // K, H)), 2, 1)
-  scores = H**-0.5 * jnp.einsum(
-    "BKTGH,BKTRH->BKTGR", q_BKTGH, pick(k), preferred_element_type=jnp.float32
-  )
-  scores = jnp.where(mask_BKT1R, scores, -1e30)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  probs = jnp.where(mask_BKT1R, jnp.exp(scores - top), 0.0)
-  total = jnp.sum(probs, axis=-1, keepdims=True)
-  is_seen = total > 0
-  total = jnp.where(is_seen, total, 1.0)
-  out = jnp.einsum(
-    "BKTGR,BKTRH->BKTGH",
-    (probs / total).astype(v.dtype),
-    pick(v),
-    preferred_element_type=jnp.float32,
-  )
-  lse = jnp.where(is_seen, top + jnp.log(total), -jnp.inf)[..., 0]
-  out_BTNH = jnp.reshape(jnp.moveaxis(out, 1, 2), (B, T, N, H)).astype(v.dtype)
-  return out_BTNH, jnp.reshape(jnp.moveaxis(lse, 1, 2), (B, T, N))
+  args = (q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM)
+  return gather.attend_gather(*args, block_size=block_size)
