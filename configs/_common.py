@@ -164,12 +164,17 @@ def scaled(cfg: config.TrainConfig, num_steps: int) -> config.TrainConfig:
 
 
 def _tiny(cfg: config.TrainConfig) -> config.TrainConfig:
-  model = zoo.tiny(cfg.model, dtype="f32", remat="none", vocab_multiple=1)
+  sparse = cfg.model.sparse
+  if sparse is not None:  # 3 of the 4 blocks of a row
+    sizes = dict(kernel_size=4, kernel_stride=2, block_size=8, window_size=8, topk=2, dense_len=-1)
+    sparse = dataclasses.replace(sparse, **sizes)
+  model = zoo.tiny(cfg.model, dtype="f32", remat="none", vocab_multiple=1, sparse=sparse)
+  align = 1 if sparse is None else sparse.alignment
   return dataclasses.replace(
     cfg,
     name=f"tiny_{cfg.name}",
     model=model,
-    data=dataclasses.replace(cfg.data, seq_len=32, batch_size=8),
+    data=dataclasses.replace(cfg.data, seq_len=32, batch_size=8, align=align),
     mesh=config.MeshConfig(),
     grad_accum=1,
     log_every=1,

@@ -2,8 +2,8 @@
 
 Only the length is published. Everything else is carried over from MiniCPM4's 32K stage: 20B
 tokens, learning rate from the end of the anneal to a tenth of it, half long and half short data.
-Hybrid thinking is post-training and no part of this recipe. Dense attention: the sparse one is
-not built.
+Hybrid thinking is post-training and no part of this recipe. Attention is dense; the stage with
+sparse attention is that of minicpm4_8b_sparse.
 
 Cost: 20B tokens, 2.1e21 FLOPs, about 62 H100-days at 40% MFU.
 Expected (no published number): loss on 4K rows unchanged, falling with position up to 65536.

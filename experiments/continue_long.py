@@ -6,6 +6,8 @@
       --set init_from=runs/minicpm_2b@252000            # the last stable checkpoint
   python -m experiments.continue_long --config=minicpm_2b_128k --workdir=runs/2b_128k \\
       --set init_from=runs/2b_32k@4500 --lengths=65536,131072
+  python -m experiments.continue_long --config=minicpm4_8b_sparse --workdir=runs/8b_sparse \\
+      --set init_from=runs/minicpm4_8b                  # dense at 4K, then sparse at 32K
 
 The weights come from a run folder, a Hugging Face folder or a GGUF file; rope and head are those of
 the config: a tied source under an untied config gets a head equal to its embedding, so the logits
@@ -84,8 +86,12 @@ def main(argv: list[str] | None = None) -> int:
       [int(text) for text in values.lengths],
     )
     for cfg, workdir in planned:
-      rope = cfg.model.rope
-      print(f"rows of {cfg.data.seq_len} tokens, rope {rope.kind!r} with theta {rope.theta:g}")
+      rope, sparse = cfg.model.rope, cfg.model.sparse
+      kind = "dense" if sparse is None else f"sparse from {max(sparse.dense_len, 0)} tokens on"
+      print(
+        f"rows of {cfg.data.seq_len} tokens, rope {rope.kind!r} with theta {rope.theta:g}, "
+        f"attention {kind}"
+      )
       if loop.train(cfg, workdir).is_stopped:
         return 0
   except (ValueError, ImportError, OSError, flags.Error) as error:

@@ -5,8 +5,8 @@ moves more bytes than it computes with. So, for a chunk of queries:
 
   local blocks   an ordinary band: tiles of queries against the keys from their first local block;
   other blocks   the (query, block) pairs are sorted by block, `tile` pairs of one block make one
-                 matmul [tile * G, H] x [H, block]; each pair leaves (max, sum, out), and the
-                 queries add up theirs and the band by log-sum-exp.
+                 matmul [tile * G, H] x [H, block]; its rows are added to the running softmax of
+                 their queries, which begins with the band's and stays in the cache.
 
 The backward pass is `xla_backward`. Both are bitwise deterministic: the order of every sum is
 fixed. One batch row and key head at a time; `lanes` chunks are independent loops, which XLA's CPU
@@ -28,14 +28,15 @@ NOTHING = 1e30  # lse of a row that sees nothing, so that its probabilities are 
 class XlaConfig:
   """Queries a chunk, chunks side by side, pairs a tile, queries and keys of a tile of the band.
 
-  Memory is about lanes * chunk * W * G * V * 4 bytes for the pairs' outputs.
+  More queries a chunk fill the tiles of a block better, as long as chunk * G * V numbers stay in
+  the cache.
   """
 
   chunk: int = 512
   lanes: int = 1
   tile: int = 16
   band_queries: int = 32
-  band_keys: int = 512
+  band_keys: int = 4096
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -67,33 +68,28 @@ class Static:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["token_IP", "is_pair_IP", "block_I", "num_tiles", "place_CW"],
+  data_fields=["token_IP", "filled_I", "block_I", "num_tiles"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Pairs of one chunk in tiles of one block each.
 
-  token_IP: query of each place; is_pair_IP: is the place filled; block_I: block of each tile;
-  num_tiles: tiles in use; place_CW: place (tile * P + p) of every entry of the lists.
+  token_IP: query of each place, of which the first filled_I are taken; block_I: block of each tile;
+  num_tiles: tiles in use.
   """
 
   token_IP: jax.Array
-  is_pair_IP: jax.Array
+  filled_I: jax.Array
   block_I: jax.Array
   num_tiles: jax.Array
-  place_CW: jax.Array
-
-
-def _max_tiles(num_pairs: int, num_blocks: int, tile: int) -> int:
-  return num_pairs // tile + min(num_blocks, num_pairs)
 
 
 def layout(ids_CW, is_pair_CW, num_blocks: int, config: XlaConfig) -> Layout:
   """Sorts the pairs by (block, query) and pads each block's pairs to whole tiles."""
   C, W = ids_CW.shape
   P = config.tile
-  max_tiles = _max_tiles(C * W, num_blocks, P)
+  max_tiles = C * W // P + min(num_blocks, C * W)
   last = jnp.int32(num_blocks * C)
   key_CW = jnp.where(is_pair_CW, ids_CW * C + jnp.arange(C, dtype=jnp.int32)[:, None], last)
   key_R = jnp.sort(jnp.reshape(key_CW, (-1,)))
@@ -102,22 +98,16 @@ def layout(ids_CW, is_pair_CW, num_blocks: int, config: XlaConfig) -> Layout:
   first_M, sizes_M = bounds[:-1], bounds[1:] - bounds[:-1]
   tiles_M = -(-sizes_M // P)
   ends_M = jnp.cumsum(tiles_M)
-  starts_M = ends_M - tiles_M
   tile_I = jnp.arange(max_tiles, dtype=jnp.int32)
   block_I = jnp.searchsorted(ends_M, tile_I, side="right").astype(jnp.int32)
   block_I = jnp.minimum(block_I, num_blocks - 1)
-  rank_IP = (tile_I - starts_M[block_I])[:, None] * P + jnp.arange(P, dtype=jnp.int32)[None, :]
-  is_pair_IP = (rank_IP < sizes_M[block_I][:, None]) & (tile_I < ends_M[-1])[:, None]
-  pair_IP = jnp.clip(first_M[block_I][:, None] + rank_IP, 0, C * W - 1)
-  order_CW = jnp.searchsorted(key_R, key_CW).astype(jnp.int32)
-  own_CW = jnp.clip(ids_CW, 0, num_blocks - 1)
-  place_CW = starts_M[own_CW] * P + order_CW - first_M[own_CW]
+  done_I = P * (tile_I - (ends_M - tiles_M)[block_I])  # pairs of the block in earlier tiles
+  pair_IP = (first_M[block_I] + done_I)[:, None] + jnp.arange(P, dtype=jnp.int32)[None, :]
   return Layout(
-    token_IP=jnp.where(is_pair_IP, key_R[pair_IP] % C, 0),
-    is_pair_IP=is_pair_IP,
+    token_IP=key_R[jnp.clip(pair_IP, 0, C * W - 1)] % C,
+    filled_I=jnp.clip(sizes_M[block_I] - done_I, 0, P),
     block_I=block_I,
     num_tiles=ends_M[-1],
-    place_CW=jnp.where(is_pair_CW, place_CW, 0),
   )
 
 
@@ -216,99 +206,88 @@ def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV):
 # --- The other blocks ----------------------------------------------------------------------------
 
 
-def rows_of(x_CGH, token_P):
-  """x[tokens] as one [P * G, H]; a loop of slices is a loop of memcpy, a gather on CPU is not."""
+def rows_of(x_CGH, token_P, filled):
+  """x of the first `filled` tokens as [P * G, H], then zeros.
+
+  A loop of slices is a loop of memcpy; a gather on CPU is not.
+  """
   rows_PGH = jnp.zeros((token_P.shape[0], *x_CGH.shape[1:]), x_CGH.dtype)
 
   def copy(p, rows_PGH):
     row_GH = jax.lax.dynamic_index_in_dim(x_CGH, token_P[p], keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(rows_PGH, row_GH, p, axis=0)
 
-  rows_PGH = jax.lax.fori_loop(0, token_P.shape[0], copy, rows_PGH)
+  rows_PGH = jax.lax.fori_loop(0, filled, copy, rows_PGH)
   return jnp.reshape(rows_PGH, (-1, x_CGH.shape[-1]))
 
 
-def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH, *, is_masked: bool):
+def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
   """Scores [P * G, s] of tile i; masked ones are 2 * FLOOR.
 
-  Unfilled places need no mask where nobody gathers them. Blocks before the local ones lie whole in
-  the past; without the promise of local blocks the current one is among the pairs.
+  Blocks before the local ones lie whole in the past and in the document; without the promise of
+  local blocks the current one is among the pairs. Places that are not filled need no mask: their
+  rows are zeros and nobody reads what comes of them.
   """
   scores_Rs = static.scale * dot(q_RH, k_sH, (1, 1))
-  if not is_masked and static.num_local:
+  if static.num_local:
     return scores_Rs
   token_P = at.token_IP[i]
   slots_1s = at.block_I[i] * static.block_size + jnp.arange(k_sH.shape[0], dtype=jnp.int32)[None, :]
   pos_P1, start_P1 = chunk.pos_C[token_P][:, None], chunk.start_C[token_P][:, None]
-  mask_Ps = at.is_pair_IP[i][:, None] & (slots_1s <= pos_P1) & (slots_1s >= start_P1)
+  mask_Ps = (slots_1s <= pos_P1) & (slots_1s >= start_P1)
   scores_PGs = jnp.reshape(scores_Rs, (token_P.shape[0], -1, k_sH.shape[0]))
   return jnp.reshape(jnp.where(mask_Ps[:, None, :], scores_PGs, 2 * FLOOR), scores_Rs.shape)
 
 
-def pair_buffers(static: Static, num_pairs: int, num_blocks: int, group: int, *widths: int):
-  """Room for what every place leaves: [places, G] and [places, G, width] for each width."""
-  places = _max_tiles(num_pairs, num_blocks, static.config.tile) * static.config.tile
-  return tuple(jnp.zeros((places, group, *((w,) if w else ())), jnp.float32) for w in widths)
+def _pairs_forward(static: Static, chunk: Chunk, k_MsH, v_MsV, state):
+  """`state`, (max and sum [C, 2, G], out [C, G, V] not divided), with every pair added."""
+  G, P = chunk.q_CGH.shape[1], static.config.tile
+  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
 
-
-def store(buffers, values, i, num_places: int):
-  def put(buffer, value):
-    value = jnp.reshape(value, (num_places, *buffer.shape[1:]))
-    return jax.lax.dynamic_update_slice_in_dim(buffer, value, i * num_places, axis=0)
-
-  return tuple(map(put, buffers, values))
-
-
-def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, buffers):
-  """(max, sum [places, G], out [places, G, V] not divided) of every pair."""
-
-  def body(i, buffers):
-    q_RH = rows_of(chunk.q_CGH, at.token_IP[i])
+  def one_tile(i, state):
+    token_P, filled = at.token_IP[i], at.filled_I[i]
+    q_RH = rows_of(chunk.q_CGH, token_P, filled)
     k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
-    scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=False)
+    scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH)
     top_R1 = jnp.maximum(jnp.max(scores_Rs, axis=1, keepdims=True), FLOOR)
     probs_Rs = jnp.exp(scores_Rs - top_R1)
-    out_RV = dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0))
-    return store(buffers, (top_R1, jnp.sum(probs_Rs, axis=1), out_RV), i, static.config.tile)
+    out_PGV = jnp.reshape(dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0)), (P, G, -1))
+    top_PG, sum_PG = (jnp.reshape(x, (P, G)) for x in (top_R1, jnp.sum(probs_Rs, axis=1)))
 
-  return jax.lax.fori_loop(0, at.num_tiles, body, buffers)
+    def add(p, state):
+      stats_C2G, out_CGV = state
+      token = token_P[p]
+      top_G, sum_G = jax.lax.dynamic_index_in_dim(stats_C2G, token, keepdims=False)
+      best_G = jnp.maximum(top_G, top_PG[p])
+      old_G, new_G = jnp.exp(top_G - best_G), jnp.exp(top_PG[p] - best_G)
+      stats_2G = jnp.stack((best_G, old_G * sum_G + new_G * sum_PG[p]))
+      out_GV = jax.lax.dynamic_index_in_dim(out_CGV, token, keepdims=False)
+      out_GV = old_G[:, None] * out_GV + new_G[:, None] * out_PGV[p]
+      put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=token, axis=0)
+      return put(stats_C2G, stats_2G), put(out_CGV, out_GV)
 
+    return jax.lax.fori_loop(0, filled, add, state)
 
-def sum_pairs(values_RGV, at: Layout, weight_CWG, init_CGV):
-  """init + sum over the list of weight * value of the pair, in list order."""
-
-  def body(w, total_CGV):
-    place_C = jax.lax.dynamic_index_in_dim(at.place_CW, w, axis=1, keepdims=False)
-    weight_CG = jax.lax.dynamic_index_in_dim(weight_CWG, w, axis=1, keepdims=False)
-    return total_CGV + weight_CG[:, :, None] * values_RGV[place_C]
-
-  return jax.lax.fori_loop(0, at.place_CW.shape[1], body, init_CGV)
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, state)
 
 
 def blocks(static: Static, x_SH):
   return jnp.reshape(x_SH, (-1, static.block_size, x_SH.shape[1]))
 
 
-def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, buffers):
-  """(out [C, G, V], lse [C, G]) and the buffers, to be filled again."""
+def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV):
+  """(out [C, G, V], lse [C, G])."""
   top_CG, sum_CG, out_CGV = _band_forward(static, chunk, k_SH, v_SV)
   if chunk.ids_CW.shape[1]:
-    k_MsH, v_MsV = blocks(static, k_SH), blocks(static, v_SV)
-    at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
-    buffers = _pairs_forward(static, chunk, at, k_MsH, v_MsV, buffers)
-    top_RG, sum_RG, out_RGV = buffers
-    top_CWG = jnp.where(chunk.is_pair_CW[:, :, None], top_RG[at.place_CW], FLOOR)
-    best_CG = jnp.maximum(top_CG, jnp.max(top_CWG, axis=1))
-    weight_CWG = jnp.exp(top_CWG - best_CG[:, None, :])
-    weight_CWG = jnp.where(chunk.is_pair_CW[:, :, None], weight_CWG, 0.0)
-    scale_CG = jnp.exp(top_CG - best_CG)
-    sum_CG = scale_CG * sum_CG + jnp.sum(weight_CWG * sum_RG[at.place_CW], axis=1)
-    out_CGV = sum_pairs(out_RGV, at, weight_CWG, scale_CG[:, :, None] * out_CGV)
-    top_CG = best_CG
+    state = (jnp.stack((top_CG, sum_CG), axis=1), out_CGV)
+    stats_C2G, out_CGV = _pairs_forward(
+      static, chunk, blocks(static, k_SH), blocks(static, v_SV), state
+    )
+    top_CG, sum_CG = stats_C2G[:, 0], stats_C2G[:, 1]
   is_seen_CG = sum_CG > 0
   sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
   lse_CG = jnp.where(is_seen_CG, top_CG + jnp.log(sum_CG), NOTHING)
-  return ((out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG), buffers
+  return (out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG
 
 
 # --- All rows of one head ------------------------------------------------------------------------
@@ -341,13 +320,8 @@ def in_order(parts):
 def head_forward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW):
   """(out [T, G, V], lse [T, G]); T is a multiple of lanes * chunk, S of the block."""
   (chunks,) = in_chunks(static, q_TGH, pos_T, start_T, ids_TW)
-  num_pairs, num_blocks = chunks.ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
-  sizes = (static, num_pairs, num_blocks, q_TGH.shape[1], 0, 0, v_SV.shape[1])
-  buffers = [pair_buffers(*sizes) for _ in range(static.config.lanes)]
 
-  def step(buffers, chunks):
-    lanes = zip(by_lane(static, chunks), buffers, strict=True)
-    done = [_chunk_forward(static, chunk, k_SH, v_SV, buffer) for chunk, buffer in lanes]
-    return [buffer for _, buffer in done], [result for result, _ in done]
+  def step(chunks):
+    return [_chunk_forward(static, chunk, k_SH, v_SV) for chunk in by_lane(static, chunks)]
 
-  return in_order(jax.lax.scan(step, buffers, chunks)[1])
+  return in_order(jax.lax.map(step, chunks))

@@ -58,20 +58,23 @@ def _band_backward(
 
 
 def _pairs_backward(
-  static: xla.Static, chunk: xla.Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dk, dv, buffers
+  static: xla.Static, chunk: xla.Chunk, k_SH, v_SV, dout_CGV, lse_CG, delta_CG, dq, dk, dv
 ):
-  """(dq [C, G, H], dk, dv, buffers) with the pairs' share added to dk and dv."""
-  C, G, H = chunk.q_CGH.shape
+  """(dq [C, G, H], dk, dv) with the pairs' share added."""
   k_MsH, v_MsV = xla.blocks(static, k_SH), xla.blocks(static, v_SV)
   at = xla.layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
+  P, G = static.config.tile, lse_CG.shape[1]
 
-  def body(i, carry):
-    buffers, dk, dv = carry
-    token_P, block = at.token_IP[i], at.block_I[i]
-    q_RH, dout_RV = xla.rows_of(chunk.q_CGH, token_P), xla.rows_of(dout_CGV, token_P)
-    lse_R1, delta_R1 = (jnp.reshape(x[token_P], (-1, 1)) for x in (lse_CG, delta_CG))
+  def one_tile(i, carry):
+    dq_CGH, dk, dv = carry
+    token_P, block, filled = at.token_IP[i], at.block_I[i], at.filled_I[i]
+    q_RH, dout_RV = (xla.rows_of(x, token_P, filled) for x in (chunk.q_CGH, dout_CGV))
+    # Rows of places that are not filled are zeros; this lse keeps their probabilities finite.
+    is_filled_P1 = (jnp.arange(P) < filled)[:, None]
+    lse_PG = jnp.where(is_filled_P1, lse_CG[token_P], xla.NOTHING)
+    lse_R1, delta_R1 = (jnp.reshape(x, (-1, 1)) for x in (lse_PG, delta_CG[token_P]))
     k_sH = k_MsH[block]
-    scores_Rs = xla.pair_scores(static, chunk, at, i, q_RH, k_sH, is_masked=True)
+    scores_Rs = xla.pair_scores(static, chunk, at, i, q_RH, k_sH)
     probs_Rs, dscores_Rs = _probs_and_grads(
       static, scores_Rs, lse_R1, delta_R1, dout_RV, v_MsV[block]
     )
@@ -79,37 +82,34 @@ def _pairs_backward(
     dk = _add_at(dk, xla.dot(dscores_Rs, q_RH, (0, 0)), block * static.block_size)
     dv_sV = xla.dot(probs_Rs.astype(dout_RV.dtype), dout_RV, (0, 0))
     dv = _add_at(dv, dv_sV, block * static.block_size)
-    return xla.store(buffers, (xla.dot(dscores_Rs, k_sH, (1, 0)),), i, static.config.tile), dk, dv
+    more_PGH = jnp.reshape(xla.dot(dscores_Rs, k_sH, (1, 0)), (P, G, -1))
 
-  buffers, dk, dv = jax.lax.fori_loop(0, at.num_tiles, body, (buffers, dk, dv))
-  weight_CWG = jnp.broadcast_to(
-    chunk.is_pair_CW[:, :, None].astype(jnp.float32), (*chunk.is_pair_CW.shape, G)
-  )
-  dq_CGH = xla.sum_pairs(buffers[0], at, weight_CWG, jnp.zeros((C, G, H), jnp.float32))
-  return dq_CGH, dk, dv, buffers
+    def add(p, dq_CGH):
+      new_GH = dq_CGH[token_P[p]] + more_PGH[p]
+      return jax.lax.dynamic_update_index_in_dim(dq_CGH, new_GH, token_P[p], axis=0)
+
+    return jax.lax.fori_loop(0, filled, add, dq_CGH), dk, dv
+
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, (dq, dk, dv))
 
 
 def head_backward(static: xla.Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW, lse, delta, dout):
   """(dq, dk, dv), dk and dv summed over the group and all queries in float32."""
   chunks = xla.in_chunks(static, q_TGH, pos_T, start_T, ids_TW, dout, lse, delta)
-  num_pairs, num_blocks = chunks[0].ids_CW[0, 0].size, k_SH.shape[0] // static.block_size
 
   def one(carry, x):
-    (dk, dv, buffers), (chunk, *rest) = carry, x
-    dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, dk, dv)
+    chunk, *rest = x
+    dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, *carry)
     if chunk.ids_CW.shape[1]:
-      more, dk, dv, buffers = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dk, dv, buffers)
-      dq = dq + more
-    return (dk, dv, buffers), dq
+      dq, dk, dv = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dq, dk, dv)
+    return (dk, dv), dq
 
   def step(carries, chunks):
     done = [one(c, x) for c, x in zip(carries, xla.by_lane(static, chunks), strict=True)]
     return [carry for carry, _ in done], [dq for _, dq in done]
 
-  zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SV)]
-  buffers = xla.pair_buffers(static, num_pairs, num_blocks, q_TGH.shape[1], k_SH.shape[1])
-  carries = [(*zeros, buffers) for _ in range(static.config.lanes)]
-  carries, dqs = jax.lax.scan(step, carries, chunks)
-  dk, dv = (sum(parts) for parts in list(zip(*carries, strict=True))[:2])
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SV))
+  carries, dqs = jax.lax.scan(step, [zeros] * static.config.lanes, chunks)
+  dk, dv = (sum(parts) for parts in zip(*carries, strict=True))
   dq = xla.in_order(dqs)
   return dq.astype(q_TGH.dtype), dk.astype(k_SH.dtype), dv.astype(v_SV.dtype)
