@@ -160,7 +160,7 @@ def test_tiny_recipe_learns_a_batch_by_heart(name):
   same = config.TrainConfig(  # recipes that differ in lengths and data only share one compilation
     model=model,
     optim=config.OptimConfig(schedule=config.ScheduleConfig(kind="constant", warmup_steps=0)),
-    data=dataclasses.replace(_flags.load("nano:tiny").data),
+    data=dataclasses.replace(_flags.load("nano:tiny").data, align=cfg.data.align),
   )
   losses = losses_of(same)
   assert np.isfinite(losses).all()
