@@ -1,7 +1,7 @@
 """A conversation with a model: template, stop ids, streaming text, history.
 
-Every turn renders and prefills the whole conversation again (a template may rewrite old turns);
-reusing the cache of the common prefix is the engine's business.
+Every turn renders the whole conversation again (a template may rewrite old turns); the engine
+prefills what its cache does not begin with.
 """
 
 import dataclasses
@@ -10,10 +10,12 @@ from collections.abc import Generator, Sequence
 from minicpm_jax import config
 from minicpm_jax.core import types
 from minicpm_jax.infer import detokenize, generate
+from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.models import transformer
 from minicpm_jax.text import chat as chat_text
 from minicpm_jax.text import tokenizer
 
+FIRST_CAPACITY = 2048  # cache slots, tokens
 MINICPM5_VOCAB = 130560  # its template differs from plain ChatML
 
 
@@ -75,8 +77,12 @@ def stream_text(
   sampling: config.SamplingConfig,
   *,
   stats: Stats | None = None,
+  engine: engine_lib.Engine | None = None,
 ) -> Generator[str]:
-  """Text of one answer piece by piece, without stop tokens; at most max_position tokens in all."""
+  """Text of one answer piece by piece, without stop tokens; at most max_position tokens in all.
+
+  `engine` keeps its cache from answer to answer; its capacity bounds the answer too.
+  """
   room = model.cfg.max_position - len(prompt)
   if room < 1:
     raise ValueError(
@@ -88,7 +94,7 @@ def stream_text(
   stats = Stats() if stats is None else stats
   stats.prompt_tokens += len(prompt)
   decoder = detokenize.StreamDecoder(tok)
-  for chunk in generate.stream(model, params, [prompt], sampling, stop_ids=stops):
+  for chunk in generate.stream(model, params, [prompt], sampling, stop_ids=stops, engine=engine):
     stats.add(chunk)
     piece = decoder.push([int(t) for t in chunk.tokens_BR[0] if int(t) not in stops])
     if piece:
@@ -123,6 +129,7 @@ class Chat:
     self.template = template_for(model.cfg, tok)
     self.stats = Stats()  # of the last answer
     self.messages: list[dict[str, str]] = []
+    self._engine: engine_lib.Engine | None = None
     self.reset()
 
   def reset(self) -> None:
@@ -141,13 +148,28 @@ class Chat:
     pieces: list[str] = []
     try:
       for piece in stream_text(
-        self.model, self.params, self.tok, prompt, self.sampling, stats=self.stats
+        self.model,
+        self.params,
+        self.tok,
+        prompt,
+        self.sampling,
+        stats=self.stats,
+        engine=self._engine_for(len(prompt)),
       ):
         pieces.append(piece)
         yield piece
     finally:
       if self.stats.new_tokens:
         self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
+
+  def _engine_for(self, num_prompt: int) -> engine_lib.Engine | None:
+    """The engine of this conversation; a larger one where the conversation has outgrown it."""
+    limit = self.model.cfg.max_position
+    needed = min(limit, num_prompt + self.sampling.max_new_tokens)
+    if num_prompt < limit and (self._engine is None or self._engine.cfg.capacity < needed):
+      capacity = min(limit, max(FIRST_CAPACITY, 2 * generate.bucket(needed)))
+      self._engine = generate.make_engine(self.model, self.params, 1, max(2, capacity))
+    return self._engine
 
   def say(self, text: str) -> str:
     """The answer to `text`."""

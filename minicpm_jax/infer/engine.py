@@ -23,9 +23,9 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import rng, types
+from minicpm_jax.infer import constrained
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer import sampling as sampling_lib
-from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import transformer
 
@@ -161,7 +161,9 @@ class Engine:
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
     self.drafter.check(model, self.params)
     extra = max(SMALLEST_CHUNK, self.drafter.num_nodes)
-    self._num_slots = self.cfg.capacity + extra  # a padded chunk and a tree always fit behind
+    unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
+    # A padded chunk and a tree always fit behind.
+    self._num_slots = -(-(self.cfg.capacity + extra) // unit) * unit
     self._state = rounds_lib.init_state(
       model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
     )
@@ -170,6 +172,7 @@ class Engine:
     self._pending: collections.deque[_Answer] = collections.deque()
     self._ids = itertools.count()
     self._clock = time.perf_counter()
+    self.compile_seconds = 0.0  # of all functions so far
     self._free_mask = jnp.full((1, -(-model.cfg.vocab_size // 32)), -1, jnp.int32)
 
   # --- Requests -----------------------------------------------------------------------------------
@@ -185,13 +188,8 @@ class Engine:
 
   def add(self, request: Request) -> int:
     """Queues a request; its events carry the id. ValueError where it can never be served."""
-    prompt, vocab = list(map(int, request.prompt)), self.model.cfg.vocab_size
-    if not prompt:
-      raise ValueError("prompt: found no token, expected at least one (a BOS will do)")
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= vocab:
-      found = low if low < 0 else high
-      raise ValueError(f"prompt: found token {found}, expected 0..{vocab - 1}")
+    prompt = list(map(int, request.prompt))
+    check_prompt("prompt", prompt, self.model.cfg.vocab_size)
     room = self.cfg.capacity - self.drafter.num_nodes
     if len(prompt) > room:
       raise ValueError(
@@ -227,10 +225,7 @@ class Engine:
     Returns the events of the dispatch before (all that are left where nothing was dispatched).
     """
     num_before = len(self._pending)
-    self._admit()
-    filling = next((row.job for row in self._rows if self._is_filling(row.job)), None)
-    if filling is not None:
-      self._prefill_chunk(filling)
+    self._fill_one()
     live = [row.job for row in self._rows if row.job is not None and not self._is_filling(row.job)]
     events: list[Event] = []
     if any(job.request.constraint is not None for job in live):
@@ -246,6 +241,11 @@ class Engine:
     while self._pending and (num_new == 0 or len(self._pending) > num_new):
       events += self._read()
     return events
+
+  def fill(self) -> None:
+    """Prefills everything that has a row, without a round in between."""
+    while self._fill_one():
+      pass
 
   def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
     """Events of these requests as they come; ids count from the first request's (the iterator
@@ -305,6 +305,14 @@ class Engine:
     )
 
   # --- Inside -------------------------------------------------------------------------------------
+
+  def _fill_one(self) -> bool:
+    """Prefills a chunk of the first prompt that waits for one."""
+    self._admit()
+    job = next((row.job for row in self._rows if self._is_filling(row.job)), None)
+    if job is not None:
+      self._prefill_chunk(job)
+    return job is not None
 
   @staticmethod
   def _is_filling(job: _Job | None) -> bool:
@@ -435,18 +443,18 @@ class Engine:
 
   def _constrained_round(self, live: list[_Job]) -> None:
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""
-    tree, self._state = rounds_lib.draft(self.drafter, self.params, self._state)
+    length = max(len(job.request.prompt) + len(job.tokens) for job in live)
+    span = self._span(length + self.drafter.num_nodes)
+    tree, self._state = rounds_lib.draft(self.drafter, self.params, self._state, span=span)
     tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
     mask_BPW = np.full((*tok_BP.shape, self._free_mask.shape[1]), -1, np.int32)
     for job in live:
       if job.request.constraint is not None:
         b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
-        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
+        tok_BP[b] = constrained.walk_tree(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
         _check_mask(mask_PW[0], job)
-        mask_PW[tok_BP[b] < 0] = -1
+        mask_PW[tok_BP[b] < 0] = -1  # nobody asks these nodes; a row of -inf would be NaN
         mask_BPW[b] = mask_PW
-    length = max(len(job.request.prompt) + len(job.tokens) for job in live)
-    span = self._span(length + self.drafter.num_nodes)
     tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
     answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
     self._await(_Answer(answer, self._jobs_by_row(live), 1))
@@ -473,6 +481,7 @@ class Engine:
       _COMPILED.add(key)
       seconds = time.perf_counter() - begin
       self._clock += seconds
+      self.compile_seconds += seconds
       for job in jobs:
         job.stats.compile_seconds += seconds
         job.started += seconds
@@ -545,6 +554,16 @@ class Engine:
 
 
 _COMPILED: set[Any] = set()
+
+
+def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
+  """ValueError for an empty prompt and for ids outside the vocabulary."""
+  if not len(prompt):
+    raise ValueError(f"{name}: found no token, expected at least one (a BOS will do)")
+  low, high = min(prompt), max(prompt)
+  if low < 0 or high >= vocab_size:
+    found = low if low < 0 else high
+    raise ValueError(f"{name}: found token {found}, expected 0..{vocab_size - 1}")
 
 
 def _check_mask(mask_W: np.ndarray, job: _Job) -> None:

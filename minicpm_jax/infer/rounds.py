@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minicpm_jax import config
+from minicpm_jax.infer import constrained
 from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
@@ -151,7 +152,7 @@ def prefill(
   logits_1V = model.apply({"params": params.target}, last, method="unembed")[:, 0]
   sampling = jax.tree.map(lambda x: x[row][None], state.sampling)
   token_1 = sampling_lib.sample(
-    sampling_lib.apply_bitmask(logits_1V, mask_1W),
+    constrained.apply_bitmask(logits_1V, mask_1W),
     sampling,
     (start + num_real)[None],
     lambda: state.seen_BV[row][None],
@@ -172,7 +173,7 @@ def prefill(
   logprob_1 = sampling_lib.logprobs(logits_1V, token_1)
   state = state.replace(
     cache=out.cache,
-    draft=drafter.prefill(params, state.draft, new),
+    draft=drafter.prefill(params._replace(span=span), state.draft, new),
     root_B=state.root_B.at[row].set(root),
     is_live_B=state.is_live_B.at[row].set(is_open),
     num_emitted_B=state.num_emitted_B.at[row].set(is_last.astype(jnp.int32)),
@@ -186,7 +187,8 @@ def prefill(
   )
 
 
-def _draft(drafter: base.Drafter, params: base.Params, state: State) -> tuple[base.Tree, State]:
+def _draft(drafter: base.Drafter, params: base.Params, state: State, span: int):
+  params = params._replace(span=span)
   tree, draft = drafter.draft(params, state.draft, state.root_B, state.cache.length)
   return tree, state.replace(draft=draft)
 
@@ -207,7 +209,7 @@ def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, spa
   logits_NV = jnp.reshape(out.logits, (B * P, -1))
   masked_NV = logits_NV
   if mask_BPW is not None:
-    masked_NV = sampling_lib.apply_bitmask(logits_NV, jnp.reshape(mask_BPW, (B * P, -1)))
+    masked_NV = constrained.apply_bitmask(logits_NV, jnp.reshape(mask_BPW, (B * P, -1)))
   y_N = sampling_lib.sample(
     masked_NV,
     state.sampling.rows(P),
@@ -241,7 +243,7 @@ def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, spa
   is_bad_B = ~jnp.isfinite(root_logits_B) & state.is_live_B
   state = state.replace(
     cache=cache_lib.commit(cfg, out.cache, path_BA, acc_B),
-    draft=drafter.commit(params, state.draft, new),
+    draft=drafter.commit(params._replace(span=span), state.draft, new),
     root_B=jnp.where(acc_B > 0, last_B, state.root_B),
     is_live_B=is_live_B,
     num_emitted_B=state.num_emitted_B + acc_B,
@@ -272,7 +274,7 @@ def run(
   """`rounds` rounds, fewer when no row is live."""
 
   def one(state):
-    tree, state = _draft(drafter, params, state)
+    tree, state = _draft(drafter, params, state, span)
     return _verify(model, drafter, params, state, tree, None, span)
 
   if rounds == 1:
@@ -301,10 +303,12 @@ def run(
   return state, answer
 
 
-@functools.partial(jax.jit, static_argnames="drafter", donate_argnames="state")
-def draft(drafter: base.Drafter, params: base.Params, state: State) -> tuple[base.Tree, State]:
+@functools.partial(jax.jit, static_argnames=("drafter", "span"), donate_argnames="state")
+def draft(
+  drafter: base.Drafter, params: base.Params, state: State, *, span: int
+) -> tuple[base.Tree, State]:
   """First half of a round, for the host to look at the tree (constraints)."""
-  return _draft(drafter, params, state)
+  return _draft(drafter, params, state, span)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")

@@ -135,14 +135,6 @@ def inverse_cdf(p_BV: Float[Array, "B V"], u_B: Float[Array, "B"]) -> Int[Array,
   return ids_B.astype(jnp.int32)
 
 
-def apply_bitmask(logits_BV: Float[Array, "B V"], mask_BW: Int[Array, "B W"]) -> Array:
-  """-inf where bit i % 32 of word i // 32 is 0 (the layout of llguidance)."""
-  V = logits_BV.shape[-1]
-  words_BV = jnp.repeat(mask_BW, 32, axis=-1)[:, :V]
-  bits_1V = (jnp.arange(V, dtype=jnp.int32) % 32)[None, :]
-  return jnp.where((words_BV >> bits_1V) & 1 == 1, logits_BV, -jnp.inf)
-
-
 def penalise(
   logits_BV: Float[Array, "B V"], penalty_B: Float[Array, "B"], seen_BV: Bool[Array, "B V"]
 ) -> Float[Array, "B V"]:

@@ -3,11 +3,8 @@
 Everything here is bookkeeping on int32 arrays of a few dozen nodes, for a batch of rows.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.infer.drafters import base
@@ -110,48 +107,3 @@ def seen_by_nodes(
 
   seen_BPV = jax.vmap(one)(seen_BV, tree.tok_BP, tree.depth_BP, tree.anc_BPP)
   return jnp.reshape(seen_BPV, (-1, seen_BV.shape[1]))
-
-
-# --- Host side: a constraint walks the tree -------------------------------------------------------
-
-
-def is_allowed(mask_W: np.ndarray, token: int) -> bool:
-  return bool((int(mask_W[token // 32]) >> (token % 32)) & 1)
-
-
-def walk(
-  constraint: Any, tok_P: np.ndarray, parent_P: np.ndarray, mask_PW: np.ndarray
-) -> np.ndarray:
-  """Fills the mask of every node that the constraint lets through; returns tok_P with cuts.
-
-  `constraint` stands behind the root and stands there again afterwards. Nodes it forbids are cut
-  with all below them (inference.md 16).
-  """
-  tok_P = tok_P.copy()
-  children: list[list[int]] = [[] for _ in tok_P]
-  for node in range(1, len(tok_P)):
-    children[parent_P[node]].append(node)
-
-  def cut(node: int) -> None:
-    tok_P[node] = base.CUT
-    for child in children[node]:
-      cut(child)
-
-  def visit(node: int) -> None:
-    if constraint.is_stopped():  # nothing may follow; nobody samples here
-      mask_PW[node] = -1
-      for child in children[node]:
-        cut(child)
-      return
-    constraint.fill_mask(mask_PW[node])
-    for child in children[node]:
-      token = int(tok_P[child])
-      if token < 0 or not is_allowed(mask_PW[node], token):
-        cut(child)
-        continue
-      constraint.consume(token)
-      visit(child)
-      constraint.rollback(1)
-
-  visit(0)
-  return tok_P

@@ -175,7 +175,7 @@ def commit(cfg: ModelConfig, cache: KVCache, path_BA: Any, num_B: Any) -> KVCach
   """The accepted path of a tree, as slots length, length + 1, ... (inference.md 9).
 
   path_BA: node of each depth, nodes lie at length + node; rows beyond num_B are garbage that the
-  next forward overwrites.
+  next forward overwrites. Compressed keys are made of committed tokens alone, so here.
   """
   A = path_BA.shape[1]
   if A > 1:
@@ -195,7 +195,33 @@ def commit(cfg: ModelConfig, cache: KVCache, path_BA: Any, num_B: Any) -> KVCach
 
     arrays = {name: getattr(cache, name) for name in ("k", "v", "k_nope")}
     cache = cache.replace(**jax.tree.map(moved, arrays))
+    if cache.fine is not None:
+      cache = _compress(cfg, cache, A)
   return cache.replace(length=cache.length + num_B)
+
+
+def _compress(cfg: ModelConfig, cache: KVCache, num_new: int) -> KVCache:
+  """Adds the windows that the tokens at length, length + 1, ... complete, in every layer."""
+  grid = sparse_grid.make_grid(
+    cfg.sparse, num_new, cache.capacity, cache.batch_size, q_offset=cache.length
+  )
+
+  def one(view: kv.LayerCache) -> dict[str, Any]:
+    keys = view.k_nope if cfg.sparse.use_nope else view.k
+    return sparse_cache.extend(view, keys, cfg.sparse, grid)[0]
+
+  if cfg.scan_layers:
+
+    def body(layer: Any, levels: dict[str, Any]) -> dict[str, Any]:
+      view = layer_view(cache, None, Step()).replace(layer=layer, **levels)
+      return one(view)
+
+    levels = {name: getattr(cache, name) for name in sparse_cache.LEVELS}
+    return cache.replace(**jax.lax.fori_loop(0, cfg.num_layers, body, levels))
+  levels = [one(layer_view(cache, i, Step())) for i in range(cfg.num_layers)]
+  return cache.replace(
+    **{name: tuple(level[name] for level in levels) for name in sparse_cache.LEVELS}
+  )
 
 
 def copy_row(cache: KVCache, source: Any, target: Any) -> KVCache:

@@ -30,6 +30,7 @@ from minicpm_jax.nn import (
   rope,
   sparse_attention,
   sparse_grid,
+  sparse_tree,
 )
 
 Ids = Int[Array | np.ndarray, "B T"]
@@ -53,7 +54,7 @@ class Context:
   tables: rope.RopeTables
   segment_ids_BT: Any = None
   kv_segment_ids_BS: Any = None
-  grid: Any = None  # sparse_grid.Grid where attention may be sparse
+  grid: Any = None  # sparse_grid.Grid or sparse_tree.TreeGrid where attention may be sparse
   mask_BTS: Any = None  # bool, replaces the causal rule (draft trees)
   keeps_inputs: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -337,9 +338,9 @@ def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Con
   span = cache.capacity if step.span is None else min(step.span, cache.capacity)
   mask_BTS = cache_lib.tree_mask(length_B, step.anc_BTT, span) if step.is_tree else None
   grid = None
-  if cache.fine is not None:
-    if step.is_tree and T > 1:
-      raise NotImplementedError("step.anc_BTT: trees on a sparse target")
+  if cache.fine is not None and step.is_tree and T > 1:
+    grid = sparse_tree.TreeGrid(length_B, step.depth_BT, step.anc_BTT)
+  elif cache.fine is not None:
     total_B = length_B + T if step.total_B is None else step.total_B
     grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
     grid = grid.replace(is_cached=True)

@@ -11,7 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh
-from minicpm_jax.nn import kv, layers, rope, sparse_attention, sparse_cache, sparse_grid
+from minicpm_jax.nn import (
+  kv,
+  layers,
+  rope,
+  sparse_attention,
+  sparse_cache,
+  sparse_grid,
+  sparse_tree,
+)
 from pallas_kernels.flash import api as flash
 
 
@@ -96,7 +104,7 @@ class Attention(nn.Module):
     segment_ids_BT: Int[Array, "B T"] | None = None,
     kv_segment_ids_BS: Int[Array, "B S"] | None = None,
     cache: kv.LayerCache | None = None,
-    grid: sparse_grid.Grid | None = None,
+    grid: sparse_grid.Grid | sparse_tree.TreeGrid | None = None,
     mask_BTS: Bool[Array, "B T S"] | None = None,
   ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
     cfg = self.cfg
@@ -108,16 +116,18 @@ class Attention(nn.Module):
     nope = (q_BTNH, k_BSKH) if grid is not None and cfg.sparse.use_nope else None
     q_BTNH, k_BSKH = rope.apply_rope(q_BTNH, tables), rope.apply_rope(k_BSKH, tables)
     q_offset, before, compressed = 0, cache, None
+    new = (k_BSKH, v_BSKH)
     if cache is not None:
       q_offset = cache.length
       cache, k_BSKH, v_BSKH = kv.write(cache, k_BSKH, v_BSKH)
-    if cache is not None and grid is not None:
-      keys, arrays = cache.k, {}
-      if nope is not None:
-        keys, k_nope_BSKH = kv.write_nope(before, nope[1])
-        nope, arrays = (nope[0], k_nope_BSKH), {"k_nope": keys}
+    is_tree = isinstance(grid, sparse_tree.TreeGrid)
+    if cache is not None and nope is not None:
+      keys, k_nope_BSKH = kv.write_nope(before, nope[1])
+      cache, nope = cache.replace(k_nope=keys), (nope[0], k_nope_BSKH)
+    if cache is not None and grid is not None and not is_tree:
+      keys = cache.k if nope is None else cache.k_nope
       levels, compressed = sparse_cache.extend(before, keys, cfg.sparse, grid)
-      cache = cache.replace(**arrays, **levels)
+      cache = cache.replace(**levels)
 
     def dense(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       ids = (segment_ids_BT, kv_segment_ids_BS)
@@ -126,8 +136,17 @@ class Attention(nn.Module):
     def sparse(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       return attend_sparse(cfg, q_BTNH, k_BSKH, v_BSKH, grid, compressed, nope)
 
+    def sparse_nodes() -> Float[Array, "B T N H"]:
+      view = cache.replace(layer=before.layer)
+      q_score = q_BTNH if nope is None else nope[0]
+      named = "xla" if cfg.attention in ("xla", "ref") else "auto"
+      return sparse_tree.attend_tree(q_BTNH, *new, q_score, view, cfg.sparse, grid, named)
+
     if grid is None:
       out_BTNH = dense(k_BSKH, v_BSKH)
+    elif is_tree:
+      is_dense = jnp.all(grid.is_dense(cfg.sparse))
+      out_BTNH = jax.lax.cond(is_dense, lambda: dense(*kv.view(cache, before.layer)), sparse_nodes)
     elif cache is None or grid.is_dense_BT is None:
       out_BTNH = sparse(k_BSKH, v_BSKH)
     else:  # a layer's keys are cut out of the stacked cache inside the branch that runs

@@ -24,7 +24,7 @@ def num_entries(cfg: SparseAttentionConfig, level: str, capacity: int) -> int:
 
 def extend(
   cache: kv.LayerCache,
-  keys: Float[Array, "*L B S K H"],
+  keys: Float[Array, "*L rows S K H"],
   cfg: SparseAttentionConfig,
   grid: sparse_grid.Grid,
 ) -> tuple[dict[str, Array], tuple[Float[Array, "B F K H"], Float[Array, "B C K H"]]]:

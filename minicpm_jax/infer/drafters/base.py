@@ -51,10 +51,11 @@ class Committed:
 
 
 class Params(NamedTuple):
-  """What a drafter may read."""
+  """What a drafter may read; `span` bounds the positions of this call (slots a cache must show)."""
 
   target: Any
   draft: Any
+  span: int | None = None
 
 
 @runtime_checkable

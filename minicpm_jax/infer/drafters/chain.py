@@ -1,0 +1,87 @@
+"""A smaller model of the same vocabulary drafts a chain greedily (inference.md 14.1).
+
+The draft's cache holds token t in slot t, as the target's does. Its first forward of a round feeds
+two tokens, the last committed one again and the root: after a fully accepted chain the draft has
+not seen its own last token.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+
+from minicpm_jax.infer.drafters import base
+from minicpm_jax.models import cache as cache_lib
+from minicpm_jax.models import transformer
+
+
+@flax.struct.dataclass
+class State:
+  cache: Any  # KVCache of the draft, one length a row
+  last_B: Any  # int32, the last committed token
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainDrafter:
+  """`model` is the draft; its params are the engine's `draft_params`."""
+
+  model: transformer.Transformer
+  num_levels: int = 4
+  tap_layers: tuple[int, ...] = ()
+  reuses_prefix: bool = True
+
+  def __post_init__(self):
+    base.check_tree_size(self.num_nodes, self.num_levels)
+
+  @property
+  def num_nodes(self) -> int:
+    return self.num_levels + 1
+
+  def check(self, model: transformer.Transformer, params: base.Params) -> None:
+    found, expected = self.model.cfg.vocab_size, model.cfg.vocab_size
+    if found != expected:
+      raise ValueError(
+        f"draft model: found a vocabulary of {found}, expected the target's {expected}"
+      )
+
+  def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:
+    cache = cache_lib.init(self.model.cfg, batch_size, capacity, per_row=True)
+    return State(cache=cache, last_B=jnp.zeros((batch_size,), jnp.int32))
+
+  def prefill(self, params: base.Params, state: State, new: base.Committed) -> State:
+    row = new.row
+    cache = state.cache.replace(length=state.cache.length.at[row].set(new.start_B[0]))
+    step = cache_lib.Step(num_new_B=new.num_B, row=row, span=params.span)
+    cache = self._forward(params, new.tokens_BT, cache, step).cache
+    last = jnp.take_along_axis(new.tokens_BT, new.num_B[:, None] - 1, axis=1)[0, 0]
+    return State(cache=cache, last_B=state.last_B.at[row].set(last))
+
+  def commit(self, params: base.Params, state: State, new: base.Committed) -> State:
+    at_B1 = jnp.maximum(new.num_B[:, None] - 1, 0)
+    last_B = jnp.take_along_axis(new.tokens_BT, at_B1, axis=1)[:, 0]
+    return state.replace(last_B=jnp.where(new.num_B > 0, last_B, state.last_B))
+
+  def draft(
+    self, params: base.Params, state: State, root_B: Any, length_B: Any
+  ) -> tuple[base.Tree, State]:
+    step = cache_lib.Step(span=params.span)
+    cache = state.cache.replace(length=jnp.maximum(length_B - 1, 0))
+    tokens, feed_BT = [root_B], jnp.stack((state.last_B, root_B), axis=1)
+    for _ in range(self.num_levels):
+      out = self._forward(params, feed_BT, cache, step)
+      logits_BV = self.model.apply({"params": params.draft}, out.hidden[:, -1:], method="unembed")
+      tokens.append(jnp.argmax(logits_BV[:, 0], axis=-1).astype(jnp.int32))
+      cache, feed_BT = out.cache, tokens[-1][:, None]
+    return base.chain(jnp.stack(tokens, axis=1)), state.replace(cache=cache)
+
+  def copy_row(self, state: State, source: Any, target: Any) -> State:
+    return State(
+      cache=cache_lib.copy_row(state.cache, source, target),
+      last_B=base.copy_rows(state.last_B, source, target),
+    )
+
+  def _forward(self, params: base.Params, tokens_BT, cache, step) -> transformer.Output:
+    return self.model.apply(
+      {"params": params.draft}, tokens_BT, cache=cache, step=step, return_logits=False
+    )

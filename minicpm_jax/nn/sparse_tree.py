@@ -1,0 +1,143 @@
+"""InfLLM v2 attention of a draft tree's nodes against a cache (infllm_v2.md section 14).
+
+A node sees the committed tokens of its selected blocks, and its ancestors and itself among the
+nodes. Selection is that of sequential decoding: at the node's own position, with the cached windows
+of committed tokens and those that the node's path completes. Every node becomes a row of its own
+for the selection, so the kernels of decoding serve unchanged.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minicpm_jax.config import SparseAttentionConfig
+from minicpm_jax.nn import kv, sparse_attention, sparse_cache, sparse_grid
+from pallas_kernels.sparse_decode import api as sparse_decode
+from pallas_kernels.sparse_topk import xla as topk_xla
+
+
+@flax.struct.dataclass
+class TreeGrid:
+  """Where the nodes of every row stand; the same for all layers."""
+
+  length_B: Any  # int32, committed tokens
+  depth_BP: Any  # int32
+  anc_BPP: Any  # bool, ancestor or self
+
+  @property
+  def pos_BP(self) -> Any:
+    return self.length_B[:, None] + self.depth_BP
+
+  def is_dense(self, cfg: SparseAttentionConfig) -> Any:
+    """bool [B, P]: nodes whose sequence, themselves included, is below dense_len."""
+    return self.pos_BP + 1 < cfg.dense_len
+
+
+def attend_tree(
+  q_BPNH: Float[Array, "B P N H"],
+  k_BPKH: Float[Array, "B P K H"],
+  v_BPKH: Float[Array, "B P K H"],
+  q_score_BPNH: Float[Array, "B P N H"],
+  cache: kv.LayerCache,
+  cfg: SparseAttentionConfig,
+  grid: TreeGrid,
+  implementation: sparse_attention.Implementation = "auto",
+) -> Float[Array, "B P N H"]:
+  """`cache`: the layer's view with the nodes written at length + node; k, v: the nodes' own.
+
+  q_score: the queries that choose blocks (before RoPE with `use_nope`).
+  """
+  B, P, N, H = q_BPNH.shape
+  k_BSKH, v_BSKH = kv.read(cache, cache.k), kv.read(cache, cache.v)
+  S, K = k_BSKH.shape[1:3]
+  if S % cfg.block_size:
+    raise ValueError(f"cache: found {S} slots, expected a multiple of block_size {cfg.block_size}")
+  keys_BSKH = kv.read(cache, cache.k_nope) if cfg.use_nope else k_BSKH
+  compressed = [
+    _with_own_windows(cache, level, keys_BSKH, cfg, grid) for level in sparse_cache.LEVELS
+  ]
+  rows = lambda x: jnp.reshape(x, (B * P, 1, *x.shape[2:]))  # noqa: E731
+  grid_rows = sparse_grid.Grid(
+    start_BT=jnp.zeros((B * P, 1), jnp.int32),
+    offset_B=jnp.reshape(grid.pos_BP, (-1,)),
+    is_dense_BT=rows(grid.is_dense(cfg)) if cfg.dense_len > 0 else None,
+    is_cached=True,
+  )
+  ids, _ = sparse_attention.select_from_keys(
+    rows(q_score_BPNH), *compressed, cfg, grid_rows, S, implementation
+  )
+  num_pages = S // cfg.block_size
+  pages_BM = jnp.arange(B * num_pages, dtype=jnp.int32).reshape(B, num_pages)
+  paged = lambda x: jnp.reshape(x, (B * num_pages, cfg.block_size, K, -1))  # noqa: E731
+  past, lse_past = sparse_decode.decode_blocks(
+    rows(q_BPNH),
+    paged(k_BSKH),
+    paged(v_BSKH),
+    ids,
+    block_size=cfg.block_size,
+    q_offset=jnp.repeat(grid.length_B - 1, P),
+    page_table_BM=jnp.repeat(pages_BM, P, axis=0),
+    implementation=implementation,
+  )
+  own, lse_own = _among_nodes(q_BPNH, k_BPKH, v_BPKH, grid.anc_BPP)
+  past = jnp.reshape(past, own.shape).astype(jnp.float32)
+  lse_past = jnp.reshape(lse_past, lse_own.shape)
+  share = jax.nn.sigmoid(lse_own - lse_past)[..., None]  # of the nodes in the whole softmax
+  return (share * own + (1 - share) * past).astype(v_BPKH.dtype)
+
+
+def _among_nodes(q_BPNH, k_BPKH, v_BPKH, anc_BPP):
+  """(out [B, P, N, H] float32, lse [B, P, N]) of attention to ancestors and self."""
+  B, P, N, H = q_BPNH.shape
+  K = k_BPKH.shape[2]
+  q_BPKGH = jnp.reshape(q_BPNH, (B, P, K, N // K, H))
+  scores = jnp.einsum("BPKGH,BSKH->BPKGS", q_BPKGH, k_BPKH, preferred_element_type=jnp.float32)
+  scores = jnp.where(anc_BPP[:, :, None, None, :], H**-0.5 * scores, -jnp.inf)
+  lse = jax.nn.logsumexp(scores, axis=-1)
+  probs = jnp.exp(scores - lse[..., None])
+  out = jnp.einsum("BPKGS,BSKH->BPKGH", probs, v_BPKH.astype(jnp.float32))
+  return jnp.reshape(out, (B, P, N, H)), jnp.reshape(lse, (B, P, N))
+
+
+def _with_own_windows(cache, level: str, keys_BSKH, cfg, grid: TreeGrid):
+  """Compressed keys [B * P, F, K, H] of every node: the cached ones and those of its own path."""
+  scale = sparse_cache.LEVELS[level]
+  size, stride = scale * cfg.kernel_size, scale * cfg.kernel_stride
+  cached_BFKH = kv.read(cache, getattr(cache, level))
+  B, F, K, H = cached_BFKH.shape
+  P = grid.depth_BP.shape[1]
+  shape = (B, P, F, K, H)
+  shared = jnp.broadcast_to(cached_BFKH[:, None], shape)
+  num_own = P // stride + 1  # a path has at most P nodes
+  first_B = jnp.maximum(0, (grid.length_B - size) // stride + 1)  # windows of committed tokens
+  steps_R = jnp.arange((num_own - 1) * stride + size, dtype=jnp.int32)
+
+  def own_windows():
+    pos_BR = stride * first_B[:, None] + steps_R[None, :]
+    slots_BPR = path_slots(pos_BR, grid)
+    slots_BPR = jnp.clip(slots_BPR, 0, keys_BSKH.shape[1] - 1)
+    rows = jax.vmap(lambda k_SKH, at_PR: k_SKH[at_PR])(keys_BSKH, slots_BPR)
+    rows = jnp.reshape(rows, (B * P, -1, K, H))
+    own = topk_xla.compress(rows, sparse_grid.rule_of(cfg), scale).astype(cached_BFKH.dtype)
+    at = jnp.repeat(first_B, P)[:, None] + jnp.arange(num_own, dtype=jnp.int32)[None, :]
+    whole = jnp.reshape(shared, (B * P, F, K, H))
+    rows_R1 = jnp.arange(B * P, dtype=jnp.int32)[:, None]
+    return whole.at[rows_R1, at].set(own, mode="drop", unique_indices=True)
+
+  last_BP = grid.pos_BP + 1  # a node completes a window that ends at its own position or before
+  is_any = jnp.any(last_BP >= (stride * first_B + size)[:, None])
+  return jax.lax.cond(is_any, own_windows, lambda: jnp.reshape(shared, (B * P, F, K, H)))
+
+
+def path_slots(pos_BR: Int[Array, "B R"], grid: TreeGrid) -> Int[Array, "B P R"]:
+  """Slot of each position on the path of each node; positions beyond the node: its own slot."""
+  length_B11 = grid.length_B[:, None, None]
+  depth_BR = jnp.clip(pos_BR - grid.length_B[:, None], 0)
+  is_at_BPRP = grid.anc_BPP[:, :, None, :] & (
+    grid.depth_BP[:, None, None, :] == depth_BR[:, None, :, None]
+  )
+  node_BPR = jnp.argmax(is_at_BPRP, axis=-1).astype(jnp.int32)
+  return jnp.where(pos_BR[:, None, :] < length_B11, pos_BR[:, None, :], length_B11 + node_BPR)
