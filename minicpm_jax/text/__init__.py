@@ -9,7 +9,7 @@ _FUNCTIONS = {
   "encode_chat": "chat",
   "encode_with_mask": "masks",
 }
-_SUBMODULES = ("chat", "masks", "sentencepiece_tokenizer", "templates", "tokenizer")
+_SUBMODULES = ("chat", "masks", "sentencepiece_tokenizer", "templates", "tokenizer", "tools")
 
 __all__ = [*_FUNCTIONS, *_SUBMODULES]
 
