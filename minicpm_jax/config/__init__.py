@@ -16,6 +16,7 @@ from minicpm_jax.config.model import (
 from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.override import as_python, override, overrides
 from minicpm_jax.config.quant import FP8Config, QuantConfig
+from minicpm_jax.config.serve import ServerConfig
 from minicpm_jax.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
   "RopeConfig",
   "SamplingConfig",
   "ScheduleConfig",
+  "ServerConfig",
   "SourceConfig",
   "SparseAttentionConfig",
   "TrainConfig",

@@ -12,6 +12,7 @@ _SUBMODULES = (
   "generate",
   "grammars",
   "sampling",
+  "server",
   "tree",
 )
 _NAMES = {"Chat": "chat", "Engine": "engine", "Request": "engine"}

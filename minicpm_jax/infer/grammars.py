@@ -26,6 +26,12 @@ NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?(e[-+]?[0-9]{1,2})?/
 STRING: /"([^"\\\x00-\x1f\x7f]|\\["\\nrt])*"/
 """
 
+XML_VALUES = r"""
+INTEGER: /-?(0|[1-9][0-9]{0,17})/
+NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?/
+TEXT: /[^<&\x00-\x1f\x7f]*/
+"""
+
 _SQL = r"""
 start: select
 select: "SELECT" WS ("DISTINCT" WS)? columns WS "FROM" WS source where? group? order? limit?
@@ -112,6 +118,56 @@ def python_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> s
   one_of = "call: " + " | ".join(names)
   more = f'calls: call ("\\n" call){{0,{max_calls - 1}}}' if max_calls > 1 else "calls: call"
   return "\n".join([more, one_of, *rules]) + _PYTHON_VALUES
+
+
+def json_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+  """Lark grammar of <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after another."""
+  options = []
+  for tool in tools:
+    function = tool.get("function", tool)
+    arguments = dict(function.get("parameters") or {}) | {"type": "object"}
+    properties = {"name": {"const": function["name"]}, "arguments": arguments}
+    options.append(
+      {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+      | {"additionalProperties": False}
+    )
+  schema = {"anyOf": options, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+  return (
+    f'start: call ("\\n" call){{0,{max_calls - 1}}}\n'
+    f'call: "<tool_call>\\n" body "\\n</tool_call>"\nbody: %json {json.dumps(schema)}'
+  )
+
+
+def xml_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+  """Lark grammar of MiniCPM5's <function name="N"><param name="P">V</param></function>.
+
+  Texts are without <, & and line ends; lists and objects are JSON.
+  """
+  rules, names = [], []
+  simple = {"integer": "INTEGER", "number": "NUMBER", "boolean": '("True" | "False")'}
+  simple |= {"null": '"None"'}
+  for index, tool in enumerate(tools):
+    function = tool.get("function", tool)
+    schema = function.get("parameters") or {}
+    required = set(schema.get("required") or ())
+    arguments = []
+    for number, (key, field) in enumerate((schema.get("properties") or {}).items()):
+      kind = field.get("type")
+      value = simple.get(kind, "TEXT") if isinstance(kind, str) else "TEXT"
+      if "enum" in field:
+        texts = [v if isinstance(v, str) else str(v) for v in field["enum"]]
+        value = "(" + _any_of(texts) + ")"
+      elif kind in ("array", "object"):
+        value = f"t{index}v{number}"
+        rules.append(f"{value}: %json {json.dumps({'x-guidance': {}, **field})}")
+      name = f"t{index}a{number}"
+      opening = '<param name="' + key + '">'
+      rules.append(f'{name}: {_quote(opening)} {value} "</param>"')
+      arguments.append(name if key in required else f"{name}?")
+    opening = '<function name="' + function["name"] + '">'
+    names.append(" ".join([_quote(opening), *arguments, '"</function>"']))
+  text = [f'start: call ("\\n" call){{0,{max_calls - 1}}}', "call: " + " | ".join(names), *rules]
+  return "\n".join(text) + XML_VALUES
 
 
 def _argument_rules(prefix: str, arguments: Sequence[tuple[str, bool]]) -> list[str]:

@@ -1,0 +1,1 @@
+"""OpenAI-compatible server: `service.ChatService` (no sockets), `app` (fastapi), `schemas`."""
