@@ -45,7 +45,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["minicpm_jax", "minicpm_jax.*", "pallas_kernels*"]),
-  package_data={"pallas_kernels": ["*/tuned.json"]},
+  package_data={"pallas_kernels": ["*/tuned.json"], "minicpm_jax.infer.server": ["static/*"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",

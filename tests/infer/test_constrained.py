@@ -177,9 +177,9 @@ def test_a_tree_walk_gives_every_node_its_own_row_and_restores_the_state(compile
         path.append(int(tok_n[at]))
         at = int(parent_n[at])
       fresh = compiler.json_schema(schema, compact=True)
-      is_legal = (
-        all(fresh.consume(t) for t in [*b"[1", *reversed(path)] if t >= 0) and -1 not in path
-      )
+      is_legal = all(fresh.consume(t) for t in b"[1")
+      for token in reversed(path):  # behind a complete sentence nothing may follow
+        is_legal = is_legal and token >= 0 and not fresh.is_stopped() and fresh.consume(token)
       assert out_n[node] == (tok_n[node] if is_legal else -1)
       if is_legal and not fresh.is_stopped():
         row = constrained.unpack_mask(mask_nW[node], 300)

@@ -24,7 +24,7 @@ class Metrics:
     self._lock = threading.Lock()
     self._sums: collections.Counter[str] = collections.Counter()
 
-  def add(self, name: str, amount: float = 1) -> None:
+  def add(self, name: str, amount: int | float = 1) -> None:
     with self._lock:
       self._sums[name] += amount
 

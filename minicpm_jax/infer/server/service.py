@@ -16,7 +16,8 @@ from typing import Any
 from absl import logging
 
 from minicpm_jax import config
-from minicpm_jax.infer import constrained, engine, grammars
+from minicpm_jax.infer import constrained, grammars
+from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.server import answer, metrics, responses, schemas
 from minicpm_jax.text import chat as chat_text
 from minicpm_jax.text import tokenizer
@@ -33,7 +34,7 @@ class ChatService:
 
   def __init__(
     self,
-    engine_: engine.Engine,
+    engine: Any,  # engine_lib.Engine, or what has its add, step, cancel, num_free_slots
     tok: tokenizer.Tokenizer,
     *,
     name: str,
@@ -43,9 +44,9 @@ class ChatService:
   ):
     self.cfg = config.ServerConfig() if cfg is None else cfg
     self.name, self.tok, self.template = name, tok, template
-    self.stop_ids = tuple(dict.fromkeys((*engine_.stop_ids, *stop_ids)))
+    self.stop_ids = tuple(dict.fromkeys((*engine.stop_ids, *stop_ids)))
     self.metrics = metrics.Metrics()
-    self._engine = engine_
+    self._engine = engine
     self._waiting: collections.deque[answer.Answer] = collections.deque()
     self._running: dict[int, answer.Answer] = {}
     self._changed = threading.Condition()
@@ -144,7 +145,7 @@ class ChatService:
       prompt = self._encode(completion.prompt)
     self._check_prompt(prompt)
     style = tools_lib.style_of(self._template_text()) if tools else "python"
-    request = engine.Request(
+    request = engine_lib.Request(
       prompt,
       options.sampling,
       self.stop_ids,
@@ -273,6 +274,19 @@ class ChatService:
       self._changed.notify_all()
 
   def _serve(self) -> None:
+    try:
+      self._loop()
+    except BaseException as error:  # a bug here must not leave anybody waiting
+      self._num_failures = MAX_FAILURES
+      with self._changed:
+        left = [*self._running.values(), *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+      for item in left:
+        self._fail(item, schemas.ApiError(f"server: {error!r}", status=500))
+      raise
+
+  def _loop(self) -> None:
     while True:
       with self._changed:
         while not (self._waiting or self._running or self._is_closing):

@@ -1,0 +1,217 @@
+"""HTTP in front of the chat service: fastapi routes, SSE, disconnects, the chat page.
+
+  POST /v1/chat/completions, /v1/completions    GET /v1/models, /health, /metrics, / (chat page)
+
+Everything else is in `service`. A client that goes away cancels its answer: while it streams, and
+while it waits for a whole one. Needs the extra `serve`.
+"""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+from minicpm_jax.core.extras import require_extra
+from minicpm_jax.infer.server import answer as answer_lib
+from minicpm_jax.infer.server import responses, schemas, service
+
+STATIC = pathlib.Path(__file__).parent / "static"
+_POLICY = "default-src 'self'; img-src 'self' data:"
+_PAGE_HEADERS = {"Content-Security-Policy": _POLICY, "X-Frame-Options": "DENY"}
+
+
+class Gone(Exception):
+  """The client has closed the connection."""
+
+
+def sse(value: Any) -> bytes:
+  """One server-sent event."""
+  text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+  return f"data: {text}\n\n".encode()
+
+
+def make_app(chat_service: service.ChatService) -> Any:
+  """The fastapi application; it starts and closes the service with its own life."""
+  fastapi = require_extra("fastapi", extra="serve")
+  fastapi_responses = require_extra("fastapi.responses", extra="serve")
+  static_files = require_extra("fastapi.staticfiles", extra="serve")
+  starlette = require_extra("starlette.exceptions", extra="serve")
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_):
+    chat_service.start()
+    yield
+    await asyncio.to_thread(chat_service.close)
+
+  app = fastapi.FastAPI(title="minicpm_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+  def failure(error: schemas.ApiError):
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return fastapi_responses.JSONResponse(error.body(), error.status, headers)
+
+  async def generate(kind: schemas.Kind, request: fastapi.Request):
+    try:
+      body = schemas.read_json(await read_body(request, chat_service.cfg.max_body_bytes))
+      gone = asyncio.ensure_future(wait_until_gone(request))
+      try:
+        live = await _unless(gone, _Live.open(chat_service, kind, body))
+        if live.answer.options.stream:
+          # The first delta decides between an HTTP error and a stream.
+          first = await _unless(gone, live.next())
+          if first.error is not None:
+            raise first.error
+          media = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
+          return fastapi_responses.StreamingResponse(live.events(first), **media)
+        return fastapi_responses.JSONResponse(await _unless(gone, live.whole()))
+      finally:
+        gone.cancel()
+    except schemas.ApiError as error:
+      return failure(error)
+    except Gone:
+      return fastapi_responses.Response(status_code=499)  # nobody reads it
+
+  @app.post("/v1/chat/completions")
+  async def chat_completions(request: fastapi.Request):
+    return await generate("chat", request)
+
+  @app.post("/v1/completions")
+  async def completions(request: fastapi.Request):
+    return await generate("completion", request)
+
+  @app.get("/v1/models")
+  async def models():
+    return chat_service.models()
+
+  @app.get("/health")
+  async def health():
+    code = 200 if chat_service.is_healthy else 503
+    return fastapi_responses.JSONResponse(chat_service.health(), code)
+
+  @app.get("/metrics")
+  async def metrics():
+    return chat_service.report()
+
+  @app.get("/")
+  async def page():
+    return fastapi_responses.FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
+
+  app.mount("/static", static_files.StaticFiles(directory=STATIC))
+
+  @app.exception_handler(starlette.HTTPException)
+  async def http_error(_, error):
+    message = f"{error.detail} (see / and /v1/models)" if error.status_code == 404 else error.detail
+    return failure(schemas.ApiError(str(message), status=error.status_code))
+
+  @app.exception_handler(Exception)
+  async def crash(_, error):
+    return failure(schemas.ApiError(f"{type(error).__name__}: {error}", status=500))
+
+  return app
+
+
+async def read_body(request: Any, limit: int) -> bytes:
+  """The body, 413 as soon as it is longer than `limit` bytes."""
+  declared = request.headers.get("content-length", "0")
+  size, parts = 0, []
+  if not (declared.isdigit() and int(declared) > limit):
+    async for part in request.stream():
+      size += len(part)
+      parts.append(part)
+      if size > limit:
+        break
+  if size > limit or (declared.isdigit() and int(declared) > limit):
+    raise schemas.ApiError(f"body: expected at most {limit} bytes", status=413)
+  return b"".join(parts)
+
+
+async def wait_until_gone(request: Any) -> None:
+  """Returns when the client has closed the connection (the body must have been read)."""
+  while (await request.receive())["type"] != "http.disconnect":
+    pass
+
+
+async def _unless(gone: "asyncio.Future[None]", work: Awaitable[Any]) -> Any:
+  """The result of `work`; Gone, and `work` is cancelled, if the client goes away first."""
+  task = asyncio.ensure_future(work)
+  try:
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+      raise Gone
+    return task.result()
+  finally:
+    task.cancel()
+
+
+class _Live:
+  """An answer and the event that says that something has arrived."""
+
+  def __init__(self, answer: answer_lib.Answer, arrived: asyncio.Event):
+    self.answer, self._arrived = answer, arrived
+
+  @staticmethod
+  async def open(chat_service: service.ChatService, kind: schemas.Kind, body: Any) -> "_Live":
+    """Submits on a worker thread: rendering, tokenising and compiling a grammar take time."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+    def notify() -> None:
+      loop.call_soon_threadsafe(arrived.set)
+
+    submit = loop.run_in_executor(None, chat_service.submit, kind, body, notify)
+    try:
+      return _Live(await asyncio.shield(submit), arrived)
+    except asyncio.CancelledError:
+      submit.add_done_callback(lambda f: None if f.exception() else f.result().cancel())
+      raise
+
+  async def next(self) -> responses.Delta:
+    try:
+      while (delta := self.answer.pop()) is None:
+        await self._arrived.wait()
+        self._arrived.clear()
+      return delta
+    except asyncio.CancelledError:
+      self.answer.cancel()
+      raise
+
+  async def whole(self) -> dict[str, Any]:
+    deltas = [await self.next()]
+    while not deltas[-1].is_last:
+      deltas.append(await self.next())
+    return self.answer.formatter.whole(deltas)
+
+  async def events(self, delta: responses.Delta) -> AsyncIterator[bytes]:
+    """The SSE stream from its first delta on; closing it early cancels the answer."""
+    formatter = self.answer.formatter
+    try:
+      for chunk in formatter.opening():
+        yield sse(chunk)
+      while delta.error is None:
+        for chunk in formatter.chunks(delta):
+          yield sse(chunk)
+        if delta.is_last:
+          break
+        delta = await self.next()
+      if delta.error is not None:
+        yield sse(delta.error.body())
+      yield sse("[DONE]")
+    finally:
+      self.answer.cancel()
+
+
+def make_server(chat_service: service.ChatService) -> Any:
+  """The uvicorn server on the address of the service's config; `.run()` blocks until a signal.
+
+  SIGINT and SIGTERM stop it gracefully: no new connections, answers under way end first.
+  """
+  uvicorn = require_extra("uvicorn", extra="serve")
+  cfg = chat_service.cfg
+  settings = uvicorn.Config(
+    make_app(chat_service),
+    host=cfg.host,
+    port=cfg.port,
+    log_level="warning",
+    timeout_graceful_shutdown=max(1, round(cfg.shutdown_seconds)),
+  )
+  return uvicorn.Server(settings)

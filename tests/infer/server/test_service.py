@@ -1,0 +1,508 @@
+"""The chat service without sockets, on a scripted engine: text, ends, tools, bounds, failures."""
+
+import json
+import threading
+
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.infer.server import schemas, service
+from tests.infer.server import scripted
+
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+TOOLS = [
+  {
+    "type": "function",
+    "function": {
+      "name": "get-weather",
+      "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+  }
+]
+
+
+@pytest.fixture
+def make(byte_tokenizer):
+  """make(script or text, ...) -> (started service, engine); all are closed at the end."""
+  made = []
+
+  def start(script, *, template=scripted.TEMPLATE, max_batch=2, capacity=600, **fields):
+    steps = (lambda _: scripted.bytewise(script)) if isinstance(script, str) else script
+    engine = scripted.ScriptedEngine(steps, max_batch=max_batch, capacity=capacity)
+    cfg = config.ServerConfig(**{"shutdown_seconds": 5.0} | fields)
+    tok = byte_tokenizer(chat_template=template)
+    made.append(service.ChatService(engine, tok, name="tiny", cfg=cfg).start())
+    return made[-1], engine
+
+  yield start
+  for item in made:
+    item.close(0.0)
+
+
+def text_of(chunks):
+  return "".join(
+    choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
+  )
+
+
+def stalled(event):
+  """A script that says nothing until `event` is set, then "ok"."""
+
+  def script(request):
+    left = scripted.bytewise("ok")
+    while left:
+      yield left.pop(0) if event.wait(0.01) else []
+
+  return script
+
+
+# --- Text -------------------------------------------------------------------------------------
+
+
+def test_a_chat_answer_has_openais_form_and_counts_tokens(make):
+  chat, engine = make("né!")
+  out = chat.chat(HELLO | {"model": "whatever", "temperature": 0.5, "seed": -1})
+  assert out["object"] == "chat.completion" and out["model"] == "tiny"
+  assert out["id"].startswith("chatcmpl-")
+  (choice,) = out["choices"]
+  assert choice == {
+    "index": 0,
+    "message": {"role": "assistant", "content": "né!", "refusal": None},
+    "finish_reason": "stop",
+    "logprobs": None,
+  }
+  prompt = [256, *b"[u]hi[a]"]
+  assert engine.requests[0].prompt == prompt
+  assert out["usage"]["prompt_tokens"] == len(prompt)
+  assert out["usage"]["completion_tokens"] == 5  # n, two bytes of é, !, the end
+  assert out["usage"]["total_tokens"] == len(prompt) + 5
+  assert engine.requests[0].sampling.temperature == 0.5
+  assert engine.requests[0].sampling.seed == 2**31 - 1
+  assert engine.requests[0].sampling.max_new_tokens == 1024
+
+
+def test_finish_reason_length_counts_tokens(make):
+  chat, _ = make("éééé")
+  out = chat.chat(HELLO | {"max_tokens": 4})
+  assert out["choices"][0]["finish_reason"] == "length"
+  assert out["choices"][0]["message"]["content"] == "éé"
+  assert out["usage"]["completion_tokens"] == 4
+  assert chat.chat(HELLO | {"max_completion_tokens": 9})["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_has_a_role_pieces_a_finish_and_usage_on_request(make):
+  chat, _ = make("aé語🙂")
+  chunks = list(chat.stream("chat", HELLO | {"stream": True}))
+  assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+  pieces = [c["choices"][0]["delta"].get("content") for c in chunks[1:-1]]
+  assert pieces == ["a", "é", "語", "🙂"]  # whole characters, nothing twice
+  assert chunks[-1]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop"}
+  assert all(c["choices"][0]["finish_reason"] is None for c in chunks[:-1])
+  assert len({c["id"] for c in chunks}) == 1 and "usage" not in chunks[-1]
+  options = {"stream": True, "stream_options": {"include_usage": True}}
+  *rest, last = chat.stream("chat", HELLO | options)
+  assert last["choices"] == [] and last["usage"]["completion_tokens"] == 11
+  assert rest[-1]["choices"][0]["finish_reason"] == "stop" and rest[-1]["usage"] is None
+
+
+def test_the_text_of_the_last_token_is_not_lost_and_assistant_is_no_magic_word(make):
+  """Two of CPM.cu's defects: the last piece dropped, answers cut at "Assistant:"."""
+  chat, _ = make(lambda _: [[*b"Assistant: a"], [*b" last", 257]])
+  out = chat.chat(HELLO)
+  assert out["choices"][0]["message"]["content"] == "Assistant: a last"
+  assert text_of(chat.stream("chat", HELLO | {"stream": True})) == "Assistant: a last"
+
+
+def test_stop_strings_cut_text_across_tokens_and_end_the_engines_work(make):
+  chat, engine = make(lambda _: [[*b"one E"], [*b"ND"], [*b"O two"], [*b" three"], [257]])
+  chunks = list(chat.stream("chat", HELLO | {"stream": True, "stop": ["ENDO", "zzz"]}))
+  assert text_of(chunks) == "one "
+  assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+  assert engine.cancelled == [1]
+  out = chat.chat(HELLO | {"stop": "ND"})
+  assert out["choices"][0]["message"]["content"] == "one E"
+  assert out["usage"]["completion_tokens"] == 7  # tokens up to the stop string
+  # The letters of a stop string by themselves end nothing (CPM.cu stops at any of its tokens).
+  out = chat.chat(HELLO | {"stop": ["DNE"]})
+  assert out["choices"][0]["message"]["content"] == "one ENDO two three"
+
+
+def test_logprobs_are_those_of_the_tokens_in_the_text(make):
+  chat, _ = make(lambda _: [[*b"ab"], [*b"cXY"], [*b"d", 257]])
+  out = chat.chat(HELLO | {"logprobs": True, "stop": "XY"})
+  content = out["choices"][0]["logprobs"]["content"]
+  assert [c["token"] for c in content] == ["a", "b", "c"]
+  assert [c["logprob"] for c in content] == [-0.97, -0.98, -0.99]
+  assert content[0]["bytes"] == [97] and content[0]["top_logprobs"] == []
+  chunks = list(chat.stream("chat", HELLO | {"logprobs": True, "stream": True}))
+  streamed = [
+    t["token"]
+    for c in chunks
+    for t in ((c["choices"][0].get("logprobs") or {}).get("content") or [])
+  ]
+  assert streamed == list("abcXYd")
+  out = chat.completion({"prompt": "x", "logprobs": 0})
+  assert out["choices"][0]["logprobs"] == {
+    "tokens": list("abcXYd"),
+    "token_logprobs": [-ord(c) / 100 for c in "abcXYd"],
+    "top_logprobs": None,
+    "text_offset": [0, 1, 2, 3, 4, 5],
+  }
+
+
+def test_text_completions_take_text_or_ids(make):
+  chat, engine = make("ok")
+  for prompt, expected in (("hi", [256, *b"hi"]), ([1, 2], [1, 2]), (["hi"], [256, *b"hi"])):
+    out = chat.completion({"prompt": prompt})
+    assert out["object"] == "text_completion" and out["choices"][0]["text"] == "ok"
+    assert engine.requests[-1].prompt == expected
+  chunks = list(chat.stream("completion", {"prompt": "x", "stream": True}))
+  assert [c["choices"][0]["text"] for c in chunks] == ["o", "k", ""]
+  assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_content_parts_roles_and_template_arguments(make):
+  template = "{{ enable_thinking }}|" + scripted.TEMPLATE
+  chat, engine = make("ok", template=template)
+  parts = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
+  messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}]
+  chat.chat({"messages": messages, "enable_thinking": False, "user": "me"})
+  assert bytes(engine.requests[0].prompt[1:]) == b"False|[s]S[u]ab[a]"
+
+
+# --- Tools ------------------------------------------------------------------------------------
+
+
+CALL = '<|tool_call_start|>\n```python\nget_weather(city="Bonn")\n```\n<|tool_call_end|>'
+
+
+def test_tools_reach_the_prompt_and_calls_come_back(make):
+  chat, engine = make("Let me see.\n" + CALL)
+  body = HELLO | {"tools": TOOLS, "max_tokens": 200}
+  out = chat.chat(body)
+  assert "def get_weather(city: str = None)" in bytes(engine.requests[0].prompt[1:]).decode()
+  (choice,) = out["choices"]
+  assert choice["finish_reason"] == "tool_calls"
+  assert choice["message"]["content"] == "Let me see."
+  (call,) = choice["message"]["tool_calls"]
+  assert call["type"] == "function" and call["function"]["name"] == "get-weather"
+  assert json.loads(call["function"]["arguments"]) == {"city": "Bonn"}
+
+  chunks = list(chat.stream("chat", body | {"stream": True}))
+  assert text_of(chunks) == "Let me see.\n"
+  calls = [c["choices"][0]["delta"]["tool_calls"] for c in chunks if "tool_calls" in str(c)][:1]
+  assert calls[0][0]["index"] == 0 and calls[0][0]["function"]["name"] == "get-weather"
+  assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+  # The turn after it: the call and the result are in the prompt.
+  answered = [*HELLO["messages"], choice["message"], {"role": "tool", "content": "rain"}]
+  chat.chat({"messages": answered, "tools": TOOLS})
+  prompt = bytes(engine.requests[-1].prompt[1:]).decode()
+  assert f"Let me see.{CALL}[t]rain[a]" in prompt
+
+
+def test_broken_calls_and_answers_without_tools_stay_text(make):
+  broken = "<|tool_call_start|>\nrm_rf('/')\n<|tool_call_end|>"
+  chat, _ = make(broken)
+  out = chat.chat(HELLO | {"tools": TOOLS})
+  assert out["choices"][0]["message"]["content"] == broken
+  assert out["choices"][0]["finish_reason"] == "stop"
+  assert "tool_calls" not in out["choices"][0]["message"]
+  for body in (HELLO, HELLO | {"tools": TOOLS, "tool_choice": "none"}):
+    assert chat.chat(body)["choices"][0]["message"]["content"] == broken
+
+
+def test_a_template_that_shows_tools_gets_them(make):
+  template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}<tool_call>"
+  chat, engine = make(
+    '<tool_call>{"name": "get-weather", "arguments": {}}</tool_call>', template=template
+  )
+  out = chat.chat(HELLO | {"tools": TOOLS})
+  assert bytes(engine.requests[0].prompt[1:]) == b"get-weather;<tool_call>"
+  assert out["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "{}"
+  assert out["choices"][0]["message"]["content"] is None
+
+
+# --- Constraints ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "fields, good, bad",
+  [
+    ({"response_format": {"type": "json_object"}}, '{"a": 1}', "["),
+    (
+      {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}},
+      "12",
+      "x",
+    ),
+    ({"grammar": 'start: "a"+'}, "aaa", "b"),
+    ({"grammar": {"regex": "b{2}"}}, "bb", "a"),
+    ({"grammar": {"choice": ["yes", "no"]}}, "yes", "x"),
+    ({"grammar": {"sql": {"t": ["c"]}}}, "SELECT c FROM t", "D"),
+    ({"grammar": {"sql": True}}, "SELECT x FROM y", "D"),
+    ({"tools": TOOLS, "tool_choice": "required"}, CALL, "x"),
+  ],
+)
+def test_formats_become_constraints(make, fields, good, bad):
+  pytest.importorskip("llguidance")
+  chat, engine = make("1")
+  chat.chat(HELLO | fields)
+  constraint = engine.requests[0].constraint
+  assert not constraint.consume(ord(bad[0]))
+  assert all(constraint.consume(b) for b in good.encode()) and constraint.is_accepting()
+
+
+@pytest.mark.parametrize(
+  "template, call",
+  [
+    (
+      "<tool_call> {{ tools }}",
+      '<tool_call>\n{"name": "get-weather", "arguments": {"city": "B"}}\n</tool_call>',
+    ),
+    (
+      "<function name= {{ tools }}",
+      '<function name="get-weather"><param name="city">B</param></function>',
+    ),
+  ],
+)
+def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
+  pytest.importorskip("llguidance")
+  chat, engine = make(call, template=template)
+  choice = {"type": "function", "function": {"name": "get-weather"}}
+  out = chat.chat(HELLO | {"tools": TOOLS, "tool_choice": choice})
+  constraint = engine.requests[0].constraint
+  assert all(constraint.consume(b) for b in call.encode()) and constraint.is_accepting()
+  arguments = out["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+  assert json.loads(arguments) == {"city": "B"}
+
+
+# --- Refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "fields, param, message",
+  [
+    ({"messages": []}, "messages", "messages: found none"),
+    ({"messages": "hi"}, "messages", "messages: found 'hi', expected list"),
+    (
+      {"messages": [{"role": "robot", "content": ""}]},
+      "messages",
+      r"messages\[0\].role: found 'robot'",
+    ),
+    ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content: found None"),
+    ({"messages": [1]}, "messages", r"messages\[0\].role"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls: found"),
+    ({"temperature": 2.5}, "temperature", r"temperature: found 2.5, expected 0.0..2.0"),
+    ({"temperature": "hot"}, "temperature", "expected float"),
+    ({"temperature": float("nan")}, "temperature", "expected a finite number"),
+    ({"top_p": 0}, None, "top_p: found 0.0"),
+    ({"min_p": 1.0}, None, "min_p"),
+    ({"max_tokens": 0}, "max_tokens", r"expected 1..65536"),
+    ({"max_tokens": True}, "max_tokens", "expected int"),
+    ({"max_tokens": 65537}, "max_tokens", r"expected 1..65536"),
+    ({"n": 2}, "n", "n: found 2, but only 1 is supported"),
+    ({"logit_bias": {"1": 5}}, "logit_bias", "only {} is supported"),
+    ({"top_logprobs": 3}, "top_logprobs", "only 0 is supported"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 is supported"),
+    ({"bogus": 1}, "bogus", "bogus: unknown field"),
+    ({"stop": [""]}, "stop", "stop: found"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16"),
+    ({"stream": "yes"}, "stream", "expected bool"),
+    ({"stream_options": {"x": 1}}, "x", "unknown field"),
+    ({"tools": [{"type": "x"}]}, "tools", r"tools\[0\]"),
+    ({"tool_choice": "required"}, "tool_choice", "found without tools"),
+    (
+      {"tools": TOOLS, "tool_choice": "x"},
+      "tool_choice",
+      "expected auto, none, required or one of",
+    ),
+    ({"response_format": {"type": "xml"}}, "response_format", "found 'xml'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "schema: found None"),
+    ({"grammar": {"regex": 1}}, "grammar", "grammar: found"),
+    ({"grammar": "a", "response_format": {"type": "json_object"}}, None, "found several"),
+    ({"chat_template_kwargs": []}, "chat_template_kwargs", "expected dict"),
+  ],
+)
+def test_malformed_requests_are_400_with_the_field_and_the_service_goes_on(
+  make, fields, param, message
+):
+  chat, _ = make("ok")
+  with pytest.raises(schemas.ApiError, match=message) as caught:
+    chat.chat(HELLO | fields)
+  assert caught.value.status == 400 and caught.value.param == param
+  error = caught.value.body()["error"]
+  assert error["type"] == "invalid_request_error" and error["message"]
+  assert chat.chat(HELLO)["choices"][0]["message"]["content"] == "ok"
+  assert chat.report()["requests_rejected"] == 1
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"grammar": "start: x"}, 'unknown name: "x"'),
+    ({"grammar": {"regex": "(("}}, "unclosed group"),
+    (
+      {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
+      "json_schema: Invalid type: foo",
+    ),
+  ],
+)
+def test_bad_grammars_are_400(make, fields, message):
+  pytest.importorskip("llguidance")
+  chat, _ = make("ok")
+  with pytest.raises(schemas.ApiError, match=message) as caught:
+    chat.chat(HELLO | fields)
+  assert caught.value.status == 400 and caught.value.code == "invalid_grammar"
+
+
+@pytest.mark.parametrize(
+  "prompt, message",
+  [
+    (None, "prompt: found None"),
+    ([], "prompt: found a list"),
+    (["a", "b"], "prompt: found a list"),
+    ([1, 999], r"ids outside 0\.\.259"),
+    ([-1], "ids outside"),
+    ("x" * 700, "prompt: found 701 tokens, expected at most 599"),
+  ],
+)
+def test_bad_prompts_are_400(make, prompt, message):
+  chat, _ = make("ok")
+  with pytest.raises(schemas.ApiError, match=message) as caught:
+    chat.completion({"prompt": prompt})
+  assert caught.value.status == 400
+
+
+def test_a_template_that_refuses_is_400(make):
+  chat, _ = make("ok", template="{{ raise_exception('no system turns') }}")
+  with pytest.raises(schemas.ApiError, match="no system turns"):
+    chat.chat(HELLO)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff", b"[" * 100_000, b""])
+def test_bodies_that_are_no_json_object(data):
+  with pytest.raises(schemas.ApiError, match="body: "):
+    schemas.read_json(data)
+
+
+# --- Queue, cancellation, failures, life ------------------------------------------------------
+
+
+def test_the_queue_is_bounded_and_a_cancelled_request_gives_its_place_back(make):
+  go = threading.Event()
+  chat, engine = make(stalled(go), max_batch=1, max_queue=2)
+  running = chat.submit("chat", HELLO)
+  while not chat.num_running:
+    pass
+  waiting = [chat.submit("chat", HELLO) for _ in range(2)]
+  with pytest.raises(schemas.ApiError, match="2 requests wait already, at most 2") as caught:
+    chat.submit("chat", HELLO)
+  assert caught.value.status == 429 and caught.value.body()["error"]["type"] == "rate_limit_error"
+  waiting[0].cancel()
+  while chat.num_waiting > 1:
+    pass
+  third = chat.submit("chat", HELLO)
+  go.set()
+  for item in (running, waiting[1], third):
+    assert item.whole()["choices"][0]["message"]["content"] == "ok"
+  assert len(engine.requests) == 3
+  report = chat.report()
+  assert report["requests_rejected_full"] == 1 and report["requests_cancelled"] == 1
+  assert report["requests_completed"] == 3 and report["requests_accepted"] == 4
+  assert report["requests_waiting"] == report["requests_running"] == 0
+
+
+def test_a_client_that_goes_away_frees_its_row(make):
+  go = threading.Event()
+  chat, engine = make(
+    lambda r: [[*b"a"]] if len(r.prompt) > 12 else scripted.bytewise("ok"), max_batch=1
+  )
+  stream = chat.stream(
+    "chat", {"messages": [{"role": "user", "content": "long one"}], "stream": True}
+  )
+  assert next(stream)["choices"][0]["delta"]["role"] == "assistant"
+  assert next(stream)["choices"][0]["delta"]["content"] == "a"  # and nothing more comes
+  stream.close()
+  assert chat.chat(HELLO)["choices"][0]["message"]["content"] == "ok"
+  assert engine.cancelled == [1] and not go.is_set()
+  assert chat.report()["requests_cancelled"] == 1
+
+
+def test_a_failing_step_fails_its_requests_and_the_next_ones_are_served(make):
+  chat, engine = make("ok")
+  engine.failure = RuntimeError("device lost")
+  with pytest.raises(schemas.ApiError, match="engine: device lost") as caught:
+    chat.chat(HELLO)
+  assert caught.value.status == 500 and caught.value.body()["error"]["type"] == "server_error"
+  assert chat.health()["status"] == "ok"
+  engine.failure = None
+  assert chat.chat(HELLO)["choices"][0]["message"]["content"] == "ok"
+  engine.failure = RuntimeError("device lost")
+  for _ in range(service.MAX_FAILURES):
+    with pytest.raises(schemas.ApiError):
+      chat.chat(HELLO)
+  assert chat.health()["status"] == "failed"
+  with pytest.raises(schemas.ApiError, match="engine has failed") as caught:
+    chat.chat(HELLO)
+  assert caught.value.status == 503
+
+
+def test_a_grammar_over_its_limits_is_an_error_and_not_half_an_answer(make):
+  pytest.importorskip("llguidance")
+
+  def script(request):
+    if request.constraint is not None:
+      request.constraint.matcher.consume_token(ord("b"))  # what a limit does
+    return scripted.bytewise("a")
+
+  chat, _ = make(script)
+  with pytest.raises(schemas.ApiError, match="grammar: ") as caught:
+    chat.chat(HELLO | {"grammar": {"regex": "a+"}})
+  assert caught.value.code == "grammar_limit"
+  assert chat.chat(HELLO)["choices"][0]["message"]["content"] == "a"
+
+
+def test_closing_ends_what_runs_and_refuses_what_waits_and_what_comes(make):
+  go = threading.Event()
+  chat, _ = make(stalled(go), max_batch=1)
+  running = chat.submit("chat", HELLO)
+  while not chat.num_running:
+    pass
+  waiting = chat.submit("chat", HELLO)
+  closing = threading.Thread(target=chat.close)
+  closing.start()
+  with pytest.raises(schemas.ApiError, match="shutting down") as caught:
+    waiting.whole()
+  assert caught.value.status == 503
+  with pytest.raises(schemas.ApiError, match="shutting down"):
+    chat.submit("chat", HELLO)
+  go.set()
+  assert running.whole()["choices"][0]["message"]["content"] == "ok"
+  closing.join()
+  assert chat.health()["status"] == "shutting down"
+
+
+def test_closing_does_not_wait_for_ever(make):
+  chat, engine = make(stalled(threading.Event()), max_batch=1)
+  running = chat.submit("chat", HELLO)
+  while not chat.num_running:
+    pass
+  chat.close(0.05)
+  with pytest.raises(schemas.ApiError, match="shutting down"):
+    running.whole()
+  assert engine.cancelled == [1]
+
+
+def test_models_health_and_metrics(make):
+  chat, _ = make("abc")
+  (model,) = chat.models()["data"]
+  assert model["id"] == "tiny" and model["max_model_len"] == 600
+  health = chat.health()
+  assert health["status"] == "ok" and health["model_loaded"] is True
+  assert health["memory_usage"]["process"] > 2**20
+  for _ in range(3):
+    chat.chat(HELLO)
+  report = chat.report()
+  assert report["completion_tokens"] == report["tokens_generated"] == 12
+  assert report["prompt_tokens"] == 27 and report["mean_accept_length"] == 1.0
+  assert report["queue_limit"] == 64 and report["rows"] == 2
