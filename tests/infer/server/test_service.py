@@ -190,7 +190,9 @@ def test_tools_reach_the_prompt_and_calls_come_back(make):
 
   chunks = list(chat.stream("chat", body | {"stream": True}))
   assert text_of(chunks) == "Let me see.\n"
-  calls = [c["choices"][0]["delta"]["tool_calls"] for c in chunks if "tool_calls" in str(c)][:1]
+  deltas = [c["choices"][0]["delta"] for c in chunks]
+  calls = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+  assert len(calls) == 1
   assert calls[0][0]["index"] == 0 and calls[0][0]["function"]["name"] == "get-weather"
   assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
