@@ -1,0 +1,84 @@
+"""The most frequent tokens of a corpus, for a draft's head (FR-Spec, inference.md section 11).
+
+  python -m experiments.build_fr_index --tokenizer=DIR --corpus=en.jsonl.gz --corpus=zh.jsonl.gz \\
+    --weights=0.6,0.4 --sizes=8192,16384,32768 --output=fr_index
+
+Counts the tokens of every line of --corpus (files or folders that data.documents reads), mixes the
+domains by --weights (default: by their number of tokens), and writes freq_SIZE.npy and CPM.cu's
+freq_SIZE.pt. Stop ids and the markers of the chat template are always in; every list has exactly
+SIZE ids. --sizes also takes shares of the vocabulary: 25%.
+"""
+
+import itertools
+import sys
+
+from absl import flags
+
+from minicpm_jax.data import documents
+from minicpm_jax.infer import frspec
+from minicpm_jax.text import tokenizer as tokenizer_lib
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  define = {"flag_values": values}
+  flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer (or of the model).", **define)
+  flags.DEFINE_multi_string("corpus", [], "Text of one domain; repeatable.", **define)
+  flags.DEFINE_list("weights", [], "Share of each --corpus.", **define)
+  flags.DEFINE_list("sizes", ["25%"], "Ids to keep, or shares of the vocabulary.", **define)
+  flags.DEFINE_string("output", None, "Folder of the lists.", **define)
+  flags.DEFINE_integer("vocab_size", None, "Of the model; default: the tokenizer's.", **define)
+  flags.DEFINE_integer("max_lines", 1_000_000, "Lines read of each domain.", **define)
+  flags.DEFINE_string("text_field", "text", "JSON key or Parquet column.", **define)
+  if "--help" in argv:
+    print(f"{__doc__}\n{values.get_help()}")
+    sys.exit(0)
+  rest = values(argv)[1:]
+  if rest or not values.tokenizer or not values.corpus or not values.output:
+    raise ValueError(f"--tokenizer, --corpus and --output are needed, flags only; found {rest}")
+  return values
+
+
+def size_of(text: str, vocab_size: int) -> int:
+  try:
+    share = text.removesuffix("%")
+    return round(float(share) / 100 * vocab_size) if share != text else int(text)
+  except ValueError:
+    raise ValueError(f"--sizes: found {text!r}, expected a number of ids or a share 25%") from None
+
+
+def run(values: flags.FlagValues) -> None:
+  tok = tokenizer_lib.load_tokenizer(values.tokenizer)
+  if tok is None:
+    raise ValueError(f"--tokenizer: found none in {values.tokenizer}")
+  vocab_size = values.vocab_size or tok.vocab_size
+  counts = []
+  for path in values.corpus:
+    docs = documents.read([path], text_field=values.text_field, text_split="line")
+    lines = itertools.chain.from_iterable(doc.text.splitlines() for doc in docs)
+    lines = itertools.islice((line for line in lines if line.strip()), values.max_lines)
+    counts.append(frspec.count_tokens(map(tok.encode, lines), vocab_size))
+    print(f"{path}: {counts[-1].sum():,} tokens, {(counts[-1] > 0).sum():,} of {vocab_size} ids")
+  weights = [float(w) for w in values.weights] or [float(c.sum()) for c in counts]
+  mixed = frspec.mix(counts, weights)
+  forced = frspec.forced_ids(tok)
+  for text in values.sizes:
+    ids = frspec.build_index(mixed, size_of(text, vocab_size), forced)
+    paths = frspec.save_index(values.output, ids)
+    print(
+      f"{len(ids):,} ids ({len(ids) / vocab_size:.1%} of the vocabulary) keep "
+      f"{frspec.coverage(mixed, ids):.2%} of the tokens: {', '.join(map(str, paths))}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+  try:
+    run(parse(sys.argv if argv is None else argv))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"build_fr_index: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
