@@ -1,0 +1,276 @@
+"""EAGLE drafters: a dynamic tree out of one draft layer (inference.md sections 3, 7, 9, 10).
+
+The committed part of the context is in the draft's cache with true target features; a round first
+expands the tree level by level from the last committed row's output, with the nodes' keys in
+scratch arrays of their own, and then commits the accepted path. Row t holds (embedding of token
+t + 1, feature of token t), so the cache is as long as the target's.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_jax import config
+from minicpm_jax.core import trees
+from minicpm_jax.infer import frspec
+from minicpm_jax.infer import tree as tree_lib
+from minicpm_jax.infer.drafters import base
+from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.models import transformer
+
+MAX_ROWS = 256  # of a prompt that attend together: bounds the scores of a chunk
+
+
+@flax.struct.dataclass
+class EagleState:
+  """cache: committed rows. feature_BD: output of the last one, level 1 of the next tree."""
+
+  cache: Any
+  feature_BD: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleDrafter:
+  """EAGLE-1/2, MiniCPM4's EAGLE and EAGLE-3 on the protocol of `base`; `make` builds one.
+
+  num_levels, top_k, num_nodes: CPM.cu's spec-num-iter, spec-topk-per-iter and spec-tree-size.
+  Draft parameters: {"model", "head_DR", "ids_R"}; a head of None is the target's, ids of None are
+  the identity.
+  """
+
+  cfg: config.DraftConfig
+  num_levels: int = 2
+  top_k: int = 10
+  num_nodes: int = 12
+
+  @property
+  def tap_layers(self) -> tuple[int, ...]:
+    return self.cfg.feature_layers
+
+  @property
+  def reuses_prefix(self) -> bool:
+    return self.cfg.window_size == 0  # a ring has lost what an earlier position needs
+
+  def check(self, model: Any, params: base.Params) -> None:
+    draft_lib.check_fits(self.cfg, model.cfg)
+    if self.num_levels < 1 or self.top_k < 1:
+      raise ValueError(
+        f"num_levels, top_k: found {self.num_levels}, {self.top_k}, expected 1 or more"
+      )
+    most = tree_lib.num_candidates(self.top_k, self.num_levels) + 1
+    if not 2 <= self.num_nodes <= min(most, base.MAX_NODES):
+      raise ValueError(
+        f"num_nodes: found {self.num_nodes}, expected 2..{min(most, base.MAX_NODES)} "
+        f"({self.num_levels} levels of top_k {self.top_k})"
+      )
+    wanted = trees.flatten_paths(draft_lib.abstract_params(self.cfg)[0])
+    found = trees.flatten_paths(params.draft["model"])
+    for name in sorted(set(wanted) | set(found)):
+      a, b = (list(x[name].shape) if name in x else "none" for x in (found, wanted))
+      if a != b:
+        raise ValueError(f"draft params: {name}: found {a}, expected {b}")
+    size = self._head_size(params)
+    if self.top_k > size:
+      raise ValueError(f"top_k: found {self.top_k}, expected at most the head's {size} rows")
+    if params.draft["ids_R"] is not None:
+      ids = np.asarray(params.draft["ids_R"])
+      frspec.check_index(ids, model.cfg.vocab_size, "draft ids")
+      if ids.size != size:
+        raise ValueError(f"draft ids: found {ids.size}, expected {size}, the rows of the head")
+    elif size != model.cfg.vocab_size:
+      raise ValueError(f"draft ids: found none, expected one for each of the head's {size} rows")
+
+  def _head_size(self, params: base.Params) -> int:
+    if self.cfg.kind == "eagle3" or params.draft["head_DR"] is None:
+      return self.cfg.head_size
+    return params.draft["head_DR"].shape[1]
+
+  def init_state(
+    self, model: Any, params: base.Params, batch_size: int, capacity: int
+  ) -> EagleState:
+    cache = draft_lib.init_cache(self.cfg, batch_size, capacity)
+    shape = (batch_size, self.cfg.layer.model_dim)
+    return EagleState(cache, jnp.zeros(shape, cache.k[0].dtype))
+
+  # --- Committed rows ---------------------------------------------------------------------------
+
+  def prefill(self, params: base.Params, state: EagleState, new: base.Committed) -> EagleState:
+    if new.row is None:
+      return self.commit(params, state, new)
+    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, new.row, 1, 0), state)
+    one = self.commit(params, one, new)
+    return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, new.row, 0), state, one
+    )
+
+  def commit(self, params: base.Params, state: EagleState, new: base.Committed) -> EagleState:
+    T = new.tokens_BT.shape[1]
+    for first in range(0, T, MAX_ROWS):
+      state = self._commit_rows(params, state, new, first, min(first + MAX_ROWS, T))
+    return state
+
+  def _commit_rows(self, params, state: EagleState, new: base.Committed, first, end) -> EagleState:
+    at = slice(first, end)
+    steps_1T = jnp.arange(first, end, dtype=jnp.int32)[None, :]
+    hidden_BTD, cache = draft_lib.extend(
+      self.cfg,
+      params.draft["model"],
+      state.cache,
+      self._embed(params, new.next_BT[:, at]),
+      new.features_BTD[:, at],
+      new.start_B[:, None] + steps_1T,
+      steps_1T < new.num_B[:, None],
+      self._rope_length(state),
+    )
+    last_B11 = jnp.clip(new.num_B - first, 1, end - first)[:, None, None] - 1
+    feature_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
+    is_new_B1 = (new.num_B > first)[:, None]
+    feature_BD = jnp.where(is_new_B1, feature_BD.astype(state.feature_BD.dtype), state.feature_BD)
+    return EagleState(cache, feature_BD)
+
+  def copy_row(self, state: EagleState, source: Any, target: Any) -> EagleState:
+    return base.copy_rows(state, source, target)
+
+  # --- The tree ---------------------------------------------------------------------------------
+
+  def draft(
+    self, params: base.Params, state: EagleState, root_B: Any, length_B: Any
+  ) -> tuple[base.Tree, EagleState]:
+    k, B = self.top_k, root_B.shape[0]
+    feature_B1D = state.feature_BD[:, None]
+    scores_B1K, tokens_B1K = self._children(params, feature_B1D, jnp.zeros((B, 1), jnp.float32))
+    beam = Beam(
+      tokens_BK=tokens_B1K[:, 0],
+      scores_BK=scores_B1K[:, 0],
+      feature_BKD=jnp.broadcast_to(feature_B1D, (B, k, feature_B1D.shape[-1])),
+      sees_BKS=jnp.zeros((B, k, 0), bool),
+    )
+    scores, tokens = [beam.scores_BK], [beam.tokens_BK]
+    flat = [jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (B, k))]
+    scratch = None
+    for level in range(1, self.num_levels):
+      position_BK = jnp.broadcast_to((length_B + level - 1)[:, None], (B, k))
+      hidden_BKD, scratch = self._expand(params, state, beam, position_BK, length_B, scratch)
+      scores_BKK, tokens_BKK = self._children(params, hidden_BKD, beam.scores_BK)
+      scores.append(jnp.reshape(scores_BKK, (B, k * k)))
+      tokens.append(jnp.reshape(tokens_BKK, (B, k * k)))
+      best_BK, at_BK = jax.lax.top_k(scores[-1], k)
+      flat.append(at_BK.astype(jnp.int32) + k + (level - 1) * k * k)
+      beam = _next_beam(beam, hidden_BKD, best_BK, at_BK, tokens[-1])
+    tree = tree_lib.build(
+      root_B,
+      jnp.concatenate(scores, axis=1),
+      jnp.concatenate(tokens, axis=1),
+      jnp.stack(flat, axis=1),
+      self.num_nodes,
+    )
+    return tree, state
+
+  def _expand(self, params, state: EagleState, beam: "Beam", position_BK, length_B, scratch):
+    """Draft outputs of the beam's nodes, and the scratch keys with theirs behind."""
+    cfg = self.cfg
+    model = draft_lib.DraftModel(cfg)
+    old_BR = state.cache.positions_BR
+    old_BR = jnp.where(old_BR < length_B[:, None], old_BR, -1)
+    past = [(draft_lib.cached(state.cache), draft_lib.seen(position_BK, old_BR, cfg.window_size))]
+    if scratch is not None:
+      past.append((scratch, beam.sees_BKS))
+    hidden_BKD, new = model.apply(
+      {"params": params.draft["model"]},
+      self._embed(params, beam.tokens_BK),
+      beam.feature_BKD,
+      draft_lib.position_tables(cfg, position_BK, self._rope_length(state)),
+      tuple(past),
+    )
+    if scratch is None:
+      return hidden_BKD, new
+    return hidden_BKD, jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=1), scratch, new)
+
+  def _children(self, params: base.Params, hidden_BTD: Any, scores_BT: Any) -> tuple[Any, Any]:
+    """Cumulative float32 scores and full token ids [B, T, k] of the best children."""
+    model = draft_lib.DraftModel(self.cfg)
+    head_DR, ids_R = params.draft["head_DR"], params.draft["ids_R"]
+    if head_DR is None and self.cfg.kind != "eagle3":
+      head_DR = transformer.head_weight(self.cfg.layer, params.target)
+      head_DR = head_DR[:, : self.cfg.layer.vocab_size]
+    variables = {"params": params.draft["model"]}
+    logits_BTR = model.apply(variables, hidden_BTD, head_DR, method="logits")
+    best_BTK, at_BTK = jax.lax.top_k(logits_BTR, self.top_k)
+    best_BTK = best_BTK - jax.nn.logsumexp(logits_BTR, axis=-1, keepdims=True)
+    at_BTK = at_BTK.astype(jnp.int32)
+    tokens_BTK = at_BTK if ids_R is None else jnp.asarray(ids_R, jnp.int32)[at_BTK]
+    return scores_BT[:, :, None] + best_BTK, tokens_BTK
+
+  def _embed(self, params: base.Params, tokens_BT: Any) -> Any:
+    table_VD = params.target["embed"]["embedding"]
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(table_VD.dtype)
+    return x_BTD * self.cfg.layer.scale_emb
+
+  def _rope_length(self, state: EagleState) -> int:
+    """LongRoPE with two lists picks one for the whole cache."""
+    return max(state.cache.positions_BR.shape[1], self.cfg.window_size)
+
+
+@flax.struct.dataclass
+class Beam:
+  """The k nodes that a level grows from."""
+
+  tokens_BK: Any
+  scores_BK: Any
+  feature_BKD: Any  # draft output at the node's parent
+  sees_BKS: Any  # bool: which scratch rows are the node's ancestors
+
+
+def _next_beam(beam: Beam, hidden_BKD, best_BK, at_BK, tokens_BC) -> Beam:
+  k = best_BK.shape[1]
+  parent_BK1 = (at_BK // k)[:, :, None]
+  own = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (*best_BK.shape, k))
+  sees = jnp.concatenate((beam.sees_BKS, own), axis=2)
+  return Beam(
+    tokens_BK=jnp.take_along_axis(tokens_BC, at_BK, axis=1),
+    scores_BK=best_BK,
+    feature_BKD=jnp.take_along_axis(hidden_BKD, parent_BK1, axis=1),
+    sees_BKS=jnp.take_along_axis(sees, parent_BK1, axis=1),
+  )
+
+
+def make(
+  draft: draft_lib.Draft,
+  model: transformer.Transformer,
+  params: Any,
+  *,
+  fr_ids: Any = None,
+  num_levels: int = 2,
+  top_k: int = 10,
+  num_nodes: int = 12,
+) -> tuple[EagleDrafter, dict[str, Any]]:
+  """(drafter, draft_params) for `Engine(model, params, drafter=..., draft_params=...)`.
+
+  `model`, `params`: the target as the engine runs it; the draft takes its dtype. fr_ids: token ids
+  that the draft may propose (FR-Spec); their rows of the target's head are gathered here.
+  """
+  draft_lib.check_fits(draft.cfg, model.cfg)
+  name = model.cfg.dtype
+  layer = dataclasses.replace(
+    draft.cfg.layer,
+    dtype=name,
+    param_dtype=model.cfg.param_dtype,
+    tie_embeddings=model.cfg.tie_embeddings,
+    scan_layers=False,
+  )
+  cfg = dataclasses.replace(draft.cfg, layer=layer)
+  weights = trees.cast(draft.params, params["embed"]["embedding"].dtype)
+  head_DR, ids_R = None, draft.ids
+  if fr_ids is not None:
+    if cfg.kind == "eagle3":
+      raise ValueError("fr_ids: found a list, expected none for eagle3 (its head has its own ids)")
+    ids_R = np.asarray(fr_ids, np.int32)
+    head_DV = transformer.head_weight(model.cfg, params)[:, : model.cfg.vocab_size]
+    head_DR = frspec.fr_head(head_DV, ids_R)
+  drafter = EagleDrafter(cfg, num_levels=num_levels, top_k=top_k, num_nodes=num_nodes)
+  ids_R = None if ids_R is None else jnp.asarray(ids_R, jnp.int32)
+  return drafter, {"model": weights, "head_DR": head_DR, "ids_R": ids_R}
