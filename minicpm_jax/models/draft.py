@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from minicpm_jax.config import DraftConfig, ModelConfig
+from minicpm_jax.config import DraftConfig, ModelConfig, QuantConfig
+from minicpm_jax.config.quant import PROJECTIONS
 from minicpm_jax.core import mesh, types
 from minicpm_jax.nn import functional, layers, rope
 
@@ -90,6 +91,7 @@ def for_target(target: ModelConfig, kind: str, **changes: Any) -> DraftConfig:
     mtp=None,
     sparse=None,
     act="silu",
+    quant=None,
     vocab_multiple=1,
     scan_layers=False,
     init_std=target.init_std if is_mup else 0.02,
@@ -112,6 +114,17 @@ def plain(cfg: DraftConfig) -> DraftConfig:
   if cfg.kind != "eagle3":
     raise ValueError(f"draft.kind: found {cfg.kind!r}, expected 'eagle3' (only it has features)")
   return dataclasses.replace(cfg, feature_scale=1.0, residual_scale=1.0)
+
+
+def quantized(cfg: DraftConfig, group_size: int = 128, weights: str = "latent") -> DraftConfig:
+  """int4 for fc and the layer's seven linears; norms and heads stay (MiniCPM4 §4.1.3).
+
+  "latent" trains with fake quantisation; "codes" or "packed" is the form that runs.
+  """
+  quant = QuantConfig(
+    scheme="int4", group_size=group_size, weights=weights, include=(PROJECTIONS, r"(^|/)fc/kernel$")
+  )
+  return dataclasses.replace(cfg, layer=dataclasses.replace(cfg.layer, quant=quant))
 
 
 def check_fits(cfg: DraftConfig, target: ModelConfig) -> None:
@@ -198,12 +211,10 @@ class Fuse(nn.Module):
   @nn.compact
   def __call__(self, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
     cfg, D = self.cfg.layer, self.cfg.layer.model_dim
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(layers.matrix_std(cfg)), ("embed", None)
-    )
-    dtype = types.dtype_of(cfg.param_dtype)
-    x_BTD = functional.linear(x_BTF, self.param("kernel", init, (self.num_in * D, D), dtype))
+    shape, std = (self.num_in * D, D), layers.matrix_std(cfg)
+    x_BTD = functional.linear(x_BTF, layers.kernel_leaf(self, cfg, shape, ("embed", None), std))
     if self.cfg.fc_bias:
+      dtype = types.dtype_of(cfg.param_dtype)
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
       x_BTD = x_BTD + self.param("bias", zeros, (D,), dtype).astype(x_BTD.dtype)[None, None, :]
     return x_BTD
@@ -322,7 +333,7 @@ class DraftModel(nn.Module):
     return x_BTD, tuple(new)
 
   def logits(
-    self, hidden_BTD: Float[Array, "B T D"], head_DR: Float[Array, "D R"] | None = None
+    self, hidden_BTD: Float[Array, "B T D"], head_DR: Float[Array, "D V"] | None = None
   ) -> Float[Array, "B T R"]:
     """float32 logits over the head's rows; `head_DR` is the target's (eagle3 has its own)."""
     if self.cfg.kind == "eagle3":

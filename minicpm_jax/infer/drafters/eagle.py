@@ -21,6 +21,7 @@ from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer
+from minicpm_jax.quant import qtensor
 
 MAX_ROWS = 256  # of a prompt that attend together: bounds the scores of a chunk
 
@@ -67,8 +68,10 @@ class EagleDrafter:
         f"num_nodes: found {self.num_nodes}, expected 2..{min(most, base.MAX_NODES)} "
         f"({self.num_levels} levels of top_k {self.top_k})"
       )
-    wanted = trees.flatten_paths(draft_lib.abstract_params(self.cfg)[0])
-    found = trees.flatten_paths(params.draft["model"])
+    wanted, found = (
+      trees.flatten_paths(x, qtensor.is_qtensor)
+      for x in (draft_lib.abstract_params(self.cfg)[0], params.draft["model"])
+    )
     for name in sorted(set(wanted) | set(found)):
       a, b = (list(x[name].shape) if name in x else "none" for x in (found, wanted))
       if a != b:
