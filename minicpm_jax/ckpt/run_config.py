@@ -22,7 +22,7 @@ def write(workdir: str | os.PathLike[str], cfg: Any, *, header: str = "") -> pat
   return path
 
 
-def read(workdir: str | os.PathLike[str]) -> config.TrainConfig:
+def read(workdir: str | os.PathLike[str]) -> Any:
   """The config that `write` wrote. Only literals and `config.X(field=...)` are accepted."""
   path = pathlib.Path(workdir) / FILE_NAME
   if not path.is_file():

@@ -167,6 +167,16 @@ def unstack_layers(cfg: ModelConfig, params: types.Params) -> Converted:
   return dataclasses.replace(cfg, scan_layers=False), {**rest, **split}
 
 
+def mtp_draft_config(cfg: ModelConfig) -> DraftConfig:
+  """Shape and scales of the draft that `mtp_to_eagle` makes."""
+  if cfg.mtp is None:
+    raise ValueError("model.mtp: found no MTP module, expected a model that was trained with one")
+  scale = 1.0
+  if cfg.mtp.scale_depth_over_sqrt_layers and cfg.scale_depth is not None:
+    scale = cfg.scale_depth / math.sqrt(cfg.num_layers + 1)
+  return draft_lib.for_target(cfg, "minicpm", residual_scale=scale)
+
+
 def mtp_to_eagle(cfg: ModelConfig, params: types.Params) -> tuple[DraftConfig, types.Params]:
   """The MTP module as a MiniCPM4 EAGLE draft of the same logits (MiniCPM4 §2.3.2, §4.1.3).
 
@@ -175,12 +185,8 @@ def mtp_to_eagle(cfg: ModelConfig, params: types.Params) -> tuple[DraftConfig, t
   """
   if cfg.mtp is None or "mtp" not in params:
     raise ValueError("model.mtp: found no MTP module, expected a model that was trained with one")
-  scale = 1.0
-  if cfg.mtp.scale_depth_over_sqrt_layers and cfg.scale_depth is not None:
-    scale = cfg.scale_depth / math.sqrt(cfg.num_layers + 1)
-  draft_cfg = draft_lib.for_target(cfg, "minicpm", residual_scale=scale)
   mtp = params["mtp"]
-  return draft_cfg, {
+  return mtp_draft_config(cfg), {
     "fc": {"kernel": _swap_halves(mtp["proj"]["kernel"])},
     "embed_norm": mtp["embed_norm"],
     "hidden_norm": mtp["hidden_norm"],

@@ -240,7 +240,7 @@ def refusals():
     (ids, "found id 61, expected 0..60"),
     (eagle3_fr, "fr_ids: found a list"),
     (lost, "draft params: fc/kernel: found none"),
-    (big, "num_nodes: found 65, expected 2..37"),
+    (big, "num_nodes: found 65"),
     (few, "top_k: found 4, expected at most the head's 2"),
     (no_ids, "draft ids: found none"),
   ]

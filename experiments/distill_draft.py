@@ -1,0 +1,86 @@
+"""Trains a draft (EAGLE, MiniCPM4's EAGLE, EAGLE-3) for a target; starting it again resumes.
+
+  python -m experiments.distill_draft --target=runs/a --workdir=runs/a_eagle --kind=minicpm \\
+    --data=text:data/text --data=held:data/held:eval --steps=2000 --set optim.peak_lr=1e-3
+  python -m experiments.distill_draft --workdir=runs/a_eagle          # resumes from its config.py
+
+--target is a Hugging Face folder, a run folder[@step] or a GGUF file, --data as for pretrain.
+--kind=eagle3 with --draft_vocab=25% has a head for the most frequent tokens. --from_mtp starts from
+the target's own MTP module. --regenerate=DOCS first lets the target continue the beginnings of DOCS
+training documents, and trains on that (advised where the target's own text differs from the data).
+--int4=GROUP trains with int4 fake quantisation (start it with --init_from=FOLDER/draft). The draft
+is written to WORKDIR/draft, acceptance curves to acceptance.json and .png. Losses, batch, clip and
+betas default to EAGLE's recipes; their learning rate is for long runs (800k steps).
+"""
+
+import dataclasses
+import sys
+
+from absl import flags
+
+from experiments import _distill_draft as lib
+from minicpm_jax import config
+from minicpm_jax.ckpt import run_config
+from minicpm_jax.core import host_memory
+from minicpm_jax.core import logging as logging_lib
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  define = {"flag_values": values}
+  flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **define)
+  flags.DEFINE_string("workdir", None, "Folder of this run.", **define)
+  flags.DEFINE_enum("kind", "minicpm", ["eagle", "minicpm", "eagle3"], "Of draft.", **define)
+  flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT|:eval]; repeatable.", **define)
+  flags.DEFINE_integer("steps", 2000, "Optimiser steps.", **define)
+  flags.DEFINE_string("draft_vocab", None, "eagle3: head rows, or a share (25%).", **define)
+  flags.DEFINE_bool("from_mtp", False, "Start from the target's MTP module.", **define)
+  flags.DEFINE_string("init_from", None, "Start from this draft folder.", **define)
+  flags.DEFINE_integer("window", 0, "Tokens that a draft row sees; 0 is all.", **define)
+  flags.DEFINE_integer("int4", 0, "Fake-quantise with this group size; 0 is off.", **define)
+  flags.DEFINE_integer("regenerate", 0, "Documents that the target writes itself.", **define)
+  flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **define)
+  flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **define)
+  flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config.", **define)
+  if "--help" in argv:
+    print(f"{__doc__}\n{values.get_help()}")
+    sys.exit(0)
+  rest = values(argv)[1:]
+  if rest:
+    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+  if values.workdir is None:
+    raise ValueError("--workdir: found none, expected a folder for the run")
+  return values
+
+
+def run(values: flags.FlagValues) -> None:
+  from minicpm_jax.align import draft_run
+
+  workdir = lib.folder(values.workdir)
+  if values.target is None:
+    if not (workdir / run_config.FILE_NAME).exists():
+      raise ValueError(f"--target: found none and no {workdir / run_config.FILE_NAME}")
+    cfg = config.overrides(run_config.read(workdir), values["set"].value)
+    draft_run.train(cfg, workdir)
+    return
+  target = draft_run.load_target(values.target)
+  cfg = lib.make_config(values, target[0].cfg)
+  if values.regenerate:
+    cfg = lib.regenerate(cfg, target, workdir, values)
+  cfg = config.overrides(cfg, values["set"].value)
+  draft_run.train(dataclasses.replace(cfg, name=workdir.name), workdir, target=target)
+
+
+def main(argv: list[str] | None = None) -> int:
+  logging_lib.quiet_libraries()
+  try:
+    run(parse(sys.argv if argv is None else argv))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"distill_draft: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  host_memory.keep()
+  sys.exit(main())

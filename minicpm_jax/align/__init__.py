@@ -1,0 +1,1 @@
+"""Objectives beyond pretraining: losses that plug into `train.step`."""

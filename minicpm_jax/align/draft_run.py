@@ -1,0 +1,327 @@
+"""One run that trains a draft for a frozen target: resumable, sharded, with acceptance curves.
+
+A workdir holds config.py, checkpoints/ (the draft and its optimiser; the target is read anew),
+metrics.jsonl, vocab_ids.npy (EAGLE-3's reduced vocabulary), acceptance.json and .png, and at the
+end draft/ under released names. Starting it again goes on from the newest checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_jax import ckpt, config
+from minicpm_jax.align import draft as draft_loss
+from minicpm_jax.ckpt import draft_io, orbax_io, run_config
+from minicpm_jax.core import extras, rng, types
+from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.core import mesh as mesh_lib
+from minicpm_jax.core import metrics as metrics_lib
+from minicpm_jax.data import iterator, sources
+from minicpm_jax.infer import frspec
+from minicpm_jax.models import convert, transformer
+from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.optim import build, schedules
+from minicpm_jax.train import start, stop, window
+from minicpm_jax.train import step as step_lib
+
+Target = tuple[transformer.Transformer, types.Params, Any]
+MAY_CHANGE = ("name", "num_steps", "log_every", "eval_", "checkpoint", "mesh", "grad_accum")
+VOCAB_DOCUMENTS = 20_000  # of every source, counted for a reduced vocabulary
+
+
+def load_target(path: str, *, mesh: jax.sharding.Mesh | None = None) -> Target:
+  """(model, params, tokenizer) of an HF folder, a run folder[@step] or a GGUF file."""
+  folder, _ = orbax_io.split_step(path)
+  if path.endswith(".gguf"):
+    return ckpt.load_gguf(path, mesh=mesh)
+  if (folder / run_config.FILE_NAME).is_file():
+    return ckpt.load_run(path, mesh=mesh)
+  if (pathlib.Path(path) / "config.json").is_file():
+    dtype = "f32" if jax.default_backend() == "cpu" else None
+    return ckpt.load_hf(path, mesh=mesh, dtype=dtype)
+  raise ValueError(
+    f"target: found {path!r}, expected a run folder (config.py), a Hugging Face folder "
+    "(config.json) or a .gguf file"
+  )
+
+
+def train(
+  cfg: config.DistillConfig, workdir: str | os.PathLike[str], *, target: Target | None = None
+) -> draft_lib.Draft:
+  """Trains to `cfg.num_steps` or goes on from where the workdir stands; returns the draft.
+
+  target: what `cfg.target` names, where the caller has it in memory already.
+  """
+  with contextlib.ExitStack() as stack:
+    return _Run(cfg, pathlib.Path(workdir), target, stack).train()
+
+
+def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
+  """Sorted ids of the most frequent training tokens, or None where the head has all."""
+  size = cfg.draft.draft_vocab_size
+  if size is None:
+    return None
+  counts_V = np.zeros(cfg.draft.layer.vocab_size, np.int64)
+  for entry in cfg.data.sources:
+    if entry.name not in cfg.eval_sources:
+      source = sources.open_source(entry.name, entry.path)
+      documents = (source[i] for i in range(min(len(source), VOCAB_DOCUMENTS)))
+      counts_V += frspec.count_tokens(documents, counts_V.size)
+  return np.sort(frspec.build_index(counts_V, size, cfg.draft.layer.stop_ids))
+
+
+class _Run:
+  """The pieces of one run and the state that steps replace."""
+
+  def __init__(
+    self,
+    cfg: config.DistillConfig,
+    workdir: pathlib.Path,
+    target: Target | None,
+    stack: contextlib.ExitStack,
+  ):
+    self.cfg, self.workdir = cfg, workdir
+    _check_workdir(cfg, workdir)
+
+    # --- Mesh and target -------------------------------------------------------------------------
+    self.mesh = mesh_lib.make_mesh(cfg.mesh)
+    rows = dict(batch_size=cfg.data.batch_size, seq_len=cfg.data.seq_len)
+    mesh_lib.check_batch(self.mesh, **rows, grad_accum=cfg.grad_accum)
+    stack.enter_context(jax.set_mesh(self.mesh))
+    self.model, params, _ = load_target(cfg.target) if target is None else target
+    draft_lib.check_fits(cfg.draft, self.model.cfg)
+    self.ids = self._vocab_ids()
+
+    # --- State -----------------------------------------------------------------------------------
+    shapes, specs = draft_lib.abstract_params(cfg.draft)
+    target_shapes, target_specs = transformer.abstract_params(self.model)
+    both = {"draft": shapes, "target": target_shapes}
+    places = mesh_lib.tree_shardings(self.mesh, {"draft": specs, "target": target_specs}, both)
+    optimizer = draft_loss.make_optimizer(cfg, both)
+    self.abstract = _abstract_state(optimizer, both, places, self.mesh)
+    self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
+    self.batches = stack.enter_context(contextlib.closing(_open_data(cfg, self.mesh)))
+    self.state, self.step, self.tokens = self._begin(optimizer, params)
+
+    # --- Step functions --------------------------------------------------------------------------
+    loss_fn = draft_loss.make_loss_fn(cfg, self.model, self.ids)
+    step_fn = step_lib.make_train_step(
+      loss_fn, draft_loss.make_totals_fn(cfg), optimizer, grad_accum=cfg.grad_accum
+    )
+    self.train_step = step_lib.jit_train_step(step_fn, self.abstract, self.mesh)
+    acceptance = draft_loss.make_acceptance_fn(cfg, self.model, self.ids)
+    self.eval_step = step_lib.jit_eval_step(acceptance, self.abstract, self.mesh)
+    self.schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
+
+    # --- Logging ---------------------------------------------------------------------------------
+    if mesh_lib.is_main_process():
+      run_config.write(workdir, cfg, header=f"A draft. revision: {start.git_revision()}")
+    resume = self.step if self.step else -1
+    self.writer = stack.enter_context(logging_lib.MetricWriter(workdir, resume_step=resume))
+    self.bar = stack.enter_context(logging_lib.progress(cfg.num_steps, start=self.step))
+    self.stop = stack.enter_context(stop.StopOnSigterm(self.store))
+
+  def train(self) -> draft_lib.Draft:
+    cfg, pending, sums, last_loss = self.cfg, None, {}, None
+    if self.step == 0:
+      self._evaluate()
+    began = time.monotonic()
+    while self.step < cfg.num_steps:
+      batch = draft_loss.with_row_seeds(next(self.batches), self.step)
+      batch = mesh_lib.shard_batch(self.mesh, batch)
+      self.state, *fetched = self.train_step(self.state, batch, self.schedule)
+      self.step += 1
+      is_stopped = self.stop.is_requested(self.step)
+      is_last = is_stopped or self.step == cfg.num_steps
+      is_due = is_last or self.step % cfg.log_every == 0 or self.store.is_due(self.step)
+      # Metrics of the step before, while this one runs; of this one too where a line is due.
+      waiting = [x for x in (pending, (self.step, *fetched) if is_due else None) if x is not None]
+      pending = None if is_due else (self.step, *fetched)
+      for step, metrics, leaf_norms in jax.device_get(waiting):
+        window.check_finite(
+          int(step), metrics, leaf_norms, last_loss=last_loss, last_good=self._last_good
+        )
+        last_loss = float(metrics["loss"].mean)
+        self.tokens += int(metrics["tokens"].sum)
+        sums = metrics_lib.add(sums, metrics)
+      if is_last or self.step % cfg.log_every == 0:
+        values = metrics_lib.means({k: v for k, v in sums.items() if k != "tokens"})
+        values["seconds"] = time.monotonic() - began
+        sums, began = {}, time.monotonic()
+        self.writer.write(self.step, values)
+        shown = ("loss", "acc_1", "acc_2", "acc_3", "learning_rate", "seconds")
+        self.bar.update(self.step, {k: values[k] for k in shown if k in values})
+      if is_last or self.store.is_due(self.step):
+        self._save()
+      if not is_stopped and (is_last or self.step % cfg.eval_every == 0):
+        self._evaluate()
+      if is_stopped:
+        self.bar.message(f"SIGTERM: saved step {self.step}, leaving")
+        break
+    self.store.wait()
+    return self._export()
+
+  # --- Start -------------------------------------------------------------------------------------
+
+  def _vocab_ids(self) -> np.ndarray | None:
+    path = self.workdir / "vocab_ids.npy"
+    if self.cfg.draft.draft_vocab_size is None:
+      return None
+    if not path.exists():
+      if self.cfg.init_from is not None:
+        ids = draft_io.load_draft(self.cfg.init_from, self.model.cfg).ids
+      else:
+        ids = draft_vocab(self.cfg)
+      if ids is None or not mesh_lib.is_main_process():
+        return ids
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      partial = path.with_name(".vocab_ids.partial.npy")
+      np.save(partial, ids)
+      partial.replace(path)
+    return np.load(path)
+
+  def _begin(self, optimizer: Any, target_params: types.Params) -> Any:
+    """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
+    cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
+    target = jax.tree.map(jax.device_put, target_params, places.params["target"])
+    newest = self.store.latest_step()
+    if newest is not None:
+      state = step_lib.TrainState(
+        step=jax.device_put(jnp.int32(newest), self.abstract.step.sharding),
+        params={
+          "draft": self.store.params(newest, self.abstract.params["draft"]),
+          "target": target,
+        },
+        opt_state=self.store.opt_state(newest, self.abstract.opt_state),
+      )
+      self.batches.set_state(self.store.data(newest))
+      return state, newest, int(self.store.meta(newest)["tokens"])
+    if cfg.init_from is not None:
+      draft = draft_io.load_draft(cfg.init_from, self.model.cfg).params
+    elif cfg.from_mtp:
+      _, draft = convert.mtp_to_eagle(self.model.cfg, target_params)
+    else:
+      draft = draft_lib.init_params(cfg.draft, rng.key(cfg.seed, "draft_init"))
+    params = {
+      "draft": jax.tree.map(
+        lambda x, like, place: jax.device_put(x.astype(like.dtype), place),
+        draft,
+        self.abstract.params["draft"],
+        places.params["draft"],
+      ),
+      "target": target,
+    }
+    return step_lib.fresh_state(optimizer, params, self.abstract), 0, 0
+
+  # --- Checkpoints, acceptance -------------------------------------------------------------------
+
+  def _last_good(self) -> str:
+    step = self.store.latest_step()
+    return "there is no earlier checkpoint" if step is None else f"the last checkpoint is {step}"
+
+  def _save(self) -> None:
+    self.store.save(
+      self.step,
+      params=self.state.params["draft"],
+      opt_state=self.state.opt_state,
+      data=self.batches.get_state(),
+      meta={"tokens": self.tokens, "config_hash": orbax_io.config_hash(self.cfg)},
+    )
+
+  def _evaluate(self) -> None:
+    index, count = mesh_lib.data_process(self.mesh)
+    rows = self.cfg.data.batch_size // count
+    for name in self.cfg.eval_sources:
+      total: dict[str, metrics_lib.Metric] = {}
+      for batch in iterator.make_eval_iterator(self.cfg.data, name, self.cfg.eval_batches or None):
+        mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
+        sharded = mesh_lib.shard_batch(self.mesh, mine)
+        total = metrics_lib.add(total, self.eval_step(self.state.params, sharded))
+      means = metrics_lib.means(total)
+      self.writer.write(self.step, {f"eval/{name}/{key}": x for key, x in means.items()})
+      spelled = ", ".join(f"{key} {x:.3f}" for key, x in means.items())
+      self.bar.message(f"step {self.step}: {name}: {spelled}")
+
+  def _export(self) -> draft_lib.Draft:
+    draft = draft_lib.Draft(self.cfg.draft, jax.device_get(self.state.params["draft"]), self.ids)
+    if mesh_lib.is_main_process():
+      draft_io.save_draft(self.workdir / "draft", draft, self.model.cfg)
+      write_curves(self.workdir, self.cfg)
+    return draft
+
+
+def write_curves(workdir: pathlib.Path, cfg: config.DistillConfig) -> None:
+  """acceptance.json from metrics.jsonl; acceptance.png where matplotlib is installed."""
+  curves: dict[str, list[dict[str, float]]] = {}
+  for row in logging_lib.read_metrics(workdir):
+    for name in cfg.eval_sources:
+      prefix = f"eval/{name}/"
+      values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+      if values:
+        curves.setdefault(name, []).append({"step": row["step"], **values})
+  partial = workdir / ".acceptance.partial"
+  partial.write_text(json.dumps({"kind": cfg.draft.kind, "curves": curves}, indent=2) + "\n")
+  partial.replace(workdir / "acceptance.json")
+  try:
+    matplotlib = extras.require_extra("matplotlib", extra="plot")
+  except ImportError as error:
+    print(f"no acceptance.png: {error}")
+    return
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  fig, axes = plt.subplots(1, max(len(curves), 1), figsize=(5 * max(len(curves), 1), 4))
+  for ax, (name, rows) in zip(np.atleast_1d(axes), curves.items(), strict=False):
+    for k in range(1, cfg.eval_depth + 1):
+      ax.plot([r["step"] for r in rows], [r[f"acc_{k}"] for r in rows], label=f"acc_{k}")
+    ax.set(xlabel="step", ylabel="acceptance", title=f"{cfg.draft.kind}: {name}", ylim=(0, 1))
+    ax.legend()
+  fig.tight_layout()
+  fig.savefig(workdir / "acceptance.png", dpi=120)
+  plt.close(fig)
+
+
+def _check_workdir(cfg: config.DistillConfig, workdir: pathlib.Path) -> None:
+  if not (workdir / run_config.FILE_NAME).exists():
+    return
+  found = run_config.differences(run_config.read(workdir), cfg)
+  wrong = {k: v for k, v in found.items() if not k.startswith(MAY_CHANGE)}
+  if wrong:
+    lines = [f"  {name}: found {a!r}, expected {b!r}" for name, (a, b) in wrong.items()]
+    raise start.WorkdirError(
+      f"{workdir}: found a run of another config; use another workdir or that run's values:\n"
+      + "\n".join(lines)
+    )
+
+
+def _open_data(cfg: config.DistillConfig, mesh: jax.sharding.Mesh) -> iterator.BatchIterator:
+  index, count = mesh_lib.data_process(mesh)
+  rows = cfg.data.batch_size // count
+  batches = iterator.make_iterator(
+    cfg.data, batch_size_per_host=rows, process_index=index, process_count=count
+  )
+  vocab = cfg.draft.layer.vocab_size
+  if (batches.vocab_size or 0) > vocab:
+    raise ValueError(f"data: found a vocabulary of {batches.vocab_size}, expected at most {vocab}")
+  return batches
+
+
+def _abstract_state(
+  optimizer: Any, shapes: Any, places: Any, mesh: jax.sharding.Mesh
+) -> step_lib.TrainState:
+  whole = mesh_lib.replicated(mesh)
+  opt_places = build.state_shardings(optimizer, shapes, places, whole)
+  state = step_lib.TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes)
+  )
+  all_places = step_lib.TrainState(whole, places, opt_places)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, all_places
+  )
