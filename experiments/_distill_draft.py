@@ -106,10 +106,11 @@ def distill_config(
 class _Ids:
   """A tokenizer whose text is token ids: generated tokens go into shards as they are."""
 
-  bos_id, pad_id, stop_ids, add_bos, chat_template = None, None, (), False, None
+  bos_id = eos_id = pad_id = chat_template = None
+  stop_ids, add_bos = (), False
 
-  def __init__(self, vocab_size: int, eos_id: int | None):
-    self.vocab_size, self.eos_id, self.special_tokens = vocab_size, eos_id, {}
+  def __init__(self, vocab_size: int):
+    self.vocab_size, self.special_tokens = vocab_size, {}
 
   def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
     return [int(word) for word in text.split()]
@@ -121,7 +122,7 @@ class _Ids:
     return self.decode(ids).encode()
 
   def save(self, folder: Any) -> None:
-    (pathlib.Path(folder) / "ids").write_text(f"{self.vocab_size} {self.eos_id}")
+    (pathlib.Path(folder) / "ids").write_text(f"{self.vocab_size}")
 
 
 def regenerate(
@@ -170,8 +171,8 @@ def write_generated(
     answer = generate.generate(model, params, some, sampling, stop_ids=stops)
     texts += [" ".join(map(str, (*p, *t))) for p, t in zip(some, answer.tokens, strict=True)]
     print(f"{out}: {len(texts)} of {len(prompts)} documents", flush=True)
-  ids = _Ids(model.cfg.vocab_size, None if tok is None else tok.eos_id)
-  shards.prepare(documents.from_texts(texts), out, name=out.name, tokenizer=ids)
+  ids = _Ids(model.cfg.vocab_size)
+  shards.prepare(documents.from_texts(texts), out, name=out.name, tokenizer=ids, add_eos=False)
 
 
 def beginnings(paths: Sequence[str], num: int, seed: int) -> Iterator[list[int]]:

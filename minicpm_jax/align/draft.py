@@ -30,7 +30,7 @@ from minicpm_jax.models import transformer
 from minicpm_jax.optim import build
 from minicpm_jax.train import step as step_lib
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of [B, T] arrays, as data.iterator makes them
 FakeQuant = Callable[[types.Params], types.Params]
 NOISE_LENGTH = 512  # the noise is noise * NOISE_LENGTH / T wide (EAGLE's data loader)
 
@@ -81,10 +81,10 @@ def embed(target: transformer.Transformer, params: types.Params, tokens_BT: Arra
 # --- Rows and steps ------------------------------------------------------------------------------
 
 
-def shifted(x_BT: Array, by: Any, num_extra: int) -> Array:
+def shifted(x_BT: Any, by: Any, num_extra: int) -> Array:
   """Column t becomes column t + by; `by` may be traced, at most num_extra; zeros come in."""
   T = x_BT.shape[1]
-  padded = jnp.pad(x_BT, [(0, 0), (0, num_extra)] + [(0, 0)] * (x_BT.ndim - 2))
+  padded = jnp.pad(jnp.asarray(x_BT), [(0, 0), (0, num_extra)] + [(0, 0)] * (x_BT.ndim - 2))
   return jax.lax.dynamic_slice_in_dim(padded, by, T, axis=1)
 
 
@@ -98,7 +98,7 @@ def step_weights(batch: Batch, step: Any, num_steps: int) -> Float[Array, "B T"]
 
 def own_mask(batch: Batch, cfg: config.DraftConfig) -> Bool[Array, "B T T"]:
   """Rows of one document, causal, inside the window."""
-  segments_BT, positions_BT = batch["segment_ids"], batch["positions"]
+  segments_BT, positions_BT = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"])
   is_same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
   mask_BTT = draft_lib.seen(positions_BT, positions_BT, cfg.window_size)
   return mask_BTT & is_same_BTT & (segments_BT != 0)[:, :, None]
@@ -124,7 +124,7 @@ def run_steps(
   (carry, outputs); returns the last carry and the outputs stacked by step.
   """
   model, variables = draft_lib.DraftModel(cfg), {"params": draft_params}
-  positions_BT, causal_BTT = batch["positions"], own_mask(batch, cfg)
+  positions_BT, causal_BTT = jnp.asarray(batch["positions"]), own_mask(batch, cfg)
   hidden_BTD = model.apply(variables, feature_BTF, method="fuse")
   tables = draft_lib.position_tables(cfg, positions_BT)
   hidden_BTD, first = model.apply(variables, embed_shifted(1), hidden_BTD, tables, (), causal_BTT)
@@ -170,7 +170,7 @@ def smooth_l1(x: Array, y: Array) -> Array:
   return jnp.where(d < 1, 0.5 * d * d, d - 0.5)
 
 
-def feature_noise(row_seed_BT: Array, shape: tuple[int, ...], width: float, seed: int) -> Array:
+def feature_noise(row_seed_BT: Any, shape: tuple[int, ...], width: float, seed: int) -> Array:
   """(U(0, 1) - 0.5) * width * 512 / T, drawn from (seed, row_seed): the same after a resume."""
 
   def one(row_seed):

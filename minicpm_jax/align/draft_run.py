@@ -190,7 +190,9 @@ class _Run:
   def _begin(self, optimizer: Any, target_params: types.Params) -> Any:
     """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
     cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
-    target = jax.tree.map(jax.device_put, target_params, places.params["target"])
+    # Copies: the state is donated, what the caller holds must live on.
+    put = lambda x, place: jax.device_put(jnp.copy(x), place)  # noqa: E731
+    target = jax.tree.map(put, target_params, places.params["target"])
     newest = self.store.latest_step()
     if newest is not None:
       state = step_lib.TrainState(
@@ -211,7 +213,7 @@ class _Run:
       draft = draft_lib.init_params(cfg.draft, rng.key(cfg.seed, "draft_init"))
     params = {
       "draft": jax.tree.map(
-        lambda x, like, place: jax.device_put(x.astype(like.dtype), place),
+        lambda x, like, place: put(jnp.asarray(x, like.dtype), place),
         draft,
         self.abstract.params["draft"],
         places.params["draft"],
