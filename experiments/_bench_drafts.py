@@ -1,0 +1,147 @@
+"""Rows of `bench_drafts`: mean accept length, tokens a second and draft time of each drafter."""
+
+import gzip
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _bench_train, _distill_draft
+from minicpm_jax import ckpt, config
+from minicpm_jax.core import extras
+from minicpm_jax.data import shards, sources
+from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import frspec
+from minicpm_jax.infer.drafters import base, eagle, mtp, ngram
+
+Drafter = tuple[Any, Any]
+
+
+def prompts_of(path: str, tok: Any, num: int, max_tokens: int) -> list[list[int]]:
+  """Beginnings of held-out token documents, or prompts of a JSONL file (turns, prompt or text)."""
+  folder = pathlib.Path(path)
+  if (folder / shards.INDEX_FILE).exists():
+    return list(_distill_draft.beginnings([path], num, seed=2))
+  opener = gzip.open if folder.suffix == ".gz" else open
+  found = []
+  with opener(folder, "rt", encoding="utf-8") as lines:
+    rows = [json.loads(line) for line in lines]
+  for row in rows[:: max(1, len(rows) // num)][:num]:
+    text = row["turns"][0] if "turns" in row else row.get("prompt", row.get("text", ""))
+    if tok.chat_template:
+      from minicpm_jax.text import chat
+
+      ids = chat.encode_chat(tok, [{"role": "user", "content": text}])
+    else:
+      ids = tok.encode(text, add_bos=tok.add_bos)
+    found.append(list(ids)[:max_tokens])
+  return found
+
+
+def fr_index(path: str, share: float, vocab_size: int, stop_ids: Sequence[int]) -> np.ndarray:
+  """The most frequent tokens of a training source, or a stored list."""
+  if not (pathlib.Path(path) / shards.INDEX_FILE).exists():
+    return frspec.load_index(path)
+  source = sources.open_source("fr", path)
+  counts_V = frspec.count_tokens((source[i] for i in range(len(source))), vocab_size)
+  return frspec.build_index(counts_V, round(share * vocab_size), stop_ids)
+
+
+def drafters(
+  model: Any, params: Any, named: Sequence[str], fr_ids: np.ndarray | None, sizes: dict[str, int]
+) -> dict[str, Drafter]:
+  """Every drafter of this target: n-gram, its MTP module, the given folders; FR on and off."""
+  found: dict[str, Drafter] = {
+    "ngram": (ngram.NGramDrafter(num_levels=sizes["num_levels"]), ()),
+    "ngram wide": (
+      ngram.NGramDrafter(num_levels=sizes["num_levels"], num_chains=3, min_match=1),
+      (),
+    ),
+  }
+  if model.cfg.mtp is not None:
+    found["mtp"] = mtp.make(model, params, **sizes)
+    if fr_ids is not None:
+      found["mtp, fr"] = mtp.make(model, params, fr_ids=fr_ids, **sizes)
+  for text in named:
+    name, _, path = text.partition(":")
+    draft = ckpt.load_draft(path, model.cfg)
+    found[name] = eagle.make(draft, model, params, **sizes)
+    if fr_ids is not None and draft.cfg.kind != "eagle3":
+      found[f"{name}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **sizes)
+  return found
+
+
+def draft_ms(drafter: Any, model: Any, params: base.Params, repeats: int = 30) -> float:
+  """Median milliseconds of drawing one tree behind 64 committed rows."""
+  state = drafter.init_state(model, params, 1, 256)
+  draft = jax.jit(drafter.draft)
+  args = (params, state, jnp.ones((1,), jnp.int32), jnp.full((1,), 64, jnp.int32))
+  jax.block_until_ready(draft(*args))
+  taken = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(draft(*args))
+    taken.append(time.perf_counter() - began)
+  return 1e3 * float(np.median(taken))
+
+
+def row(
+  name: str,
+  model: Any,
+  params: Any,
+  drafter: Drafter | None,
+  prompts: list[list[int]],
+  sampling: config.SamplingConfig,
+  expected: list[list[int]] | None,
+) -> tuple[dict[str, Any], list[list[int]]]:
+  """One drafter over all prompts, one after the other; the first prompt is run twice (compiles)."""
+  longest = max(map(len, prompts)) + sampling.max_new_tokens
+  cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
+  more = {} if drafter is None else dict(drafter=drafter[0], draft_params=drafter[1])
+  engine = engine_lib.Engine(model, params, cfg, **more)
+  engine.generate(prompts[:1], sampling)
+  out = engine.generate(prompts, sampling)
+  accepted = [n for stats in out.stats for n in stats.accepted]
+  seconds = sum(stats.decode_seconds for stats in out.stats)
+  num_new = sum(len(tokens) - 1 for tokens in out.tokens)
+  found = {
+    "drafter": name,
+    "mean_accept_length": float(np.mean(accepted)),
+    "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
+    "tokens_per_second": num_new / seconds,
+    "tokens_equal_plain": None if expected is None else out.tokens == expected,
+  }
+  if drafter is not None:
+    found["draft_ms"] = draft_ms(drafter[0], model, base.Params(params, drafter[1]))
+  return found, out.tokens
+
+
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+  """JSON, and a picture of accept lengths and speeds beside it."""
+  result["environment"] = _bench_train.environment()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text(json.dumps(result, indent=2) + "\n")
+  partial.replace(path)
+  matplotlib = extras.require_extra("matplotlib", extra="plot")
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  rows = result["rows"]
+  fig, axes = plt.subplots(1, 2, figsize=(11, 0.4 * len(rows) + 1.6), sharey=True)
+  names = [r["drafter"] for r in rows]
+  for ax, key in zip(axes, ("mean_accept_length", "tokens_per_second"), strict=True):
+    bars = ax.barh(names, [r[key] for r in rows], color="tab:blue")
+    ax.bar_label(bars, fmt="%.2f" if key.startswith("mean") else "%.0f", padding=2)
+    ax.set(xlabel=key.replace("_", " "))
+    ax.margins(x=0.12)
+  axes[0].invert_yaxis()
+  fig.suptitle(result["title"], fontsize=10)
+  fig.tight_layout()
+  fig.savefig(path.with_suffix(".png"), dpi=120)
+  plt.close(fig)

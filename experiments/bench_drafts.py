@@ -1,0 +1,87 @@
+"""Drafters against plain decoding: mean accept length, tokens a second, draft time, FR on and off.
+
+  python -m experiments.bench_drafts --target=runs/a --prompts=data/held --fr=data/text \\
+    --draft=eagle:runs/e/draft --draft=eagle3:runs/e3/draft --output=benchmarks/results/drafts
+
+--target as for generate. --prompts: a prepared shard folder (beginnings of its documents) or JSONL
+with "turns", "prompt" or "text". --fr: a prepared source whose most frequent tokens are kept, or a
+stored index. Every drafter's tokens are compared with plain decoding's.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import _bench_drafts as lib
+from experiments import _models
+from minicpm_jax import config
+from minicpm_jax.core import logging as logging_lib
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  define = {"flag_values": values}
+  flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
+  flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
+  flags.DEFINE_multi_string("draft", [], "NAME:FOLDER of a draft; repeatable.", **define)
+  flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **define)
+  flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **define)
+  flags.DEFINE_integer("levels", 3, "Levels of the tree.", **define)
+  flags.DEFINE_integer("top_k", 4, "Nodes that a level grows from.", **define)
+  flags.DEFINE_integer("nodes", 12, "Nodes of the tree, root included.", **define)
+  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
+  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
+  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
+  flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
+  flags.DEFINE_string("output", "benchmarks/results/drafts", "Without suffix.", **define)
+  if "--help" in argv:
+    print(f"{__doc__}\n{values.get_help()}")
+    sys.exit(0)
+  rest = values(argv)[1:]
+  if rest or not values.target or not values.prompts:
+    raise ValueError(f"--target and --prompts are needed, flags only; found {rest}")
+  return values
+
+
+def run(values: flags.FlagValues) -> None:
+  model, params, tok = _models.load(values.target)
+  sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)
+  prompts = lib.prompts_of(values.prompts, tok, values.num_prompts, values.max_prompt_tokens)
+  fr_ids = None
+  if values.fr is not None:
+    fr_ids = lib.fr_index(values.fr, values.fr_share, model.cfg.vocab_size, tok.stop_ids)
+  sizes = dict(num_levels=values.levels, top_k=values.top_k, num_nodes=values.nodes)
+  named = lib.drafters(model, params, values.draft, fr_ids, sizes)
+  plain, expected = lib.row("plain", model, params, None, prompts, sampling, None)
+  rows = [plain]
+  print(f"plain: {plain['tokens_per_second']:.1f} tok/s", flush=True)
+  for name, drafter in named.items():
+    found, _ = lib.row(name, model, params, drafter, prompts, sampling, expected)
+    rows.append(found)
+    print(
+      f"{name}: accept length {found['mean_accept_length']:.2f}, "
+      f"{found['tokens_per_second']:.1f} tok/s, tree {found['draft_ms']:.2f} ms, "
+      f"tokens equal plain: {found['tokens_equal_plain']}",
+      flush=True,
+    )
+  title = (
+    f"{model.cfg.name}: tree {values.levels}/{values.top_k}/{values.nodes}, temperature "
+    f"{values.temperature:g}, {len(prompts)} prompts x {values.new_tokens} tokens"
+  )
+  result = {"title": title, **sizes, "fr_size": None if fr_ids is None else len(fr_ids)}
+  lib.write(pathlib.Path(values.output).with_suffix(".json"), result | {"rows": rows})
+
+
+def main(argv: list[str] | None = None) -> int:
+  logging_lib.quiet_libraries()
+  try:
+    run(parse(sys.argv if argv is None else argv))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"bench_drafts: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
