@@ -1,0 +1,119 @@
+"""Text for calibration and evaluation, perplexity, and the cost of a larger model."""
+
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_jax.config import ModelConfig
+from minicpm_jax.core import types
+from minicpm_jax.deploy import quantize
+from minicpm_jax.models import transformer, zoo
+
+
+def documents(path: pathlib.Path) -> Iterator[str]:
+  """Texts of a .txt or .jsonl file (field "text"), either with .gz."""
+  if not path.is_file():
+    raise ValueError(f"--text: {path}: found no such file, expected .txt or .jsonl (.gz)")
+  is_packed = path.suffix == ".gz"
+  kind = path.with_suffix("").suffix if is_packed else path.suffix
+  with (gzip.open if is_packed else open)(path, "rt", encoding="utf-8") as file:
+    if kind != ".jsonl":
+      yield file.read()
+      return
+    for number, line in enumerate(file, start=1):
+      row = json.loads(line)
+      if not isinstance(row.get("text"), str):
+        raise ValueError(f"{path}:{number}: found keys {sorted(row)}, expected a string 'text'")
+      yield row["text"]
+
+
+def token_stream(paths: Sequence[pathlib.Path], tok: Any) -> np.ndarray:
+  """All texts as one row of tokens, documents apart by a BOS or else an EOS."""
+  ids: list[int] = []
+  for path in paths:
+    for text in documents(path):
+      ids += tok.encode(text, add_bos=tok.add_bos)
+      if not tok.add_bos and tok.eos_id is not None:
+        ids.append(tok.eos_id)
+  return np.asarray(ids, np.int32)
+
+
+def windows(stream: np.ndarray, num: int, length: int, seed: int | None) -> np.ndarray:
+  """`num` rows of `length` tokens: drawn at random, or (seed None) one after the other."""
+  if len(stream) < length + 1:
+    raise ValueError(f"--text: found {len(stream)} tokens, expected more than --length={length}")
+  if seed is None:
+    starts = np.arange(min(num, len(stream) // length)) * length
+  else:
+    starts = np.random.default_rng(seed).integers(0, len(stream) - length, num)
+  return np.stack([stream[s : s + length] for s in starts])
+
+
+def batches(rows: np.ndarray, batch_size: int) -> list[quantize.Batch]:
+  """Batches of equal shape; rows are one document each, the last batch is filled with padding."""
+  found = []
+  for i in range(0, len(rows), batch_size):
+    tokens = rows[i : i + batch_size]
+    empty = batch_size - len(tokens)
+    segments = np.pad(np.ones_like(tokens), ((0, empty), (0, 0)))
+    found.append((np.pad(tokens, ((0, empty), (0, 0))), segments))
+  return found
+
+
+def perplexity(
+  model: transformer.Transformer, params: types.Params, rows: np.ndarray, batch_size: int = 4
+) -> float:
+  """exp of the mean next-token loss over all positions of the rows (each starts afresh)."""
+
+  @jax.jit
+  def total(params, tokens_BT, segment_ids_BT):
+    logits = model.apply({"params": params}, tokens_BT, segment_ids_BT=segment_ids_BT).logits
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.sum(picked * (segment_ids_BT[:, 1:] != 0))
+
+  parts = batches(rows, batch_size)
+  loss = sum(float(total(params, tokens, segments)) for tokens, segments in parts)
+  return float(np.exp(loss / (len(rows) * (rows.shape[1] - 1))))
+
+
+def work(cfg: ModelConfig, tokens: int) -> dict[str, float]:
+  """Floating-point operations of each phase, the leading terms (dense attention left out)."""
+  D, F, N, K, H = cfg.model_dim, cfg.mlp_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+  kernels = {
+    "qkv": (D, (N + 2 * K) * H),
+    "o": (N * H, D),
+    "gate_up": (D, 2 * F),
+    "down": (F, D),
+  }
+  size = {name: i * o for name, (i, o) in kernels.items()}
+  before = [0, size["qkv"], size["qkv"] + size["o"], sum(size.values()) - size["down"]]
+  inputs = sum(i * i for i, _ in kernels.values())
+  return {
+    "forward": cfg.num_layers * 2.0 * tokens * sum(size.values()),
+    "hessian": cfg.num_layers * 2.0 * tokens * (sum(before) + inputs),
+    "solve": cfg.num_layers * sum(2.0 * i * i * o + i**3 for i, o in kernels.values()),
+  }
+
+
+def cost_of(
+  measured: quantize.Quantized, cfg: ModelConfig, tokens: int, target: str, target_tokens: int
+) -> dict[str, float]:
+  """Hours by phase for a zoo member, at the operations a second that were measured here."""
+  here = work(cfg, tokens)
+  there = work(zoo.ZOO[target](), target_tokens)
+  hours = {
+    phase: measured.seconds[phase] * there[phase] / here[phase] / 3600
+    for phase in here
+    if measured.seconds[phase] > 0
+  }
+  if measured.seconds["smooth"] > 0:  # forwards of a fixed number of tokens
+    hours["smooth"] = measured.seconds["smooth"] * there["forward"] / target_tokens / 3600
+    hours["smooth"] /= here["forward"] / tokens
+  return hours

@@ -1,0 +1,141 @@
+"""Perplexity of a real model under every method of post-training quantisation, and per format.
+
+  python -m experiments.bench_quantize --text=CALIBRATION --heldout=TEXT --output=benchmarks/results
+
+Full precision, RTN and the GGUF types once; GPTQ, P-GPTQ and S-P-GPTQ for every calibration seed.
+The order to expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity. The
+JSON is written after every run, so that a stopped one keeps what it has. Default model: the 135M
+model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import _quantize
+from minicpm_jax import ckpt
+from minicpm_jax.core import fetch, trees
+from minicpm_jax.deploy import quantize
+from minicpm_jax.quant import gguf_types, gptq, tree
+
+VALUES = flags.FlagValues()
+
+
+def _define(kind, name, default, text):
+  return getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=VALUES)
+
+
+_MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M model.")
+_TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.gz); repeatable.")
+_HELDOUT = _define("string", "heldout", None, "Evaluation text.")
+_OUTPUT = _define("string", "output", "benchmarks/results", "Folder of JSON and PNG.")
+_SEEDS = _define("integer", "seeds", 3, "Calibration seeds.")
+_ROWS = _define("integer", "sequences", 16, "Calibration sequences.")
+_LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
+_EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
+_GROUP = _define("integer", "group_size", 64, "Inputs that share a scale.")
+_METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrated methods.")
+
+
+def _through_gguf(params, kind):
+  """The model as GGUF blocks of one type leave it (projections only)."""
+
+  def one(path, w):
+    if not path.endswith("kernel") or "lm_head" in path:
+      return w
+    num_in, num_lead = tree.layout(path)
+    width = int(np.prod(w.shape[num_lead : num_lead + num_in]))
+    w_LIO = np.asarray(w, np.float32).reshape(-1, width, int(np.prod(w.shape[num_lead + num_in :])))
+    rows = np.ascontiguousarray(w_LIO.swapaxes(1, 2))
+    back = gguf_types.unpack(gguf_types.pack(rows, kind), kind)
+    return jax.numpy.asarray(back.swapaxes(1, 2).reshape(w.shape))
+
+  return trees.map_with_path(one, params)
+
+
+def _plot(path, result):
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(6, 3.2))
+  names = list(result["perplexity"])
+  for i, name in enumerate(names):
+    values = result["perplexity"][name]
+    axes.plot([i] * len(values), values, "o", color="tab:blue")
+    axes.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color="black")
+  axes.set_xticks(range(len(names)), names, rotation=30)
+  axes.set_ylabel("perplexity")
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def _write(folder, result):
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / ".quantize_ppl.partial"
+  partial.write_text(json.dumps(result, indent=2) + "\n")
+  partial.replace(folder / "quantize_ppl.json")
+  _plot(folder / "quantize_ppl.png", result)
+
+
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  try:
+    rest = VALUES(argv)[1:]
+    path = _MODEL.value or fetch.cached()
+    if rest or path is None or not _TEXT.value or not _HELDOUT.value:
+      raise ValueError("--text, --heldout and a model (python -m experiments.fetch_model) needed")
+    load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
+    model, params, tok = load(path, dtype="f32")
+    stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
+    heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
+    rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
+    result = {
+      "model": pathlib.Path(path).name,
+      "group_size": _GROUP.value,
+      "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
+      "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
+      "device": platform.processor() or platform.machine(),
+      "versions": {"jax": jax.__version__, "python": platform.python_version()},
+      "perplexity": {},
+      "seconds": {},
+    }
+
+    def record(name, params, seconds=None):
+      value = _quantize.perplexity(model, params, rows)
+      result["perplexity"].setdefault(name, []).append(value)
+      if seconds is not None:
+        result["seconds"].setdefault(name, []).append(seconds)
+      result["load"] = os.getloadavg()[0]
+      print(f"{name:10s} perplexity {value:.4f}", flush=True)
+      _write(pathlib.Path(_OUTPUT.value), result)
+
+    record("f32", params)
+    solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
+    nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
+    record("rtn", quantize.quantize_model(model, params, [], nearest).params)
+    for seed in range(_SEEDS.value):
+      chosen = _quantize.windows(stream, _ROWS.value, _LENGTH.value, seed)
+      for method in _METHODS.value:
+        cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024)
+        start = time.perf_counter()
+        done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
+        record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
+    for kind in ("q8_0", "q4_1", "q4_0"):
+      record(kind, _through_gguf(params, kind))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"bench_quantize: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

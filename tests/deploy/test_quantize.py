@@ -1,0 +1,190 @@
+"""Whole-model quantisation: the first projection from an independent calculation, P-, S-."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minicpm_jax.core import trees
+from minicpm_jax.deploy import blocks, quantize
+from minicpm_jax.models import convert, transformer
+from minicpm_jax.quant import awq, gptq, qtensor
+from tests.models import common
+from tests.quant import gptq_oracle as oracle
+
+SOLVER = gptq.GPTQConfig(group_size=16, scale_dtype="f16")
+
+
+def make(**changes):
+  cfg = common.config("minicpm4_0p5b", **{"vocab_size": 256, **changes})
+  return common.build(cfg)
+
+
+def calibration(num=2, shape=(2, 24), seed=0):
+  rng = np.random.default_rng(seed)
+  segments = np.ones(shape, np.int32)
+  segments[1, 10:] = 2  # two documents
+  segments[1, 22:] = 0  # padding
+  return [(rng.integers(0, 256, shape).astype(np.int32), segments) for _ in range(num)]
+
+
+def run(model, params, method, batches, **more):
+  cfg = quantize.QuantizeConfig(method=method, solver=SOLVER, **more)
+  return quantize.quantize_model(model, params, batches, cfg)
+
+
+@pytest.mark.parametrize("method", ["gptq", "p-gptq"])
+def test_first_projections_are_the_oracles(method):
+  """Embedding, RMSNorm and masks in numpy float64; q, k, v solved one by one by the oracle."""
+  model, params = make()
+  batches = calibration()
+  done = run(model, params, method, batches)
+  rows = []
+  skip = 4 if method == "p-gptq" else 0
+  for tokens, segments in batches:
+    x = np.asarray(params["embed"]["embedding"], np.float64)[tokens] * model.cfg.scale_emb
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.cfg.norm_eps)
+    x = x * np.asarray(params["layers"]["attn_norm"]["scale"], np.float64)[0]
+    for row, ids in zip(x, segments, strict=True):
+      for document in (1, 2):
+        rows.append(row[ids == document][skip:])
+  x = np.concatenate(rows)
+  for name in "qkv":
+    w = np.asarray(params["layers"]["attn"][name]["kernel"][0])
+    codes, scales, *_ = oracle.gptq(w.reshape(w.shape[0], -1).T, x.T @ x, g=16)
+    found = jax.tree.map(lambda leaf: leaf[0], done.params["layers"]["attn"][name]["kernel"])
+    same = np.asarray(found.codes, np.int32).reshape(w.shape[0], -1).T + 8 == codes
+    assert same.mean() > 0.95  # float16 scales move a few codes
+    found_scale = np.asarray(found.scale, np.float64).reshape(scales.T.shape).T
+    assert np.mean(np.abs(found_scale / scales - 1) < 2e-3) > 0.95
+
+
+def test_every_method_runs_in_both_forms_and_gptq_beats_rtn():
+  model, params = make(num_layers=2)
+  tokens = common.tokens((2, 24), seed=5)
+  wanted = np.asarray(common.apply(model, params, tokens).logits)
+  errors = {}
+  for method in ("rtn", "gptq", "s-p-gptq"):
+    done = run(model, params, method, calibration(8), awq_ratios=4)
+    leaves = trees.flatten_paths(done.params, qtensor.is_qtensor)
+    kinds = {path for path, leaf in leaves.items() if qtensor.is_qtensor(leaf)}
+    names = [f"layers/{n}/kernel" for stage in blocks.STAGES for n in stage]
+    assert kinds == set(names)
+    assert len(done.report) == 2 * len(names)
+    logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+    errors[method] = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
+  assert errors["gptq"] < errors["rtn"] < 0.5, errors
+  assert errors["s-p-gptq"] < errors["rtn"], errors
+  cfg, listed = convert.unstack_layers(model.cfg, params)
+  unrolled = run(transformer.Transformer(cfg), listed, "gptq", calibration(8))
+  stacked = run(model, params, "gptq", calibration(8))
+  for i in range(2):
+    a = unrolled.params[f"layers_{i}"]["mlp"]["down"]["kernel"]
+    b = jax.tree.map(lambda x, i=i: x[i], stacked.params["layers"]["mlp"]["down"]["kernel"])
+    np.testing.assert_array_equal(np.asarray(a.codes, np.int8), np.asarray(b.codes, np.int8))
+
+
+def test_smoothing_keeps_the_function_and_lowers_its_loss():
+  model, params = make(num_layers=1)
+  cfg = quantize.QuantizeConfig(method="s-p-gptq", solver=SOLVER)
+  batches = calibration(2)
+  hidden = [np.asarray(blocks.embed(model, params, tokens)) for tokens, _ in batches]
+  layer = blocks.layer_params(model.cfg, params, 0)
+  folded, ratios = quantize._Work(model.cfg, cfg, batches).smooth(layer, hidden)
+  assert set(ratios) == {"attn/q", "mlp/gate", "mlp/down"} and max(ratios.values()) > 0
+  for x, (_, segments) in zip(hidden, batches, strict=True):
+    before, after = (
+      blocks.output(model.cfg, one, jnp.asarray(x), jnp.asarray(segments))
+      for one in (layer, folded)
+    )
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
+  assert np.any(np.asarray(folded["mlp"]["up"]["kernel"]) != layer["mlp"]["up"]["kernel"])
+
+
+def test_search_is_the_definition():
+  rng = np.random.default_rng(0)
+  w, x = np.abs(rng.normal(size=(32, 8))).astype(np.float32), rng.normal(size=(64, 32))
+  x *= np.exp(2 * rng.normal(size=32))
+  a = np.abs(x).mean(0)
+  cfg = gptq.GPTQConfig(group_size=16)
+
+  def loss(t):
+    off = x @ (np.asarray(awq.rounded(jnp.asarray(w), jnp.asarray(t), cfg)) - w)
+    return jnp.asarray(np.square(off).sum())
+
+  found = awq.search(jnp.asarray(a), loss, 20)
+  losses = []
+  for i in range(20):
+    t = np.maximum(a ** (i / 20), 1e-4)
+    t /= np.sqrt(t.max() * t.min())
+    q = np.zeros_like(w)
+    for g in range(0, 32, 16):
+      part = w[g : g + 16] * t[g : g + 16, None]
+      s = 2 * np.abs(part).max(0) / 15
+      q[g : g + 16] = np.clip(np.rint(part / s), -8, 7) * s / t[g : g + 16, None]
+    losses.append(np.square(x @ (q - w)).sum())
+  np.testing.assert_allclose(found.losses, losses, rtol=1e-3)
+  assert found.ratio == int(np.argmin(losses)) / 20
+  np.testing.assert_array_equal(awq.factor(jnp.asarray(a), 0.0), np.ones(32))
+
+
+def test_planted_outliers():
+  """Documents begin with tokens whose inputs of down are large: P- is 3 % better behind them."""
+  gains = []
+  for seed in range(3):
+    model, params = common.build(common.config("minicpm4_0p5b", num_layers=1, mlp_dim=256), seed)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, 256, (24, 32)).astype(np.int32)
+    tokens[:, :4] = np.arange(4)
+    batches = [(tokens, np.ones_like(tokens))]
+    # gate and up answer to the directions of tokens 0..3 with large values (the norm hides size).
+    table, mlp = np.asarray(params["embed"]["embedding"]), params["layers"]["mlp"]
+    norm = table[:4] / np.sqrt((table[:4] ** 2).mean(-1, keepdims=True))
+    mix = 6 * rng.normal(size=(4, 256)) / norm.shape[1]
+    lift = {"gate": norm.T @ np.abs(mix), "up": norm.T @ mix}
+    planted = {n: {"kernel": jnp.float32(mlp[n]["kernel"] + x)} for n, x in lift.items()}
+    layer = jax.tree.map(lambda x: x[0], {**params["layers"], "mlp": {**mlp, **planted}})
+    hidden = [np.asarray(blocks.embed(model, params, tokens))]
+    works = {
+      m: quantize._Work(model.cfg, quantize.QuantizeConfig(method=m), batches)
+      for m in ("gptq", "p-gptq")
+    }
+    args = (model.cfg, "mlp/down", layer, jnp.asarray(hidden[0]), jnp.asarray(batches[0][1]))
+    size = np.abs(np.asarray(blocks.projection_input(*args))).mean((0, 2))
+    assert size[:4].mean() > 3 * size[4:].mean()
+    later = works["p-gptq"].hessian("mlp/down", layer, hidden)
+    w, errors = quantize.kernel_2d(layer, "mlp/down"), {}
+    for method, work in works.items():
+      solution = gptq.solve(w, work.hessian("mlp/down", layer, hidden), SOLVER)
+      errors[method] = float(gptq.relative_error(gptq.dequantize(solution), w, later))
+    gains.append(1 - errors["p-gptq"] / errors["gptq"])
+  assert np.mean(gains) > 0.03, gains
+
+
+@pytest.mark.parametrize(
+  "changes, kwargs, match",
+  [
+    ({}, {"skip": -1}, "quantize.skip: found -1"),
+    ({}, {"solver": gptq.GPTQConfig(group_size=48)}, "attn/o: group_size: found 48|attn/q: group"),
+    ({}, {"skip": 100}, "found no token after the first 100"),
+  ],
+)
+def test_bad_input(changes, kwargs, match):
+  model, params = make(num_layers=1, **changes)
+  with pytest.raises(ValueError, match=match):
+    cfg = quantize.QuantizeConfig(**{"method": "p-gptq", "solver": SOLVER, **kwargs})
+    quantize.quantize_model(model, params, calibration(1), cfg)
+
+
+def test_refusals_of_models_and_batches():
+  model, params = make(num_layers=1)
+  rtn = run(model, params, "rtn", [])
+  with pytest.raises(ValueError, match="found a QTensor .int4., expected floats"):
+    run(model, rtn.params, "rtn", [])
+  with pytest.raises(ValueError, match="batches: found none, expected calibration text"):
+    run(model, params, "gptq", [])
+  with pytest.raises(ValueError, match="batches: found shapes"):
+    run(model, params, "gptq", calibration(1) + calibration(1, (2, 25)))
+  experts = common.config("minicpm_moe_8x2b")
+  with pytest.raises(ValueError, match="model.moe: found experts"):
+    run(transformer.Transformer(experts), {}, "rtn", [])
