@@ -129,21 +129,24 @@ def test_search_is_the_definition():
 
 
 def test_planted_outliers():
-  """Documents begin with tokens whose inputs of down are large: P- is 3 % better behind them."""
+  """Documents begin with four tokens whose inputs of down are 10 times larger, each in a channel
+  of the stream of its own (attention writes nothing): P- is 3 % better on what comes behind them."""
   gains = []
   for seed in range(3):
-    model, params = common.build(common.config("minicpm4_0p5b", num_layers=1, mlp_dim=256), seed)
+    model, params = common.build(common.config("minicpm4_0p5b", num_layers=1, mlp_dim=128), seed)
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(4, 256, (24, 32)).astype(np.int32)
+    tokens = rng.integers(4, 256, (32, 64)).astype(np.int32)
     tokens[:, :4] = np.arange(4)
     batches = [(tokens, np.ones_like(tokens))]
-    # gate and up answer to the directions of tokens 0..3 with large values (the norm hides size).
-    table, mlp = np.asarray(params["embed"]["embedding"]), params["layers"]["mlp"]
-    norm = table[:4] / np.sqrt((table[:4] ** 2).mean(-1, keepdims=True))
-    mix = 6 * rng.normal(size=(4, 256)) / norm.shape[1]
-    lift = {"gate": norm.T @ np.abs(mix), "up": norm.T @ mix}
-    planted = {n: {"kernel": jnp.float32(mlp[n]["kernel"] + x)} for n, x in lift.items()}
-    layer = jax.tree.map(lambda x: x[0], {**params["layers"], "mlp": {**mlp, **planted}})
+    table = np.array(params["embed"]["embedding"])
+    table[:, :4], table[:4] = 0, 0
+    table[np.arange(4), np.arange(4)] = 1
+    params = {**params, "embed": {"embedding": jnp.asarray(table)}}
+    layer = jax.tree.map(lambda x: np.array(x[0]), params["layers"])
+    layer["attn"]["o"]["kernel"] *= 0
+    for name in ("gate", "up"):
+      layer["mlp"][name]["kernel"][:4] *= 3 if name == "gate" else 4
+    layer = jax.tree.map(jnp.asarray, layer)
     hidden = [np.asarray(blocks.embed(model, params, tokens))]
     works = {
       m: quantize._Work(model.cfg, quantize.QuantizeConfig(method=m), batches)
@@ -151,14 +154,14 @@ def test_planted_outliers():
     }
     args = (model.cfg, "mlp/down", layer, jnp.asarray(hidden[0]), jnp.asarray(batches[0][1]))
     size = np.abs(np.asarray(blocks.projection_input(*args))).mean((0, 2))
-    assert size[:4].mean() > 3 * size[4:].mean()
+    assert size[:4].mean() > 8 * size[4:].mean()
     later = works["p-gptq"].hessian("mlp/down", layer, hidden)
     w, errors = quantize.kernel_2d(layer, "mlp/down"), {}
     for method, work in works.items():
       solution = gptq.solve(w, work.hessian("mlp/down", layer, hidden), SOLVER)
       errors[method] = float(gptq.relative_error(gptq.dequantize(solution), w, later))
     gains.append(1 - errors["p-gptq"] / errors["gptq"])
-  assert np.mean(gains) > 0.03, gains
+  assert min(gains) > 0.03, gains
 
 
 @pytest.mark.parametrize(
