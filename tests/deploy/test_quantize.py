@@ -129,8 +129,8 @@ def test_search_is_the_definition():
 
 
 def test_planted_outliers():
-  """Documents begin with four tokens whose inputs of down are 10 times larger, each in a channel
-  of the stream of its own (attention writes nothing): P- is 3 % better on what comes behind them."""
+  """Documents begin with four tokens whose inputs of down are 10 times larger: P- is 3 % better on
+  what comes behind. Each has a channel of the stream of its own, and attention writes nothing."""
   gains = []
   for seed in range(3):
     model, params = common.build(common.config("minicpm4_0p5b", num_layers=1, mlp_dim=128), seed)
