@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax.config import ModelConfig
-from minicpm_jax.core import types
+from minicpm_jax.core import trees, types
+from minicpm_jax.core.extras import require_extra
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer, zoo
+from minicpm_jax.quant import gguf_types, tree
 
 
 def documents(path: pathlib.Path) -> Iterator[str]:
@@ -117,3 +119,45 @@ def cost_of(
     hours["smooth"] = measured.seconds["smooth"] * there["forward"] / target_tokens / 3600
     hours["smooth"] /= here["forward"] / tokens
   return hours
+
+
+def through_gguf(params: types.Params, kind: str) -> types.Params:
+  """The model as GGUF blocks of one type leave it (projections only)."""
+
+  def one(path, w):
+    if not path.endswith("kernel") or "lm_head" in path:
+      return w
+    num_in, num_lead = tree.layout(path)
+    width = int(np.prod(w.shape[num_lead : num_lead + num_in]))
+    w_LIO = np.asarray(w, np.float32).reshape(-1, width, int(np.prod(w.shape[num_lead + num_in :])))
+    rows = np.ascontiguousarray(w_LIO.swapaxes(1, 2))
+    back = gguf_types.unpack(gguf_types.pack(rows, kind), kind)
+    return jnp.asarray(back.swapaxes(1, 2).reshape(w.shape))
+
+  return trees.map_with_path(one, params)
+
+
+def _plot(path: pathlib.Path, result: dict[str, Any]) -> None:
+  matplotlib = require_extra("matplotlib", extra="plot")
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(6, 3.2))
+  names = list(result["perplexity"])
+  for i, name in enumerate(names):
+    values = result["perplexity"][name]
+    axes.plot([i] * len(values), values, "o", color="tab:blue")
+    axes.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color="black")
+  axes.set_xticks(range(len(names)), names, rotation=30)
+  axes.set_ylabel("perplexity")
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def write_perplexity(folder: pathlib.Path, result: dict[str, Any]) -> None:
+  """JSON (renamed into place) and plot of the values so far."""
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / ".quantize_ppl.partial"
+  partial.write_text(json.dumps(result, indent=2) + "\n")
+  partial.replace(folder / "quantize_ppl.json")
+  _plot(folder / "quantize_ppl.png", result)

@@ -8,7 +8,6 @@ JSON is written after every run, so that a stopped one keeps what it has. Defaul
 model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -16,14 +15,13 @@ import sys
 import time
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments import _quantize
 from minicpm_jax import ckpt
-from minicpm_jax.core import fetch, trees
+from minicpm_jax.core import fetch
 from minicpm_jax.deploy import quantize
-from minicpm_jax.quant import gguf_types, gptq, tree
+from minicpm_jax.quant import gptq
 
 VALUES = flags.FlagValues()
 
@@ -42,48 +40,6 @@ _LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
 _EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
 _GROUP = _define("integer", "group_size", 64, "Inputs that share a scale.")
 _METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrated methods.")
-
-
-def _through_gguf(params, kind):
-  """The model as GGUF blocks of one type leave it (projections only)."""
-
-  def one(path, w):
-    if not path.endswith("kernel") or "lm_head" in path:
-      return w
-    num_in, num_lead = tree.layout(path)
-    width = int(np.prod(w.shape[num_lead : num_lead + num_in]))
-    w_LIO = np.asarray(w, np.float32).reshape(-1, width, int(np.prod(w.shape[num_lead + num_in :])))
-    rows = np.ascontiguousarray(w_LIO.swapaxes(1, 2))
-    back = gguf_types.unpack(gguf_types.pack(rows, kind), kind)
-    return jax.numpy.asarray(back.swapaxes(1, 2).reshape(w.shape))
-
-  return trees.map_with_path(one, params)
-
-
-def _plot(path, result):
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(6, 3.2))
-  names = list(result["perplexity"])
-  for i, name in enumerate(names):
-    values = result["perplexity"][name]
-    axes.plot([i] * len(values), values, "o", color="tab:blue")
-    axes.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color="black")
-  axes.set_xticks(range(len(names)), names, rotation=30)
-  axes.set_ylabel("perplexity")
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-
-
-def _write(folder, result):
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / ".quantize_ppl.partial"
-  partial.write_text(json.dumps(result, indent=2) + "\n")
-  partial.replace(folder / "quantize_ppl.json")
-  _plot(folder / "quantize_ppl.png", result)
 
 
 def main(argv: list[str]) -> int:
@@ -116,7 +72,7 @@ def main(argv: list[str]) -> int:
         result["seconds"].setdefault(name, []).append(seconds)
       result["load"] = os.getloadavg()[0]
       print(f"{name:10s} perplexity {value:.4f}", flush=True)
-      _write(pathlib.Path(_OUTPUT.value), result)
+      _quantize.write_perplexity(pathlib.Path(_OUTPUT.value), result)
 
     record("f32", params)
     solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
@@ -130,7 +86,7 @@ def main(argv: list[str]) -> int:
         done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
         record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
     for kind in ("q8_0", "q4_1", "q4_0"):
-      record(kind, _through_gguf(params, kind))
+      record(kind, _quantize.through_gguf(params, kind))
   except (ValueError, ImportError, OSError, flags.Error) as error:
     print(f"bench_quantize: {error}", file=sys.stderr)
     return 1
