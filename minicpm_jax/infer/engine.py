@@ -183,6 +183,11 @@ class Engine:
     return max(0, sum(row.job is None for row in self._rows) - len(self._waiting))
 
   @property
+  def draft_state(self) -> Any:
+    """The drafter's state by row, as it is now (read only: the next step donates it)."""
+    return self._state.draft
+
+  @property
   def has_work(self) -> bool:
     return bool(self._waiting or self._pending) or any(row.job is not None for row in self._rows)
 
