@@ -15,6 +15,7 @@ from minicpm_jax.config.model import (
 )
 from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.override import as_python, override, overrides
+from minicpm_jax.config.qat import QATConfig, qat_stages
 from minicpm_jax.config.quant import FP8Config, QuantConfig
 from minicpm_jax.config.serve import ServerConfig
 from minicpm_jax.config.train import CheckpointConfig, TrainConfig
@@ -34,6 +35,7 @@ __all__ = [
   "ModelConfig",
   "OptimConfig",
   "PhaseConfig",
+  "QATConfig",
   "QuantConfig",
   "RopeConfig",
   "SamplingConfig",
@@ -45,4 +47,5 @@ __all__ = [
   "as_python",
   "override",
   "overrides",
+  "qat_stages",
 ]

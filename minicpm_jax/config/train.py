@@ -47,6 +47,7 @@ class TrainConfig:
   eval_sources: tuple[str, ...] = ()  # names of data.sources that are only evaluated
   profile_steps: tuple[int, int] | None = None  # [first, last) step of a jax.profiler trace
   init_from: str | None = None  # weights only: HF folder, GGUF or Orbax workdir[@step]
+  keep_moments: bool = False  # with init_from of a run: its Adam moments too (the step is 0)
   branch_from: str | None = None  # full state (Adam, data position): Orbax workdir@step
   compilation_cache: str | None = None  # folder; None = off
 
@@ -72,6 +73,12 @@ class TrainConfig:
     names = [s.name for s in self.data.sources]
     for name in self.eval_sources:
       require(name in names, "eval_sources", name, f"one of {names}")
+    require(
+      not self.keep_moments or self.init_from is not None,
+      "keep_moments",
+      self.keep_moments,
+      "init_from a run (branch_from keeps everything)",
+    )
     require(
       self.init_from is None or self.branch_from is None,
       "branch_from",

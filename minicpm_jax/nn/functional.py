@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qat, qtensor
 
 Act = Literal["silu", "fatrelu"]
 
@@ -56,7 +56,9 @@ _gated_silu.defvjp(lambda gate, up: (_gated_silu(gate, up), (gate, up)), _gated_
 
 
 def linear(
-  x: Float[Array, "*rows"], kernel: Num[Array, "*kernel"] | qtensor.QTensor, num_in: int = 1
+  x: Float[Array, "*rows"],
+  kernel: Num[Array, "*kernel"] | qtensor.QTensor | qat.Prepared,
+  num_in: int = 1,
 ) -> Float[Array, "*out"]:
   """Contracts the last `num_in` axes of x with the first of the kernel, in x's dtype.
 
@@ -64,16 +66,17 @@ def linear(
   more axes. A sequence that is sharded (cp) keeps its axis, which joined rows could not express.
   """
   is_cut = jax.sharding.get_abstract_mesh().shape.get("cp", 1) > 1
-  if isinstance(kernel, qtensor.QTensor):
-    if not is_cut:
-      return qtensor.matmul(x, kernel)
-    kernel = qtensor.dequantize(kernel, x.dtype)
-  kernel = kernel.astype(x.dtype)
+  if isinstance(kernel, qtensor.QTensor) and not is_cut:
+    return qtensor.matmul(x, kernel)
   if is_cut:
-    return jnp.tensordot(x, kernel, axes=num_in)
-  rows, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
-  width = math.prod(kernel.shape[:num_in])
-  y = jnp.matmul(x.reshape(-1, width), kernel.reshape(width, -1))
+    return jnp.tensordot(x, qat.as_array(kernel, x.dtype), axes=num_in)
+  is_prepared = isinstance(kernel, qat.Prepared)
+  shape = kernel.latent.shape if is_prepared else kernel.shape
+  rows, out, width = x.shape[: x.ndim - num_in], shape[num_in:], math.prod(shape[:num_in])
+  if is_prepared:
+    y = qat.matmul(x.reshape(-1, width), kernel)
+  else:
+    y = jnp.matmul(x.reshape(-1, width), kernel.astype(x.dtype).reshape(width, -1))
   return y.reshape(*rows, *out)
 
 

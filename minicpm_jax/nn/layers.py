@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh, types
 from minicpm_jax.nn import functional
-from minicpm_jax.quant import leaf, qtensor
+from minicpm_jax.quant import leaf, qat, qtensor
 
 
 def matrix_std(cfg: ModelConfig) -> float:
@@ -37,19 +37,20 @@ def kernel_leaf(
   num_in: int = 1,
   num_lead: int = 0,
 ) -> Any:
-  """The parameter `kernel` of `module` as the matmul wants it: floats or, quantised, a QTensor."""
+  """The parameter `kernel` of `module` as the matmul wants it: floats, QTensor or Prepared."""
   path, layout = "/".join((*module.path, "kernel")), dict(num_in=num_in, num_lead=num_lead)
   if module.has_variable("params", "kernel"):
     stored = nn.unbox(module.get_variable("params", "kernel"))
     if qtensor.is_qtensor(stored):
       leaf.check_leaf(stored, path, shape)
+    if qat.is_leaf(stored):
       return stored
   normal = nn.initializers.normal(std)
   init = nn.with_logical_partitioning(normal, axes)
   if leaf.is_stored(cfg.quant, path):
     init = leaf.stored_init(cfg.quant, path, normal, nn.LogicallyPartitioned, axes, **layout)
   kernel = module.param("kernel", init, shape, types.dtype_of(cfg.param_dtype))
-  return leaf.view(cfg.quant, path, kernel, **layout)
+  return qat.view(cfg.quant, path, kernel, **layout, dtype=types.dtype_of(cfg.dtype))
 
 
 class Kernel(nn.Module):
@@ -65,7 +66,7 @@ class Kernel(nn.Module):
   def __call__(self) -> Array:
     cfg, std = self.cfg, matrix_std(self.cfg) if self.std is None else self.std
     kernel = kernel_leaf(self, cfg, self.shape, self.axes, std, num_lead=self.num_lead)
-    return leaf.as_array(kernel, types.dtype_of(cfg.param_dtype))
+    return qat.as_array(kernel, types.dtype_of(cfg.param_dtype)) if qat.is_leaf(kernel) else kernel
 
 
 class Linear(nn.Module):

@@ -1,16 +1,13 @@
-"""Where quantisation meets the model: what a kernel leaf becomes in a forward pass.
+"""Kernels stored as QTensors: which, of what group size, how they start and are sharded.
 
-`nn.layers` calls `is_stored`, `stored_init` and `view` and knows nothing else. A QTensor leaf is
-used as it is, whatever the config says; a float leaf that `cfg.quant` selects is a latent weight.
+A QTensor leaf is used as it is, whatever the config says.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from minicpm_jax.config import QuantConfig
@@ -96,41 +93,7 @@ def stored_init(
   return quantized
 
 
-@jax.custom_jvp
-def straight_through(latent: Float[Array, "..."], value: Float[Array, "..."]):
-  """`value` in the forward pass; its tangent is that of `latent`, also where codes were clipped."""
-  del latent
-  return value
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-  _, value = primals
-  return value, tangents[0].astype(value.dtype)
-
-
-def fake(
-  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
-) -> Float[Array, "..."]:
-  """dequantize(quantize(w)) with an identity gradient, in w's dtype."""
-  codes = dataclasses.replace(cfg, weights="codes", fp8=None)
-  qt = quantize_kernel(codes, path, jax.lax.stop_gradient(w), num_in=num_in, num_lead=num_lead)
-  return straight_through(w, qtensor.dequantize(qt, w.dtype))
-
-
 def check_leaf(qt: qtensor.QTensor, path: str, shape: tuple[int, ...]) -> None:
   """Refuses a QTensor of another kernel's shape."""
   if tuple(qt.shape) != tuple(shape) and qt.lead + qt.shape != tuple(shape):
     raise ValueError(f"{path}: found a QTensor of shape {qt.lead + qt.shape}, expected {shape}")
-
-
-def view(cfg: QuantConfig | None, path: str, leaf: Any, *, num_in: int, num_lead: int = 0) -> Any:
-  """What the matmul gets: a QTensor as stored, fake-quantised latents, or the array itself."""
-  if cfg is None or cfg.scheme == "none" or qtensor.is_qtensor(leaf) or not cfg.selects(path):
-    return leaf
-  return fake(cfg, path, leaf, num_in=num_in, num_lead=num_lead)
-
-
-def as_array(leaf: Any, dtype: Any) -> Float[Array, "..."]:
-  """A kernel that is not used through `functional.linear` (experts, kv_b) as floats."""
-  return qtensor.dequantize(leaf, dtype) if qtensor.is_qtensor(leaf) else leaf.astype(dtype)

@@ -83,6 +83,7 @@ class _Run:
       step_lib.make_totals_fn(model),
       optimizer,
       grad_accum=cfg.grad_accum,
+      weights=step_lib.quantized_weights(cfg.model),
     )
     self.train_step = step_lib.jit_train_step(train_step, self.abstract, self.mesh)
     eval_step = step_lib.make_eval_step(model)

@@ -23,6 +23,7 @@ from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import rng, trees, types
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
+from minicpm_jax.quant import qat
 from pallas_kernels.fused_ce import api as fused_ce
 
 Batch = dict[str, jax.Array]
@@ -44,6 +45,31 @@ class LossContext:
 
   totals: dict[str, jax.Array]  # weight of the whole batch, by loss name
   share: float = flax.struct.field(pytree_node=False, default=1.0)  # 1 / number of micro-batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """How a step makes the weights of its forward passes from the trained ones; default: they are.
+
+  prepare(params) is called once a step and gives `attach(params)`, the tree that the loss takes;
+  metrics(old params, new params) are added to those of the step.
+  """
+
+  prepare: Callable[[types.Params], Callable[[types.Params], types.Params]] = lambda params: (
+    lambda latents: latents
+  )
+  metrics: Callable[[types.Params, types.Params], Metrics] = lambda old, new: {}
+
+
+def quantized_weights(cfg: config.ModelConfig) -> Weights:
+  """Quantisation-aware training (or FP8, or neither) as `cfg.quant` says."""
+
+  def metrics(old: types.Params, new: types.Params) -> Metrics:
+    sums = qat.health(cfg.quant, old, new)
+    return {name: metrics_lib.Metric(s, jnp.float32(n)) for name, (s, n) in sums.items()}
+
+  dtype = types.dtype_of(cfg.dtype)
+  return Weights(lambda params: qat.prepare(cfg.quant, params, dtype), metrics)
 
 
 LossFn = Callable[[types.Params, Batch, LossContext], tuple[jax.Array, Metrics]]
@@ -150,6 +176,7 @@ def make_train_step(
   optimizer: optax.GradientTransformationExtraArgs,
   *,
   grad_accum: int = 1,
+  weights: Weights | None = None,
 ) -> StepFn:
   """step(state, batch, schedule) -> (state, metrics, gradient norm of every leaf).
 
@@ -157,10 +184,17 @@ def make_train_step(
   serves every branch.
   """
 
+  weights = weights or Weights()
+
   def gradients(params: types.Params, batch: Batch):
     totals = totals_fn(batch)
     ctx = LossContext(totals, 1.0 / grad_accum)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    attach = weights.prepare(params)
+
+    def loss_of(params: types.Params, *args: Any):
+      return loss_fn(attach(params), *args)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if grad_accum == 1:
       (loss, metrics), grads = value_and_grad(params, batch, ctx)
       return loss, metrics, grads
@@ -181,6 +215,7 @@ def make_train_step(
     lr = schedules.learning_rate(state.step + 1, schedule)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr=lr)
     params = optax.apply_updates(state.params, updates)
+    metrics |= weights.metrics(state.params, params)
     for name, value in (
       ("total_loss", loss),
       ("grad_norm", jnp.sqrt(sum(jnp.square(n) for n in leaf_norms.values()))),

@@ -1,0 +1,330 @@
+"""The runs of `experiments.qat_study`: one small model on bytes, many quantised last stages.
+
+Every arm of a seed sees the same rows in the same order and starts from the same stable-stage run,
+which is made once. Losses are held-out nats a byte on the same windows for all arms.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_jax import config
+from minicpm_jax.config import qat as qat_config
+from minicpm_jax.data import python_corpus
+from minicpm_jax.models import transformer, zoo
+from minicpm_jax.optim import build, schedules
+from minicpm_jax.train import step as step_lib
+
+CHUNK = 20  # steps a compiled call
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A run of the study: the last `share` of the steps under `quant`."""
+
+  name: str
+  share: float
+  quant: config.QuantConfig | None
+  peak_lr: float = 5e-3
+  rewarmup: float = 0.05  # of the whole run's steps; 0 = none
+  keep_moments: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Model and run: 20% decay, batch of `rows` x `length` bytes."""
+
+  steps: int = 400
+  rows: int = 16
+  length: int = 128
+  dim: int = 64
+  layers: int = 4
+  eval_windows: int = 512
+
+  def model(self, quant: config.QuantConfig | None) -> config.ModelConfig:
+    return zoo.nano(
+      vocab_size=256,
+      model_dim=self.dim,
+      mlp_dim=3 * self.dim,
+      num_layers=self.layers,
+      num_heads=self.dim // 16,
+      num_kv_heads=2,
+      head_dim=16,
+      max_position=self.length,
+      quant=quant,
+    )
+
+  def train(self) -> config.TrainConfig:
+    """The whole run in full precision (base rate 1e-2, WSD: 5% warm-up, 20% decay)."""
+    warmup, decay = self.steps // 20, self.steps // 5
+    schedule = config.ScheduleConfig(
+      warmup_steps=warmup, stable_steps=self.steps - warmup - decay, decay_steps=decay
+    )
+    optim = config.OptimConfig(peak_lr=0.01, schedule=schedule)
+    return config.TrainConfig(model=self.model(None), optim=optim, num_steps=self.steps)
+
+
+def ternary(group_size: int = -1, scheme: str = "ternary") -> config.QuantConfig:
+  return config.QuantConfig(scheme=scheme, group_size=group_size)
+
+
+SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)
+
+
+def arms_of(suite: str) -> list[Arm]:
+  """The arms of one suite; arms that several suites share have one name."""
+  base = Arm("ternary 40%", 0.4, ternary())
+  full = Arm("full precision", 0.0, None)
+  if suite == "share":
+    return [full] + [Arm(f"ternary {round(100 * s)}%", s, ternary()) for s in SHARES]
+  if suite == "rewarmup":
+    change = dataclasses.replace
+    return [
+      base,
+      change(base, name="no re-warm-up", rewarmup=0.0),
+      change(base, name="moments kept", keep_moments=True),
+      change(base, name="moments kept, no re-warm-up", keep_moments=True, rewarmup=0.0),
+    ]
+  if suite == "group":
+    return [base] + [Arm(f"ternary g={g}", 0.4, ternary(g)) for g in (32, 16)]
+  if suite == "scheme":
+    names = ("five", "half", "sym", "asym")
+    return [base] + [Arm(f"{s} 40%", 0.4, ternary(scheme=s)) for s in names]
+  if suite == "fp8":
+    none = config.QuantConfig(scheme="none", fp8=config.FP8Config())
+    return [full, Arm("fp8 block", 1.0, none, peak_lr=0.01)]
+  raise ValueError(f"suite: found {suite!r}, expected one of {SUITES}")
+
+
+SUITES = ("share", "rewarmup", "group", "scheme", "fp8")
+
+
+class Study:
+  """Compiled steps, data and the stable-stage states of one seed after another."""
+
+  def __init__(self, size: Size):
+    self.size, self.cfg = size, size.train()
+    texts = {
+      split: np.frombuffer(
+        b"\n".join(
+          doc.text.encode()
+          for source in python_corpus.SOURCES
+          for doc in python_corpus.documents_of(source, split)
+        ),
+        np.uint8,
+      )
+      for split in ("train", "heldout")
+    }
+    self.text = texts["train"]
+    starts = np.linspace(0, len(texts["heldout"]) - size.length - 1, size.eval_windows).astype(int)
+    self.heldout = texts["heldout"][starts[:, None] + np.arange(size.length + 1)]
+    self._compiled: dict[Any, Any] = {}
+
+  def rows(self, seed: int, first: int, last: int) -> np.ndarray:
+    """[steps, rows, length + 1] bytes of steps first..last - 1, a function of seed and step."""
+    out = []
+    for step in range(first, last):
+      rng = np.random.default_rng((seed, step))
+      at = rng.integers(0, len(self.text) - self.size.length - 1, self.size.rows)
+      out.append(self.text[at[:, None] + np.arange(self.size.length + 1)])
+    return np.stack(out)
+
+  def _functions(self, quant: config.QuantConfig | None):
+    if quant not in self._compiled:
+      cfg = self.size.model(quant)
+      model = transformer.Transformer(cfg)
+      optimizer = build.make_optimizer(self.cfg.optim, cfg, transformer.abstract_params(model)[0])
+      step = step_lib.make_train_step(
+        step_lib.make_loss_fn(model),
+        step_lib.make_totals_fn(model),
+        optimizer,
+        weights=step_lib.quantized_weights(cfg),
+      )
+      evaluate = step_lib.make_eval_step(model)
+
+      @jax.jit
+      def chunk(state, rows, schedule):
+        def one(state, x):
+          state, metrics, _ = step(state, _batch(x), schedule)
+          kept = {k: m.sum / m.weight for k, m in metrics.items()}
+          return state, {k: kept[k] for k in ("loss", "zero_share", "flip_rate") if k in kept}
+
+        return jax.lax.scan(one, state, rows)
+
+      @jax.jit
+      def heldout(params, rows):
+        total = jax.lax.map(lambda x: evaluate(params, _batch(x))["loss"], rows)
+        return jnp.sum(total.sum) / jnp.sum(total.weight)
+
+      self._compiled[quant] = model, optimizer, chunk, heldout
+    return self._compiled[quant]
+
+  def initial(self, seed: int) -> step_lib.TrainState:
+    model, optimizer, *_ = self._functions(None)
+    params = transformer.init_params(model, jax.random.key(seed))
+    return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
+
+  def train(self, state, quant, schedule, *, seed: int, first: int, steps: int):
+    """(state, {metric: values a step}) after `steps` more steps on rows first, first + 1, ..."""
+    *_, chunk, _ = self._functions(quant)
+    logs, done = [], 0
+    while done < steps:
+      n = min(CHUNK, steps - done)
+      rows = self.rows(seed, first + done, first + done + n)
+      state, log = chunk(state, rows, schedule)
+      logs.append(jax.device_get(log))
+      done += n
+    return state, {k: np.concatenate([log[k] for log in logs]) for k in (logs[0] if logs else {})}
+
+  def heldout_loss(self, params, quant) -> float:
+    *_, heldout = self._functions(quant)
+    rows = self.heldout[: len(self.heldout) // 16 * 16].reshape(-1, 16, self.size.length + 1)
+    return float(heldout(params, rows))
+
+  def run_seed(self, arms: list[Arm], seed: int, done: Any):
+    """Yields (arm, result) of every arm that `done(arm)` does not have yet, longest share last."""
+    todo = [arm for arm in arms if not done(arm)]
+    whole = schedules.schedule_arrays(self.cfg.optim.schedule, self.cfg.optim.peak_lr)
+    state, at, losses = self.initial(seed), 0, []
+    for arm in sorted(todo, key=lambda a: -a.share):
+      start = self.start_of(arm)
+      state, log = self.train(state, None, whole, seed=seed, first=at, steps=start - at)
+      losses, at = [*losses, *log.get("loss", ())], start
+      yield arm, self.finish(arm, state, start, seed) | {"first_stage": _thin(losses)}
+
+  def start_of(self, arm: Arm) -> int:
+    if arm.quant is None:
+      return self.size.steps
+    qat = config.QATConfig(share=arm.share, rewarmup_steps=0)
+    return qat.start_step(self.size.steps)
+
+  def finish(self, arm: Arm, state, start: int, seed: int) -> dict[str, Any]:
+    began, result = time.process_time(), {}
+    left = self.size.steps - start
+    if left:
+      qat = config.QATConfig(
+        quant=arm.quant,
+        share=arm.share,
+        peak_lr=arm.peak_lr,
+        rewarmup_steps=round(arm.rewarmup * self.size.steps),
+        keep_moments=arm.keep_moments,
+      )
+      schedule, ratio = qat_config.second_schedule(self.cfg.optim.schedule, qat, self.size.steps)
+      optimizer = self._functions(arm.quant)[1]
+      moments = state.opt_state if arm.keep_moments else optimizer.init(state.params)
+      state = step_lib.TrainState(jnp.int32(0), state.params, moments)
+      result["loss_at_switch"] = self.heldout_loss(state.params, arm.quant)
+      arrays = schedules.schedule_arrays(schedule, arm.peak_lr * ratio)
+      state, log = self.train(state, arm.quant, arrays, seed=seed, first=start, steps=left)
+      result |= {name: _thin(values) for name, values in log.items()}
+    result["heldout"] = self.heldout_loss(state.params, arm.quant)
+    return result | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def _batch(rows: jax.Array) -> step_lib.Batch:
+  rows = rows.astype(jnp.int32)
+  tokens = rows[:, :-1]
+  ones = jnp.ones_like(tokens)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return {
+    "tokens": tokens,
+    "targets": rows[:, 1:],
+    "positions": positions,
+    "segment_ids": ones,
+    "loss_mask": ones.astype(jnp.float32),
+  }
+
+
+def _thin(values: Any, num: int = 40) -> list[float]:
+  """At most about `num` means of neighbouring values."""
+  values = np.asarray(values, np.float64)
+  width = max(1, len(values) // num)
+  cut = values[: len(values) // width * width].reshape(-1, width).mean(axis=1)
+  return [round(float(x), 5) for x in cut]
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+def load(path: pathlib.Path, size: Size) -> dict[str, Any]:
+  """The report so far, or an empty one; a report of another size is refused."""
+  if path.exists():
+    report = json.loads(path.read_text())
+    if report["size"] != dataclasses.asdict(size):
+      raise ValueError(f"{path}: found size {report['size']}, expected {dataclasses.asdict(size)}")
+    return report
+  device = jax.devices()[0].device_kind
+  return {
+    "size": dataclasses.asdict(size),
+    "parameters": zoo.param_counts(size.model(None)).total,
+    "tokens": size.steps * size.rows * size.length,
+    "device": f"{device} ({platform.processor() or platform.machine()})",
+    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "arms": {},
+  }
+
+
+def save(report: dict[str, Any], path: pathlib.Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".json.tmp")
+  partial.write_text(json.dumps(report, indent=1) + "\n")
+  os.replace(partial, path)
+
+
+def table(report: dict[str, Any], suite: str) -> list[dict[str, Any]]:
+  """One row an arm: held-out loss by seed, their mean, and the paired difference to the first."""
+  rows, first = [], None
+  for arm in arms_of(suite):
+    runs = report["arms"].get(arm.name, {})
+    losses = {seed: run["heldout"] for seed, run in sorted(runs.items())}
+    if not losses:
+      continue
+    first = first or losses
+    pairs = [losses[s] - first[s] for s in losses if s in first]
+    rows.append(
+      {
+        "arm": arm.name,
+        "mean": float(np.mean(list(losses.values()))),
+        "losses": list(losses.values()),
+        "minus first": float(np.mean(pairs)) if pairs else None,
+        "wins over first": sum(p < 0 for p in pairs),
+        "at switch": float(np.mean([r.get("loss_at_switch", np.nan) for r in runs.values()])),
+      }
+    )
+  return rows
+
+
+def plot(report: dict[str, Any], path: pathlib.Path) -> None:
+  """One panel a suite: held-out loss of every arm and seed, and loss curves of the share sweep."""
+  from minicpm_jax.core import extras
+
+  figures = extras.require_extra("matplotlib.figure", extra="plot")
+  shown = [s for s in SUITES if len(table(report, s)) > 1]
+  figure = figures.Figure(figsize=(4.2 * (len(shown) + 1), 3.6), layout="constrained")
+  axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+  for axis, suite in zip(axes, shown, strict=False):
+    for i, row in enumerate(table(report, suite)):
+      axis.plot(row["losses"], [i] * len(row["losses"]), "o", color="tab:blue", markersize=4)
+      axis.plot([row["mean"]], [i], "|", color="k", markersize=14)
+    axis.set_yticks(range(len(table(report, suite))), [r["arm"] for r in table(report, suite)])
+    axis.invert_yaxis()
+    axis.set(title=suite, xlabel="held-out nats a byte")
+  for arm in arms_of("share"):
+    run = report["arms"].get(arm.name, {}).get("0")
+    if run and "loss" in run:
+      steps = report["size"]["steps"]
+      x = np.linspace(steps * (1 - arm.share), steps, len(run["loss"]))
+      axes[-1].plot(x, run["loss"], label=arm.name, linewidth=1)
+  axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
+  axes[-1].legend(fontsize=7)
+  partial = path.with_suffix(".tmp.png")
+  figure.savefig(partial, dpi=90)
+  os.replace(partial, path)

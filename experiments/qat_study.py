@@ -1,0 +1,55 @@
+"""How to train to low bits, at toy scale: when to switch, how to warm up, which groups and codes.
+
+  python -m experiments.qat_study --suite=share,rewarmup --output=benchmarks/results/qat_study.json
+
+Suites: share (what part of the steps is quantised; MiniCPM4 section 3.3 says 40%), rewarmup (with
+and without, moments reset and kept), group (scales a group against a channel), scheme (the five
+code books of BitCPM-CANN 3.1), fp8 (block-wise FP8 against float32). A model of 0.2M parameters on
+the bytes of Python's own documentation and source; arms that are in the output already are kept.
+"""
+
+import pathlib
+
+from absl import app, flags
+
+from minicpm_jax.core import host_memory
+
+_SUITES = ("share", "rewarmup", "group", "scheme", "fp8")
+_SUITE = flags.DEFINE_list("suite", list(_SUITES), f"Of {', '.join(_SUITES)}.")
+_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/qat_study.json", "JSON; PNG beside it.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ...: initial weights and data order.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Optimiser steps of a whole run.")
+_ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes a step.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  host_memory.keep()
+  from experiments import _qat_study as study_lib
+
+  path = pathlib.Path(_OUTPUT.value)
+  size = study_lib.Size(steps=_STEPS.value, rows=_ROWS.value)
+  report = study_lib.load(path, size)
+  arms = {a.name: a for suite in _SUITE.value for a in study_lib.arms_of(suite)}
+  study = study_lib.Study(size)
+  for seed in range(_SEEDS.value):
+
+    def is_done(arm, seed=seed):
+      return str(seed) in report["arms"].get(arm.name, {})
+
+    for arm, result in study.run_seed(list(arms.values()), seed, is_done):
+      report["arms"].setdefault(arm.name, {})[str(seed)] = result
+      study_lib.save(report, path)
+      print(f"seed {seed}: {arm.name}: held-out {result['heldout']:.4f}", flush=True)
+  for suite in _SUITE.value:
+    report.setdefault("tables", {})[suite] = rows = study_lib.table(report, suite)
+    print(f"\n{suite}")
+    for row in rows:
+      spread = " ".join(f"{x:.4f}" for x in row["losses"])
+      print(f"  {row['arm']:32} {row['mean']:.4f}  ({spread})  {row['minus first']:+.4f}")
+  study_lib.save(report, path)
+  study_lib.plot(report, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,147 @@
+"""Block-wise FP8 matmul for training (MiniCPM4 section 2.3.2, quantization.md 9), reference form.
+
+  forward   Y  = sum_kb sx[m, kb] sw[kb, nb] (Xq Wq)   X in tiles 1 x 128 along K, W in 128 x 128
+  dgrad     dX = sum_nb sd[m, nb] sw[kb, nb] (Dq Wq^T) dY in tiles 1 x 128 along N, the same Wq
+  wgrad     dW = X^T dY                                bf16 inputs, float32 sums, nothing quantised
+
+s = amax / 448 (E4M3), 1 where amax is 0; q = cast(clip(x / s)): a cast above 464 would give NaN.
+Products are of the dequantised values in float32, which is what tensor cores with float32
+promotion compute; `block_matmul` spells the sum over blocks out. Edges are padded with zeros.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minicpm_jax.config import FP8Config
+from minicpm_jax.core import types
+
+BLOCK = 128
+FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0)}
+
+
+def scale_of(amax: Float[Array, "*s"], cfg: FP8Config) -> Float[Array, "*s"]:
+  """float32 scale that maps amax to the largest number of the format; 1 where amax is 0."""
+  scale = amax.astype(jnp.float32) * (1.0 / FORMATS[cfg.format][1])
+  if cfg.power_of_two_scales:
+    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(amax > 0, scale, 1.0))))
+  return jnp.where(amax > 0, scale, 1.0)
+
+
+def _cast(x: Array, scale: Array, cfg: FP8Config) -> Array:
+  dtype, limit = FORMATS[cfg.format]
+  return jnp.clip(x.astype(jnp.float32) / scale, -limit, limit).astype(dtype)
+
+
+def _padded(n: int) -> int:
+  return -(-n // BLOCK) * BLOCK
+
+
+def quantize_rows(
+  x_MK: Float[Array, "M K"], cfg: FP8Config
+) -> tuple[Float[Array, "M K"], Float[Array, "M Q"]]:
+  """FP8 values and scales of 1 x 128 tiles (Q = ceil(K / 128); tensor: one scale everywhere)."""
+  M, K = x_MK.shape
+  num = _padded(K) // BLOCK
+  tiles = jnp.pad(x_MK, ((0, 0), (0, num * BLOCK - K))).reshape(M, num, BLOCK)
+  amax = jnp.max(jnp.abs(tiles.astype(jnp.float32)), axis=-1)
+  if cfg.granularity == "tensor":
+    amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
+  scale_MQ = scale_of(amax, cfg)
+  return _cast(tiles, scale_MQ[:, :, None], cfg).reshape(M, -1)[:, :K], scale_MQ
+
+
+def quantize_blocks(
+  w_KN: Float[Array, "*lead K N"], cfg: FP8Config
+) -> tuple[Float[Array, "*lead K N"], Float[Array, "*lead P Q"]]:
+  """FP8 values and scales of 128 x 128 blocks of the last two axes."""
+  *lead, K, N = w_KN.shape
+  rows, cols = _padded(K) // BLOCK, _padded(N) // BLOCK
+  pad = [(0, 0)] * len(lead) + [(0, rows * BLOCK - K), (0, cols * BLOCK - N)]
+  blocks = jnp.pad(w_KN, pad).reshape(*lead, rows, BLOCK, cols, BLOCK)
+  amax = jnp.max(jnp.abs(blocks.astype(jnp.float32)), axis=(-3, -1))
+  if cfg.granularity == "tensor":
+    amax = jnp.broadcast_to(jnp.max(amax, axis=(-2, -1), keepdims=True), amax.shape)
+  scale = scale_of(amax, cfg)
+  codes = _cast(blocks, jnp.expand_dims(scale, (-3, -1)), cfg)
+  return codes.reshape(*lead, rows * BLOCK, cols * BLOCK)[..., :K, :N], scale
+
+
+def dequantize_rows(q_MK: Float[Array, "M K"], scale_MQ: Float[Array, "M Q"]) -> Array:
+  """float32 values of `quantize_rows`."""
+  return q_MK.astype(jnp.float32) * jnp.repeat(scale_MQ, BLOCK, axis=1)[:, : q_MK.shape[1]]
+
+
+def dequantize_blocks(q_KN: Float[Array, "K N"], scale_PQ: Float[Array, "P Q"]) -> Array:
+  """float32 values of `quantize_blocks`."""
+  K, N = q_KN.shape
+  scale_KN = jnp.repeat(jnp.repeat(scale_PQ, BLOCK, axis=0)[:K], BLOCK, axis=1)[:, :N]
+  return q_KN.astype(jnp.float32) * scale_KN
+
+
+def matmul(
+  xq_MK: Float[Array, "M K"],
+  xs_MQ: Float[Array, "M Q"],
+  wq_KN: Float[Array, "K N"],
+  ws_QP: Float[Array, "Q P"],
+) -> Float[Array, "M N"]:
+  """float32 product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks."""
+  return dequantize_rows(xq_MK, xs_MQ) @ dequantize_blocks(wq_KN, ws_QP)
+
+
+def block_matmul(
+  xq_MK: Float[Array, "M K"],
+  xs_MQ: Float[Array, "M Q"],
+  wq_KN: Float[Array, "K N"],
+  ws_QP: Float[Array, "Q P"],
+) -> Float[Array, "M N"]:
+  """The same as a sum over blocks of K: unscaled products, then their two scales, in float32."""
+  y_MN, N = 0.0, wq_KN.shape[1]
+  for b in range(ws_QP.shape[0]):
+    part = slice(b * BLOCK, (b + 1) * BLOCK)
+    product = xq_MK[:, part].astype(jnp.float32) @ wq_KN[part].astype(jnp.float32)
+    y_MN += product * xs_MQ[:, b : b + 1] * jnp.repeat(ws_QP[b : b + 1], BLOCK, axis=1)[:, :N]
+  return y_MN
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear(
+  x_MK: Float[Array, "M K"],
+  latent_KN: Float[Array, "K N"],
+  wq_KN: Float[Array, "K N"],
+  ws_PQ: Float[Array, "P Q"],
+  cfg: FP8Config,
+) -> Float[Array, "M N"]:
+  """FP8 product of x with weights that were quantised once this step; gradients as the module says.
+
+  `latent_KN` only receives the weight gradient: its values are not read.
+  """
+  return _forward(x_MK, latent_KN, wq_KN, ws_PQ, cfg)[0]
+
+
+def _forward(x_MK: Any, latent_KN: Any, wq_KN: Any, ws_PQ: Any, cfg: FP8Config) -> Any:
+  y_MN = matmul(*quantize_rows(x_MK, cfg), wq_KN, ws_PQ).astype(x_MK.dtype)
+  kept = x_MK.astype(types.dtype_of(cfg.wgrad_dtype))
+  return y_MN, (kept, wq_KN, ws_PQ, jnp.zeros((), x_MK.dtype), jnp.zeros((), latent_KN.dtype))
+
+
+def _backward(cfg: FP8Config, saved: Any, dy_MN: Any) -> Any:
+  x_MK, wq_KN, ws_PQ, like_x, like_w = saved
+  dx_MK = matmul(*quantize_rows(dy_MN, cfg), wq_KN.T, ws_PQ.T).astype(like_x.dtype)
+  dy_low = dy_MN.astype(x_MK.dtype)
+  dw_KN = jnp.matmul(x_MK.T, dy_low, preferred_element_type=jnp.float32).astype(like_w.dtype)
+  return dx_MK, dw_KN, None, None
+
+
+linear.defvjp(_forward, _backward)
+
+
+def linear_of(
+  x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"], cfg: FP8Config
+) -> Float[Array, "M N"]:
+  """`linear` of float weights, quantised here."""
+  wq_KN, ws_PQ = quantize_blocks(jax.lax.stop_gradient(w_KN), cfg)
+  return linear(x_MK, w_KN, wq_KN, ws_PQ, cfg)

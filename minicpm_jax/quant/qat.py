@@ -1,0 +1,220 @@
+"""Kernels of quantisation-aware training: quantised once a step, trained through the latent floats.
+
+A `Prepared` leaf stands where the latent kernel stood. Its forward value is the quantised weight,
+its gradient goes to `latent` unchanged (straight-through, also where codes were clipped), so that
+`prepare` runs once a step and serves every micro-batch and the rematerialised backward pass. A
+float leaf that was not prepared is prepared on the spot, so any forward of a model whose config has
+`quant` sees quantised weights.
+
+Three forms: `value` alone (weights with their scale: float32 compute, or groups), `value` and
+`scale` (low-precision compute, one scale an output channel: exact codes in the product and the
+scale after it, quantization.md 1.2), or FP8 codes with block scales (`quant.fp8`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minicpm_jax.config import FP8Config, QuantConfig
+from minicpm_jax.core import trees, types
+from minicpm_jax.quant import fp8, leaf, qtensor, schemes, tree
+
+
+@flax.struct.dataclass
+class Prepared:
+  """latent and value [*lead, *in, *out]; scale [*lead, 1, out], of FP8 [*lead, P, Q], or None."""
+
+  latent: Any
+  value: Any
+  scale: Any = None
+  num_in: int = flax.struct.field(pytree_node=False, default=1)
+  fp8: FP8Config | None = flax.struct.field(pytree_node=False, default=None)
+  act_bits: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def is_active(cfg: QuantConfig | None) -> bool:
+  """True where training differs from that of plain weights."""
+  return cfg is not None and (cfg.scheme != "none" or cfg.fp8 is not None)
+
+
+def is_leaf(x: Any) -> bool:
+  """True for the kernels that `functional.linear` takes beside arrays."""
+  return isinstance(x, Prepared | qtensor.QTensor)
+
+
+@jax.custom_jvp
+def straight_through(latent: Float[Array, "..."], value: Float[Array, "..."]):
+  """`value` in the forward pass; its tangent is that of `latent`."""
+  del latent
+  return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+  value = primals[1]
+  return value, tangents[0].astype(value.dtype)
+
+
+# --- Quantising ----------------------------------------------------------------------------------
+
+
+def quantize_latent(
+  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
+) -> qtensor.QTensor:
+  """Codes and scales that the forward pass makes of a latent kernel."""
+  cfg = dataclasses.replace(cfg, weights="codes", fp8=None)
+  w = jax.lax.stop_gradient(w)
+  return leaf.quantize_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead)
+
+
+def prepare_kernel(
+  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int, dtype: Any
+) -> Prepared:
+  """The kernel `w` as forward passes in `dtype` use it."""
+  form = dict(latent=w, num_in=num_in, fp8=cfg.fp8, act_bits=cfg.act_bits)
+  if cfg.scheme == "none":
+    value = jax.lax.stop_gradient(w)
+  else:
+    qt = quantize_latent(cfg, path, w, num_in=num_in, num_lead=num_lead)
+    is_exact = jnp.dtype(dtype) == jnp.float32 or cfg.fp8 is not None
+    if qt.num_groups == 1 and not is_exact and not schemes.get(qt.scheme).offset:
+      codes = qt.codes.astype(jnp.int8).astype(dtype)
+      scale = qt.scale.astype(jnp.float32).reshape(*qt.lead, 1, -1)
+      return Prepared(value=codes, scale=scale, **form)
+    value = qtensor.dequantize(qt, jnp.float32 if cfg.fp8 is not None else dtype)
+  if cfg.fp8 is None:
+    return Prepared(value=value, **form)
+  lead, width = w.shape[:num_lead], math.prod(w.shape[num_lead : num_lead + num_in])
+  codes, scale = fp8.quantize_blocks(value.reshape(*lead, width, -1), cfg.fp8)
+  return Prepared(value=codes.reshape(w.shape), scale=scale, **form)
+
+
+def prepare(
+  cfg: QuantConfig | None, params: types.Params, dtype: Any
+) -> Callable[[types.Params], types.Params]:
+  """Quantises `params` once; the result puts latents beside what was prepared of them.
+
+  `attach = prepare(cfg, params, dtype)`, then `attach(params)` is the tree that the model takes and
+  that is differentiated with respect to its argument.
+  """
+  if not is_active(cfg):
+    return lambda latents: latents
+  found = {}
+  for path, w in tree.selected(cfg, params).items():
+    num_in, num_lead = tree.layout(path)
+    found[path] = prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)
+
+  def attach(latents: types.Params) -> types.Params:
+    def one(path: str, w: Any) -> Any:
+      return found[path].replace(latent=w) if path in found else w
+
+    return trees.map_with_path(one, latents)
+
+  return attach
+
+
+def view(
+  cfg: QuantConfig | None, path: str, w: Any, *, num_in: int, num_lead: int = 0, dtype: Any
+) -> Any:
+  """What the matmul gets for the leaf `w` at `path`: as it is, or prepared on the spot."""
+  if is_leaf(w) or not is_active(cfg) or not cfg.selects(path):
+    return w
+  return prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)
+
+
+# --- Using ---------------------------------------------------------------------------------------
+
+
+def as_array(kernel: Any, dtype: Any) -> Float[Array, "..."]:
+  """A kernel as floats in `dtype` (experts, kv_b, sharded sequences); FP8 codes cannot be one."""
+  if qtensor.is_qtensor(kernel):
+    return qtensor.dequantize(kernel, dtype)
+  if not isinstance(kernel, Prepared):
+    return kernel.astype(dtype)
+  if kernel.fp8 is not None:
+    raise NotImplementedError("quant.fp8: found a kernel that is not used as one matrix product")
+  value = kernel.value
+  if kernel.scale is not None:
+    lead = kernel.scale.shape[:-2]
+    flat = value.reshape(*lead, -1, kernel.scale.shape[-1])
+    value = (flat.astype(jnp.float32) * kernel.scale).reshape(value.shape)
+  return straight_through(kernel.latent, value.astype(dtype))
+
+
+def matmul(x_MK: Float[Array, "M K"], kernel: Prepared) -> Float[Array, "M N"]:
+  """x times the quantised kernel in x's dtype, with the straight-through gradient."""
+  K = x_MK.shape[1]
+  if kernel.act_bits is not None:
+    x_MK = straight_through(x_MK, fake_rows(jax.lax.stop_gradient(x_MK)))
+  flat = [a.reshape(K, -1) for a in (kernel.latent, kernel.value)]
+  if kernel.fp8 is not None:
+    return fp8.linear(x_MK, *flat, kernel.scale, kernel.fp8)
+  if kernel.scale is not None:
+    return scaled_matmul(x_MK, *flat, kernel.scale)
+  return jnp.matmul(x_MK, straight_through(*flat).astype(x_MK.dtype))
+
+
+@jax.custom_vjp
+def scaled_matmul(
+  x_MK: Float[Array, "M K"],
+  latent_KN: Float[Array, "K N"],
+  codes_KN: Float[Array, "K N"],
+  scale_1N: Float[Array, "1 N"],
+) -> Float[Array, "M N"]:
+  """(x @ codes) * scale, sums and scale in float32; d latent = x^T dy."""
+  return _scaled_forward(x_MK, latent_KN, codes_KN, scale_1N)[0]
+
+
+def _scaled_forward(x_MK: Any, latent_KN: Any, codes_KN: Any, scale_1N: Any) -> Any:
+  y_MN = jnp.matmul(x_MK, codes_KN, preferred_element_type=jnp.float32) * scale_1N
+  return y_MN.astype(x_MK.dtype), (x_MK, codes_KN, scale_1N, jnp.zeros((), latent_KN.dtype))
+
+
+def _scaled_backward(saved: Any, dy_MN: Any) -> Any:
+  x_MK, codes_KN, scale_1N, like = saved
+  scaled_MN = (dy_MN.astype(jnp.float32) * scale_1N).astype(dy_MN.dtype)
+  dx_MK = jnp.matmul(scaled_MN, codes_KN.T, preferred_element_type=jnp.float32)
+  dw_KN = jnp.matmul(x_MK.T, dy_MN, preferred_element_type=jnp.float32)
+  return dx_MK.astype(x_MK.dtype), dw_KN.astype(like.dtype), None, None
+
+
+scaled_matmul.defvjp(_scaled_forward, _scaled_backward)
+
+
+def fake_rows(x_MK: Float[Array, "M K"]) -> Float[Array, "M K"]:
+  """int8 fake quantisation of activations, one absmax scale a token (the optional hook)."""
+  x32 = x_MK.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x32), axis=-1, keepdims=True) * (1.0 / 127)
+  scale = jnp.where(scale > 0, scale, 1.0)
+  return (jnp.clip(jnp.round(x32 / scale), -127, 127) * scale).astype(x_MK.dtype)
+
+
+# --- Health --------------------------------------------------------------------------------------
+
+
+def health(
+  cfg: QuantConfig | None, old: types.Params, new: types.Params
+) -> dict[str, tuple[Float[Array, ""], float]]:
+  """(sum, weight) of zero_share (of `old`) and flip_rate (codes that the update changed).
+
+  Near a Gaussian the zero share of ternary weights is 0.31; empty where nothing is quantised.
+  """
+  if cfg is None or cfg.scheme == "none":
+    return {}
+  zeros = flips = jnp.float32(0)
+  count, news = 0, tree.selected(cfg, new)
+  for path, w in tree.selected(cfg, old).items():
+    num_in, num_lead = tree.layout(path)
+    quantize = functools.partial(quantize_latent, cfg, path, num_in=num_in, num_lead=num_lead)
+    before, after = quantize(w).codes, quantize(news[path]).codes
+    zeros += jnp.sum(before == 0, dtype=jnp.float32)
+    flips += jnp.sum(before != after, dtype=jnp.float32)
+    count += math.prod(w.shape)
+  return {"zero_share": (zeros, float(count)), "flip_rate": (flips, float(count))}
