@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors
+from minicpm_jax.ckpt import errors, hf_qat
 
 _ARCHS = {
   "MiniCPMForCausalLM": "minicpm",
@@ -149,6 +149,7 @@ def from_hf(
       moe=_moe(hf, arch),
       mla=mla,
       sparse=_sparse(hf),
+      quant=hf_qat.from_hf(hf),
       bos_id=bos_ids[0] if bos_ids else None,
       stop_ids=tuple(dict.fromkeys(stop_ids)),
       pad_id=pad_ids[0] if pad_ids else None,
@@ -370,6 +371,8 @@ def to_hf(cfg: config.ModelConfig, params_dtype: config.DTypeName | None = None)
     hf["num_experts_per_tok"] = cfg.moe.experts_per_token
   if cfg.sparse is not None:
     hf["sparse_config"] = cfg.sparse.to_hf()
+  if (qat := hf_qat.to_hf(cfg.quant)) is not None:
+    hf["qat"] = qat
   return hf
 
 

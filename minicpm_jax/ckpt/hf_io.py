@@ -28,7 +28,7 @@ from minicpm_jax.ckpt import errors, hf_config, hf_names, hf_tensors, safetensor
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import transformer
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qtensor, ternary
 from minicpm_jax.text import tokenizer
 
 _SHARDS = "model-*-of-*.safetensors"
@@ -79,7 +79,12 @@ def load_hf(
     place = None if shardings is None else shardings[name]
     to = None if dtype is None else np.dtype(types.dtype_of(chosen))
     params[name] = hf_tensors.load_leaf(leaf, in_memory[name].shape, shapes, source, to, place)
-  return model, trees.unflatten(params), tokenizer.load_tokenizer(folder)
+  params = trees.unflatten(params)
+  try:
+    ternary.check_latent(cfg.quant, params)
+  except ternary.FusedWeightsError as error:
+    raise errors.CheckpointError(f"{folder}: config.json has a 'qat' entry, but {error}") from error
+  return model, params, tokenizer.load_tokenizer(folder)
 
 
 def _vocab_shards(mesh: jax.sharding.Mesh) -> int:

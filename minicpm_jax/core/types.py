@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
 ArrayLike = jax.typing.ArrayLike
 Params = dict[str, Any]  # nested dict of arrays, paths as in style.md 2.3
 

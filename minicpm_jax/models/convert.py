@@ -8,7 +8,7 @@ never modified; leaves may be numpy or jax arrays and keep their dtype.
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from minicpm_jax.config import DraftConfig, ModelConfig, MoEConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.quant import qtensor, tree
 
 Converted = tuple[ModelConfig, types.Params]
 
@@ -207,3 +208,27 @@ def eagle_to_mtp(params: types.Params) -> types.Params:
 def _swap_halves(kernel_2DD: Any) -> Any:
   first, second = jnp.split(jnp.asarray(kernel_2DD), 2, axis=0)
   return jnp.concatenate((second, first), axis=0)
+
+
+def fuse(cfg: ModelConfig, params: types.Params) -> Converted:
+  """Quantised weights as plain floats in a model that knows nothing of them ("fake-quant").
+
+  Latent weights are quantised by cfg.quant, QTensors dequantised. Not to be trained on with quant:
+  quantising twice shrinks ternary weights (`quant.ternary.check_latent` refuses).
+  """
+  _, params = to_codes(cfg, params)
+  dtype = types.dtype_of(cfg.param_dtype)
+  return dataclasses.replace(cfg, quant=None), tree.dequantize_params(params, dtype)
+
+
+def to_codes(
+  cfg: ModelConfig, params: types.Params, form: Literal["codes", "packed"] = "codes"
+) -> Converted:
+  """Latent weights as QTensors, the run-time form; QTensors are packed or unpacked."""
+  if cfg.quant is None or cfg.quant.scheme == "none":
+    raise ValueError(f"model.quant: found {cfg.quant}, expected a scheme of codes")
+  quant = dataclasses.replace(cfg.quant, weights=form, fp8=None)
+  if cfg.quant.weights == "latent":
+    params = tree.quantize_params(quant, params)
+  change = qtensor.pack if form == "packed" else qtensor.unpack
+  return dataclasses.replace(cfg, quant=quant), tree.map_qtensors(change, params)

@@ -23,7 +23,7 @@ BLOCK = 128
 FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0)}
 
 
-def scale_of(amax: Float[Array, "*s"], cfg: FP8Config) -> Float[Array, "*s"]:
+def scale_of(amax: Float[types.AnyArray, "*s"], cfg: FP8Config) -> Float[types.AnyArray, "*s"]:
   """float32 scale that maps amax to the largest number of the format; 1 where amax is 0."""
   scale = amax.astype(jnp.float32) * (1.0 / FORMATS[cfg.format][1])
   if cfg.power_of_two_scales:
@@ -41,9 +41,10 @@ def _padded(n: int) -> int:
 
 
 def quantize_rows(
-  x_MK: Float[Array, "M K"], cfg: FP8Config
-) -> tuple[Float[Array, "M K"], Float[Array, "M Q"]]:
+  x_MK: Float[types.AnyArray, "M K"], cfg: FP8Config
+) -> tuple[Float[types.AnyArray, "M K"], Float[types.AnyArray, "M Q"]]:
   """FP8 values and scales of 1 x 128 tiles (Q = ceil(K / 128); tensor: one scale everywhere)."""
+  x_MK = jnp.asarray(x_MK)
   M, K = x_MK.shape
   num = _padded(K) // BLOCK
   tiles = jnp.pad(x_MK, ((0, 0), (0, num * BLOCK - K))).reshape(M, num, BLOCK)
@@ -55,9 +56,10 @@ def quantize_rows(
 
 
 def quantize_blocks(
-  w_KN: Float[Array, "*lead K N"], cfg: FP8Config
-) -> tuple[Float[Array, "*lead K N"], Float[Array, "*lead P Q"]]:
+  w_KN: Float[types.AnyArray, "*lead K N"], cfg: FP8Config
+) -> tuple[Float[types.AnyArray, "*lead K N"], Float[types.AnyArray, "*lead P Q"]]:
   """FP8 values and scales of 128 x 128 blocks of the last two axes."""
+  w_KN = jnp.asarray(w_KN)
   *lead, K, N = w_KN.shape
   rows, cols = _padded(K) // BLOCK, _padded(N) // BLOCK
   pad = [(0, 0)] * len(lead) + [(0, rows * BLOCK - K), (0, cols * BLOCK - N)]
@@ -70,12 +72,16 @@ def quantize_blocks(
   return codes.reshape(*lead, rows * BLOCK, cols * BLOCK)[..., :K, :N], scale
 
 
-def dequantize_rows(q_MK: Float[Array, "M K"], scale_MQ: Float[Array, "M Q"]) -> Array:
+def dequantize_rows(
+  q_MK: Float[types.AnyArray, "M K"], scale_MQ: Float[types.AnyArray, "M Q"]
+) -> Array:
   """float32 values of `quantize_rows`."""
   return q_MK.astype(jnp.float32) * jnp.repeat(scale_MQ, BLOCK, axis=1)[:, : q_MK.shape[1]]
 
 
-def dequantize_blocks(q_KN: Float[Array, "K N"], scale_PQ: Float[Array, "P Q"]) -> Array:
+def dequantize_blocks(
+  q_KN: Float[types.AnyArray, "K N"], scale_PQ: Float[types.AnyArray, "P Q"]
+) -> Array:
   """float32 values of `quantize_blocks`."""
   K, N = q_KN.shape
   scale_KN = jnp.repeat(jnp.repeat(scale_PQ, BLOCK, axis=0)[:K], BLOCK, axis=1)[:, :N]
@@ -83,21 +89,21 @@ def dequantize_blocks(q_KN: Float[Array, "K N"], scale_PQ: Float[Array, "P Q"]) 
 
 
 def matmul(
-  xq_MK: Float[Array, "M K"],
-  xs_MQ: Float[Array, "M Q"],
-  wq_KN: Float[Array, "K N"],
-  ws_QP: Float[Array, "Q P"],
-) -> Float[Array, "M N"]:
+  xq_MK: Float[types.AnyArray, "M K"],
+  xs_MQ: Float[types.AnyArray, "M Q"],
+  wq_KN: Float[types.AnyArray, "K N"],
+  ws_QP: Float[types.AnyArray, "Q P"],
+) -> Float[types.AnyArray, "M N"]:
   """float32 product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks."""
   return dequantize_rows(xq_MK, xs_MQ) @ dequantize_blocks(wq_KN, ws_QP)
 
 
 def block_matmul(
-  xq_MK: Float[Array, "M K"],
-  xs_MQ: Float[Array, "M Q"],
-  wq_KN: Float[Array, "K N"],
-  ws_QP: Float[Array, "Q P"],
-) -> Float[Array, "M N"]:
+  xq_MK: Float[types.AnyArray, "M K"],
+  xs_MQ: Float[types.AnyArray, "M Q"],
+  wq_KN: Float[types.AnyArray, "K N"],
+  ws_QP: Float[types.AnyArray, "Q P"],
+) -> Float[types.AnyArray, "M N"]:
   """The same as a sum over blocks of K: unscaled products, then their two scales, in float32."""
   y_MN, N = 0.0, wq_KN.shape[1]
   for b in range(ws_QP.shape[0]):
@@ -109,12 +115,12 @@ def block_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear(
-  x_MK: Float[Array, "M K"],
-  latent_KN: Float[Array, "K N"],
-  wq_KN: Float[Array, "K N"],
-  ws_PQ: Float[Array, "P Q"],
+  x_MK: Float[types.AnyArray, "M K"],
+  latent_KN: Float[types.AnyArray, "K N"],
+  wq_KN: Float[types.AnyArray, "K N"],
+  ws_PQ: Float[types.AnyArray, "P Q"],
   cfg: FP8Config,
-) -> Float[Array, "M N"]:
+) -> Float[types.AnyArray, "M N"]:
   """FP8 product of x with weights that were quantised once this step; gradients as the module says.
 
   `latent_KN` only receives the weight gradient: its values are not read.
@@ -140,8 +146,9 @@ linear.defvjp(_forward, _backward)
 
 
 def linear_of(
-  x_MK: Float[Array, "M K"], w_KN: Float[Array, "K N"], cfg: FP8Config
-) -> Float[Array, "M N"]:
+  x_MK: Float[types.AnyArray, "M K"], w_KN: Float[types.AnyArray, "K N"], cfg: FP8Config
+) -> Float[types.AnyArray, "M N"]:
   """`linear` of float weights, quantised here."""
+  x_MK, w_KN = jnp.asarray(x_MK), jnp.asarray(w_KN)
   wq_KN, ws_PQ = quantize_blocks(jax.lax.stop_gradient(w_KN), cfg)
   return linear(x_MK, w_KN, wq_KN, ws_PQ, cfg)

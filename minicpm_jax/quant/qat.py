@@ -20,7 +20,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from minicpm_jax.config import FP8Config, QuantConfig
 from minicpm_jax.core import trees, types
@@ -50,7 +50,7 @@ def is_leaf(x: Any) -> bool:
 
 
 @jax.custom_jvp
-def straight_through(latent: Float[Array, "..."], value: Float[Array, "..."]):
+def straight_through(latent: Float[types.AnyArray, "..."], value: Float[types.AnyArray, "..."]):
   """`value` in the forward pass; its tangent is that of `latent`."""
   del latent
   return value
@@ -66,7 +66,7 @@ def _straight_through_jvp(primals, tangents):
 
 
 def quantize_latent(
-  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
+  cfg: QuantConfig, path: str, w: Float[types.AnyArray, "..."], *, num_in: int, num_lead: int = 0
 ) -> qtensor.QTensor:
   """Codes and scales that the forward pass makes of a latent kernel."""
   cfg = dataclasses.replace(cfg, weights="codes", fp8=None)
@@ -75,7 +75,13 @@ def quantize_latent(
 
 
 def prepare_kernel(
-  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int, dtype: Any
+  cfg: QuantConfig,
+  path: str,
+  w: Float[types.AnyArray, "..."],
+  *,
+  num_in: int,
+  num_lead: int,
+  dtype: Any,
 ) -> Prepared:
   """The kernel `w` as forward passes in `dtype` use it."""
   form = dict(latent=w, num_in=num_in, fp8=cfg.fp8, act_bits=cfg.act_bits)
@@ -132,7 +138,7 @@ def view(
 # --- Using ---------------------------------------------------------------------------------------
 
 
-def as_array(kernel: Any, dtype: Any) -> Float[Array, "..."]:
+def as_array(kernel: Any, dtype: Any) -> Float[types.AnyArray, "..."]:
   """A kernel as floats in `dtype` (experts, kv_b, sharded sequences); FP8 codes cannot be one."""
   if qtensor.is_qtensor(kernel):
     return qtensor.dequantize(kernel, dtype)
@@ -148,7 +154,7 @@ def as_array(kernel: Any, dtype: Any) -> Float[Array, "..."]:
   return straight_through(kernel.latent, value.astype(dtype))
 
 
-def matmul(x_MK: Float[Array, "M K"], kernel: Prepared) -> Float[Array, "M N"]:
+def matmul(x_MK: Float[types.AnyArray, "M K"], kernel: Prepared) -> Float[types.AnyArray, "M N"]:
   """x times the quantised kernel in x's dtype, with the straight-through gradient."""
   K = x_MK.shape[1]
   if kernel.act_bits is not None:
@@ -163,11 +169,11 @@ def matmul(x_MK: Float[Array, "M K"], kernel: Prepared) -> Float[Array, "M N"]:
 
 @jax.custom_vjp
 def scaled_matmul(
-  x_MK: Float[Array, "M K"],
-  latent_KN: Float[Array, "K N"],
-  codes_KN: Float[Array, "K N"],
-  scale_1N: Float[Array, "1 N"],
-) -> Float[Array, "M N"]:
+  x_MK: Float[types.AnyArray, "M K"],
+  latent_KN: Float[types.AnyArray, "K N"],
+  codes_KN: Float[types.AnyArray, "K N"],
+  scale_1N: Float[types.AnyArray, "1 N"],
+) -> Float[types.AnyArray, "M N"]:
   """(x @ codes) * scale, sums and scale in float32; d latent = x^T dy."""
   return _scaled_forward(x_MK, latent_KN, codes_KN, scale_1N)[0]
 
@@ -188,7 +194,7 @@ def _scaled_backward(saved: Any, dy_MN: Any) -> Any:
 scaled_matmul.defvjp(_scaled_forward, _scaled_backward)
 
 
-def fake_rows(x_MK: Float[Array, "M K"]) -> Float[Array, "M K"]:
+def fake_rows(x_MK: Float[types.AnyArray, "M K"]) -> Float[types.AnyArray, "M K"]:
   """int8 fake quantisation of activations, one absmax scale a token (the optional hook)."""
   x32 = x_MK.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x32), axis=-1, keepdims=True) * (1.0 / 127)
@@ -201,7 +207,7 @@ def fake_rows(x_MK: Float[Array, "M K"]) -> Float[Array, "M K"]:
 
 def health(
   cfg: QuantConfig | None, old: types.Params, new: types.Params
-) -> dict[str, tuple[Float[Array, ""], float]]:
+) -> dict[str, tuple[Float[types.AnyArray, ""], float]]:
   """(sum, weight) of zero_share (of `old`) and flip_rate (codes that the update changed).
 
   Near a Gaussian the zero share of ternary weights is 0.31; empty where nothing is quantised.

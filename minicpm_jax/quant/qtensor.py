@@ -17,8 +17,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Float, Shaped
 
+from minicpm_jax.core import types
 from minicpm_jax.quant import schemes
 
 
@@ -82,8 +83,8 @@ def is_qtensor(x: Any) -> bool:
 
 
 def grouped(
-  w: Shaped[Array, "..."], num_in: int, num_groups: int, num_lead: int = 0
-) -> Shaped[Array, "..."]:
+  w: Shaped[types.AnyArray, "..."], num_in: int, num_groups: int, num_lead: int = 0
+) -> Shaped[types.AnyArray, "..."]:
   """[*lead, *in, *out] -> [*lead, Q, g, out]."""
   lead, rest = w.shape[:num_lead], w.shape[num_lead:]
   width = math.prod(rest[:num_in])
@@ -91,7 +92,7 @@ def grouped(
 
 
 def quantize(
-  w: Float[Array, "..."],
+  w: Float[types.AnyArray, "..."],
   scheme: str = "ternary",
   group_size: int = -1,
   *,
@@ -123,8 +124,8 @@ def quantize(
 
 
 def make(
-  codes: Shaped[Array, "..."],
-  scale: Float[Array, "..."],
+  codes: Shaped[types.AnyArray, "..."],
+  scale: Float[types.AnyArray, "..."],
   scheme: str,
   *,
   group_size: int,
@@ -218,7 +219,7 @@ def unpack(qt: QTensor) -> QTensor:
 # --- Floats --------------------------------------------------------------------------------------
 
 
-def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[types.AnyArray, "..."]:
   """The kernel [*lead, *in, *out]: computed in float32, then cast."""
   qt, rule, num_lead = unpack(qt), schemes.get(qt.scheme), len(qt.lead)
   codes = qt.codes.astype(jnp.int8).astype(jnp.float32)
@@ -241,7 +242,7 @@ def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
   return (codes * scale).astype(dtype).reshape(*qt.lead, *qt.shape)
 
 
-def matmul(x: Float[Array, "*rows"], qt: QTensor) -> Float[Array, "*out"]:
+def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
   """x [*rows, *in] times the kernel, in x's dtype.
 
   One scale an output channel and no zero point: y = (x @ T) s, exact codes in the product and the

@@ -18,7 +18,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from minicpm_jax.core import types
 
 EPS = 1e-8  # least scale; not printed in the paper
 
@@ -35,7 +37,9 @@ class Scheme:
   offset: float = 0.0
   has_zero: bool = True  # sym has no code 0
 
-  def scale(self, w: Float[Array, "*lead Q g out"]) -> Float[Array, "*lead Q 1 out"]:
+  def scale(
+    self, w: Float[types.AnyArray, "*lead Q g out"]
+  ) -> Float[types.AnyArray, "*lead Q 1 out"]:
     """float32 scale of every group (third axis from the end is groups, second its channels)."""
     size = jnp.abs(w.astype(jnp.float32))
     if self.divisor is None:
@@ -45,8 +49,8 @@ class Scheme:
     return jnp.maximum(jnp.max(size, axis=-2, keepdims=True) * (1.0 / self.divisor), EPS)
 
   def codes(
-    self, w: Float[Array, "*lead Q g out"], scale: Float[Array, "*lead Q 1 out"]
-  ) -> Float[Array, "*lead Q g out"]:
+    self, w: Float[types.AnyArray, "*lead Q g out"], scale: Float[types.AnyArray, "*lead Q 1 out"]
+  ) -> Float[types.AnyArray, "*lead Q g out"]:
     """Codes as float32 integers for given scales; a scale of 0 gives the code nearest to 0."""
     ratio = w.astype(jnp.float32) / jnp.where(scale > 0, scale, jnp.inf)
     if not self.has_zero:

@@ -23,6 +23,7 @@ from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import trees
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
+from minicpm_jax.quant import tree
 from minicpm_jax.train import evaluate, start, stop, window
 from minicpm_jax.train import step as step_lib
 
@@ -251,6 +252,7 @@ class _Run:
       f"mesh: {axes or 'one device'} ({kind}), {jax.process_count()} processes",
       f"model: {cfg.model.name}, {params:,} parameters, "
       f"{trees.nbytes((self.state.params, self.state.opt_state)) / 2**30:.3f} GiB of state",
+      *self._quant_lines(),
       f"step: {cfg.data.batch_size} rows x {cfg.data.seq_len} tokens = {tokens:,} tokens in "
       f"{cfg.grad_accum} micro-batches, {tflops:.3g} TFLOP (6N + causal attention)",
       f"start: {begun.description}",
@@ -258,4 +260,14 @@ class _Run:
       *(f"changed since the last start: {change}" for change in changes),
       f"train to step {cfg.num_steps}, checkpoints "
       + (f"every {every} steps" if every else "at the end only"),
+    ]
+
+  def _quant_lines(self) -> list[str]:
+    quant = self.cfg.model.quant
+    if quant is None:
+      return []
+    paths = list(tree.selected(quant, self.abstract.params))
+    return [
+      f"quant: {quant.scheme}, group size {quant.group_size}, FP8 {quant.fp8 or 'off'}: "
+      f"{tree.num_weights(quant, self.abstract.params):,} weights in {', '.join(paths)}"
     ]

@@ -26,6 +26,7 @@ from minicpm_jax.core import rng, trees, types
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.optim import schedules
+from minicpm_jax.quant import ternary
 from minicpm_jax.train import step as step_lib
 
 # Fields that a workdir's run may change when it goes on; every other difference is refused. The
@@ -178,11 +179,27 @@ def begin(
   tok = None
   if cfg.init_from is not None:
     params, tok = load_weights(cfg.init_from, model, abstract, mesh, cfg.seed)
+    ternary.check_latent(cfg.model.quant, params)
+    if cfg.keep_moments:
+      return _keep_moments(cfg, params, abstract, tok)
     description = f"weights of {cfg.init_from}, new optimiser state"
   else:
     params = step_lib.init_params(model, abstract, cfg.seed)
     description = f"random weights, seed {cfg.seed}"
   return Start(step_lib.fresh_state(optimizer, params, abstract), 0, 0, None, description, tok)
+
+
+def _keep_moments(
+  cfg: config.TrainConfig, params: types.Params, abstract: step_lib.TrainState, tok: Any
+) -> Start:
+  """Weights already loaded, with the Adam moments of the run that they come from; step 0."""
+  source, step, _ = orbax_io.open_run(cfg.init_from)
+  with source:
+    opt_state = source.opt_state(step, abstract.opt_state)
+  state = step_lib.TrainState(
+    jax.device_put(jnp.int32(0), abstract.step.sharding), params, opt_state
+  )
+  return Start(state, 0, 0, None, f"weights and moments of {cfg.init_from}, step 0", tok)
 
 
 def _restore(

@@ -1,0 +1,128 @@
+"""Ternary weights of BitCPM4 (quantization.md 1 and 2): quantise, guard against doing it twice.
+
+The absmean quantiser is not idempotent: of weights that are ternary already it makes a scale that
+is smaller by the zero share (0.69 s). Weights that look fused are refused where latent ones are
+expected, and their codes are recovered with s = max |W| of a group instead.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from minicpm_jax.config import QuantConfig
+from minicpm_jax.core import types
+from minicpm_jax.quant import int4, qat, qtensor, schemes, tree
+
+# Magnitudes of one group that differ by less are one scale rounded twice (bf16 neighbours).
+TOLERANCE = 2.0**-7
+
+
+class FusedWeightsError(ValueError):
+  """Weights that are quantised already where latent ones are expected, or the reverse."""
+
+
+def quantize(
+  w: Float[types.AnyArray, "..."],
+  group_size: int = -1,
+  *,
+  num_in: int = 1,
+  num_lead: int = 0,
+  scale_dtype: Any = jnp.float32,
+) -> qtensor.QTensor:
+  """s = max(mean |W|, 1e-8), q = clip(round(W / s), -1, 1) of a kernel [*lead, *in, *out]."""
+  layout = dict(num_in=num_in, num_lead=num_lead)
+  return qtensor.quantize(w, "ternary", group_size, scale_dtype=scale_dtype, **layout)
+
+
+def fake(
+  w: Float[types.AnyArray, "..."],
+  group_size: int = -1,
+  *,
+  num_in: int = 1,
+  num_lead: int = 0,
+  scale_dtype: Any = jnp.float32,
+) -> Float[types.AnyArray, "..."]:
+  """dequantize(quantize(w)) in w's dtype, with the identity as its gradient."""
+  layout = dict(num_in=num_in, num_lead=num_lead)
+  qt = quantize(w, group_size, scale_dtype=scale_dtype, **layout)
+  return qat.straight_through(jnp.asarray(w), qtensor.dequantize(qt, w.dtype))
+
+
+def is_fused(
+  w: Float[types.AnyArray, "..."], group_size: int = -1, *, num_in: int = 1, num_lead: int = 0
+) -> bool:
+  """True where no group has two distinct non-zero magnitudes (and some weight is not zero)."""
+  return bool(_is_fused(jnp.asarray(w), group_size, num_in, num_lead))
+
+
+def recover(
+  w: Float[types.AnyArray, "..."],
+  group_size: int = -1,
+  *,
+  num_in: int = 1,
+  num_lead: int = 0,
+  scale_dtype: Any = jnp.float32,
+  name: str = "kernel",
+) -> qtensor.QTensor:
+  """Codes and scales of fused weights: s is the group's one magnitude; FusedWeightsError if not."""
+  layout = dict(num_in=num_in, num_lead=num_lead)
+  if not is_fused(w, group_size, **layout) and bool(jnp.any(w != 0)):
+    raise FusedWeightsError(
+      f"{name}: found groups of {group_size} with several magnitudes, expected fused ternary "
+      "weights (0 and +-s in every group; is the group size right?)"
+    )
+  size, high = _magnitudes(w, group_size, num_in, num_lead)
+  codes = jnp.where(size > 0, jnp.sign(_groups(w, group_size, num_in, num_lead)), 0)
+  lead, shape = w.shape[:num_lead], w.shape[num_lead:]
+  return qtensor.make(
+    codes.astype(jnp.int8).reshape(w.shape),
+    high.astype(scale_dtype).reshape(*lead, high.shape[-3], *shape[num_in:]),
+    "ternary",
+    group_size=group_size,
+    **layout,
+  )
+
+
+def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
+  """Refuses parameters that are quantised already where `cfg` will quantise them (host check)."""
+  if cfg is None or cfg.scheme == "none" or cfg.weights != "latent":
+    return
+  for path, w in tree.selected(cfg, params).items():
+    num_in, num_lead = tree.layout(path)
+    if qtensor.is_qtensor(w):
+      raise FusedWeightsError(f"{path}: found a QTensor, expected latent float weights")
+    if bool(_looks_fused(jnp.asarray(w), cfg.group_size, num_in, num_lead)):
+      raise FusedWeightsError(
+        f"{path}: found weights that are quantised already (a fused checkpoint), expected latent "
+        "ones: quantising twice shrinks them. Load it without quant (its config.json has no 'qat' "
+        "entry), or recover its codes (quant.ternary.recover, quant.int4.recover)"
+      )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation a shape
+def _looks_fused(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+  layout = (num_in, num_lead)
+  is_ternary = _is_fused(w, group_size, *layout) | _is_fused(w, -1, *layout)
+  return is_ternary | int4.fused_flag(w, group_size, *layout)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _is_fused(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+  size, high = _magnitudes(w, group_size, num_in, num_lead)
+  low = jnp.min(jnp.where(size > 0, size, jnp.inf), axis=-2, keepdims=True)
+  return jnp.all((high == 0) | (high - low <= TOLERANCE * high)) & jnp.any(high > 0)
+
+
+def _groups(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+  width = math.prod(w.shape[num_lead : num_lead + num_in])
+  num_groups = schemes.group_count(width, group_size)
+  return qtensor.grouped(jnp.asarray(w).astype(jnp.float32), num_in, num_groups, num_lead)
+
+
+def _magnitudes(w: Any, group_size: int, num_in: int, num_lead: int) -> tuple[Any, Any]:
+  size = jnp.abs(_groups(w, group_size, num_in, num_lead))
+  return size, jnp.max(size, axis=-2, keepdims=True)

@@ -1,0 +1,102 @@
+"""FP8 block-wise matmul (quantization.md 9) against numpy and against the unquantised gradient."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from minicpm_jax.config import FP8Config
+from minicpm_jax.quant import fp8
+
+RNG = np.random.default_rng(0)
+CFG, TENSOR = FP8Config(), FP8Config(granularity="tensor")
+
+
+def normal(*shape):
+  return RNG.normal(size=shape).astype(np.float32)
+
+
+def error(found, expected):
+  return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def blocks_in_numpy(x, row_block, col_block):
+  """Values after block quantisation, one block at a time with ml_dtypes' cast."""
+  out = np.zeros(x.shape)
+  for i in range(0, x.shape[0], row_block):
+    for j in range(0, x.shape[1], col_block):
+      part = x[i : i + row_block, j : j + col_block]
+      s = np.float32(np.abs(part).max() * np.float32(1 / 448)) or np.float32(1)
+      q = np.clip(part / s, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+      out[i : i + row_block, j : j + col_block] = q.astype(np.float32) * s
+  return out
+
+
+@pytest.mark.parametrize("M, K, N", [(8, 256, 128), (5, 200, 130)], ids=["whole", "edges"])
+def test_forward_and_gradients_against_numpy(M, K, N):
+  x, w, dy = normal(M, K), normal(K, N), normal(M, N)
+
+  @jax.jit
+  def run(x, w, dy):
+    y, pull = jax.vjp(lambda x, w: fp8.linear_of(x, w, CFG), x, w)
+    return y, *pull(dy)
+
+  y, dx, dw = run(x, w, dy)
+  wq = blocks_in_numpy(w, 128, 128)
+  np.testing.assert_allclose(y, blocks_in_numpy(x, 1, 128) @ wq, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(dx, blocks_in_numpy(dy, 1, 128) @ wq.T, rtol=1e-5, atol=1e-4)
+  low = [a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, dy)]
+  np.testing.assert_allclose(dw, low[0].T @ low[1], rtol=1e-5, atol=1e-5)  # nothing quantised
+  for found, plain in ((y, x @ w), (dx, dy @ w.T), (dw, x.T @ dy)):
+    cosine = np.vdot(found, plain) / np.linalg.norm(found) / np.linalg.norm(plain)
+    assert cosine >= 0.999
+
+
+def test_sum_over_blocks_is_the_same_product():
+  @jax.jit
+  def both(x, w):
+    args = (*fp8.quantize_rows(x, CFG), *fp8.quantize_blocks(w, CFG))
+    return fp8.block_matmul(*args), fp8.matmul(*args)
+
+  found, expected = both(normal(6, 300), normal(300, 140))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outliers_stay_in_their_block():
+  """One outlier row in 64: the other rows keep 3.7% noise, with one scale a tensor they do not."""
+  others, base, w = np.arange(64) != 7, normal(64, 512), normal(512, 256)
+
+  def noise(cfg, outlier):
+    x = base.copy()
+    x[7] *= outlier
+    y = np.asarray(jax.jit(fp8.linear_of, static_argnums=2)(x, w, cfg))
+    assert np.all(np.isfinite(y))
+    return error(y[others], (x @ w)[others])
+
+  assert noise(CFG, 3e4) <= 0.045 and noise(CFG, 1e6) <= 0.045
+  assert noise(TENSOR, 3e4) >= 3 * noise(CFG, 3e4)
+
+
+def test_zeros_powers_of_two_and_e5m2():
+  q, s = fp8.quantize_rows(jnp.zeros((2, 130)), CFG)
+  np.testing.assert_array_equal(s, 1)
+  np.testing.assert_array_equal(q.astype(jnp.float32), 0)
+  x = jnp.asarray(normal(4, 256))
+  _, s = fp8.quantize_rows(x, FP8Config(power_of_two_scales=True))
+  np.testing.assert_array_equal(np.log2(s) % 1, 0)
+  q, s = fp8.quantize_rows(x, FP8Config(format="e5m2"))
+  assert q.dtype == jnp.float8_e5m2 and 0.03 < error(fp8.dequantize_rows(q, s), x) < 0.12
+
+
+def test_prepared_once_equals_quantised_on_the_spot():
+  x, w = jnp.asarray(normal(4, 256)), jnp.asarray(normal(256, 128))
+
+  @jax.jit
+  def both(x, w):
+    codes = fp8.quantize_blocks(w, CFG)
+    a, pull_a = jax.vjp(lambda x, w: fp8.linear(x, w, *codes, CFG), x, w)
+    b, pull_b = jax.vjp(lambda x, w: fp8.linear_of(x, w, CFG), x, w)
+    return (a, *pull_a(a)), (b, *pull_b(b))
+
+  jax.tree.map(np.testing.assert_array_equal, *both(x, w))
