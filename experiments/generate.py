@@ -3,106 +3,75 @@
   python -m experiments.generate --model=DIR_OR_GGUF --prompt="Why is the sky blue?"
   python -m experiments.generate --model=runs/nano@500 --raw --prompt="def add(a, b):"
   python -m experiments.generate --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --temperature=0.7
+  python -m experiments.generate --model=DIR --json_schema=schema.json --draft_kind=ngram
 
 DIR_OR_GGUF is a Hugging Face folder, the folder of a training run (newest checkpoint, or @STEP), or
-a GGUF file. A prompt goes through the tokenizer's chat template where it has one, unless --raw.
-Text goes to stdout, a line of counts and rates to stderr. In a chat: /reset forgets, Ctrl-C stops
-the answer, Ctrl-D leaves.
+a GGUF file. A prompt goes through the tokenizer's chat template where it has one, unless --raw
+(CPM.cu's --nouse_chat_template). The flags are CPM.cu's, their meaning stands in config/cpmcu.py;
+--model, --prompt, --max_new_tokens and --seed are short for model_path, prompt_text, num_generate
+and random_seed. Text goes to stdout, the summary block to stderr. In a chat: /reset forgets, Ctrl-C
+stops the answer, Ctrl-D leaves.
 """
 
-import contextlib
+import dataclasses
+import pathlib
 import sys
-from collections.abc import Generator
 
 from absl import flags
 
-from experiments import _models
-from minicpm_jax import config
-from minicpm_jax.infer import chat as chat_lib
+from experiments import _infer, _talk
+from minicpm_jax.config import cpmcu
 
-SAMPLING = {
-  "temperature": (flags.DEFINE_float, "0 is greedy."),
-  "top_k": (flags.DEFINE_integer, "Keep the k most likely tokens; 0 is off."),
-  "top_p": (flags.DEFINE_float, "Keep the most likely tokens up to this mass; 1 is off."),
-  "min_p": (flags.DEFINE_float, "Keep tokens above this share of the most likely; 0 is off."),
-  "max_new_tokens": (flags.DEFINE_integer, "Tokens of an answer."),
-  "seed": (flags.DEFINE_integer, "Of the noise; equal seeds give equal answers."),
-}
+CHAT_CONTEXT = 8192  # tokens of a chat, where model and memory have as many
+ALIASES = {"model": "model_path", "prompt": "prompt_text", "seed": "random_seed"}
+ALIASES |= {"max_new_tokens": "num_generate"}
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
   """The flags of this script in a registry of its own (one process may import several scripts)."""
   values = flags.FlagValues()
-  flags.DEFINE_string("model", None, f"Path: {_models.KINDS}.", flag_values=values)
-  flags.DEFINE_string(
-    "prompt", None, "Text to answer or, with --raw, to go on.", flag_values=values
-  )
+  _infer.define(values, cpmcu.SERVE_ONLY)
+  for name, target in ALIASES.items():
+    flags.DEFINE_alias(name, target, flag_values=values)
   flags.DEFINE_string("system", None, "System turn in front.", flag_values=values)
   flags.DEFINE_bool("chat", False, "Interactive chat.", flag_values=values)
   flags.DEFINE_bool("raw", False, "No chat template.", flag_values=values)
-  for name, (define, text) in SAMPLING.items():
-    define(name, getattr(config.SamplingConfig(), name), text, flag_values=values)
   if "--help" in argv:
     print(f"{__doc__}\n{values.get_help()}")
     sys.exit(0)
   rest = values(argv)[1:]
   if rest:
     raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-  if values.model is None:
-    raise ValueError(f"--model: found none, expected {_models.KINDS}")
-  if values.chat == (values.prompt is not None):
-    raise ValueError("--prompt, --chat: found both or neither, expected one of them")
+  prompts = [n for n in ("prompt_text", "prompt_file") if values[n].present]
+  if len(prompts) + values.chat > 1:
+    raise ValueError("--prompt, --prompt_file, --chat: found several, expected one of them")
   if values.raw and (values.chat or values.system is not None):
     raise ValueError("--raw: found with --chat or --system, expected --prompt alone")
   return values
 
 
-def show(pieces: Generator[str]) -> None:
-  with contextlib.closing(pieces):
-    for piece in pieces:
-      print(piece, end="", flush=True)
-  print(flush=True)
-
-
-def converse(chat: chat_lib.Chat) -> None:
-  """Reads turns until the end of input; an error or Ctrl-C ends the answer, not the chat."""
-  while True:
-    try:
-      text = input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-      print()
-      return
-    if text == "/reset":
-      chat.reset()
-    elif text:
-      try:
-        show(chat.stream(text))
-      except KeyboardInterrupt:
-        print(" ...")
-      except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        continue
-      print(chat.stats.line(), file=sys.stderr)
-
-
 def run(values: flags.FlagValues) -> None:
-  sampling = config.SamplingConfig(**{name: values[name].value for name in SAMPLING})
-  model, params, tok = _models.load(values.model)
-  if values.chat or values.system is not None or (tok.chat_template and not values.raw):
-    chat = chat_lib.Chat(model, params, tok, sampling=sampling, system=values.system)
-    if values.chat:
-      converse(chat)
-    else:
-      show(chat.stream(values.prompt))
-      print(chat.stats.line(), file=sys.stderr)
+  cfg = _infer.read(values)
+  text = cfg.prompt_text
+  if cfg.prompt_file is not None:
+    text = pathlib.Path(cfg.prompt_file).read_text()
+  cfg = dataclasses.replace(cfg, use_chat_template=cfg.use_chat_template and not values.raw)
+  if values.chat:
+    loaded = _infer.load(cfg, max_batch=1, num_tokens=CHAT_CONTEXT)
+    _talk.converse(_talk.Talk(cfg, loaded, values.system))
     return
-  if not values.raw:
+  # Bytes bound the tokens of the prompt; a little more for the template.
+  size = len(text.encode()) + len((values.system or "").encode()) + 256 + cfg.num_generate
+  loaded = _infer.load(cfg, max_batch=1, num_tokens=size)
+  tok = loaded.tok
+  talk = _talk.Talk(cfg, loaded, values.system)
+  if values.system is not None or (tok.chat_template and cfg.use_chat_template):
+    talk.say(text)
+    return
+  if cfg.use_chat_template:
     print("no chat template: the prompt is continued as raw text", file=sys.stderr)
-  stats = chat_lib.Stats()
-  prompt = tok.encode(values.prompt, add_bos=tok.add_bos)
-  print(values.prompt, end="", flush=True)
-  show(chat_lib.stream_text(model, params, tok, prompt, sampling, stats=stats))
-  print(stats.line(), file=sys.stderr)
+  print(text, end="", flush=True)
+  talk.complete(tok.encode(text, add_bos=tok.add_bos))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Frozen configuration dataclasses: data only, no jax."""
 
+from minicpm_jax.config.cpmcu import InferConfig
 from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
 from minicpm_jax.config.draft import DistillConfig, DraftConfig
 from minicpm_jax.config.dtypes import DTypeName
@@ -28,6 +29,7 @@ __all__ = [
   "DraftConfig",
   "EngineConfig",
   "FP8Config",
+  "InferConfig",
   "MLAConfig",
   "MTPConfig",
   "MeshConfig",

@@ -1,0 +1,321 @@
+"""What generate and serve share: CPM.cu's flags, and the engine that they describe.
+
+`--config=minicpm4_8b[:arg]` starts from a preset of configs/infer (or a path.py); flags win.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import secrets
+import types as python_types
+import typing
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import _flags, _models
+from minicpm_jax import ckpt, config
+from minicpm_jax.core import types
+from minicpm_jax.infer import chat, constrained, detokenize, engine, generate
+from minicpm_jax.models import cache, transformer
+from minicpm_jax.nn import rope
+from minicpm_jax.text import tokenizer
+
+PRESETS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "infer"
+MIN_CONTEXT = 64  # tokens; less memory than for these is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model on its engine."""
+
+  engine: engine.Engine
+  tok: tokenizer.Tokenizer
+  stop_ids: tuple[int, ...]
+
+
+def define(values: flags.FlagValues, leave_out: Sequence[str]) -> None:
+  """One flag for each field of InferConfig."""
+  flags.DEFINE_string("config", None, "Preset NAME[:arg] or PATH.py[:arg].", flag_values=values)
+  hints = typing.get_type_hints(config.InferConfig)
+  makers = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+  makers |= {bool: flags.DEFINE_bool}
+  for field in dataclasses.fields(config.InferConfig):
+    if field.name in leave_out:
+      continue
+    options = [o for o in _members(hints[field.name]) if o is not type(None)]
+    text = f"See config/cpmcu.py: {field.name}."
+    if isinstance(options[0], str):
+      flags.DEFINE_enum(field.name, field.default, options, text, flag_values=values)
+    else:
+      makers[options[0]](field.name, field.default, text, flag_values=values)
+
+
+def _members(hint: Any) -> list[Any]:
+  """Types and literal values of a hint."""
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, python_types.UnionType):
+    return [m for part in typing.get_args(hint) for m in _members(part)]
+  return list(typing.get_args(hint)) if origin is typing.Literal else [hint]
+
+
+def read(values: flags.FlagValues) -> config.InferConfig:
+  """The preset with the flags that were given."""
+  cfg = _preset(values.config) if values.config else config.InferConfig()
+  names = [f.name for f in dataclasses.fields(cfg) if f.name in values]
+  given = {name: values[name].value for name in names if values[name].present}
+  cfg = dataclasses.replace(cfg, **given)
+  if cfg.model_path is None:
+    raise ValueError(f"--model: found none, expected {_models.KINDS}")
+  sampling(cfg)  # refuses bad values before anything is loaded
+  return cfg
+
+
+def sampling(cfg: config.InferConfig) -> config.SamplingConfig:
+  """Without --random_seed the noise differs from run to run."""
+  return config.SamplingConfig(
+    repetition_penalty=cfg.repetition_penalty,
+    temperature=cfg.temperature,
+    top_k=cfg.top_k,
+    top_p=cfg.top_p,
+    min_p=cfg.min_p,
+    max_new_tokens=cfg.num_generate,
+    seed=secrets.randbits(31) if cfg.random_seed is None else cfg.random_seed,
+  )
+
+
+def _preset(text: str) -> config.InferConfig:
+  name, _, arg = text.partition(":")
+  if name.endswith(".py") or "/" in name:
+    return _flags.load(text)
+  known = sorted(path.stem for path in PRESETS.glob("[!_]*.py"))
+  if name not in known:
+    raise ValueError(f"--config: found {name!r}, expected one of {', '.join(known)} or a path.py")
+  return importlib.import_module(f"configs.infer.{name}").get_config(arg)
+
+
+# --- Model, draft, engine ---------------------------------------------------------------------
+
+
+def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = None) -> Loaded:
+  """Everything that the config describes. `num_tokens`: context wanted; None = all there is."""
+  model, params, tok = _models.load(cfg.model_path)
+  model, params = _as_asked(cfg, model, params)
+  drafter, draft_params = _draft(cfg, model, params)
+  nodes = 1 if drafter is None else drafter.num_nodes
+  capacity = context_length(cfg, model.cfg, params, max_batch)
+  if num_tokens is not None:
+    capacity = min(capacity, generate.bucket(num_tokens + nodes))
+  sizes = config.EngineConfig(
+    capacity=capacity,
+    max_batch=max_batch,
+    chunk_size=cfg.chunk_length,
+    rounds_per_dispatch=cfg.rounds_per_dispatch,
+  )
+  stops = () if cfg.ignore_eos else chat.stop_ids(model.cfg, tok)
+  more = {"drafter": drafter, "draft_params": draft_params, "stop_ids": stops}
+  return Loaded(engine.Engine(model, params, sizes, **more), tok, stops)
+
+
+def context_length(
+  cfg: config.InferConfig, model: config.ModelConfig, params: types.Params, max_batch: int
+) -> int:
+  """Tokens a row: the model's, less where max_context or the memory say so (inference.md 2)."""
+  limit = cfg.max_context or model.max_position
+  spare = memory_bytes() * cfg.memory_limit - sum(x.nbytes for x in jax.tree.leaves(params))
+  small, large = (
+    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_cache_shapes(model, n)))
+    for n in (1024, 2048)
+  )
+  room = int(spare // (max_batch * (large - small) / 1024))
+  if min(limit, room) < MIN_CONTEXT:
+    raise ValueError(
+      f"memory_limit: found room for {room} tokens of {max_batch} rows, expected {MIN_CONTEXT}"
+    )
+  return min(limit, room)
+
+
+def _cache_shapes(model: config.ModelConfig, capacity: int) -> Any:
+  return jax.eval_shape(lambda: cache.init(model, 1, capacity, per_row=True))
+
+
+def memory_bytes() -> int:
+  """Of the device; on a CPU what /proc/meminfo calls available, else 8 GiB."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return int(stats["bytes_limit"])
+  meminfo = pathlib.Path("/proc/meminfo")
+  if not meminfo.is_file():
+    return 8 * 2**30
+  fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+  return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _as_asked(
+  cfg: config.InferConfig, model: transformer.Transformer, params: types.Params
+) -> tuple[transformer.Transformer, types.Params]:
+  """model_type, dtype, minicpm4_yarn and the sparse flags applied to what was loaded."""
+  arch, shape = model.cfg.arch, model.cfg
+  wanted = {"llama": "llama", "minicpm": "minicpm", "minicpm4": "minicpm"}.get(cfg.model_type, arch)
+  if arch != wanted:
+    raise ValueError(f"--model_type: found {cfg.model_type}, but the checkpoint is a {arch}")
+  if cfg.model_type == "minicpm4" and shape.sparse is None:
+    raise ValueError("--model_type: found minicpm4, but the checkpoint has no sparse_config")
+  if cfg.model_type in ("llama", "minicpm"):
+    shape = dataclasses.replace(shape, sparse=None)
+  if shape.sparse is not None:
+    sparse = dataclasses.replace(
+      shape.sparse,
+      init_blocks=cfg.sink_window_size,
+      window_size=cfg.block_window_size * shape.sparse.block_size,
+      topk=cfg.sparse_topk_k,
+      dense_len=cfg.sparse_switch,
+      lse="coarse" if cfg.use_compress_lse else "exact",
+    )
+    shape = dataclasses.replace(shape, sparse=sparse)
+  if cfg.minicpm4_yarn:
+    shape = _with_yarn(shape)
+  if cfg.dtype != "auto":
+    name = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[cfg.dtype]
+    if jax.default_backend() == "cpu" and name != "f32":
+      raise ValueError(f"--dtype: found {cfg.dtype}, expected float32 or auto on a CPU")
+    shape = dataclasses.replace(shape, dtype=name, param_dtype=name)
+    dtype = types.dtype_of(name)
+    floats = lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x  # noqa: E731
+    params = params if name == model.cfg.param_dtype else jax.tree.map(floats, params)
+  return transformer.Transformer(shape), params
+
+
+def _with_yarn(shape: config.ModelConfig) -> config.ModelConfig:
+  """LongRoPE factors of the released 128K set of this model (models.md 3.6)."""
+  for family, extension in (("minicpm4_8b", 4), ("minicpm4p1_8b", 2)):
+    base = rope.longrope_factors(family)
+    same = len(base) == len(shape.rope.long_factor)
+    if same and np.allclose(base, shape.rope.long_factor, rtol=1e-2):
+      factors = rope.longrope_factors(family, extension=extension)
+      longer = dataclasses.replace(
+        shape.rope, short_factor=factors, long_factor=factors, factor=1.0
+      )
+      return dataclasses.replace(shape, rope=longer, max_position=131072)
+  raise ValueError("--minicpm4_yarn: found other factors than MiniCPM4-8B's or MiniCPM4.1-8B's")
+
+
+def draft_kind(cfg: config.InferConfig) -> str:
+  """The kind that the flags mean."""
+  if cfg.draft_kind is not None:
+    return cfg.draft_kind
+  if cfg.draft_model_path is None:
+    return "none"
+  return "eagle3" if cfg.use_eagle3 else "eagle"
+
+
+def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: types.Params) -> Any:
+  """(drafter, its parameters)."""
+  kind = draft_kind(cfg)
+  if kind in ("none", "ngram", "mtp") and cfg.draft_model_path is not None:
+    raise ValueError(
+      f"--draft_model_path: found with --draft_kind={kind}, which has no draft model"
+    )
+  if kind in ("eagle", "eagle3", "chain") and cfg.draft_model_path is None:
+    raise ValueError(f"--draft_model_path: found none, expected a draft for --draft_kind={kind}")
+  if kind == "none":
+    return None, ()
+  if kind == "ngram":
+    from minicpm_jax.infer.drafters import ngram
+
+    return ngram.NGramDrafter(), ()
+  if kind == "chain":
+    from minicpm_jax.infer.drafters import chain
+
+    small, small_params, _ = _models.load(cfg.draft_model_path)
+    return chain.ChainDrafter(small, num_levels=max(1, cfg.spec_num_iter)), small_params
+  sizes = {
+    "num_levels": cfg.spec_num_iter,
+    "top_k": cfg.spec_topk_per_iter,
+    "num_nodes": cfg.spec_tree_size,
+  }
+  if kind in ("eagle", "eagle3", "mtp"):
+    return _eagle(cfg, kind, model, params, sizes)
+  raise ValueError(f"--draft_kind: {kind} is not built into this command")
+
+
+def _eagle(cfg: config.InferConfig, kind: str, model, params, sizes: dict[str, int]) -> Any:
+  from minicpm_jax.infer import frspec
+  from minicpm_jax.infer.drafters import eagle, mtp
+
+  ids = None
+  if cfg.frspec_path is not None:
+    ids = frspec.load_index(cfg.frspec_path, cfg.frspec_vocab_size)
+  if kind == "mtp":
+    return mtp.make(model, params, fr_ids=ids, **sizes)
+  draft = ckpt.draft_io.load_draft(
+    cfg.draft_model_path,
+    model.cfg,
+    window_size=cfg.spec_window_size,
+    draft_logit_scale=cfg.draft_logit_scale,
+  )
+  if (draft.cfg.kind == "eagle3") != (kind == "eagle3"):
+    raise ValueError(f"--draft_model_path: found a draft of kind {draft.cfg.kind}, expected {kind}")
+  return eagle.make(draft, model, params, fr_ids=ids, **sizes)
+
+
+# --- Answers ----------------------------------------------------------------------------------
+
+
+def constraint(cfg: config.InferConfig, loaded: Loaded) -> constrained.Constraint | None:
+  """A new one of --json_schema or --grammar_file."""
+  path = cfg.json_schema or cfg.grammar_file
+  if path is None:
+    return None
+  stops = loaded.stop_ids or loaded.tok.stop_ids
+  compiler = constrained.GrammarCompiler(
+    loaded.tok, loaded.engine.model.cfg.vocab_size, stop_ids=stops
+  )
+  text = pathlib.Path(path).read_text()
+  if cfg.grammar_file is not None:
+    return compiler.lark(text)
+  try:
+    schema = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"--json_schema: {path}: not valid JSON: {error}") from error
+  return compiler.json_schema(schema)
+
+
+def answer(
+  loaded: Loaded,
+  prompt: Sequence[int],
+  settings: config.SamplingConfig,
+  stats: list[engine.Stats],
+  mask: constrained.Constraint | None = None,
+) -> Generator[str]:
+  """Text of one answer piece by piece; its stats are appended (also where it is closed early)."""
+  text = detokenize.TextStream(loaded.tok, stop_ids=loaded.stop_ids)
+  request = engine.Request(list(prompt), settings, (), mask)
+  for event in loaded.engine.stream([request]):
+    if event.finish_reason is not None:
+      stats.append(event.stats)
+    if piece := text.push(event.tokens):
+      yield piece
+  if piece := text.finish("length"):
+    yield piece
+
+
+def summary(stats: engine.Stats) -> str:
+  """The block of CPM.cu (inference.md 19): lengths, times, rates, mean accept length."""
+  decoded = max(stats.new_tokens - 1, 0)  # the first token comes out of the prefill
+  computed = stats.prompt_tokens - stats.cached_tokens
+  rows = [
+    ("prefill length", f"{stats.prompt_tokens} tokens ({stats.cached_tokens} from the cache)"),
+    ("prefill time", f"{stats.prefill_seconds:.3f} s"),
+    ("prefill speed", f"{computed / max(stats.prefill_seconds, 1e-9):.1f} tok/s"),
+    ("mean accept length", f"{max(stats.mean_accepted, 1.0):.2f}"),
+    ("decode length", f"{stats.new_tokens} tokens"),
+    ("decode time", f"{stats.decode_seconds:.3f} s"),
+    ("decode speed", f"{decoded / max(stats.decode_seconds, 1e-9):.1f} tok/s"),
+    ("compile time", f"{stats.compile_seconds:.1f} s (in no rate)"),
+  ]
+  return "\n".join(f"{name + ':':20}{value}" for name, value in rows)

@@ -1,0 +1,83 @@
+"""An OpenAI-compatible server of a model on disk, with a chat page at /.
+
+  python -m experiments.serve --model=DIR_OR_GGUF                  # http://127.0.0.1:8000
+  python -m experiments.serve --model=DIR --port=9000 --max_batch=8 --draft_kind=ngram
+
+POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /metrics. The flags are
+CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; --model is short for --model_path. It
+listens on the loopback address unless --host says otherwise: there is no authentication. Ctrl-C or
+SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[serve]'` (`[constrained]` for
+response_format, grammars and required tool calls).
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import _infer
+from minicpm_jax import config
+from minicpm_jax.config import cpmcu
+from minicpm_jax.infer import chat as chat_lib
+from minicpm_jax.infer.server import app, service
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  _infer.define(values, cpmcu.GENERATE_ONLY)
+  flags.DEFINE_alias("model", "model_path", flag_values=values)
+  default = config.ServerConfig()
+  flags.DEFINE_integer("max_queue", default.max_queue, "Waiting requests.", flag_values=values)
+  flags.DEFINE_integer("max_body_bytes", default.max_body_bytes, "Of a body.", flag_values=values)
+  flags.DEFINE_string("model_name", None, "Name in answers (the path's).", flag_values=values)
+  if "--help" in argv:
+    print(f"{__doc__}\n{values.get_help()}")
+    sys.exit(0)
+  rest = values(argv)[1:]
+  if rest:
+    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+  return values
+
+
+def make(values: flags.FlagValues) -> service.ChatService:
+  """The service that the flags describe, not started."""
+  cfg = _infer.read(values)
+  if cfg.json_schema or cfg.grammar_file:
+    raise ValueError("--json_schema, --grammar_file: requests say them (response_format, grammar)")
+  server = config.ServerConfig(
+    host=cfg.host,
+    port=cfg.port,
+    max_queue=values.max_queue,
+    max_body_bytes=values.max_body_bytes,
+  )
+  loaded = _infer.load(cfg, max_batch=cfg.max_batch)
+  try:
+    template = chat_lib.template_for(loaded.engine.model.cfg, loaded.tok)
+  except ValueError:  # a base model: text completions work, chat says what is missing
+    template = None
+  name = values.model_name or pathlib.Path(cfg.model_path).name
+  return service.ChatService(
+    loaded.engine, loaded.tok, name=name, cfg=server, template=template, stop_ids=loaded.stop_ids
+  )
+
+
+def run(values: flags.FlagValues) -> None:
+  chat = make(values)
+  cfg, capacity = chat.cfg, chat.models()["data"][0]["max_model_len"]
+  print(f"{chat.name}: {capacity} tokens a row, http://{cfg.host}:{cfg.port}", file=sys.stderr)
+  app.make_server(chat).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+  try:
+    run(parse(sys.argv if argv is None else argv))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,96 @@
+"""The command line of CPM.cu as a config: what `experiments.generate` and `serve` take as flags.
+
+Names and defaults are CPM.cu's (common/args.py; inference.md 18) unless a comment says otherwise;
+the fields behind `backend` are ours or belong to one of the two commands.
+"""
+
+import dataclasses
+from typing import Literal
+
+from minicpm_jax.config.validate import require
+
+DRAFT_KINDS = ("eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferConfig:
+  """One run of the decode engine."""
+
+  # Model
+  model_path: str | None = None  # HF folder, run folder or GGUF file; required
+  draft_model_path: str | None = None  # enables speculation
+  frspec_path: str | None = None  # file, or folder with freq_{r}
+  model_type: Literal["auto", "llama", "minicpm", "minicpm4"] = "auto"  # minicpm4 = sparse
+  dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # ours: bf16, f32 on CPU
+  minicpm4_yarn: bool = False  # LongRoPE factors of the 128K set
+  cuda_graph: bool = True  # accepted, no effect: everything is compiled
+  # System
+  memory_limit: float = 0.9  # share of the memory for weights and cache together
+  chunk_length: int = 2048  # tokens of one prefill forward
+  plain_output: bool = False  # no colour
+  # Speculation
+  use_eagle3: bool = False
+  spec_window_size: int = 1024  # tokens that a draft row sees, 0 = all
+  spec_num_iter: int = 2  # levels of the tree
+  spec_topk_per_iter: int = 10
+  spec_tree_size: int = 12  # nodes, root included
+  frspec_vocab_size: int = 32768
+  # Sparse attention, for models that have it
+  sink_window_size: int = 1  # blocks
+  block_window_size: int = 8  # blocks
+  sparse_topk_k: int = 64  # blocks
+  sparse_switch: int = 0  # tokens; dense below
+  use_compress_lse: bool = True  # log-sum-exp from the coarse level
+  # Sampling (ours but for temperature)
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  # Ours
+  draft_kind: Literal["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"] | None = (
+    None  # None: eagle, eagle3 or chain with a draft model, else none
+  )
+  draft_logit_scale: float = 1.0
+  rounds_per_dispatch: int = 1
+  max_batch: int = 4  # rows that decode together (server)
+  max_context: int = 0  # tokens of prompt and answer; 0 = what model and memory allow
+  json_schema: str | None = None  # file with a schema that every answer must satisfy
+  grammar_file: str | None = None  # file with a Lark grammar
+  backend: Literal["jax"] = "jax"
+  # generate
+  prompt_file: str | None = None
+  prompt_text: str = "Who are you"
+  use_chat_template: bool = True
+  use_stream: bool = True
+  num_generate: int = 1024  # tokens
+  random_seed: int | None = None
+  ignore_eos: bool = False
+  # serve
+  host: str = "127.0.0.1"  # CPM.cu: 0.0.0.0
+  port: int = 8000
+
+  def __post_init__(self):
+    require(0 < self.memory_limit <= 1, "memory_limit", self.memory_limit, "in (0, 1]")
+    require(self.chunk_length >= 16, "chunk_length", self.chunk_length, "tokens >= 16")
+    kinds = (None, *DRAFT_KINDS)
+    require(self.draft_kind in kinds, "draft_kind", self.draft_kind, f"one of {DRAFT_KINDS}")
+    require(self.backend == "jax", "backend", self.backend, "jax")
+    for name in ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch"):
+      require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+    for name in ("spec_window_size", "max_context", "sparse_switch"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    both = self.json_schema is not None and self.grammar_file is not None
+    require(not both, "json_schema, grammar_file", "both", "at most one of them")
+
+
+SERVE_ONLY = ("host", "port")
+GENERATE_ONLY = (
+  "prompt_file",
+  "prompt_text",
+  "use_chat_template",
+  "use_stream",
+  "num_generate",
+  "random_seed",
+  "ignore_eos",
+)

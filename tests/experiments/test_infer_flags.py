@@ -1,0 +1,207 @@
+"""CPM.cu's flag table, the presets, and what the flags do to a model; the server command."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import _infer, generate, serve
+from minicpm_jax import ckpt, config
+from minicpm_jax.infer.drafters import ngram
+from minicpm_jax.models import transformer, zoo
+from minicpm_jax.text import tokenizer
+
+# inference.md section 18, as CPM.cu's common/args.py has it: name in dash form, default.
+BOTH = {
+  "model-path": None,
+  "draft-model-path": None,
+  "frspec-path": None,
+  "model-type": "auto",
+  "minicpm4-yarn": False,
+  "cuda-graph": True,
+  "memory-limit": 0.9,
+  "chunk-length": 2048,
+  "plain-output": False,
+  "use-eagle3": False,
+  "spec-window-size": 1024,
+  "spec-num-iter": 2,
+  "spec-topk-per-iter": 10,
+  "spec-tree-size": 12,
+  "frspec-vocab-size": 32768,
+  "sink-window-size": 1,
+  "block-window-size": 8,
+  "sparse-topk-k": 64,
+  "sparse-switch": 0,
+  "use-compress-lse": True,
+  "temperature": 0.0,
+}
+CLI = {
+  "prompt-file": None,
+  "prompt-text": "Who are you",
+  "use-chat-template": True,
+  "use-stream": True,
+  "num-generate": 1024,
+  "random-seed": None,
+  "ignore-eos": False,
+}
+SERVER = {"host": "127.0.0.1", "port": 8000}  # the host is ours: loopback
+ADDED = (
+  "top-k top-p min-p repetition-penalty draft-kind draft-logit-scale rounds-per-dispatch max-batch "
+  "json-schema grammar-file backend dtype"
+).split()
+
+
+@pytest.mark.parametrize(
+  "parse, own, others",
+  [(generate.parse, CLI, SERVER), (serve.parse, SERVER, CLI)],
+  ids=["cli", "server"],
+)
+def test_names_and_defaults_are_those_of_the_table(parse, own, others):
+  values = parse(["command"])
+  for name, default in (BOTH | own).items():
+    flag = values[name.replace("-", "_")]
+    assert flag.default == default and type(flag.default) is type(default), name
+    assert getattr(config.InferConfig(), name.replace("-", "_")) == default
+  for name in ADDED:
+    assert name.replace("-", "_") in values
+  for name in others:
+    assert name.replace("-", "_") not in values
+  kinds = ["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"]
+  assert values["draft_kind"].parser.enum_values == kinds
+  assert values["model_type"].parser.enum_values == ["auto", "llama", "minicpm", "minicpm4"]
+  assert values["dtype"].parser.enum_values == ["auto", "float16", "bfloat16", "float32"]
+
+
+def test_aliases_and_presets():
+  values = generate.parse(["g", "--model=x", "--prompt=hi", "--nouse_chat_template", "--top_k=3"])
+  cfg = _infer.read(values)
+  assert (cfg.model_path, cfg.prompt_text, cfg.use_chat_template, cfg.top_k) == (
+    "x",
+    "hi",
+    False,
+    3,
+  )
+  cfg = _infer.read(generate.parse(["g", "--config=minicpm4_8b", "--spec_tree_size=24"]))
+  assert cfg.model_path == "MiniCPM4-8B-marlin-cpmcu" and cfg.minicpm4_yarn
+  assert cfg.draft_model_path == cfg.frspec_path == "MiniCPM4-8B-Eagle-FRSpec-QAT-cpmcu"
+  assert cfg.model_type == "minicpm4" and cfg.spec_tree_size == 24
+  off = "--config=minicpm4_8b:nosparse,noquant,noeagle,noyarn"
+  cfg = _infer.read(serve.parse(["s", off, "--model=y"]))
+  assert (cfg.model_path, cfg.draft_model_path, cfg.model_type) == ("y", None, "minicpm")
+  assert not cfg.minicpm4_yarn
+
+
+@pytest.mark.parametrize(
+  "fields, kind",
+  [
+    ({}, "none"),
+    ({"draft_model_path": "d"}, "eagle"),
+    ({"draft_model_path": "d", "use_eagle3": True}, "eagle3"),
+    ({"draft_kind": "ngram"}, "ngram"),
+  ],
+)
+def test_the_kind_of_draft_follows_from_the_flags(fields, kind):
+  assert _infer.draft_kind(config.InferConfig(**fields)) == kind
+
+
+def test_flags_change_the_shape_that_is_run():
+  sparse = config.SparseAttentionConfig(window_size=2048, topk=16)
+  shape = dataclasses.replace(zoo.minicpm4_8b(), sparse=sparse)
+  model = transformer.Transformer(shape)
+  changed = _infer._as_asked(config.InferConfig(minicpm4_yarn=True), model, {})[0].cfg
+  assert (changed.sparse.init_blocks, changed.sparse.window_size) == (1, 8 * 64)
+  assert (changed.sparse.topk, changed.sparse.dense_len, changed.sparse.lse) == (64, 0, "coarse")
+  assert changed.max_position == 131072 and changed.rope.factor == 1.0
+  assert not np.allclose(changed.rope.long_factor, shape.rope.long_factor)
+  dense = _infer._as_asked(config.InferConfig(model_type="minicpm"), model, {})[0].cfg
+  assert dense.sparse is None and dense.rope == shape.rope
+  for fields, message in (
+    ({"model_type": "llama"}, "the checkpoint is a minicpm"),
+    ({"dtype": "bfloat16"}, "expected float32 or auto on a CPU"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _infer._as_asked(config.InferConfig(**fields), model, {})
+  plain = transformer.Transformer(dataclasses.replace(shape, sparse=None, rope=config.RopeConfig()))
+  with pytest.raises(ValueError, match="no sparse_config"):
+    _infer._as_asked(config.InferConfig(model_type="minicpm4"), plain, {})
+  with pytest.raises(ValueError, match="minicpm4_yarn: found other factors"):
+    _infer._as_asked(config.InferConfig(minicpm4_yarn=True), plain, {})
+
+
+def test_the_context_is_what_the_memory_holds(monkeypatch):
+  shape = dataclasses.replace(zoo.nano(), scan_layers=False, dtype="f32")
+  params = {"w": np.zeros(250_000, np.float32)}
+  per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
+  monkeypatch.setattr(_infer, "memory_bytes", lambda: 10**6 + 2 * 300 * per_token)
+  cfg = config.InferConfig(memory_limit=1.0)
+  assert _infer.context_length(cfg, shape, params, 2) == min(300, shape.max_position)
+  assert _infer.context_length(dataclasses.replace(cfg, max_context=100), shape, params, 2) == 100
+  with pytest.raises(ValueError, match="memory_limit: found room for"):
+    _infer.context_length(dataclasses.replace(cfg, memory_limit=0.1), shape, params, 2)
+
+
+# --- With a model -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  pytest.importorskip("tokenizers")
+  tok = tokenizer.train_bpe(["the quick brown fox jumps over the lazy dog " * 20], 300)
+  cfg = config.ModelConfig(
+    vocab_size=tok.vocab_size,
+    model_dim=16,
+    mlp_dim=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=256,
+    stop_ids=tok.stop_ids,
+  )
+  model = transformer.Transformer(cfg)
+  params = transformer.init_params(model, jax.random.key(0))
+  path = tmp_path_factory.mktemp("model") / "hf"
+  ckpt.save_hf(path, model, params, tok)
+  return path
+
+
+def test_speculative_text_is_the_plain_text_and_a_schema_holds(folder, tmp_path, capfd):
+  common = [f"--model={folder}", "--prompt=the the the", "--raw", "--num_generate=24"]
+  texts, lengths = [], []
+  for more in ([], ["--draft_kind=ngram"], ["--nouse_stream"]):
+    assert generate.main(["g", *common, *more]) == 0
+    out, err = capfd.readouterr()
+    texts.append(out)
+    lengths.append(float(re.search(r"mean accept length: +([\d.]+)", err)[1]))
+    assert re.search(r"decode length: +24 tokens", err)
+  assert texts[0] == texts[1] == texts[2] and lengths[0] == 1.0 and lengths[1] >= 1.0
+  pytest.importorskip("llguidance")
+  schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+  (tmp_path / "s.json").write_text(json.dumps(schema | {"additionalProperties": False}))
+  prompt = tmp_path / "p.txt"
+  prompt.write_text("the")
+  flags_ = [f"--json_schema={tmp_path / 's.json'}", f"--prompt_file={prompt}", "--seed=1"]
+  command = ["g", f"--model={folder}", *flags_, "--temperature=1", "--num_generate=150"]
+  assert generate.main(command) == 0
+  assert set(json.loads(capfd.readouterr().out)) == {"a"}
+
+
+def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
+  pytest.importorskip("fastapi")
+  flags_ = ["--max_batch=2", "--max_context=128", "--draft_kind=ngram", "--max_queue=5"]
+  with serve.make(serve.parse(["s", f"--model={folder}", *flags_, "--port=0"])) as chat:
+    assert chat.name == "hf" and chat.cfg.max_queue == 5 and chat.cfg.host == "127.0.0.1"
+    assert chat.models()["data"][0]["max_model_len"] == 128 and chat.report()["rows"] == 2
+    assert isinstance(chat._engine.drafter, ngram.NGramDrafter)
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
+    assert chat.chat(body)["usage"]["completion_tokens"] == 6
+  assert serve.main(["s", "--model=/no/such"]) == 1
+  assert "found no such file or folder" in capfd.readouterr().err
+  assert serve.main(["s", f"--model={folder}", "--json_schema=x"]) == 1
+  assert "requests say them" in capfd.readouterr().err
+  with pytest.raises(flags.Error):
+    serve.parse(["s", "--prompt=x"])
