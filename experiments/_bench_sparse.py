@@ -29,8 +29,8 @@ def timed(function, *args) -> tuple[float, float]:
   return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(length: int, repeats: int, setting: dict) -> dict:
-  """Medians of one length; the runs alternate."""
+def measure(length: int, repeats: int, setting: dict, earlier: dict | None = None):
+  """The row of one length after every repeat; runs alternate, those of `earlier` count too."""
   rng = np.random.default_rng(0)
   heads = (setting["num_heads"], setting["num_kv_heads"], setting["num_kv_heads"])
   width = setting["head_dim"]
@@ -41,17 +41,24 @@ def measure(length: int, repeats: int, setting: dict) -> dict:
     "sparse": lambda q, k, v: sparse_attention.infllm_attention(q, k, v, cfg),
   }
   ready = {name: compiled(form, q, k, v) for name, form in forms.items()}
-  runs = {name: [] for name in forms}
-  load = os.getloadavg()[0]
+  runs = list(earlier["runs"]) if earlier else []
   for _ in range(repeats):
+    run = {"load": round(os.getloadavg()[0], 2)}
     for name, (form, _) in ready.items():
-      runs[name].append(timed(form, q, k, v))
-  row = {"length": length, "repeats": repeats, "load_before": round(load, 2)}
-  for name, pairs in runs.items():
-    row[f"{name}_wall_s"], row[f"{name}_cpu_s"] = map(statistics.median, zip(*pairs, strict=True))
-    row[f"{name}_temp_mib"] = ready[name][1]
-  row["speedup_wall"] = row["dense_wall_s"] / row["sparse_wall_s"]
-  row["speedup_cpu"] = row["dense_cpu_s"] / row["sparse_cpu_s"]
+      run[f"{name}_wall_s"], run[f"{name}_cpu_s"] = timed(form, q, k, v)
+    runs.append(run)
+    yield summary(length, runs) | {f"{name}_temp_mib": ready[name][1] for name in forms}
+
+
+def summary(length: int, runs: list[dict]) -> dict:
+  """Medians over the runs; a speedup is the median of the runs' own ratios."""
+  row: dict = {"length": length, "runs": runs}
+  for kind in ("wall", "cpu"):
+    for name in ("dense", "sparse"):
+      row[f"{name}_{kind}_s"] = statistics.median(run[f"{name}_{kind}_s"] for run in runs)
+    row[f"speedup_{kind}"] = statistics.median(
+      run[f"dense_{kind}_s"] / run[f"sparse_{kind}_s"] for run in runs
+    )
   return row
 
 

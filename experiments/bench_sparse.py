@@ -1,7 +1,7 @@
 """Time of sparse against dense attention over sequence length, forward, one layer.
 
   python -m experiments.bench_sparse                       8k to 64k, one key head of MiniCPM4-8B
-  python -m experiments.bench_sparse --lengths=65536       adds a length to what is recorded
+  python -m experiments.bench_sparse --lengths=65536       adds runs to what is recorded
   python -m experiments.bench_sparse --lengths=8192,16384 --num_heads=32 --num_kv_heads=2
 
 Sparse is `nn.sparse_attention.infllm_attention` (MiniCPM4's sizes, coarse normaliser), dense is
@@ -9,7 +9,8 @@ Sparse is `nn.sparse_attention.infllm_attention` (MiniCPM4's sizes, coarse norma
 chance, the worst case for sharing work. Repeats alternate; the median counts. Beside
 wall time stands the CPU time of the process, which other jobs on the machine disturb less. Memory
 is the compiler's count of temporaries, also for a 32k prefill of a whole layer of MiniCPM4-8B.
-Writes OUT/sparse_<device>.json and .png; lengths recorded there with equal heads are kept.
+Writes OUT/sparse_<device>.json and .png after every run; runs recorded there with equal heads,
+versions and device count too, so that a busy machine can be measured in pieces.
 """
 
 import json
@@ -52,11 +53,13 @@ def main(argv) -> None:
   memory = bench.layer_memory()
   print(json.dumps(memory), flush=True)
   for length in lengths:
-    rows[length] = bench.measure(length, 1 if length >= 65536 else REPEATS.value, setting)
-    print(json.dumps(rows[length]), flush=True)
-    ordered = [rows[n] for n in sorted(rows)]
-    bench.write(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
-    bench.draw(ordered, path.with_suffix(".png"))
+    repeats = 1 if length >= 65536 else REPEATS.value
+    for row in bench.measure(length, repeats, setting, rows.get(length)):
+      rows[length] = row
+      print(json.dumps({k: v for k, v in row.items() if k != "runs"}), flush=True)
+      ordered = [rows[n] for n in sorted(rows)]
+      bench.write(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
+      bench.draw(ordered, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -206,27 +206,25 @@ def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV):
 # --- The other blocks ----------------------------------------------------------------------------
 
 
-def rows_of(x_CGH, token_P, filled):
-  """x of the first `filled` tokens as [P * G, H], then zeros.
+def put_rows(rows_PGH, x_CGH, token_P, filled):
+  """rows with x of the first `filled` tokens; the others keep what they held.
 
   A loop of slices is a loop of memcpy; a gather on CPU is not.
   """
-  rows_PGH = jnp.zeros((token_P.shape[0], *x_CGH.shape[1:]), x_CGH.dtype)
 
   def copy(p, rows_PGH):
     row_GH = jax.lax.dynamic_index_in_dim(x_CGH, token_P[p], keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(rows_PGH, row_GH, p, axis=0)
 
-  rows_PGH = jax.lax.fori_loop(0, filled, copy, rows_PGH)
-  return jnp.reshape(rows_PGH, (-1, x_CGH.shape[-1]))
+  return jax.lax.fori_loop(0, filled, copy, rows_PGH)
 
 
 def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
   """Scores [P * G, s] of tile i; masked ones are 2 * FLOOR.
 
   Blocks before the local ones lie whole in the past and in the document; without the promise of
-  local blocks the current one is among the pairs. Places that are not filled need no mask: their
-  rows are zeros and nobody reads what comes of them.
+  local blocks the current one is among the pairs. Places that are not filled need no mask: they
+  hold rows of an earlier tile and nobody reads what comes of them.
   """
   scores_Rs = static.scale * dot(q_RH, k_sH, (1, 1))
   if static.num_local:
@@ -241,12 +239,14 @@ def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
 
 def _pairs_forward(static: Static, chunk: Chunk, k_MsH, v_MsV, state):
   """`state`, (max and sum [C, 2, G], out [C, G, V] not divided), with every pair added."""
-  G, P = chunk.q_CGH.shape[1], static.config.tile
+  (_, G, H), P = chunk.q_CGH.shape, static.config.tile
   at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
 
-  def one_tile(i, state):
+  def one_tile(i, carry):
+    state, q_PGH = carry
     token_P, filled = at.token_IP[i], at.filled_I[i]
-    q_RH = rows_of(chunk.q_CGH, token_P, filled)
+    q_PGH = put_rows(q_PGH, chunk.q_CGH, token_P, filled)
+    q_RH = jnp.reshape(q_PGH, (-1, H))
     k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
     scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH)
     top_R1 = jnp.maximum(jnp.max(scores_Rs, axis=1, keepdims=True), FLOOR)
@@ -254,21 +254,24 @@ def _pairs_forward(static: Static, chunk: Chunk, k_MsH, v_MsV, state):
     out_PGV = jnp.reshape(dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0)), (P, G, -1))
     top_PG, sum_PG = (jnp.reshape(x, (P, G)) for x in (top_R1, jnp.sum(probs_Rs, axis=1)))
 
-    def add(p, state):
-      stats_C2G, out_CGV = state
-      token = token_P[p]
-      top_G, sum_G = jax.lax.dynamic_index_in_dim(stats_C2G, token, keepdims=False)
-      best_G = jnp.maximum(top_G, top_PG[p])
-      old_G, new_G = jnp.exp(top_G - best_G), jnp.exp(top_PG[p] - best_G)
-      stats_2G = jnp.stack((best_G, old_G * sum_G + new_G * sum_PG[p]))
-      out_GV = jax.lax.dynamic_index_in_dim(out_CGV, token, keepdims=False)
-      out_GV = old_G[:, None] * out_GV + new_G[:, None] * out_PGV[p]
-      put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=token, axis=0)
-      return put(stats_C2G, stats_2G), put(out_CGV, out_GV)
+    # The tile's share of the running softmax of its queries; places not filled fall off the end.
+    stats_C2G, out_CGV = state
+    at_P = jnp.where(jnp.arange(P) < filled, token_P, stats_C2G.shape[0])
+    old_P2G = stats_C2G.at[at_P].get(mode="clip")
+    best_PG = jnp.maximum(old_P2G[:, 0], top_PG)
+    old_PG, new_PG = jnp.exp(old_P2G[:, 0] - best_PG), jnp.exp(top_PG - best_PG)
+    stats_P2G = jnp.stack((best_PG, old_PG * old_P2G[:, 1] + new_PG * sum_PG), axis=1)
+    stats_C2G = stats_C2G.at[at_P].set(stats_P2G, mode="drop")
 
-    return jax.lax.fori_loop(0, filled, add, state)
+    def add(p, out_CGV):
+      out_GV = jax.lax.dynamic_index_in_dim(out_CGV, token_P[p], keepdims=False)
+      out_GV = old_PG[p][:, None] * out_GV + new_PG[p][:, None] * out_PGV[p]
+      return jax.lax.dynamic_update_index_in_dim(out_CGV, out_GV, token_P[p], axis=0)
 
-  return jax.lax.fori_loop(0, at.num_tiles, one_tile, state)
+    return (stats_C2G, jax.lax.fori_loop(0, filled, add, out_CGV)), q_PGH
+
+  init = (state, jnp.zeros((P, G, H), chunk.q_CGH.dtype))
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, init)[0]
 
 
 def blocks(static: Static, x_SH):

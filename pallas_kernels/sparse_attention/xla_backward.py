@@ -66,10 +66,12 @@ def _pairs_backward(
   P, G = static.config.tile, lse_CG.shape[1]
 
   def one_tile(i, carry):
-    dq_CGH, dk, dv = carry
+    dq_CGH, dk, dv, q_PGH, dout_PGV = carry
     token_P, block, filled = at.token_IP[i], at.block_I[i], at.filled_I[i]
-    q_RH, dout_RV = (xla.rows_of(x, token_P, filled) for x in (chunk.q_CGH, dout_CGV))
-    # Rows of places that are not filled are zeros; this lse keeps their probabilities finite.
+    q_PGH = xla.put_rows(q_PGH, chunk.q_CGH, token_P, filled)
+    dout_PGV = xla.put_rows(dout_PGV, dout_CGV, token_P, filled)
+    q_RH, dout_RV = (jnp.reshape(x, (-1, x.shape[2])) for x in (q_PGH, dout_PGV))
+    # Places that are not filled hold old rows: their probabilities are 0.
     is_filled_P1 = (jnp.arange(P) < filled)[:, None]
     lse_PG = jnp.where(is_filled_P1, lse_CG[token_P], xla.NOTHING)
     lse_R1, delta_R1 = (jnp.reshape(x, (-1, 1)) for x in (lse_PG, delta_CG[token_P]))
@@ -88,9 +90,10 @@ def _pairs_backward(
       new_GH = dq_CGH[token_P[p]] + more_PGH[p]
       return jax.lax.dynamic_update_index_in_dim(dq_CGH, new_GH, token_P[p], axis=0)
 
-    return jax.lax.fori_loop(0, filled, add, dq_CGH), dk, dv
+    return jax.lax.fori_loop(0, filled, add, dq_CGH), dk, dv, q_PGH, dout_PGV
 
-  return jax.lax.fori_loop(0, at.num_tiles, one_tile, (dq, dk, dv))
+  rows = (jnp.zeros((P, *x.shape[1:]), x.dtype) for x in (chunk.q_CGH, dout_CGV))
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, (dq, dk, dv, *rows))[:3]
 
 
 def head_backward(static: xla.Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW, lse, delta, dout):
