@@ -1,13 +1,13 @@
 """What bench_train measures with: our train step, the torch peer, timing, reports."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
 import pathlib
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -27,8 +27,18 @@ RESULTS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 _FAMILY = dict(
   head_dim=64, max_position=4096, scale_emb=12.0, scale_depth=1.4, dim_model_base=256, norm_eps=1e-5
 )
-# MiniCPM4's form (grouped queries, tied head, muP) at the sizes of the comparison.
+# MiniCPM4's form (grouped queries, tied head, muP); tiny is for tests of this script.
 SIZES = {
+  "tiny": config.ModelConfig(
+    name="tiny",
+    vocab_size=256,
+    model_dim=128,
+    mlp_dim=256,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    **_FAMILY,
+  ),
   "20m": config.ModelConfig(
     name="20m",
     vocab_size=4096,
@@ -192,7 +202,7 @@ def interleave(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, T
 
 
 def peer_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
-  """Ours with scanned layers and with a list of layers, and torch, interleaved."""
+  """Ours with scanned layers, the scan unrolled, a list of layers, and torch, interleaved."""
   cfg, shape = SIZES[size], dict(batch_size=batch_size, seq_len=seq_len)
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   peer = Granite(cfg, threads=threads, **shape)
@@ -200,8 +210,9 @@ def peer_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list
   if peer.num_params != count:
     raise ValueError(f"peer {size}: found {peer.num_params} parameters, expected our {count}")
   steps = {
-    "ours, scan": Ours(cfg, **shape).step,
-    "ours, layer list": Ours(dataclasses.replace(cfg, scan_layers=False), **shape).step,
+    "ours, scan": Ours(with_layers(cfg, 1), **shape).step,
+    "ours, scan unrolled": Ours(with_layers(cfg, cfg.num_layers), **shape).step,
+    "ours, layer list": Ours(with_layers(cfg, 0), **shape).step,
     "torch": peer.step,
   }
   times = interleave(steps, repeats)
@@ -222,57 +233,78 @@ def peer_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list
   ]
 
 
-def compile_rows(size: str, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
-  """Trace and compile seconds: cold, then from the persistent cache."""
-  rows = []
-  with tempfile.TemporaryDirectory() as folder:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    for form, is_scan in (("scan", True), ("layer list", False)):
-      for cache in ("empty", "filled"):
-        jax.clear_caches()
-        cfg = dataclasses.replace(SIZES[size], scan_layers=is_scan)
-        run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
-        lower, compiled = run.lower_seconds, run.compile_seconds
-        rows.append(
-          {"size": size, "layers": form, "cache": cache, "trace s": lower, "compile s": compiled}
-        )
-    jax.config.update("jax_compilation_cache_dir", None)
-  return rows
+def specs(suite: str, size: str) -> list[dict[str, Any]]:
+  """What `row` measures for the rows of a suite, each in a process of its own."""
+  forms = [("scan", 1), ("scan, unrolled", SIZES[size].num_layers), ("layer list", 0)]
+  if suite == "compile":
+    return [
+      dict(suite=suite, size=size, layers=name, unroll=unroll, cache=cache)
+      for name, unroll in forms
+      for cache in ("empty", "filled")
+    ]
+  if suite == "memory":
+    return [
+      dict(suite=suite, size=size, layers=name, unroll=unroll, remat=policy)
+      for name, unroll in (forms[0], forms[2])
+      for policy in ("none", "dots", "full")
+    ]
+  return [dict(suite=suite, size=size, devices=count) for count in (1, 2, 4, 8)]
 
 
-def memory_rows(size: str, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
-  """MB of temporaries and of state, by remat policy."""
-  rows = []
-  for form, is_scan in (("scan", True), ("layer list", False)):
-    for policy in ("none", "dots", "full"):
-      cfg = dataclasses.replace(SIZES[size], scan_layers=is_scan, remat=policy)
-      run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
-      memory = run.compiled.memory_analysis()
-      temp, state = memory.temp_size_in_bytes / 2**20, memory.argument_size_in_bytes / 2**20
-      rows.append(
-        {"size": size, "layers": form, "remat": policy, "temporary MB": temp, "state MB": state}
-      )
-  return rows
+def row(spec: dict[str, Any], repeats: int, *, batch_size: int, seq_len: int) -> dict[str, Any]:
+  """One row of the suites compile, memory and scaling; call it once in a fresh process."""
+  cfg, shape = SIZES[spec["size"]], dict(batch_size=batch_size, seq_len=seq_len)
+  shown = {key: spec[key] for key in ("size", "layers", "remat", "devices", "cache") if key in spec}
+  if spec["suite"] == "scaling":
+    mesh_cfg = config.MeshConfig(dp=spec["devices"], fsdp=1)
+    run = Ours(cfg, mesh_cfg=mesh_cfg, **shape)
+    times = interleave({"ours": run.step}, repeats)["ours"]
+    return shown | {"tok/s": run.tokens / times.median, "CPU s a step": min(times.cpu)}
+  cfg = with_layers(cfg, spec["unroll"])
+  run = Ours(dataclasses.replace(cfg, remat=spec.get("remat", "none")), **shape)
+  if spec["suite"] == "compile":
+    return shown | {"trace s": run.lower_seconds, "compile s": run.compile_seconds}
+  before = reset_peak()
+  times = interleave({"ours": run.step}, repeats)["ours"]
+  memory = run.compiled.memory_analysis()
+  return shown | {
+    "temporary MB": memory.temp_size_in_bytes / 2**20,
+    "state MB": memory.argument_size_in_bytes / 2**20,
+    "peak of the process MB": peak_mb(),
+    "of which before the first step MB": before,
+    "tok/s": run.tokens / times.median,
+  }
 
 
-def scaling_line(size: str, devices: int, repeats: int, *, batch_size: int, seq_len: int) -> str:
-  """One row as JSON: the batch over `devices` data-parallel host devices."""
-  mesh_cfg = config.MeshConfig(dp=devices, fsdp=1)
-  run = Ours(SIZES[size], batch_size=batch_size, seq_len=seq_len, mesh_cfg=mesh_cfg)
-  median = interleave({"ours": run.step}, repeats)["ours"].median
-  return json.dumps({"size": size, "devices": devices, "tok/s": run.tokens / median})
+def with_layers(cfg: config.ModelConfig, unroll: int) -> config.ModelConfig:
+  """Layers as a list (0), or scanned with so many in one turn."""
+  return dataclasses.replace(cfg, scan_layers=unroll > 0, scan_unroll=max(unroll, 1))
+
+
+def peak_mb(field: str = "VmHWM") -> float:
+  """Largest resident size of this process since `reset_peak` (Linux)."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  return int(next(x for x in lines if x.startswith(field)).split()[1]) / 2**10
+
+
+def reset_peak() -> float:
+  """Forgets the peak so far (the compiler's), returns the present size in MB (proc(5))."""
+  gc.collect()
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+  return peak_mb("VmRSS")
 
 
 def mfu_rows(repeats: int, seq_len: int = 4096) -> list[dict[str, Any]]:
   """The 1.2B and 2.4B models in bf16; the row counts are untested guesses for an 80 GB card."""
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    raise ValueError(f"--suite=mfu: found device {device.platform}, expected a GPU or TPU")
   rows = []
   for name, batch_size in (("minicpm_1b", 4), ("minicpm_2b", 2)):
     cfg = zoo.ZOO[name](dtype="bf16", remat="dots")
     run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
     speed = run.tokens / interleave({"ours": run.step}, repeats)["ours"].median
-    kind = jax.devices()[0].device_kind
+    kind = device.device_kind
     used = metrics.mfu(cfg, seq_len=seq_len, tokens_per_second=speed, device_kind=kind)
     shown = "unknown peak" if used is None else f"{used:.1%}"
     rows.append({"model": name, "device": kind, "batch": batch_size, "tok/s": speed, "MFU": shown})
@@ -315,11 +347,10 @@ def table(rows: list[dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def write(suite: str, rows: list[dict[str, Any]], **more: Any) -> pathlib.Path:
-  """benchmarks/results/bench_train_SUITE.json, and the table on the screen."""
-  RESULTS.mkdir(parents=True, exist_ok=True)
-  path = RESULTS / f"bench_train_{suite}.json"
-  partial = path.with_suffix(".json.tmp")
+def write(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> pathlib.Path:
+  """The rows as JSON, and as a table on the screen."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".tmp")
   text = json.dumps({"environment": environment(), **more, "rows": rows}, indent=1)
   partial.write_text(text + "\n")
   os.replace(partial, path)

@@ -4,80 +4,102 @@
   python -m experiments.bench_train --suite=compile|memory|scaling|mfu
 
 peer: tokens/s of our step and of transformers' Granite on torch (same arithmetic, shapes, float32,
-AdamW, clipping, threads), one step each in turn, medians. compile: scan against a list of layers,
-and the persistent cache. memory: temporary bytes of the compiled step with and without remat.
-scaling: one global batch over 1, 2, 4, 8 host devices, each in its own process (on a machine with
-fewer cores this measures the overhead of sharding). mfu: model FLOPs utilisation on an accelerator
-at sequence 4096 (convention: minicpm_jax.core.metrics).
+AdamW, clipping, threads), one step each in turn, medians. compile: scan, unrolled scan and a list
+of layers, each with an empty and with a filled persistent cache. memory: temporary bytes of the
+compiled step and the peak of the process, with and without remat. scaling: one global batch over
+1, 2, 4, 8 host devices (on a machine with fewer cores this measures what sharding costs). Every
+row of these three is a process of its own. mfu: model FLOPs utilisation on an accelerator at
+sequence 4096 (convention: minicpm_jax.core.metrics). Results go to
+OUTPUT/bench_train_SUITE[_SIZES].json.
 """
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 from absl import app, flags
 
 _SUITES = ("peer", "compile", "memory", "scaling", "mfu")
 _SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.")
-_SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of 20m, 60m.")
-_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows a step.")
+_SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of tiny, 20m, 60m.")
+_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows a step (scaling: 8 or more).")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.")
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU cores for both sides; 0 = all.")
-_DEVICES = flags.DEFINE_integer("host_devices", 0, "Internal: one row of the scaling suite.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder; default: benchmarks/results.")
+_ROW = flags.DEFINE_string("row", None, "Internal: measure this one row, print it as JSON.")
 
 
 def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr."""
   del argv
   if _THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
-  if _SUITE.value == "scaling" and not _DEVICES.value:
-    return _scaling()
-  if _DEVICES.value:
-    flag = f"--xla_force_host_platform_device_count={_DEVICES.value}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+  try:
+    return _run()
+  except (ValueError, ImportError) as error:
+    print(f"bench_train: {error}", file=sys.stderr)
+    return 1
+
+
+def _run() -> int:
   from minicpm_jax.core import host_memory
 
-  is_kept = host_memory.keep()
+  suite, sizes, shape = _SUITE.value, _SIZES.value, dict(seq_len=_SEQ_LEN.value)
+  shape["batch_size"] = max(_BATCH.value, 8) if suite == "scaling" else _BATCH.value
+  is_kept = host_memory.keep() if suite != "memory" else False  # it would hold its peak
   from experiments import _bench_train as bench
 
-  shape = dict(batch_size=_BATCH.value, seq_len=_SEQ_LEN.value)
-  if _DEVICES.value:
-    print(bench.scaling_line(_SIZES.value[0], _DEVICES.value, _REPEATS.value, **shape))
+  if wrong := sorted(set(sizes) - set(bench.SIZES)):
+    raise ValueError(f"--sizes: found {wrong}, expected of {sorted(bench.SIZES)}")
+  if _ROW.value is not None:
+    print(json.dumps(bench.row(json.loads(_ROW.value), _REPEATS.value, **shape)))
     return 0
-  rows, more = [], dict(shape, repeats=_REPEATS.value, is_memory_kept=is_kept)
-  if _SUITE.value == "mfu":
+  if suite == "mfu":
     rows = bench.mfu_rows(_REPEATS.value)
-  for size in _SIZES.value if _SUITE.value != "mfu" else ():
-    if _SUITE.value == "peer":
-      rows += bench.peer_rows(size, _REPEATS.value, **shape)
-    elif _SUITE.value == "compile":
-      rows += bench.compile_rows(size, **shape)
-    else:
-      rows += bench.memory_rows(size, **shape)
-  bench.write(_SUITE.value, rows, **more)
+  elif suite == "peer":
+    rows = [row for size in sizes for row in bench.peer_rows(size, _REPEATS.value, **shape)]
+  else:
+    rows = [row for size in sizes for row in _processes(bench.specs(suite, size))]
+  if suite == "scaling":
+    for row in rows:
+      row["speed-up"] = row["tok/s"] / next(r["tok/s"] for r in rows if r["size"] == row["size"])
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else bench.RESULTS
+  is_all = suite == "mfu" or sizes == ["20m", "60m"]
+  name = f"bench_train_{suite}" + ("" if is_all else "_" + "_".join(sizes))
+  bench.write(
+    folder / f"{name}.json", rows, repeats=_REPEATS.value, is_memory_kept=is_kept, **shape
+  )
   return 0
 
 
-def _scaling() -> int:
-  """Runs every number of devices in a process of its own and gathers the lines."""
-  import json
-
-  from experiments import _bench_train as bench
-
+def _processes(specs: list[dict]) -> list[dict]:
+  """Measures every row in a fresh process, one after the other."""
   rows = []
-  for count in (1, 2, 4, 8):
-    command = [sys.executable, "-m", "experiments.bench_train", *sys.argv[1:]]
-    command += [f"--host_devices={count}", "--batch_size=8", f"--sizes={_SIZES.value[0]}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-      print(done.stderr, file=sys.stderr)
-      return done.returncode
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
-  for row in rows:
-    row["speed-up"] = row["tok/s"] / rows[0]["tok/s"]
-  bench.write("scaling", rows, batch_size=8, seq_len=_SEQ_LEN.value, repeats=_REPEATS.value)
-  return 0
+  with tempfile.TemporaryDirectory() as cache:
+    for spec in specs:
+      env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+      if spec["suite"] == "compile":
+        env |= {
+          "JAX_ENABLE_COMPILATION_CACHE": "true",
+          "JAX_COMPILATION_CACHE_DIR": cache,
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+          "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+      if spec["suite"] == "scaling":
+        count = f"--xla_force_host_platform_device_count={spec['devices']}"
+        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+      command = [sys.executable, "-m", "experiments.bench_train", *sys.argv[1:]]
+      command.append(f"--row={json.dumps(spec)}")
+      done = subprocess.run(command, capture_output=True, text=True, env=env)
+      if done.returncode:
+        raise ValueError(f"row {spec} ended with {done.returncode}:\n{done.stderr}")
+      rows.append(json.loads(done.stdout.splitlines()[-1]))
+      print(rows[-1], flush=True)
+  return rows
 
 
 if __name__ == "__main__":

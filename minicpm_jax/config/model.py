@@ -216,6 +216,7 @@ class ModelConfig:
   dtype: DTypeName = "f32"  # compute
   param_dtype: DTypeName = "f32"  # storage
   scan_layers: bool = True  # stacked params under nn.scan; False: one subtree a layer
+  scan_unroll: int = 1  # layers in one turn of the scan, at most num_layers (a straight program)
   remat: Literal["none", "dots", "full", "offload"] = "none"
   attention: Literal["auto", "xla", "ref", "cudnn"] = "auto"  # dense attention implementation
   # Initialisation (training.md 1).
@@ -224,7 +225,7 @@ class ModelConfig:
 
   def __post_init__(self):
     sizes = ("vocab_size", "model_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads")
-    for name in sizes + ("head_dim", "max_position", "vocab_multiple"):
+    for name in sizes + ("head_dim", "max_position", "vocab_multiple", "scan_unroll"):
       require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "an integer > 0")
     require(
       self.num_heads % self.num_kv_heads == 0,

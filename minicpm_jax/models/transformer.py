@@ -157,7 +157,8 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.cfg
     self.embed_tokens = layers.Embed(cfg, name="embed")
-    block = remat(Block, cfg.remat, is_scanned=cfg.scan_layers)
+    is_looped = cfg.scan_layers and cfg.scan_unroll == 1
+    block = remat(Block, cfg.remat, is_scanned=is_looped)
     if cfg.scan_layers:
       scanned = nn.scan(
         block,
@@ -165,6 +166,7 @@ class Transformer(nn.Module):
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=cfg.num_layers,
+        unroll=min(cfg.scan_unroll, cfg.num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       self.layers = scanned(cfg, cfg.residual_scale)

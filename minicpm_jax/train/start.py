@@ -46,6 +46,7 @@ MAY_CHANGE = (
   "checkpoint",
   "mesh",
   "model.remat",
+  "model.scan_unroll",
   "model.attention",
   "optim.schedule",
   "data.phases",

@@ -151,7 +151,7 @@ def gradients(cfg, params, tokens_BT):
 
 @pytest.mark.parametrize("name", ["minicpm4_0p5b", "minicpm_moe_8x2b"])
 def test_scan_equals_unrolled_and_remat_equals_none(name):
-  """Loss and gradients of the same weights: stacked, and per layer under full remat."""
+  """Loss and gradients of the same weights: stacked, per layer under full remat, unrolled scan."""
   cfg = common.config(name)
   _, params = common.build(cfg)
   tokens_BT = common.tokens((2, 24))
@@ -161,6 +161,11 @@ def test_scan_equals_unrolled_and_remat_equals_none(name):
   found_loss, found = gradients(flat_cfg, flat, tokens_BT)
   np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
   common.assert_trees_close(convert.stack_layers(flat_cfg, found)[1], grads, atol=1e-6)
+  if cfg.moe is None:
+    straight = dataclasses.replace(cfg, scan_unroll=64, remat="full")  # more than there are layers
+    found_loss, found = gradients(straight, params, tokens_BT)
+    np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
+    common.assert_trees_close(found, grads, atol=1e-6)
 
 
 @pytest.mark.slow

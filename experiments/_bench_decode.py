@@ -1,0 +1,199 @@
+"""What bench_decode measures with: our decoders and the peers, behind one small class each.
+
+A side takes (weights, settings) once and then decodes greedily, without stop tokens, as often as
+it is asked. To add one (a drafter), write a class with `run` and put it into SIDES.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from minicpm_jax import ckpt, config
+from minicpm_jax.infer import generate
+
+# Plain English prose of our own, long enough for every prompt length of the script.
+TEXT = (
+  "The warm-up of a learning rate is short, the stable stage is long, and the decay comes at the "
+  "end, when the loss falls faster than before. A run that has not decayed yet can go on for as "
+  "long as there is data, and many short branches can be cut from one long trunk. "
+) * 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  num_prompt: int = 128  # tokens
+  num_new: int = 64  # tokens after the prompt
+  threads: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+  """The model of one GGUF file in the forms that the sides want."""
+
+  path: pathlib.Path
+  model: Any  # ours, in decoding form
+  params: Any
+  tok: Any
+
+  def prompt(self, num_tokens: int) -> list[int]:
+    ids = self.tok.encode(TEXT)[:num_tokens]
+    if len(ids) < num_tokens:
+      raise ValueError(f"--prompt_tokens: found {num_tokens}, expected at most {len(ids)}")
+    return ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+  """One run of one side; the first new token belongs to the prefill."""
+
+  tokens: list[int]
+  first_s: float
+  rest_s: float
+  compile_s: float = 0.0
+
+
+class Side(Protocol):
+  def run(self, prompt: Sequence[int], num_new: int) -> Timing: ...
+
+
+def load(path: pathlib.Path) -> Weights:
+  model, params, tok = ckpt.load_gguf(path, scan_layers=False)
+  model, params = generate.for_decoding(model, params)
+  return Weights(path=path, model=model, params=params, tok=tok)
+
+
+# --- Sides ---------------------------------------------------------------------------------------
+
+
+class Plain:
+  """Our jitted loop, `rounds` tokens a dispatch."""
+
+  def __init__(self, weights: Weights, settings: Settings, *, rounds: int):
+    self._decoder, self._rounds = (weights.model, weights.params), rounds
+    del settings  # XLA takes the cores of the process
+
+  def run(self, prompt: Sequence[int], num_new: int) -> Timing:
+    sampling = config.SamplingConfig(max_new_tokens=num_new)
+    chunks = list(
+      generate.stream(*self._decoder, [prompt], sampling, rounds_per_dispatch=self._rounds)
+    )
+    return Timing(
+      tokens=[int(t) for chunk in chunks for t in chunk.tokens_BR[0]],
+      first_s=chunks[0].seconds,
+      rest_s=sum(chunk.seconds for chunk in chunks[1:]),
+      compile_s=sum(chunk.compile_seconds for chunk in chunks),
+    )
+
+
+class Transformers:
+  """transformers' Llama on torch, float32, our export of the same weights; a bare greedy loop."""
+
+  def __init__(self, weights: Weights, settings: Settings):
+    import torch
+    import transformers
+
+    torch.set_num_threads(settings.threads)
+    self._torch = torch
+    with tempfile.TemporaryDirectory() as folder:
+      ckpt.save_hf(folder, weights.model, weights.params)
+      load = transformers.AutoModelForCausalLM.from_pretrained
+      self._model = load(folder, dtype=torch.float32).eval()
+
+  def run(self, prompt: Sequence[int], num_new: int) -> Timing:
+    torch = self._torch
+    with torch.inference_mode():
+      start = time.perf_counter()
+      out = self._model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
+      tokens = [int(out.logits[0, -1].argmax())]
+      first = time.perf_counter()
+      while len(tokens) < num_new:
+        ids = torch.tensor([tokens[-1:]])
+        out = self._model(ids, past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(int(out.logits[0, -1].argmax()))
+    return Timing(tokens=tokens, first_s=first - start, rest_s=time.perf_counter() - first)
+
+
+class LlamaCpp:
+  """llama.cpp on the GGUF as it is (4-bit weights, activations rounded to 8 bits)."""
+
+  def __init__(self, weights: Weights, settings: Settings):
+    import llama_cpp
+
+    size = settings.num_prompt + settings.num_new
+    threads = dict(n_threads=settings.threads, n_threads_batch=settings.threads)
+    self._llama = llama_cpp.Llama(str(weights.path), n_ctx=size, verbose=False, **threads)
+
+  def run(self, prompt: Sequence[int], num_new: int) -> Timing:
+    start, tokens, first = time.perf_counter(), [], 0.0
+    for token in self._llama.generate(list(prompt), temp=0.0, reset=True):
+      tokens.append(int(token))
+      if len(tokens) == 1:
+        first = time.perf_counter()
+      if len(tokens) == num_new:
+        break
+    end = time.perf_counter()
+    self._llama.reset()
+    return Timing(tokens=tokens, first_s=first - start, rest_s=end - first)
+
+
+SIDES = {
+  "ours, 1 token a dispatch": lambda *args: Plain(*args, rounds=1),
+  "ours, 16 tokens a dispatch": lambda *args: Plain(*args, rounds=generate.MAX_ROUNDS),
+  "transformers": Transformers,
+  "llama.cpp": LlamaCpp,
+}
+SUITES = {"plain": tuple(SIDES)}
+_NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+def available(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+  """(sides that can run here, the others and why not)."""
+  missing = {
+    name: f"{package} is not installed"
+    for name in names
+    for package in _NEEDS.get(name, ())
+    if importlib.util.find_spec(package) is None
+  }
+  return [name for name in names if name not in missing], missing
+
+
+def measure(
+  weights: Weights, names: Sequence[str], settings: Settings, repeats: int
+) -> list[dict[str, Any]]:
+  """Medians of `repeats` rounds, the sides in turn; a round before compiles and warms up."""
+  prompt = weights.prompt(settings.num_prompt)
+  sides = {name: SIDES[name](weights, settings) for name in names}
+  warm = {name: side.run(prompt, settings.num_new) for name, side in sides.items()}
+  found = {name: [] for name in names}
+  for _ in range(repeats):
+    for name, side in sides.items():
+      found[name].append(side.run(prompt, settings.num_new))
+  expected = warm[names[0]].tokens
+  rows = []
+  for name, timings in found.items():
+    first = statistics.median(t.first_s for t in timings)
+    rest = statistics.median(t.rest_s for t in timings)
+    same = [a == b for a, b in zip(timings[0].tokens, expected, strict=True)]
+    rows.append(
+      {
+        "side": name,
+        "prompt": settings.num_prompt,
+        "new": settings.num_new,
+        "prefill tok/s": settings.num_prompt / first,
+        "first token s": first,
+        "decode tok/s": (settings.num_new - 1) / rest,
+        "compile s": warm[name].compile_s,
+        "equal tokens": same.index(False) if False in same else len(same),
+        "load": os.getloadavg()[0],
+      }
+    )
+  return rows

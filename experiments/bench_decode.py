@@ -1,0 +1,58 @@
+"""Speed of decoding one sequence with the real 135M model, against transformers and llama.cpp.
+
+  python -m experiments.bench_decode --suite=plain            (fetch the model first: fetch_model)
+
+All sides decode the same prompt greedily, in turn; medians. prefill tok/s and first token: the
+prompt up to the first new token. decode tok/s: the tokens after it. Compilation is apart. "equal
+tokens" counts the new tokens up to the first one that differs from the first side's: float32 sides
+agree, llama.cpp rounds activations to 8 bits. Results go to OUTPUT/bench_decode_SUITE.json.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+
+_SUITE = flags.DEFINE_string("suite", "plain", "Which sides; a name of _bench_decode.SUITES.")
+_MODEL = flags.DEFINE_string("model", None, "A GGUF; default: the 135M model of fetch_model.")
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 128, "Tokens of the prompt.", lower_bound=1)
+_NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder; default: benchmarks/results.")
+
+
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr."""
+  del argv
+  try:
+    return _run()
+  except (ValueError, ImportError) as error:
+    print(f"bench_decode: {error}", file=sys.stderr)
+    return 1
+
+
+def _run() -> int:
+  from experiments import _bench_decode as bench
+  from experiments import _bench_train as reports
+  from minicpm_jax.core import fetch
+
+  if _SUITE.value not in bench.SUITES:
+    raise ValueError(f"--suite: found {_SUITE.value!r}, expected one of {sorted(bench.SUITES)}")
+  path = _MODEL.value or fetch.cached()
+  if path is None:
+    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  names, missing = bench.available(bench.SUITES[_SUITE.value])
+  for name, why in missing.items():
+    print(f"left out: {name} ({why})", flush=True)
+  threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  settings = bench.Settings(num_prompt=_PROMPT.value, num_new=_NEW.value, threads=threads)
+  rows = bench.measure(bench.load(pathlib.Path(path)), names, settings, _REPEATS.value)
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  more = dict(model=pathlib.Path(path).name, threads=threads, repeats=_REPEATS.value)
+  reports.write(folder / f"bench_decode_{_SUITE.value}.json", rows, left_out=missing, **more)
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,69 @@
+"""bench_train's suites: refusals here, every suite at its smallest under `slow`."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import _bench_decode, _bench_train
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(script, *args):
+  command = [sys.executable, "-m", f"experiments.{script}", *args]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+
+
+def test_mfu_wants_an_accelerator():
+  with pytest.raises(ValueError, match="--suite=mfu: found device cpu, expected a GPU or TPU"):
+    _bench_train.mfu_rows(1)
+
+
+def test_every_row_is_its_own_measurement():
+  """Forms x cache, forms x remat, devices; unrolled means all layers."""
+  assert len(_bench_train.specs("compile", "20m")) == 6
+  policies = [s["remat"] for s in _bench_train.specs("memory", "20m")]
+  assert policies == ["none", "dots", "full"] * 2
+  assert [s["devices"] for s in _bench_train.specs("scaling", "20m")] == [1, 2, 4, 8]
+  cfg = _bench_train.with_layers(_bench_train.SIZES["20m"], 7)
+  assert cfg.scan_layers and cfg.scan_unroll == cfg.num_layers == 7
+  assert not _bench_train.with_layers(cfg, 0).scan_layers
+
+
+def test_sides_of_absent_packages_are_left_out(monkeypatch):
+  monkeypatch.setattr(_bench_decode.importlib.util, "find_spec", lambda name: None)
+  names, missing = _bench_decode.available(_bench_decode.SUITES["plain"])
+  assert names == ["ours, 1 token a dispatch", "ours, 16 tokens a dispatch"]
+  assert missing["llama.cpp"] == "llama_cpp is not installed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite, rows", [("compile", 6), ("memory", 6), ("scaling", 4)])
+def test_suites_run(tmp_path, suite, rows):
+  small = ("--sizes=tiny", "--seq_len=32", "--repeats=1", f"--output={tmp_path}")
+  done = run("bench_train", f"--suite={suite}", *small)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / f"bench_train_{suite}_tiny.json").read_text())["rows"]
+  assert len(found) == rows
+  if suite == "compile":  # the second process finds the program of the first
+    for empty, filled in zip(found[::2], found[1::2], strict=True):
+      assert filled["compile s"] < empty["compile s"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_decoding_sides_agree(tmp_path):
+  pytest.importorskip("transformers")
+  from minicpm_jax.core import fetch
+
+  if fetch.cached() is None:
+    pytest.skip(f"SmolLM2-135M-Instruct is not in {fetch.cache_dir()}: run `{fetch.COMMAND}`")
+  small = ("--prompt_tokens=16", "--new_tokens=6", "--repeats=1", f"--output={tmp_path}")
+  done = run("bench_decode", *small)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "bench_decode_plain.json").read_text())["rows"]
+  float32 = [row for row in found if row["side"] != "llama.cpp"]
+  assert [row["equal tokens"] for row in float32] == [6, 6, 6]

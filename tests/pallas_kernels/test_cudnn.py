@@ -1,0 +1,99 @@
+"""The cuDNN attention path without a GPU: it lowers to cuDNN's calls, and its masks are right."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.flash import api, cudnn, ref
+
+IDS = np.array([[1] * 50 + [2] * 70 + [0] * 8, [0] * 3 + [1] * 125])
+
+
+def arrays(dtype=jnp.bfloat16):
+  rng = np.random.default_rng(0)
+  shapes = ((2, 128, 8, 64), (2, 128, 2, 64), (2, 128, 2, 64))
+  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def attend(q, k, v, ids=None):
+  more = {} if ids is None else dict(q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+  return cudnn.flash_attention_cudnn(q, k, v, scale=0.125, **more)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+  """jax asks the installed cuDNN for its version while tracing; here it is told 9.10."""
+  private = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def calls(fn, *args) -> list[str]:
+  device = AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu")
+  with use_abstract_mesh(AbstractMesh((1,), ("d",), abstract_device=device)):
+    lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+  return sorted(set(re.findall(r"custom_call @__cudnn\$(\w+)", lowered.as_text())))
+
+
+def test_lowers_to_the_fused_calls(gpu):
+  q, k, v = arrays()
+  assert calls(attend, q, k, v) == ["fmhaSoftmax"]
+  assert calls(attend, q, k, v, IDS) == ["fmhaScaleBiasSoftmax"]  # packed rows: a mask
+
+  def loss(q, k, v):
+    return jnp.sum(api.flash_attention(q, k, v).astype(jnp.float32))  # auto
+
+  backward = calls(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
+  assert backward == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["causal", "packed"])
+def test_masks_and_padding(gpu, monkeypatch, ids):
+  """What cuDNN is asked for, computed by jax's own XLA form of the same function."""
+  asked = jax.nn.dot_product_attention
+
+  def by_xla(*args, implementation, **kwargs):
+    assert implementation == "cudnn"
+    return asked(*args, implementation="xla", **kwargs)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+  q, k, v = arrays()
+  out = jax.jit(attend)(q, k, v, ids)
+  more = {} if ids is None else dict(q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+  exact = ref.flash_attention_ref(*(x.astype(jnp.float32) for x in (q, k, v)), scale=0.125, **more)
+  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)  # bfloat16
+  if ids is not None:
+    assert not np.any(np.asarray(out)[ids == 0])
+
+
+@pytest.mark.parametrize(
+  "change, reason",
+  [
+    (dict(dtype=jnp.float32), "expected one 16-bit float"),
+    (dict(q_offset=3), "whole sequences only"),
+    (dict(kv_length=5), "whole sequences only"),
+    (dict(width=60), "head widths 60"),
+  ],
+)
+def test_what_it_does_not_serve_is_refused_and_auto_takes_another(gpu, change, reason):
+  q, k, v = arrays(change.pop("dtype", jnp.bfloat16))
+  width = change.pop("width", 64)
+  q, k, v = (x[..., :width] for x in (q, k, v))
+  with pytest.raises(NotImplementedError, match=reason):
+    api.flash_attention(q, k, v, implementation="cudnn", **change)
+  assert jax.eval_shape(lambda: api.flash_attention(q, k, v, **change)).shape == q.shape
+
+
+def test_a_machine_without_cudnn_takes_another(monkeypatch):
+  """Found while tracing on a machine whose jax has a GPU but no cuDNN library."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  q, k, v = arrays()
+  with pytest.raises(NotImplementedError, match="cudnn: .*cuDNN"):
+    api.flash_attention(q, k, v, implementation="cudnn")
+  assert jax.eval_shape(lambda: api.flash_attention(q, k, v)).shape == q.shape
