@@ -8,6 +8,8 @@ _FUNCTIONS = {
   "load_gguf": "gguf_io",
   "save_gguf": "gguf_write",
   "load_run": "orbax_io",
+  "save_gptq": "quant_write",
+  "save_marlin": "quant_write",
   "load_draft": "draft_io",
   "save_draft": "draft_io",
 }

@@ -32,6 +32,7 @@ from minicpm_jax.quant import qtensor, ternary
 from minicpm_jax.text import tokenizer
 
 _SHARDS = "model-*-of-*.safetensors"
+_QUANTIZED = ("model_gptq.safetensors", "quantize_config.json")  # would make a folder quantised
 
 
 def load_hf(
@@ -43,6 +44,8 @@ def load_hf(
 ) -> tuple[transformer.Transformer, types.Params, Any]:
   """Model, parameters and tokenizer (None where the folder has none) of a local HF folder.
 
+  A GPTQ folder, or one with Marlin tensors of CPM.cu, gives QTensor leaves (`quant_io`).
+
   Args:
     path: folder with config.json and safetensors (one file, or shards with their index).
     dtype: of parameters and compute, e.g. "bf16" or jnp.float32. Default: every tensor as stored,
@@ -52,16 +55,20 @@ def load_hf(
     scan_layers: stacked layers, or one subtree a layer (models.convert.stack_layers joins them).
   """
   folder = pathlib.Path(path)
+  from minicpm_jax.ckpt import quant_io  # which writes with this module
+
   if not folder.is_dir():
     raise errors.MissingFileError(f"{folder}: found no such folder, expected a local HF folder")
   hf = hf_tensors.read_json(folder / "config.json")
+  if quant_io.is_quantized(folder, hf):
+    return quant_io.load_quantized(folder, dtype=dtype, mesh=mesh, scan_layers=scan_layers)
   generation = folder / "generation_config.json"
   cfg = hf_config.from_hf(
     hf,
     generation_config=hf_tensors.read_json(generation) if generation.exists() else None,
     dtype="f32",
     scan_layers=scan_layers,
-    vocab_multiple=1 if mesh is None else _vocab_shards(mesh),
+    vocab_multiple=1 if mesh is None else vocab_shards(mesh),
   )
   source = hf_tensors.open_tensors(folder)
   shapes = hf_tensors.check_tensors(cfg, source, folder)
@@ -87,7 +94,7 @@ def load_hf(
   return model, params, tokenizer.load_tokenizer(folder)
 
 
-def _vocab_shards(mesh: jax.sharding.Mesh) -> int:
+def vocab_shards(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape.get(axis, 1) for axis in mesh_lib.RULES["vocab"])
 
 
@@ -115,11 +122,11 @@ def save_hf(
   cfg, folder = model.cfg, pathlib.Path(path).absolute()
   leaves = _check_params(cfg, trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor))
   to = None if dtype is None else types.dtype_of(hf_tensors.dtype_name(dtype))
-  tensors = _Tensors(cfg, leaves, to)
+  tensors = Tensors(cfg, leaves, to)
   hf = hf_config.to_hf(cfg, hf_tensors.dtype_name(tensors.main_dtype))
-  shards = _split(tensors.sizes(), max_shard_bytes)
+  shards = split(tensors.sizes(), max_shard_bytes)
   if jax.process_index() == 0:
-    _write_folder(folder, hf, hf_config.generation_to_hf(cfg), tensors, shards, tok)
+    write_folder(folder, hf, hf_config.generation_to_hf(cfg), tensors, shards, tok)
   else:  # takes part in gathering what is spread over processes, in the same order
     for shard in shards:
       for name in safetensors_file.ordered({n: tensors.specs[n] for n in shard}):
@@ -128,14 +135,15 @@ def save_hf(
     multihost_utils.sync_global_devices("save_hf")
 
 
-def _write_folder(
+def write_folder(
   folder: pathlib.Path,
   hf: dict[str, Any],
   generation: dict[str, Any],
-  tensors: "_Tensors",
+  tensors: Any,
   shards: list[list[str]],
   tok: Any,
 ) -> None:
+  """All files of a folder, put in place at the end; `tensors` is like `Tensors`."""
   if folder.exists() and not folder.is_dir():
     raise errors.CheckpointError(f"{folder}: found a file, expected a folder or nothing")
   parent = folder if folder.exists() else folder.parent
@@ -153,8 +161,10 @@ def _write_folder(
     shutil.rmtree(work, ignore_errors=True)
 
 
-class _Tensors:
+class Tensors:
   """HF tensors of a parameter tree by name: dtype, shape, and the values on demand."""
+
+  file_name = hf_tensors.WEIGHTS
 
   def __init__(self, cfg: config.ModelConfig, leaves: Mapping[str, Any], dtype: Any):
     self._cfg, self._leaves, self._dtype = cfg, leaves, dtype
@@ -275,7 +285,7 @@ def _check_params(cfg: config.ModelConfig, leaves: dict[str, Any]) -> dict[str, 
   return leaves
 
 
-def _split(sizes: Mapping[str, int], max_bytes: int | float) -> list[list[str]]:
+def split(sizes: Mapping[str, int], max_bytes: int | float) -> list[list[str]]:
   """Names in order, cut into shards of at most `max_bytes` (a larger tensor gets its own)."""
   shards: list[list[str]] = [[]]
   used = 0
@@ -288,11 +298,11 @@ def _split(sizes: Mapping[str, int], max_bytes: int | float) -> list[list[str]]:
   return shards
 
 
-def _write_weights(work: pathlib.Path, tensors: _Tensors, shards: list[list[str]]) -> None:
+def _write_weights(work: pathlib.Path, tensors: Any, shards: list[list[str]]) -> None:
   weight_map = {}
   for k, shard in enumerate(shards, start=1):
     file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
-    file = file if len(shards) > 1 else hf_tensors.WEIGHTS
+    file = file if len(shards) > 1 else tensors.file_name
     weight_map.update(dict.fromkeys(shard, file))
     specs = {name: tensors.specs[name] for name in shard}
     safetensors_file.write(work / file, specs, tensors.fetch)
@@ -316,7 +326,8 @@ def _move_into_place(work: pathlib.Path, folder: pathlib.Path) -> None:
     work.replace(folder)
     return
   (folder / "config.json").unlink(missing_ok=True)
-  for old in (*folder.glob(_SHARDS), folder / hf_tensors.WEIGHTS, folder / hf_tensors.INDEX):
+  single = (hf_tensors.WEIGHTS, hf_tensors.INDEX, *_QUANTIZED)
+  for old in (*folder.glob(_SHARDS), *(folder / name for name in single)):
     old.unlink(missing_ok=True)
   for new in sorted(work.iterdir(), key=lambda p: p.name == "config.json"):
     new.replace(folder / new.name)

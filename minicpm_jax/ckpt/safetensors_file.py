@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from minicpm_jax.ckpt import errors
 
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+INTEGERS = {"I32": jnp.int32}  # words of packed codes: read and written only where asked for
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors package
 _LFS = b"version https://git-lfs"
 
@@ -69,14 +70,17 @@ class Reader:
         f"{self.path}: {what}: found {size} bytes, expected {begin} (from its header)"
       )
 
-  def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-    """A fresh array with the tensor; refuses dtypes that are not floats of 16 or 32 bits."""
-    info = self.tensors[name]
-    if info.dtype not in DTYPES:
+  def read(self, name: str, *, is_words: bool = False) -> Shaped[np.ndarray, "..."]:
+    """A fresh array with the tensor; refuses dtypes that are not floats of 16 or 32 bits.
+
+    `is_words` asks for int32 instead.
+    """
+    info, allowed = self.tensors[name], INTEGERS if is_words else DTYPES
+    if info.dtype not in allowed:
       raise errors.CheckpointError(
-        f"{self.path}: {name}: found dtype {info.dtype}, expected one of {list(DTYPES)}"
+        f"{self.path}: {name}: found dtype {info.dtype}, expected one of {list(allowed)}"
       )
-    dtype = np.dtype(DTYPES[info.dtype])
+    dtype = np.dtype(allowed[info.dtype])
     if info.end - info.start != math.prod(info.shape) * dtype.itemsize:
       raise errors.CheckpointError(
         f"{self.path}: {name}: found {info.end - info.start} bytes, expected shape {info.shape} "
@@ -107,7 +111,7 @@ def write(
   fetch: Callable[[str], np.ndarray],
 ) -> None:
   """Writes `fetch(name)` for every name of `tensors` (dtype and shape), one at a time."""
-  names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+  names = {np.dtype(dtype): name for name, dtype in (DTYPES | INTEGERS).items()}
   order = ordered(tensors)
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0
