@@ -14,6 +14,7 @@ _SUBMODULES = (
   "sampling",
   "server",
   "tree",
+  "tune",
 )
 _NAMES = {"Chat": "chat", "Engine": "engine", "Request": "engine"}
 

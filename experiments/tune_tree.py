@@ -1,0 +1,120 @@
+"""Which tree size pays for this target, this draft and this device (SpecMQuant's rule).
+
+  python -m experiments.tune_tree --target=runs/a --draft=mtp --prompts=data/held
+  python -m experiments.tune_tree --target=DIR --draft=eagle:DRAFT_DIR --prompts=prompts.jsonl \\
+    --spec_num_iter=6 --spec_topk_per_iter=10 --output=runs/tree
+
+Writes OUTPUT.json and OUTPUT.png: verification and draft time, mean accept length and speedup of
+every size, and the flags for generate and serve. Run it on an otherwise idle machine.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import _bench_drafts, _bench_train, _models
+from minicpm_jax import ckpt, config
+from minicpm_jax.core import extras
+from minicpm_jax.core import logging as logging_lib
+from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import tune
+from minicpm_jax.infer.drafters import base, eagle, mtp
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  define = {"flag_values": values}
+  flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
+  flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **define)
+  flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
+  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
+  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
+  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
+  flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
+  flags.DEFINE_integer("length", 256, "Context at which steps are timed.", **define)
+  flags.DEFINE_integer("repeats", 15, "Timed runs of every size.", **define)
+  flags.DEFINE_integer("spec_num_iter", 6, "Levels of the tree.", **define)
+  flags.DEFINE_integer("spec_topk_per_iter", 10, "Nodes that a level grows from.", **define)
+  flags.DEFINE_list("sizes", [str(n) for n in tune.SIZES], "Tree sizes, root included.", **define)
+  flags.DEFINE_string("output", "benchmarks/results/tune_tree", "Without suffix.", **define)
+  if "--help" in argv:
+    print(f"{__doc__}\n{values.get_help()}")
+    sys.exit(0)
+  rest = values(argv)[1:]
+  if rest or not values.target or not values.prompts:
+    raise ValueError(f"--target and --prompts are needed, flags only; found {rest}")
+  return values
+
+
+def run(values: flags.FlagValues) -> tune.TreeCost:
+  model, params, tok = _models.load(values.target)
+  shape = dict(num_levels=values.spec_num_iter, top_k=values.spec_topk_per_iter)
+  shape["num_nodes"] = shape["num_levels"] + 1
+  if values.draft == "mtp":
+    drafter, draft_params = mtp.make(model, params, **shape)
+  else:
+    path = values.draft.partition(":")[2]
+    drafter, draft_params = eagle.make(ckpt.load_draft(path, model.cfg), model, params, **shape)
+  drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes])
+  prompts = _bench_drafts.prompts_of(
+    values.prompts, tok, values.num_prompts, values.max_prompt_tokens
+  )
+  sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)
+  capacity = max(map(len, prompts)) + values.new_tokens + 16
+  engine = engine_lib.Engine(model, params, config.EngineConfig(capacity=capacity))
+  out = engine.generate(prompts, sampling)
+  pairs = [(p, t) for p, t in zip(prompts, out.tokens, strict=True) if len(t) > 1]
+  both = base.Params(params, draft_params)
+  lengths = tune.accept_lengths(
+    model, both, drafters, [[*p, *t] for p, t in pairs], [len(p) for p, _ in pairs]
+  )
+  times = tune.measure(model, both, drafters, length=values.length, repeats=values.repeats)
+  rows = tune.costs(*times, lengths)
+  chosen = tune.best(rows)
+  path = pathlib.Path(values.output)
+  result = {
+    "target": model.cfg.name,
+    "draft": values.draft.partition(":")[0],
+    **shape,
+    "num_nodes": chosen.num_nodes,
+    "rows": [dataclasses.asdict(row) for row in rows],
+    "environment": _bench_train.environment(),
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+  path.with_suffix(".partial").replace(path.with_suffix(".json"))
+  _plot(rows, path.with_suffix(".png"))
+  print("nodes  verify ms  draft ms  accept length  speedup")
+  for r in rows:
+    times = f"{r.num_nodes:5d}  {r.verify_ms:9.2f}  {r.draft_ms:8.2f}"
+    print(f"{times}  {r.accept_length:13.2f}  {r.speedup:7.2f}")
+  use = f"--spec_tree_size={chosen.num_nodes}" if chosen.num_nodes > 1 else "no speculation"
+  print(f"best here: {use}")
+  return chosen
+
+
+def _plot(rows: list[tune.TreeCost], path: pathlib.Path) -> None:
+  figures = extras.require_extra("matplotlib.figure", extra="plot")
+  figure = figures.Figure(figsize=(9, 3.2), layout="constrained")
+  fields = ("verify_ms", "accept_length", "speedup")
+  for axis, field in zip(figure.subplots(1, 3), fields, strict=True):
+    axis.plot([r.num_nodes for r in rows], [getattr(r, field) for r in rows], "o-")
+    axis.set(xlabel="tree nodes", title=field.replace("_", " "), ylim=(0, None))
+  figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> int:
+  logging_lib.quiet_libraries()
+  try:
+    run(parse(sys.argv if argv is None else argv))
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"tune_tree: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
