@@ -23,9 +23,9 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import rng, types
-from minicpm_jax.infer import constrained
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import transformer
 
@@ -41,8 +41,8 @@ class TokenConstraint(Protocol):
   def fill_mask(self, row: np.ndarray) -> None:
     """Writes int32 [ceil(V / 32)]: bit i % 32 of word i // 32 is 1 where token i may follow."""
 
-  def consume(self, token: int) -> None:
-    """Goes on behind an allowed token."""
+  def consume(self, token: int) -> bool:
+    """Goes on behind a token; False, and nothing changes, where it is not allowed."""
 
   def rollback(self, num: int) -> None:
     """Forgets the last `num` tokens."""
@@ -137,6 +137,14 @@ class _Answer(NamedTuple):
   rounds: int  # 0 = the first token, out of the prefill
 
 
+class RequestError(ValueError):
+  """One request cannot go on; `id` says which. It has been ended."""
+
+  def __init__(self, uid: int, text: str):
+    super().__init__(f"request {uid}: {text}")
+    self.id = uid
+
+
 class Engine:
   """Continuous batching over `cfg.max_batch` rows; see the module docstring.
 
@@ -170,6 +178,7 @@ class Engine:
     self._rows = [_Row() for _ in range(self.cfg.max_batch)]
     self._waiting: collections.deque[_Job] = collections.deque()
     self._pending: collections.deque[_Answer] = collections.deque()
+    self._outbox: list[Event] = []
     self._ids = itertools.count()
     self._clock = time.perf_counter()
     self.compile_seconds = 0.0  # of all functions so far
@@ -189,7 +198,9 @@ class Engine:
 
   @property
   def has_work(self) -> bool:
-    return bool(self._waiting or self._pending) or any(row.job is not None for row in self._rows)
+    return bool(self._waiting or self._pending or self._outbox) or any(
+      row.job is not None for row in self._rows
+    )
 
   def add(self, request: Request) -> int:
     """Queues a request; its events carry the id. ValueError where it can never be served."""
@@ -227,24 +238,24 @@ class Engine:
   def step(self) -> list[Event]:
     """One chunk of a waiting prompt, one dispatch of rounds for the rows that decode.
 
-    Returns the events of the dispatch before (all that are left where nothing was dispatched).
+    Returns the events of the dispatch before (all that are left where nothing was dispatched). A
+    request that cannot go on (`RequestError`) is ended first; the next step serves the others.
     """
     num_before = len(self._pending)
     self._fill_one()
     live = [row.job for row in self._rows if row.job is not None and not self._is_filling(row.job)]
-    events: list[Event] = []
     if any(job.request.constraint is not None for job in live):
-      events += self._read_all()
+      self._read(len(self._pending))
       live = [job for job in live if job.finish_reason is None]
       if live:
         self._constrained_round(live)
-        events += self._read_all()
-      return events
-    if any(len(job.tokens) + job.promised < job.limit for job in live):
-      self._dispatch(live)
-    num_new = len(self._pending) - num_before
-    while self._pending and (num_new == 0 or len(self._pending) > num_new):
-      events += self._read()
+        self._read(len(self._pending))
+    else:
+      if any(len(job.tokens) + job.promised < job.limit for job in live):
+        self._dispatch(live)
+      num_new = len(self._pending) - num_before
+      self._read(len(self._pending) - num_new if num_new else len(self._pending))
+    events, self._outbox = self._outbox, []
     return events
 
   def fill(self) -> None:
@@ -426,7 +437,7 @@ class Engine:
     if is_last and job.request.constraint is not None:
       mask_1W = np.zeros(self._free_mask.shape, np.int32)
       job.request.constraint.fill_mask(mask_1W[0])
-      _check_mask(mask_1W[0], job)
+      self._check_mask(mask_1W[0], job)
     args = (
       *(tokens_1C, np.int32(job.row), np.int32(num), np.int32(len(prompt))),
       *(np.int32(NO_TOKEN if is_last else prompt[start + num]), mask_1W),
@@ -456,9 +467,8 @@ class Engine:
     for job in live:
       if job.request.constraint is not None:
         b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
-        tok_BP[b] = constrained.walk_tree(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
-        _check_mask(mask_PW[0], job)
-        mask_PW[tok_BP[b] < 0] = -1  # nobody asks these nodes; a row of -inf would be NaN
+        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
+        self._check_mask(mask_PW[0], job)
         mask_BPW[b] = mask_PW
     tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
     answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
@@ -493,36 +503,41 @@ class Engine:
     self._state, answer = function(*head, *args, **static)
     return answer
 
-  def _read_all(self) -> list[Event]:
-    events = []
-    while self._pending:
-      events += self._read()
-    return events
+  def _read(self, num: int) -> None:
+    """Waits for the `num` oldest answers and puts their events into the outbox."""
+    for _ in range(num):
+      answer, jobs, num_rounds = self._pending.popleft()
+      tokens_BRA, logprobs_BRA, is_bad_B = jax.device_get(
+        (answer.tokens_BRA, answer.logprobs_BRA, answer.is_bad_B)
+      )
+      now = time.perf_counter()
+      seconds, self._clock = now - self._clock, now
+      bad = None
+      for b, job in enumerate(jobs):
+        if job is None or job.finish_reason is not None:
+          continue
+        job.promised -= max(1, num_rounds)
+        if num_rounds:
+          job.stats.decode_seconds += seconds
+        else:
+          job.stats.prefill_seconds = now - job.started
+        if is_bad_B[b]:
+          bad = job
+          continue
+        event = self._emit(job, tokens_BRA[b], logprobs_BRA[b], is_prefill=num_rounds == 0)
+        if event is not None:
+          self._outbox.append(event)
+      if bad is not None:
+        raise self._failed(bad, "found non-finite logits, expected finite (broken weights?)")
 
-  def _read(self) -> list[Event]:
-    """Waits for the oldest answer and turns it into events."""
-    answer, jobs, num_rounds = self._pending.popleft()
-    tokens_BRA, logprobs_BRA, is_bad_B = jax.device_get(
-      (answer.tokens_BRA, answer.logprobs_BRA, answer.is_bad_B)
-    )
-    now, events = time.perf_counter(), []
-    seconds, self._clock = now - self._clock, now
-    for b, job in enumerate(jobs):
-      if job is None or job.finish_reason is not None:
-        continue
-      job.promised -= max(1, num_rounds)
-      if is_bad_B[b]:
-        raise ValueError(
-          f"request {job.id}: found non-finite logits, expected finite (broken weights?)"
-        )
-      if num_rounds:
-        job.stats.decode_seconds += seconds
-      else:
-        job.stats.prefill_seconds = now - job.started
-      event = self._emit(job, tokens_BRA[b], logprobs_BRA[b], is_prefill=num_rounds == 0)
-      if event is not None:
-        events.append(event)
-    return events
+  def _failed(self, job: _Job, text: str) -> "RequestError":
+    self._state = rounds_lib.release(self._state, np.int32(job.row))
+    self._outbox.append(self._finish(job, "cancelled", [], []))
+    return RequestError(job.id, text)
+
+  def _check_mask(self, mask_W: np.ndarray, job: _Job) -> None:
+    if not mask_W.any():
+      raise self._failed(job, "the constraint allows no token, expected at least one")
 
   def _emit(self, job: _Job, tokens_RA, logprobs_RA, *, is_prefill: bool) -> Event | None:
     is_token_RA = tokens_RA != NO_TOKEN
@@ -569,11 +584,6 @@ def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
   if low < 0 or high >= vocab_size:
     found = low if low < 0 else high
     raise ValueError(f"{name}: found token {found}, expected 0..{vocab_size - 1}")
-
-
-def _check_mask(mask_W: np.ndarray, job: _Job) -> None:
-  if not mask_W.any():
-    raise ValueError(f"request {job.id}: constraint allows no token, expected at least one")
 
 
 def _follow(

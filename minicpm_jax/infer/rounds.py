@@ -193,9 +193,47 @@ def _draft(drafter: base.Drafter, params: base.Params, state: State, span: int):
   return tree, state.replace(draft=draft)
 
 
-def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, span):
+def _round(model, drafter, params, state: State, span):
+  """(state after a round, tokens_BA, logprobs_BA, is_bad_B)."""
+  tree, state = _draft(drafter, params, state, span)
+  D = drafter.num_levels
+  if not getattr(drafter, "may_pass", False):
+    return _verify(model, drafter, params, state, tree, None, span, D)
+
+  def plainly(state):
+    root = base.Tree(
+      tok_BP=tree.tok_BP[:, :1],
+      parent_BP=tree.parent_BP[:, :1],
+      depth_BP=tree.depth_BP[:, :1],
+      anc_BPP=tree.anc_BPP[:, :1, :1],
+    )
+    state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, root, None, span, 0)
+    tokens = jnp.pad(tokens, ((0, 0), (0, D)), constant_values=NO_TOKEN)
+    return state, tokens, jnp.pad(logprobs, ((0, 0), (0, D))), is_bad_B
+
+  def whole(state):
+    return _verify(model, drafter, params, state, tree, None, span, D)
+
+  is_any = jnp.any((tree.tok_BP[:, 1:] >= 0) & state.is_live_B[:, None])
+  B = state.root_B.shape[0]
+  nothing = (jnp.full((B, D + 1), NO_TOKEN, jnp.int32), jnp.zeros((B, D + 1), jnp.float32))
+  out = _if(is_any, whole, (state, *nothing, jnp.zeros((B,), bool)))
+  return _if(~is_any, plainly, out)
+
+
+def _if(is_wanted: Any, function: Any, given: Any) -> Any:
+  """function(given[0]) or `given`; as a loop of at most one turn, because `lax.cond` would copy the
+  cache where a loop writes it in place (XLA on CPU)."""
+
+  def body(carry):
+    return jnp.zeros((), bool), *function(carry[1])
+
+  return jax.lax.while_loop(lambda carry: carry[0], body, (is_wanted, *given))[1:]
+
+
+def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, span, num_levels):
   """(state after the round, tokens_BA, logprobs_BA, is_bad_B)."""
-  cfg, D = model.cfg, drafter.num_levels
+  cfg, D = model.cfg, num_levels
   B, P = tree.tok_BP.shape
   length_B = state.cache.length
   out = model.apply(
@@ -274,8 +312,7 @@ def run(
   """`rounds` rounds, fewer when no row is live."""
 
   def one(state):
-    tree, state = _draft(drafter, params, state, span)
-    return _verify(model, drafter, params, state, tree, None, span)
+    return _round(model, drafter, params, state, span)
 
   if rounds == 1:
     state, tokens, logprobs, is_bad_B = one(state)
@@ -323,5 +360,6 @@ def verify(
   span: int,
 ) -> tuple[State, Answer]:
   """Second half: mask_BPW holds the bits of the tokens that may follow each node."""
-  state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, tree, mask_BPW, span)
+  whole = (tree, mask_BPW, span, drafter.num_levels)
+  state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, *whole)
   return state, Answer(tokens[:, None], logprobs[:, None], is_bad_B)

@@ -3,8 +3,11 @@
 Everything here is bookkeeping on int32 arrays of a few dozen nodes, for a batch of rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.infer.drafters import base
@@ -107,3 +110,38 @@ def seen_by_nodes(
 
   seen_BPV = jax.vmap(one)(seen_BV, tree.tok_BP, tree.depth_BP, tree.anc_BPP)
   return jnp.reshape(seen_BPV, (-1, seen_BV.shape[1]))
+
+
+# --- Host side: a constraint walks the tree -------------------------------------------------------
+
+
+def walk(
+  constraint: Any, tok_P: np.ndarray, parent_P: np.ndarray, mask_PW: np.ndarray
+) -> np.ndarray:
+  """Fills row i of int32 mask_PW with the tokens that may follow node i; tok_P with nodes cut.
+
+  `constraint` (fill_mask, consume, rollback, is_stopped) stands behind the root, node 0, and stands
+  there again afterwards. Nodes that it forbids are cut with all below them (inference.md 16);
+  their rows, and those of nodes behind which nothing may follow, allow everything: nobody samples
+  there.
+  """
+  children: list[list[int]] = [[] for _ in tok_P]
+  for node in range(1, len(tok_P)):
+    children[parent_P[node]].append(node)
+  out_P = np.full_like(tok_P, base.CUT)
+  out_P[0] = tok_P[0]
+  mask_PW[:] = -1
+  if not constraint.is_stopped():
+    constraint.fill_mask(mask_PW[0])
+  pending = [(child, True) for child in reversed(children[0])]  # True = go in, False = leave
+  while pending:
+    node, is_entry = pending.pop()
+    if not is_entry:
+      constraint.rollback(1)
+    elif tok_P[node] >= 0 and constraint.consume(int(tok_P[node])):
+      out_P[node] = tok_P[node]
+      if not constraint.is_stopped():
+        constraint.fill_mask(mask_PW[node])
+      pending.append((node, False))
+      pending += [(child, True) for child in reversed(children[node])]
+  return out_P

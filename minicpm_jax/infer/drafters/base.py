@@ -65,7 +65,9 @@ class Drafter(Protocol):
   num_nodes: P, static, root included. num_levels: depth of the deepest node, so that a round emits
   1..num_levels + 1 tokens. tap_layers: target layers whose input is wanted as feature; () = hidden
   after the final norm. reuses_prefix: False where a copied row of the state is not enough to go on
-  from an earlier position (then the engine's prompt cache stays off).
+  from an earlier position (then the engine's prompt cache stays off). A drafter may also have
+  `may_pass` = True: rounds in which it cuts all of its nodes in all rows then run the root alone
+  (T = 1 in `commit`).
   """
 
   num_nodes: int

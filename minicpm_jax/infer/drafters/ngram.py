@@ -31,6 +31,7 @@ class NGramDrafter:
   min_match: int = 2
   tap_layers: tuple[int, ...] = ()
   reuses_prefix: bool = True
+  may_pass: bool = True
 
   def __post_init__(self):
     base.check_tree_size(self.num_nodes, self.num_levels)
