@@ -4,7 +4,8 @@
   python -m experiments.serve --model=DIR --port=9000 --max_batch=8 --draft_kind=ngram
 
 POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /metrics. The flags are
-CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; --model is short for --model_path. It
+CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; those of sampling hold where a request
+says nothing; --model is short for --model_path. It
 listens on the loopback address unless --host says otherwise: there is no authentication. Ctrl-C or
 SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[serve]'` (`[constrained]` for
 response_format, grammars and required tool calls).
@@ -49,6 +50,7 @@ def make(values: flags.FlagValues) -> service.ChatService:
     port=cfg.port,
     max_queue=values.max_queue,
     max_body_bytes=values.max_body_bytes,
+    sampling=_infer.sampling(cfg),
   )
   loaded = _infer.load(cfg, max_batch=cfg.max_batch)
   try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from minicpm_jax.config.infer import SamplingConfig
 from minicpm_jax.config.validate import require
 
 
@@ -15,6 +16,7 @@ class ServerConfig:
   max_body_bytes: int = 4 * 2**20  # beyond it 413
   max_tokens: int = 65536  # largest max_tokens of a request
   default_max_tokens: int = 1024
+  sampling: SamplingConfig = SamplingConfig()  # where a request says nothing; not its length, seed
   shutdown_seconds: float = 30.0  # answers under way may end in this time
 
   def __post_init__(self):

@@ -76,11 +76,13 @@ def stream_text(
   prompt: Sequence[int],
   sampling: config.SamplingConfig,
   *,
+  stop: Sequence[str] = (),
   stats: Stats | None = None,
   engine: engine_lib.Engine | None = None,
 ) -> Generator[str]:
-  """Text of one answer piece by piece, without stop tokens; at most max_position tokens in all.
+  """Text of one answer piece by piece, up to a stop token or one of the stop strings.
 
+  At most max_position tokens in all.
   `engine` keeps its cache from answer to answer; its capacity bounds the answer too.
   """
   room = model.cfg.max_position - len(prompt)
@@ -93,13 +95,14 @@ def stream_text(
   stops = stop_ids(model.cfg, tok)
   stats = Stats() if stats is None else stats
   stats.prompt_tokens += len(prompt)
-  decoder = detokenize.StreamDecoder(tok)
+  text = detokenize.TextStream(tok, stop_ids=stops, stop=stop)
   for chunk in generate.stream(model, params, [prompt], sampling, stop_ids=stops, engine=engine):
     stats.add(chunk)
-    piece = decoder.push([int(t) for t in chunk.tokens_BR[0] if int(t) not in stops])
-    if piece:
+    if piece := text.push([int(t) for t in chunk.tokens_BR[0]]):
       yield piece
-  if piece := decoder.finish():
+    if text.finish_reason is not None:
+      return
+  if piece := text.finish("length"):
     yield piece
 
 
@@ -118,6 +121,7 @@ class Chat:
     sampling: config.SamplingConfig | None = None,
     system: str | None = None,
     enable_thinking: bool | None = None,
+    stop: Sequence[str] = (),
   ):
     if tok is None:
       raise ValueError("tok: found None, expected a tokenizer (the model folder holds none)")
@@ -126,6 +130,7 @@ class Chat:
     self.sampling = config.SamplingConfig() if sampling is None else sampling
     self.system = system
     self.enable_thinking = enable_thinking
+    self.stop = tuple(stop)
     self.template = template_for(model.cfg, tok)
     self.stats = Stats()  # of the last answer
     self.messages: list[dict[str, str]] = []
@@ -153,6 +158,7 @@ class Chat:
         self.tok,
         prompt,
         self.sampling,
+        stop=self.stop,
         stats=self.stats,
         engine=self._engine_for(len(prompt)),
       ):

@@ -1,7 +1,13 @@
 """A tokenizer of bytes for the decoding tests: ids 0-255 are bytes, then four special tokens."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from minicpm_jax import config
+from minicpm_jax.infer import generate
+from minicpm_jax.models import transformer
 from minicpm_jax.text import tokenizer
 
 
@@ -37,3 +43,26 @@ class ByteTokenizer(tokenizer.TraitsMixin):
 def byte_tokenizer():
   """The class; call it for a tokenizer."""
   return ByteTokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_engine_parts():
+  """(model, params) of one small random layer over bytes."""
+  cfg = config.ModelConfig(
+    vocab_size=260,
+    model_dim=16,
+    mlp_dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=1024,
+    stop_ids=(257,),
+  )
+  model = transformer.Transformer(cfg)
+  shapes, _ = transformer.abstract_params(model)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2 + (x.ndim == 1), x.dtype), shapes
+  )
+  return generate.for_decoding(model, params)

@@ -71,6 +71,15 @@ def test_the_second_turn_sees_the_first(model_and_params, byte_tokenizer, monkey
   assert seen == [b"[u]a[a]", "[u]a[a]né[u]b[a]".encode()]
 
 
+def test_a_stop_string_ends_the_answer(model_and_params, byte_tokenizer):
+  tok = byte_tokenizer(chat_template=TEMPLATE)
+  answer = chat_lib.Chat(*model_and_params, tok, sampling=SAMPLING).say("hi")
+  assert len(answer) > 5
+  chat = chat_lib.Chat(*model_and_params, tok, sampling=SAMPLING, stop=[answer[3:5]])
+  assert chat.say("hi") == answer[: answer.index(answer[3:5])]
+  assert chat.messages[-1]["content"] == answer[: answer.index(answer[3:5])]
+
+
 def test_a_closed_stream_keeps_what_was_said(model_and_params, byte_tokenizer):
   chat = chat_lib.Chat(*model_and_params, byte_tokenizer(chat_template=TEMPLATE), sampling=SAMPLING)
   pieces = chat.stream("hi")

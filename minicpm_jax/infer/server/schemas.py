@@ -198,13 +198,15 @@ def _options(
   fields.take("model", str, None)  # one model is served, under any name
   asked = fields.take("max_tokens", int, None, 1, limits.max_tokens)
   seed = fields.take("seed", int, None, -(2**63), 2**63 - 1)
-  top_k = fields.take("top_k", int, 0, -1, 2**31 - 1)
+  default = limits.sampling
+  penalty = fields.take("repetition_penalty", float, default.repetition_penalty, 0.0, 10.0)
+  top_k = fields.take("top_k", int, default.top_k, -1, 2**31 - 1)
   sampling = dict(
-    temperature=fields.take("temperature", float, 0.0, 0.0, 2.0),
+    temperature=fields.take("temperature", float, default.temperature, 0.0, 2.0),
     top_k=max(0, top_k),  # -1 is vLLM's "off"
-    top_p=fields.take("top_p", float, 1.0, 0.0, 1.0),
-    min_p=fields.take("min_p", float, 0.0, 0.0, 1.0),
-    repetition_penalty=fields.take("repetition_penalty", float, 1.0, 0.0, 10.0),
+    top_p=fields.take("top_p", float, default.top_p, 0.0, 1.0),
+    min_p=fields.take("min_p", float, default.min_p, 0.0, 1.0),
+    repetition_penalty=penalty,
     max_new_tokens=max_tokens or asked or limits.default_max_tokens,
     seed=secrets.randbits(31) if seed is None else seed % 2**31,
   )

@@ -161,6 +161,16 @@ def test_text_completions_take_text_or_ids(make):
   assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_sampling_defaults_are_the_servers(make):
+  chat, engine = make("ok", sampling=config.SamplingConfig(temperature=0.6, top_p=0.9, top_k=7))
+  chat.chat(HELLO | {"top_p": 0.5, "top_k": -1})
+  sampling = engine.requests[0].sampling
+  assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.5, 0)
+  chat.chat(HELLO)
+  first, second = engine.requests
+  assert second.sampling.top_k == 7 and first.sampling.seed != second.sampling.seed
+
+
 def test_content_parts_roles_and_template_arguments(make):
   template = "{{ enable_thinking }}|" + scripted.TEMPLATE
   chat, engine = make("ok", template=template)
