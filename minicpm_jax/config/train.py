@@ -42,6 +42,7 @@ class TrainConfig:
   grad_accum: int = 1  # micro-batches a step; batch_size must divide
   z_loss: float = 0.0  # weight of mean(logsumexp^2)
   log_every: int = 10  # steps
+  source_losses: bool = False  # also log the training loss of every source, source_loss/NAME
   eval_every: int = 0  # steps; 0 = only at the end, when there is an eval source
   eval_batches: int = 8  # of every eval source; 0 = all of it
   eval_sources: tuple[str, ...] = ()  # names of data.sources that are only evaluated

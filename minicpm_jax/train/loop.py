@@ -80,7 +80,11 @@ class _Run:
     optimizer = build.make_optimizer(cfg.optim, cfg.model, transformer.abstract_params(model)[0])
     self.abstract = step_lib.abstract_state(model, optimizer, self.mesh)
     train_step = step_lib.make_train_step(
-      step_lib.make_loss_fn(model, z_loss=cfg.z_loss),
+      step_lib.make_loss_fn(
+        model,
+        z_loss=cfg.z_loss,
+        sources=[s.name for s in cfg.data.sources] if cfg.source_losses else (),
+      ),
       step_lib.make_totals_fn(model),
       optimizer,
       grad_accum=cfg.grad_accum,

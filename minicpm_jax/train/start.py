@@ -41,6 +41,7 @@ MAY_CHANGE = (
   "eval_batches",
   "eval_sources",
   "profile_steps",
+  "source_losses",
   "compilation_cache",
   "grad_accum",
   "checkpoint",

@@ -8,7 +8,7 @@ a sum over tokens; it is the mean over micro-batches.)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -102,11 +102,15 @@ def make_totals_fn(model: transformer.Transformer) -> TotalsFn:
   return totals_fn
 
 
-def make_loss_fn(model: transformer.Transformer, *, z_loss: float = 0.0) -> LossFn:
+def make_loss_fn(
+  model: transformer.Transformer, *, z_loss: float = 0.0, sources: Sequence[str] = ()
+) -> LossFn:
   """Token-weighted cross entropy (+ z-loss, MTP, MoE balance) of `model`.
 
   L = L_NTP + lambda L_MTP (MiniCPM4 section 2.3.2) + w_aux sum_layers L_balance, each term a mean
-  over its own tokens; z_loss adds z_loss * mean(logsumexp(logits)^2) to L_NTP.
+  over its own tokens; z_loss adds z_loss * mean(logsumexp(logits)^2) to L_NTP. `sources` (by their
+  number in `batch["source_ids"]`) get a metric "source_loss/NAME" each: the mean L_NTP of their
+  tokens.
   """
   cfg = model.cfg
 
@@ -115,20 +119,25 @@ def make_loss_fn(model: transformer.Transformer, *, z_loss: float = 0.0) -> Loss
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     out = model.apply(variables, *inputs, return_logits=False)
     mask_BT = batch["loss_mask"]
-    nll, z, correct = _cross_entropy(cfg, params, out.hidden, batch["targets"], mask_BT, z_loss)
+    targets_BT = batch["targets"]
+    nll, z, correct, nll_T = _cross_entropy(cfg, params, out.hidden, targets_BT, mask_BT, z_loss)
     loss = nll / ctx.totals["loss"]
     tokens = jnp.sum(mask_BT)
     metrics = {
       "loss": metrics_lib.Metric(nll - z, tokens),
       "accuracy": metrics_lib.Metric(correct, tokens),
     }
+    for number, name in enumerate(sources):
+      weight_T = _flatten_tokens(mask_BT * (batch["source_ids"] == number))
+      metric = metrics_lib.Metric(jnp.sum(nll_T * weight_T), jnp.sum(weight_T))
+      metrics[f"source_loss/{name}"] = metric
     if z_loss:
       metrics["z_loss"] = metrics_lib.Metric(z, tokens)
     if cfg.mtp is not None:
       hidden_BTD = model.apply(variables, out.hidden, *inputs, method="mtp_hidden")
       mask_BT = mtp_mask(mask_BT, batch["segment_ids"])
       targets_BT = mtp_targets(batch["targets"])
-      nll, _, _ = _cross_entropy(cfg, params, hidden_BTD, targets_BT, mask_BT, 0.0)
+      nll, *_ = _cross_entropy(cfg, params, hidden_BTD, targets_BT, mask_BT, 0.0)
       loss += cfg.mtp.loss_weight * nll / ctx.totals["mtp_loss"]
       metrics["mtp_loss"] = metrics_lib.Metric(nll, jnp.sum(mask_BT))
     if cfg.moe is not None:
@@ -150,6 +159,7 @@ def _cross_entropy(cfg, params, hidden_BTD, targets_BT, mask_BT, z_loss: float):
     divisor=cfg.logit_divisor,
     z_loss=z_loss,
     vocab_size=cfg.vocab_size,
+    per_token=True,
   )
 
 

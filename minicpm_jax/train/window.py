@@ -38,8 +38,13 @@ class Window:
     self._tokens += int(metrics["tokens"].sum)
 
   def flush(self) -> dict[str, float]:
-    """Means since the last flush, plus tokens_per_second and mfu (where the peak is known)."""
-    values = metrics_lib.means({k: v for k, v in self._sums.items() if k != "tokens"})
+    """Means since the last flush, plus tokens_per_second and mfu (where the peak is known).
+
+    A source without a token in that time has no loss.
+    """
+    sums = {k: v for k, v in self._sums.items() if k != "tokens"}
+    unseen = [k for k, v in sums.items() if k.startswith("source_loss/") and not v.weight]
+    values = metrics_lib.means({k: v for k, v in sums.items() if k not in unseen})
     values |= metrics_lib.means({k: self._last[k] for k in LAST_ONLY})
     seconds = time.monotonic() - self._since
     if self._tokens and seconds > 0:

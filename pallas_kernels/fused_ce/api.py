@@ -16,6 +16,7 @@ def fused_cross_entropy(
   divisor: float = 1.0,
   z_loss: float = 0.0,
   vocab_size: int | None = None,
+  per_token: bool = False,
   implementation: Implementation = "auto",
   config: xla.XlaConfig | None = None,
 ):
@@ -25,6 +26,7 @@ def fused_cross_entropy(
   loss = log Z - logit of the target + z_loss * (log Z)^2, so it already contains z, the last term
   on its own. `correct` counts targets whose logit is the largest. Gradients flow from `loss` to
   hidden and weight only; with `xla` they are formed in the forward pass, O(chunk * V) memory.
+  `per_token` adds a fourth result, log Z - logit of the target for every token [T], unmasked.
   """
   arguments = dict(
     divisor=divisor,
@@ -32,7 +34,9 @@ def fused_cross_entropy(
     vocab_size=weight_DV.shape[1] if vocab_size is None else vocab_size,
   )
   if implementation == "ref":
-    return ref.fused_cross_entropy_ref(hidden_TD, weight_DV, targets_T, mask_T, **arguments)
-  return xla.fused_cross_entropy_xla(
-    hidden_TD, weight_DV, targets_T, mask_T, **arguments, config=config
-  )
+    found = ref.fused_cross_entropy_ref(hidden_TD, weight_DV, targets_T, mask_T, **arguments)
+  else:
+    found = xla.fused_cross_entropy_xla(
+      hidden_TD, weight_DV, targets_T, mask_T, **arguments, config=config
+    )
+  return found if per_token else found[:3]

@@ -43,11 +43,11 @@ def fused_cross_entropy_xla(
   vocab_size: int,
   config: XlaConfig | None = None,
 ):
-  """As `api.fused_cross_entropy`."""
+  """As `api.fused_cross_entropy` with `per_token`."""
   config = default_config(weight_DV.shape[1]) if config is None else config
   static = _Static(float(divisor), float(z_loss), vocab_size, config.chunk)
-  loss, z, correct = _cross_entropy(static, hidden_TD, weight_DV, targets_T, mask_T)
-  return loss, jax.lax.stop_gradient(z), jax.lax.stop_gradient(correct)
+  (loss, z, correct), nll_T = _cross_entropy(static, hidden_TD, weight_DV, targets_T, mask_T)
+  return loss, *jax.lax.stop_gradient((z, correct, nll_T))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _unsplit(x_IC, T: int):
 
 
 def _chunk_loss(static: _Static, hidden_CD, weight_DV, targets_C, mask_C):
-  """(sums, exp(logits - top), what turns them into softmax, log Z) of one chunk."""
+  """(sums, exp(logits - top), what turns them into softmax, log Z, loss of every token)."""
   logits_CV = jnp.matmul(hidden_CD, weight_DV, preferred_element_type=jnp.float32)
   logits_CV = logits_CV * (1.0 / static.divisor)
   V = logits_CV.shape[1]
@@ -93,25 +93,30 @@ def _chunk_loss(static: _Static, hidden_CD, weight_DV, targets_C, mask_C):
   log_z_C = top_C + jnp.log(sum_C)
   picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
   z_C = static.z_loss * jnp.square(log_z_C)
-  loss = jnp.sum(mask_C * (log_z_C - picked_C + z_C))
+  nll_C = log_z_C - picked_C
+  loss = jnp.sum(mask_C * (nll_C + z_C))
   sums = (loss, jnp.sum(mask_C * z_C), jnp.sum(mask_C * (picked_C >= top_C)))
-  return sums, exp_CV, sum_C, log_z_C
+  return sums, exp_CV, sum_C, log_z_C, nll_C
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(static: _Static, hidden_TD, weight_DV, targets_T, mask_T):
   def body(sums, chunk):
     hidden_CD, targets_C, mask_C = chunk
-    return _add(sums, _chunk_loss(static, hidden_CD, weight_DV, targets_C, mask_C)[0]), None
+    more, *_, nll_C = _chunk_loss(static, hidden_CD, weight_DV, targets_C, mask_C)
+    return _add(sums, more), nll_C
 
   chunks = _chunks(static, hidden_TD, targets_T, mask_T.astype(jnp.float32))
-  return jax.lax.scan(body, (jnp.float32(0),) * 3, chunks)[0]
+  sums, nll_IC = jax.lax.scan(body, (jnp.float32(0),) * 3, chunks)
+  return sums, _unsplit(nll_IC, hidden_TD.shape[0])
 
 
 def _cross_entropy_fwd(static: _Static, hidden_TD, weight_DV, targets_T, mask_T):
   def gradients(chunk):
     hidden_CD, targets_C, mask_C = chunk
-    sums, exp_CV, sum_C, log_z_C = _chunk_loss(static, hidden_CD, weight_DV, targets_C, mask_C)
+    sums, exp_CV, sum_C, log_z_C, nll_C = _chunk_loss(
+      static, hidden_CD, weight_DV, targets_C, mask_C
+    )
     weight_C = mask_C / static.divisor
     # d (log Z - picked + z (log Z)^2) / d logits = softmax (1 + 2 z log Z) - one hot.
     soft_C = weight_C * (1.0 + 2.0 * static.z_loss * log_z_C) / sum_C
@@ -122,27 +127,27 @@ def _cross_entropy_fwd(static: _Static, hidden_TD, weight_DV, targets_T, mask_T)
     dweight_DV = jax.lax.dot_general(
       hidden_CD, dlogits_CV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return sums, dhidden_CD.astype(hidden_CD.dtype), dweight_DV
+    return sums, (dhidden_CD.astype(hidden_CD.dtype), nll_C), dweight_DV
 
   def body(carry, chunk):
     sums, dweight_DV = carry
-    more_sums, dhidden_CD, more_DV = gradients(chunk)
-    return (_add(sums, more_sums), dweight_DV + more_DV), dhidden_CD
+    more_sums, rows_C, more_DV = gradients(chunk)
+    return (_add(sums, more_sums), dweight_DV + more_DV), rows_C
 
   chunks = _chunks(static, hidden_TD, targets_T, mask_T.astype(jnp.float32))
   if chunks[0].shape[0] == 1:
-    sums, dhidden_TD, dweight_DV = gradients(tuple(x[0] for x in chunks))
+    sums, (dhidden_TD, nll_T), dweight_DV = gradients(tuple(x[0] for x in chunks))
   else:
     start = ((jnp.float32(0),) * 3, jnp.zeros(weight_DV.shape, jnp.float32))
-    (sums, dweight_DV), dhidden_ICD = jax.lax.scan(body, start, chunks)
-    dhidden_TD = _unsplit(dhidden_ICD, hidden_TD.shape[0])
-  return sums, (dhidden_TD, dweight_DV.astype(weight_DV.dtype))
+    (sums, dweight_DV), rows_IC = jax.lax.scan(body, start, chunks)
+    dhidden_TD, nll_T = (_unsplit(x_IC, hidden_TD.shape[0]) for x_IC in rows_IC)
+  return (sums, nll_T), (dhidden_TD, dweight_DV.astype(weight_DV.dtype))
 
 
 def _cross_entropy_bwd(static: _Static, residuals, cotangents):
   del static
   dhidden_TD, dweight_DV = residuals
-  scale = cotangents[0]
+  scale = cotangents[0][0]
   return (
     (scale * dhidden_TD).astype(dhidden_TD.dtype),
     (scale * dweight_DV).astype(dweight_DV.dtype),

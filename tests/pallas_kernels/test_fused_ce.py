@@ -72,6 +72,31 @@ def test_any_shape(T, V, pad, chunk, z_loss, seed):
   check(arguments, how, divisor=1.0, z_loss=z_loss, vocab_size=vocab_size)
 
 
+@pytest.mark.parametrize("chunk", [None, 8, 64])
+def test_loss_of_every_token(chunk):
+  """With and without gradients; the weighted sum is the loss without z."""
+  how = {"implementation": "ref"} if chunk is None else {"config": xla.XlaConfig(chunk=chunk)}
+  hidden, weight, targets, mask = inputs()
+
+  def run(hidden):
+    more = dict(divisor=2.5, z_loss=1e-2, vocab_size=21, per_token=True)
+    loss, z, _, nll_T = api.fused_cross_entropy(hidden, weight, targets, mask, **more, **how)
+    return loss + 5 * jnp.sum(nll_T), (loss - z, nll_T)  # nothing flows back through nll_T
+
+  one_by_one = []
+  for t in range(len(targets)):
+    only = (jnp.arange(len(targets)) == t).astype(jnp.float32)
+    args = dict(divisor=2.5, z_loss=0.0, vocab_size=21)
+    one_by_one.append(by_hand(hidden, weight, targets, only, **args)[0][0])
+  (_, (_, found)), dhidden = jax.jit(jax.value_and_grad(run, has_aux=True))(hidden)
+  sums, plain = jax.jit(lambda h: run(h)[1])(hidden)
+  np.testing.assert_allclose(found, one_by_one, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(plain, one_by_one, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(sums, np.dot(mask, one_by_one), rtol=1e-5)
+  expected = by_hand(hidden, weight, targets, mask, divisor=2.5, z_loss=1e-2, vocab_size=21)[1]
+  np.testing.assert_allclose(dhidden, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_are_never_held_whole():
   T, D, V = 4096, 16, 512
   hidden, weight, targets, mask = inputs(T, D, V)

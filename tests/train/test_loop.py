@@ -48,7 +48,9 @@ def saved_data(workdir, step):
 def straight(train_config, tmp_path_factory):
   """(workdir, result) of the six steps without a stop; c is evaluated at steps 3 and 6."""
   workdir = tmp_path_factory.mktemp("straight")
-  cfg = dataclasses.replace(train_config, eval_sources=("c",), eval_every=3, eval_batches=0)
+  cfg = dataclasses.replace(
+    train_config, eval_sources=("c",), eval_every=3, eval_batches=0, source_losses=True
+  )
   return workdir, loop.train(cfg, workdir)
 
 
@@ -61,6 +63,14 @@ def test_a_run_leaves_its_record(straight, train_config):
   # WSD by hand: warm-up 1, flat to 3, then 0.1^(s/3).
   rates = [0.02, 0.02, 0.02] + [0.02 * 0.1 ** (s / 3) for s in (1, 2, 3)]
   np.testing.assert_allclose([steps[s]["learning_rate"] for s in range(1, 7)], rates, rtol=1e-5)
+  # Source b comes with the decay; half of the rows each, so the losses average to the whole.
+  assert [sorted(k for k in steps[s] if k[:7] == "source_") for s in (3, 6)] == [
+    ["source_loss/a"],
+    ["source_loss/a", "source_loss/b"],
+  ]
+  assert steps[3]["source_loss/a"] == pytest.approx(steps[3]["loss"], rel=1e-5)
+  halves = (steps[6]["source_loss/a"] + steps[6]["source_loss/b"]) / 2
+  assert halves == pytest.approx(steps[6]["loss"], rel=0.02)
   assert steps[6]["tokens_seen"] == 6 * 8 * 32 and steps[6]["tokens_per_second"] > 0
   assert list(workdir.glob("tensorboard/events*"))
   cfg = run_config.read(workdir)

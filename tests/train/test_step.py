@@ -250,6 +250,28 @@ def test_a_memorisable_batch_is_learned(tiny, dense):
   assert first["loss"] > 3.0 and last["loss"] < 0.5 * first["loss"]
 
 
+def test_loss_of_every_source(tiny):
+  """Against the loss of the batch with the other source's tokens masked out."""
+  model = transformer.Transformer(tiny.model_config())
+  params = transformer.init_params(model, jax.random.key(0))
+  batch = tiny.packed_batch(3)
+  batch["source_ids"] = np.repeat(np.arange(tiny.rows)[:, None] % 2, tiny.seq, 1).astype(np.int32)
+  totals_fn = step_lib.make_totals_fn(model)
+
+  @jax.jit
+  def measure(batch):
+    loss_fn = step_lib.make_loss_fn(model, z_loss=0.1, sources=("a", "b", "unused"))
+    return loss_fn(params, batch, step_lib.LossContext(totals_fn(batch)))[1]
+
+  found = measure(batch)
+  for number, name in enumerate("ab"):
+    only = batch | {"loss_mask": batch["loss_mask"] * (batch["source_ids"] == number)}
+    wanted = measure(only)["loss"]
+    np.testing.assert_allclose(found[f"source_loss/{name}"].sum, wanted.sum, rtol=1e-5)
+    assert found[f"source_loss/{name}"].weight == wanted.weight > 0
+  assert found["source_loss/unused"].weight == 0
+
+
 def test_eval_step_is_the_plain_loss(tiny):
   cfg = tiny.model_config(mtp=config.MTPConfig())
   model = transformer.Transformer(cfg)
