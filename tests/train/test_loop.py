@@ -74,7 +74,8 @@ def test_a_run_leaves_its_record(straight, train_config):
   assert steps[6]["tokens_seen"] == 6 * 8 * 32 and steps[6]["tokens_per_second"] > 0
   assert list(workdir.glob("tensorboard/events*"))
   cfg = run_config.read(workdir)
-  assert cfg == dataclasses.replace(train_config, eval_sources=("c",), eval_every=3, eval_batches=0)
+  more = dict(eval_sources=("c",), eval_every=3, eval_batches=0, source_losses=True)
+  assert cfg == dataclasses.replace(train_config, **more)
   text = (workdir / "config.py").read_text()
   assert f"jax {jax.__version__}" in text and "revision:" in text and "8 x cpu" in text
   namespace = {}
