@@ -5,13 +5,18 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 
 from experiments import _infer, generate, serve
 from minicpm_jax import ckpt, config
+from minicpm_jax.ckpt import draft_io
+from minicpm_jax.core import trees
+from minicpm_jax.infer import frspec
 from minicpm_jax.infer.drafters import ngram
+from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.text import tokenizer
 
@@ -188,6 +193,47 @@ def test_speculative_text_is_the_plain_text_and_a_schema_holds(folder, tmp_path,
   command = ["g", f"--model={folder}", *flags_, "--temperature=1", "--num_generate=150"]
   assert generate.main(command) == 0
   assert set(json.loads(capfd.readouterr().out)) == {"a"}
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_on_disk_give_the_plain_text(folder, tmp_path, capfd, kind):
+  target = ckpt.load_hf(folder)[0].cfg
+  cfg = draft_lib.for_target(
+    target, kind, **({"feature_layers": (0, 0, 0)} if kind == "eagle3" else {})
+  )
+  rng = np.random.default_rng(0)
+  weights = trees.map_with_path(
+    lambda path, x: jnp.asarray(rng.normal(size=x.shape) * 0.1 + path.endswith("scale"), x.dtype),
+    draft_lib.abstract_params(cfg)[0],
+  )
+  draft_io.save_draft(tmp_path / "draft", draft_lib.Draft(cfg, weights, None), target)
+  common = ["g", f"--model={folder}", "--prompt=the the", "--raw", "--num_generate=12"]
+  assert generate.main(common) == 0
+  plain = capfd.readouterr().out
+  flags_ = [f"--draft_model_path={tmp_path / 'draft'}", "--spec_topk_per_iter=4"]
+  flags_ += ["--spec_tree_size=8", "--spec_window_size=0"]
+  if kind == "eagle3":
+    assert generate.main([*common, *flags_]) == 1
+    assert "found a draft of kind eagle3, expected eagle" in capfd.readouterr().err
+    flags_ += ["--use_eagle3"]
+  else:
+    frspec.save_index(tmp_path / "fr", np.arange(5, 45))
+    flags_ += [f"--frspec_path={tmp_path / 'fr'}", "--frspec_vocab_size=40"]
+  assert generate.main([*common, *flags_]) == 0
+  assert capfd.readouterr().out == plain
+
+
+@pytest.mark.parametrize(
+  "flags_, message",
+  [
+    (["--draft_kind=chain"], "draft_model_path: found none, expected a draft"),
+    (["--draft_kind=ngram", "--draft_model_path=x"], "which has no draft model"),
+    (["--draft_kind=bita"], "bita is not built into this command"),
+  ],
+)
+def test_drafts_that_cannot_be_had(folder, capfd, flags_, message):
+  assert generate.main(["g", f"--model={folder}", "--prompt=a", *flags_]) == 1
+  assert message in capfd.readouterr().err
 
 
 def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
