@@ -39,6 +39,7 @@ _ROWS = _define("integer", "sequences", 16, "Calibration sequences.")
 _LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
 _EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
 _GROUP = _define("integer", "group_size", 64, "Inputs that share a scale.")
+_KINDS = _define("list", "kinds", ["q8_0", "q4_1", "q4_0"], "GGUF types of the projections.")
 _METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrated methods.")
 
 
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
         start = time.perf_counter()
         done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
         record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
-    for kind in ("q8_0", "q4_1", "q4_0"):
+    for kind in _KINDS.value:
       record(kind, _quantize.through_gguf(params, kind))
   except (ValueError, ImportError, OSError, flags.Error) as error:
     print(f"bench_quantize: {error}", file=sys.stderr)

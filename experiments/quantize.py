@@ -1,0 +1,119 @@
+"""Any HF folder or GGUF file -> int4 (GPTQ folder, Marlin, GGUF) by post-training quantisation.
+
+  python -m experiments.quantize --model=DIR --output=OUT --method=s-p-gptq --text=calibration.txt
+  python -m experiments.quantize --model=model.gguf --output=out.gguf --kind=q4_0
+  python -m experiments.quantize --model=DIR --output=OUT --method=rtn --group_size=64
+
+Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
+QAT); --rotate applies QuaRot's rotations first (the model gets untied). Calibration text is .txt or
+.jsonl (.gz). JSON beside the output: every projection's relative output error, seconds, the cost at
+the 8B shape. GGUF output: blocks of --kind.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from experiments import _quantize
+from minicpm_jax import ckpt
+from minicpm_jax.core import logging
+from minicpm_jax.deploy import quantize
+from minicpm_jax.models import transformer
+from minicpm_jax.quant import gptq, rotate, tree
+
+VALUES = flags.FlagValues()
+
+
+def _define(kind, name, default, text, *more):
+  return getattr(flags, f"DEFINE_{kind}")(name, default, *more, text, flag_values=VALUES)
+
+
+_MODEL = _define("string", "model", None, "HF folder or .gguf file.")
+_OUTPUT = _define("string", "output", None, "Folder (GPTQ, Marlin), or a name ending in .gguf.")
+_METHOD = _define("enum", "method", "s-p-gptq", "Method.", list(quantize.METHODS))
+_FORMAT = _define("enum", "format", "gptq", "Of a folder.", ["gptq", "gptq_v2", "marlin"])
+_KIND = _define("string", "kind", "q4_0", "Block type of a .gguf output.")
+_TEXT = _define("multi_string", "text", [], "Calibration text; repeatable.")
+_ROWS = _define("integer", "sequences", 64, "Calibration sequences.")
+_LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
+_SEED = _define("integer", "seed", 0, "Of the choice of text and of the rotation.")
+_GROUP = _define("integer", "group_size", 128, "Inputs that share a scale; -1 = all.")
+_SYM = _define("bool", "symmetric", True, "Zero points fixed at 8.")
+_ACT = _define("bool", "act_order", False, "Inputs by falling activation.")
+_SKIP = _define("integer", "skip", 4, "Positions that P- leaves out.")
+_ROTATE = _define("bool", "rotate", False, "QuaRot rotations R1 and R2 first.")
+
+
+def _save(path, model, params, tok):
+  if path.endswith(".gguf"):
+    dense = tree.dequantize_params(params, "float32")
+    ckpt.save_gguf(path, model, dense, tok, kind=_KIND.value)
+  elif _FORMAT.value == "marlin":
+    ckpt.save_marlin(path, model, params, tok, dtype="f16")
+  else:
+    ckpt.save_gptq(path, model, params, tok, version=_FORMAT.value, dtype="f16")
+
+
+def _run():
+  load = ckpt.load_gguf if _MODEL.value.endswith(".gguf") else ckpt.load_hf
+  model, params, tok = load(_MODEL.value, dtype="f32")
+  if _ROTATE.value:
+    cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
+    model = transformer.Transformer(cfg)
+  solver = gptq.GPTQConfig(
+    group_size=_GROUP.value,
+    symmetric=_SYM.value,
+    act_order=_ACT.value,
+    static_groups=True,
+    scale_dtype="f16",
+  )
+  cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, skip=_SKIP.value)
+  batches, tokens, start = [], 0, time.perf_counter()
+  if cfg.is_calibrated:
+    if not _TEXT.value or tok is None:
+      raise ValueError(f"--text: {cfg.method} needs calibration text, and the model a tokenizer")
+    stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
+    rows = _quantize.windows(stream, _ROWS.value, _LENGTH.value, _SEED.value)
+    batches, tokens = _quantize.batches(rows, 4), rows.size
+  with logging.progress(model.cfg.num_layers) as bar:
+    done = quantize.quantize_model(model, params, batches, cfg, progress=bar.update)
+  report = {
+    "model": _MODEL.value,
+    "method": cfg.method,
+    "group_size": solver.group_size,
+    "is_rotated": _ROTATE.value,
+    "calibration": {"tokens": tokens, "length": _LENGTH.value, "seed": _SEED.value},
+    "seconds": {"total": time.perf_counter() - start, **done.seconds},
+    "projections": done.report,
+  }
+  if tokens:
+    hours = _quantize.cost_of(done, model.cfg, tokens, "minicpm4_8b", 1024 * 2048)
+    report |= {"hours_for_minicpm4_8b": hours}
+    print(f"MiniCPM4-8B with 1024 x 2048 tokens here: {sum(hours.values()):.1f} h")
+  _save(_OUTPUT.value, model, done.params, tok)
+  beside = pathlib.Path(_OUTPUT.value.rstrip("/") + ".report.json")
+  beside.write_text(json.dumps(report, indent=1) + "\n")
+  print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; report in {beside}")
+
+
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  try:
+    rest = VALUES([a for a in argv if a != "--help"])[1:]
+    if "--help" in argv:
+      print(__doc__, VALUES.get_help())
+      return 0
+    if rest or not _MODEL.value or not _OUTPUT.value:
+      raise ValueError(f"--model and --output are needed, and flags only; found {rest}")
+    _run()
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"quantize: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

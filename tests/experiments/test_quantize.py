@@ -1,0 +1,79 @@
+"""`experiments.quantize` from a folder to GPTQ and GGUF, with its report; bad input in one line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import _quantize, quantize
+from minicpm_jax import ckpt
+from minicpm_jax.models import zoo
+from minicpm_jax.text import tokenizer
+from tests.models import common
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  pytest.importorskip("tokenizers")
+  path = tmp_path_factory.mktemp("model")
+  (path / "text.txt").write_text("some text to learn merges from, and to calibrate with. " * 40)
+  tok = tokenizer.train_bpe([(path / "text.txt").read_text()], 270)
+  model, params = common.build(common.config("minicpm4_0p5b", num_layers=1, vocab_size=270))
+  ckpt.save_hf(path / "hf", model, params, tok)
+  return path
+
+
+def run(folder, *more):
+  shared = [f"--model={folder / 'hf'}", "--group_size=16", "--sequences=4", "--length=16"]
+  return quantize.main(["quantize", *shared, *more])
+
+
+def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
+  text = f"--text={folder / 'text.txt'}"
+  out = folder / "out"
+  assert run(folder, f"--output={out}", "--method=p-gptq", "--rotate", text) == 0
+  report = json.loads((folder / "out.report.json").read_text())
+  assert report["is_rotated"] and report["calibration"]["tokens"] == 64
+  assert [r["name"] for r in report["projections"]][:4] == ["attn/q", "attn/k", "attn/v", "attn/o"]
+  assert all(0 < r["error"] < 0.5 for r in report["projections"])
+  assert set(report["hours_for_minicpm4_8b"]) == {"forward", "hessian", "solve"}
+  assert "MiniCPM4-8B with 1024 x 2048 tokens" in capsys.readouterr().out
+  model, params, tok = ckpt.load_hf(out, dtype="f32")
+  plain, floats, _ = ckpt.load_hf(folder / "hf")
+  tokens = common.tokens((1, 12))
+  found = np.asarray(model.apply({"params": params}, tokens).logits)
+  wanted = np.asarray(plain.apply({"params": floats}, tokens).logits)
+  assert np.linalg.norm(found - wanted) < 0.6 * np.linalg.norm(wanted)  # unrelated: 1.4
+  assert tok.encode("some text") and not model.cfg.tie_embeddings
+  pytest.importorskip("gguf")
+  assert run(folder, f"--output={folder}/m.gguf", "--method=rtn", "--kind=q8_0") == 0
+  back = ckpt.load_gguf(folder / "m.gguf")[1]
+  assert back["embed"]["embedding"].shape == (270, 32)
+
+
+@pytest.mark.parametrize(
+  "more, match",
+  [
+    ((), "--model and --output are needed"),
+    (("--output=x", "--method=gptq"), "--text: gptq needs calibration text"),
+    (("--output=x", "--method=rtn", "--group_size=48"), "group_size: found 48"),
+    (("--output=x", "--method=gptq", "--text=nothing.txt"), "found no such file"),
+  ],
+)
+def test_bad_input(folder, tmp_path, monkeypatch, capsys, more, match):
+  monkeypatch.chdir(tmp_path)
+  for name in ("output", "text", "method"):
+    quantize.VALUES[name].unparse()
+  assert run(folder, *more) == 1
+  error = capsys.readouterr().err
+  assert error.startswith("quantize: ") and match in error and not list(tmp_path.iterdir())
+
+
+def test_work_counts_operations():
+  """One token through one layer and its Hessians, counted by hand for the 8B shape."""
+  cfg = zoo.ZOO["minicpm4_8b"]()
+  work = _quantize.work(cfg, 1)
+  qkv, o, mlp = 4096 * (32 + 4) * 128, 4096 * 4096, 4096 * 16384
+  assert work["forward"] == 2 * 32 * (qkv + o + 3 * mlp) == 2 * 7583567872 - 2 * (65 * 4096)
+  inputs = 3 * 4096**2 + 16384**2
+  assert work["hessian"] == 2 * 32 * (0 + qkv + (qkv + o) + (qkv + o + 2 * mlp) + inputs)
