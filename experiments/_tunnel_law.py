@@ -1,0 +1,318 @@
+"""Suites of scale: L(N, D) from WSD branches, loss to accuracy, batch law."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from experiments import _tunnel
+from minicpm_jax.tunnel import bench, corpus, fit, plan, report
+
+LR = 0.016  # muP, best at every width of the suite "mup"
+CONTEXT, ANSWER, CHOICES, ITEMS = 48, 16, 4, 256  # bytes, bytes, options, items
+
+
+def law_plan(ctx: _tunnel.Context, width: int, seed: int) -> list[plan.RunSpec]:
+  """One trunk a model, decayed at every budget: O(m) trunks for m x n points (MiniCPM 4.5)."""
+  lengths = ctx.scale.law_lengths
+  warmup = min(20, min(lengths) // 4)
+  trunk = plan.RunSpec(
+    name=f"w{width}-s{seed}",
+    model=ctx.model(width, base_width=min(ctx.scale.law_widths)),
+    optim=_tunnel.adam(LR, plan.schedule(max(lengths), decay_share=0, warmup_steps=warmup)),
+    num_steps=min(lengths),
+    seed=seed,
+    data_seed=seed,
+  )
+  decays = {str(s): plan.schedule(s, warmup_steps=warmup) for s in lengths}
+  trunk, *branches = plan.trunk_and_branches(trunk, decays)
+  return [trunk, *(_with_end(branch) for branch in branches)]
+
+
+def _with_end(spec: plan.RunSpec) -> plan.RunSpec:
+  """The last state is kept: the suite "bench" scores it."""
+  return dataclasses.replace(spec, save_steps=(spec.num_steps,))
+
+
+def law(ctx: _tunnel.Context) -> report.Section:
+  """L(N, D), the held-out corner, the optimal ratio with its compute."""
+  scale, section = ctx.scale, report.Section("Scaling law from WSD branches")
+  runner = ctx.runner("law")
+  specs = [
+    s for seed in range(scale.law_seeds) for w in scale.law_widths for s in law_plan(ctx, w, seed)
+  ]
+  results = runner.run(specs)
+  ends = [spec for spec in specs if spec.branch_from is not None]
+
+  def points(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    mine = [spec for spec in ends if spec.seed == seed]
+    rows = [(plan.num_params(s.model), s.tokens, results[s.name].loss()) for s in mine]
+    return tuple(np.array(column, np.float64) for column in zip(*rows, strict=True))
+
+  corner = max(scale.law_widths), max(scale.law_lengths)
+  fits, errors, table = [], [], []
+  for seed in range(scale.law_seeds):
+    n, d, losses = points(seed)
+    is_corner = (n == n.max()) & (d == d.max())
+    partial = fit.fit_scaling_law(n[~is_corner], d[~is_corner], losses[~is_corner])
+    predicted = float(partial.loss(n[is_corner], d[is_corner])[0])
+    errors.append(predicted / float(losses[is_corner][0]) - 1)
+    whole = fit.fit_scaling_law(n, d, losses)
+    fits.append(whole)
+    table.append(
+      (
+        seed,
+        *(f"{x:.3f}" for x in (whole.alpha, whole.beta, whole.floor)),
+        f"{whole.rmse:.4f}",
+        f"{whole.r_squared:.4f}",
+        f"{predicted:.4f}",
+        f"{float(losses[is_corner][0]):.4f}",
+      )
+    )
+  section.text(
+    f"Widths {scale.law_widths}, {len(scale.law_lengths)} budgets of {scale.law_lengths} steps of",
+    f"1024 bytes, decays of 10% from one trunk a model, base lr {LR}, {scale.law_seeds} seed(s);",
+    f"N counts non-embedding parameters, D bytes. Held-out corner: width {corner[0]},",
+    f"{corner[1]} steps, left out of the fit that predicts it.",
+    f"{_tunnel.total_cpu(results.values()):.0f} s CPU.",
+  )
+  header = ("seed", "alpha", "beta", "floor", "rmse", "R^2", "corner predicted", "corner measured")
+  section.table(header, table)
+  section.claim(
+    "the law fits (R^2 > 0.95)",
+    all(f.r_squared > 0.95 for f in fits),
+    "R^2 " + ", ".join(f"{f.r_squared:.4f}" for f in fits),
+  )
+  far = [_corner_from_smaller(*points(seed)) for seed in range(scale.law_seeds)]
+  section.claim(
+    "the held-out corner is predicted within 2%",
+    all(abs(e) < 0.02 for e in errors),
+    "error " + ", ".join(f"{100 * e:+.2f}%" for e in errors),
+    "guess without a law (the nearest measured point): "
+    + ", ".join(f"{100 * e:+.2f}%" for e in far),
+  )
+  _ratio(section, fits, points)
+  _trained_longer(section, fits, scale)
+  _draw(section, fits[0], points(0))
+  section.data |= {
+    "fits": [dataclasses.asdict(f) for f in fits],
+    "corner_errors": errors,
+    "points": [np.stack(points(s), 1).tolist() for s in range(scale.law_seeds)],
+  }
+  return section
+
+
+def _corner_from_smaller(n: np.ndarray, d: np.ndarray, losses: np.ndarray) -> float:
+  """Relative error of taking the loss of the best point that is not the corner."""
+  is_corner = (n == n.max()) & (d == d.max())
+  return float(losses[~is_corner].min() / losses[is_corner][0] - 1)
+
+
+def _ratio(section: report.Section, fits: list[fit.ScalingLaw], points) -> None:
+  rows = []
+  for seed, found in enumerate(fits):
+    n, d, _ = points(seed)
+    for compute in (6 * np.median(n) * np.median(d), 6 * n.max() * d.max()):
+      try:
+        n_best, d_best = found.optimum(float(compute))
+      except fit.FitError:  # the fit sees no gain from size, or none from data
+        rows.append((seed, f"{compute:.3g}", "none", "none", "none"))
+        continue
+      rows.append(
+        (seed, f"{compute:.3g}", f"{n_best:.3g}", f"{d_best:.3g}", f"{d_best / n_best:.3g}")
+      )
+  section.text(
+    "Optimal ratio of data to parameters, always with its compute C = 6 N D (bytes of source code",
+    "and models of ten thousand parameters: not comparable with the paper's 192).",
+  )
+  section.table(("seed", "C", "N_opt", "D_opt", "D/N"), rows)
+
+
+def _trained_longer(
+  section: report.Section, fits: list[fit.ScalingLaw], scale: _tunnel.Scale
+) -> None:
+  """A small model trained longer reaches a larger one's loss (MiniCPM 4.3)."""
+  small, large = scale.law_widths[-2], scale.law_widths[-1]
+  n_small, n_large = (plan.num_params(plan.small_model(w)) for w in (small, large))
+  tokens = scale.law_lengths[1] * _tunnel.ROWS * _tunnel.SEQ_LEN
+  rows = []
+  for seed, found in enumerate(fits):
+    target = float(found.loss(n_large, tokens))
+    needed = found.tokens_to_match(n_small, target)
+    cost = needed * n_small / (tokens * n_large)
+    text = f"{cost:.2f}" if math.isfinite(cost) else "never"
+    rows.append((seed, f"{target:.4f}", f"{needed / tokens:.2f}", text))
+  section.text(
+    f"What width {small} costs to reach width {large} at {scale.law_lengths[1]} steps, by the law:"
+  )
+  section.table(("seed", "loss", "times the data", "times the training compute"), rows)
+
+
+def _draw(section: report.Section, law_fit: fit.ScalingLaw, points) -> None:
+  n, d, losses = points
+  figure, axes = report.figure(2)
+  for size in np.unique(n):
+    mine = n == size
+    line = axes[0].plot(d[mine], losses[mine], "o", label=f"N = {size:,.0f}")[0]
+    axes[0].plot(d[mine], law_fit.loss(size, d[mine]), "-", color=line.get_color())
+  axes[0].set(xscale="log", xlabel="bytes D", ylabel="held-out nats per byte")
+  axes[0].legend(fontsize=7)
+  compute = np.geomspace((6 * n * d).min(), (6 * n * d).max(), 40)
+  if law_fit.c_n > 0 and law_fit.c_d > 0:
+    best = [law_fit.optimum(float(c)) for c in compute]
+    axes[1].plot(compute, [b / a for a, b in best])
+  axes[1].set(xscale="log", yscale="log", xlabel="compute 6 N D", ylabel="optimal D / N")
+  section.picture("scaling_law", figure, "Measured points and the fitted law; the optimal ratio")
+
+
+# --- Loss to accuracy ----------------------------------------------------------------------------
+
+
+def _items(ctx: _tunnel.Context) -> corpus.Rows:
+  """Which of four continuations is the real one? Rows of every option, the gold one first."""
+  tokens = ctx.corpus.heldout["text"]
+  rng = np.random.default_rng(0)
+  length = CONTEXT + ANSWER
+  starts = rng.choice((len(tokens) - length - 1) // length, ITEMS, replace=False) * length
+  ids = np.zeros((ITEMS, CHOICES, length + 1), np.int32)
+  ids[:] = tokens[starts[:, None] + np.arange(length + 1)][:, None]
+  others = rng.integers(0, len(tokens) - ANSWER, (ITEMS, CHOICES - 1))
+  ids[:, 1:, -ANSWER:] = tokens[others[..., None] + np.arange(ANSWER)]
+  mask = np.zeros((ITEMS * CHOICES, length), np.float32)
+  mask[:, -ANSWER:] = 1
+  return corpus.Rows(ids.reshape(-1, length + 1), mask)
+
+
+def scaling_bench(ctx: _tunnel.Context) -> report.Section:
+  """Accuracy as a sigmoid of the conditional loss over the models of the suite "law"."""
+  scale, section = ctx.scale, report.Section("ScalingBench: from loss to accuracy")
+  runner = ctx.runner("law")
+  rows, losses, accuracies, labels = _items(ctx), [], [], []
+  for seed in range(scale.law_seeds):
+    for width in scale.law_widths:
+      specs = law_plan(ctx, width, seed)
+      runner.run(specs)
+      for spec in specs[1:]:
+        nats = runner.score([spec], rows)[0].reshape(ITEMS, CHOICES)
+        losses.append(float(nats[:, 0].mean() / ANSWER))
+        accuracies.append(float(np.mean(np.argmin(nats, axis=1) == 0)))
+        labels.append((seed, width, spec.num_steps))
+  ls, accs = np.array(losses), np.array(accuracies)
+  is_largest = np.array([width == max(scale.law_widths) for _, width, _ in labels])
+  found = bench.extrapolate(ls, accs, is_largest, chance=1 / CHOICES, num_items=ITEMS)
+  section.text(
+    f"{ITEMS} items: {CONTEXT} bytes of held-out text, four continuations of {ANSWER} bytes, one",
+    "real; loss of the real one given the context, accuracy by likelihood. Fitted on all models",
+    f"but those of width {max(scale.law_widths)}, which are predicted. The models lie close",
+    "together and the standard error of an accuracy is "
+    f"{math.sqrt(0.25 / ITEMS):.3f} at most: a weak test.",
+  )
+  section.table(
+    ("seed", "width", "steps", "loss", "accuracy", "sigmoid"),
+    [
+      (*label, f"{a:.4f}", f"{b:.3f}", f"{float(found.fitted(a)):.3f}")
+      for label, a, b in zip(labels, ls, accs, strict=True)
+    ],
+  )
+  section.claim(
+    "the sigmoid predicts the held-out largest models better than a line",
+    found.sigmoid_error < found.line_error,
+    f"mean error {found.sigmoid_error:.4f}",
+    f"line: {found.line_error:.4f}",
+  )
+  rank = float(np.corrcoef(ls.argsort().argsort(), accs.argsort().argsort())[0, 1])
+  section.claim(
+    "lower conditional loss goes with higher accuracy",
+    rank < -0.8,
+    f"rank correlation {rank:.3f} over {len(ls)} models",
+  )
+  figure, axes = report.figure(1)
+  for is_held, name in ((False, "fitted"), (True, "held out")):
+    axes[0].plot(ls[is_largest == is_held], accs[is_largest == is_held], "o", label=name)
+  line = np.linspace(ls.min() - 0.1, ls.max() + 0.1, 80)
+  axes[0].plot(line, found.fitted(line), "k-", linewidth=0.8, label="sigmoid")
+  axes[0].set(xlabel="conditional loss, nats per byte", ylabel="accuracy")
+  axes[0].legend()
+  section.picture("scalingbench", figure, "Accuracy against conditional loss")
+  section.data |= {"losses": losses, "accuracies": accuracies, "models": labels}
+  section.data["sigmoid"] = dataclasses.asdict(found.fitted)
+  return section
+
+
+# --- Batch size ----------------------------------------------------------------------------------
+
+
+def batch(ctx: _tunnel.Context) -> report.Section:
+  """Tokens to a loss over the batch size, its minimum by loss level (MiniCPM 3.2)."""
+  scale, section = ctx.scale, report.Section("Optimal batch size")
+  runner = ctx.runner("batch")
+
+  def spec(width: int, rows: int, seed: int) -> plan.RunSpec:
+    steps = scale.batch_tokens // (rows * _tunnel.SEQ_LEN)
+    evals = np.unique(np.geomspace(max(2, steps // 40), steps, 14).astype(int))
+    # The warm-up sees equally many tokens at every batch size.
+    warmup = max(1, min(20 * _tunnel.ROWS // rows, steps // 4))
+    return plan.RunSpec(
+      name=f"w{width}-b{rows}-s{seed}",
+      model=ctx.model(width, base_width=min(scale.batch_widths)),
+      optim=_tunnel.adam(0.01, plan.schedule(steps, decay_share=0, warmup_steps=warmup)),
+      num_steps=steps,
+      batch_size=rows,
+      seed=seed,
+      data_seed=seed,
+      eval_steps=tuple(int(s) for s in evals),
+    )
+
+  axes = {"width": scale.batch_widths, "rows": scale.batch_rows, "seed": range(scale.seeds)}
+  specs = plan.grid(spec, axes)
+  results = runner.run(specs)
+  section.text(
+    f"Batches of {scale.batch_rows} rows of 64 bytes, base lr 0.01, constant after the warm-up,",
+    f"{scale.batch_tokens:,} bytes each, {scale.seeds} seed(s). For every loss level a parabola in",
+    "ln(batch) through ln(bytes needed).",
+  )
+  optima, rows = [], []
+  for width in scale.batch_widths:
+    for seed in range(scale.seeds):
+      curves = {}
+      for b in scale.batch_rows:
+        run = spec(width, b, seed)
+        found = results[run.name].losses["text"]
+        steps = sorted(found)
+        curves[b] = ([s * b * _tunnel.SEQ_LEN for s in steps], [found[s] for s in steps])
+      low = max(min(losses) for _, losses in curves.values())
+      high = min(losses[0] for _, losses in curves.values())
+      for level in np.linspace(high - 0.1 * (high - low), low, 5):
+        needed = {b: fit.tokens_to_loss(*curve, float(level)) for b, curve in curves.items()}
+        usable = {b: t for b, t in needed.items() if t is not None}
+        try:
+          best = fit.optimal_batch([b * _tunnel.SEQ_LEN for b in usable], list(usable.values()))
+        except fit.FitError:
+          continue
+        optima.append((width, seed, float(level), best.x, best.is_inside))
+        place = "" if best.is_inside else " (outside the batches run)"
+        rows.append((width, seed, f"{level:.3f}", f"{best.x:,.0f}{place}", f"{best.y:,.0f}"))
+  section.table(("width", "seed", "loss", "optimal batch, bytes", "bytes needed"), rows)
+  inside = [(level, x) for _, _, level, x, is_inside in optima if is_inside]
+  signs = []
+  for width in scale.batch_widths:
+    for seed in range(scale.seeds):
+      mine = [(lv, math.log(x)) for w, s, lv, x, _ in optima if (w, s) == (width, seed)]
+      if len(mine) >= 3:
+        signs.append(float(np.polyfit(*zip(*mine, strict=True), 1)[0]))
+  section.claim(
+    "the optimal batch grows as the loss falls (sign only)",
+    bool(signs) and all(slope < 0 for slope in signs),
+    "d ln(batch) / d loss by model and seed: " + ", ".join(f"{s:+.2f}" for s in signs),
+    f"only {len(inside)} of {len(optima)} minima lie inside the batches run; the others are the "
+    "parabolas' extrapolation",
+  )
+  if len(inside) >= 3:
+    found = fit.fit_batch_law(*zip(*inside, strict=True))
+    section.text(
+      f"Line through all minima inside the range: bs = {found.coefficient:.3g} / L^"
+      f"{found.exponent:.2f} (MiniCPM: 1.21e9 / L^6.24 on C4 and its tokens)."
+    )
+    section.data["law"] = dataclasses.asdict(found)
+  section.data["optima"] = optima
+  return section

@@ -1,0 +1,82 @@
+"""Sweep throughput: a learning-rate sweep through one program against the same runs one by one.
+
+  python -m experiments.bench_tunnel --output=benchmarks/results/bench_tunnel.json
+
+The sweep: `--runs` learning rates of one model. one by one: every run builds its own model,
+optimiser and jitted step as a script of its own would, and calls the step from Python, with the
+same rows and evaluation. loop: `tunnel.run`, one compiled program, run after run. vmap: the same
+program over stacked runs. Runs per hour of wall and of CPU time, compilation included; compile
+caches are off. One thread, so that the sides compare.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+
+from absl import flags
+
+VALUES = flags.FlagValues()
+flags.DEFINE_integer("width", 32, "Model width.", flag_values=VALUES)
+flags.DEFINE_integer("runs", 6, "Learning rates.", flag_values=VALUES)
+flags.DEFINE_integer("steps", 150, "Steps a run.", flag_values=VALUES)
+flags.DEFINE_list("sides", ["one_by_one", "loop", "vmap"], "What to time.", flag_values=VALUES)
+flags.DEFINE_string("output", None, "JSON file to write.", flag_values=VALUES)
+
+
+def main(argv: list[str]) -> int:
+  """Prints one line a side, writes --output."""
+  if VALUES(argv)[1:]:
+    print(f"bench_tunnel: found {VALUES(argv)[1:]}, expected flags only", file=sys.stderr)
+    return 1
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+  os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+  from minicpm_jax.core import host_memory
+
+  host_memory.keep()
+  import jax
+
+  from experiments import _bench_tunnel
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  specs, text = _bench_tunnel.sweep(VALUES.width, VALUES.runs, VALUES.steps)
+  rows = []
+  for side in VALUES.sides:
+    jax.clear_caches()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+      losses = _bench_tunnel.SIDES[side](specs, text, folder)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    row = {"side": side, "wall_seconds": wall, "cpu_seconds": cpu, "losses": losses}
+    row |= {"runs_per_hour": 3600 * len(specs) / wall, "runs_per_cpu_hour": 3600 * len(specs) / cpu}
+    rows.append(row)
+    print(f"{side}: {row['runs_per_hour']:.0f} runs/h, {row['runs_per_cpu_hour']:.0f} per CPU hour")
+  for row in rows:
+    row["speed_up"] = row["runs_per_hour"] / rows[0]["runs_per_hour"]
+    row["cpu_speed_up"] = row["runs_per_cpu_hour"] / rows[0]["runs_per_cpu_hour"]
+  found = {
+    "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+    "num_cpus": os.cpu_count(),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "load_average": list(os.getloadavg()),
+    "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    "width": VALUES.width,
+    "steps": VALUES.steps,
+    "runs": VALUES.runs,
+    "sides": rows,
+  }
+  if VALUES.output is not None:
+    path = pathlib.Path(VALUES.output)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(partial, path)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,74 @@
+"""The model wind tunnel: both papers' training science on small models, with one report.
+
+  python -m experiments.tunnel --suite=paper --scale=toy       everything; under 90 minutes, 2 cores
+  python -m experiments.tunnel --suite=paper --quick           the same suites, smaller; about 15
+  python -m experiments.tunnel --suite=mup,wsd --workdir=DIR   some suites
+
+Suites: mup, coordinates, constants, wsd, diagnostics, law, batch, steplaw, stages, bench. Text: the
+library's source of the running Python, or --data=FOLDER of text files. Stopped runs are resumed,
+finished ones read back: start it again with the same --workdir. Writes report.md, report.html and
+report.json under WORKDIR/report, one JSON a run, and config.py of a large run (suite "plan").
+"""
+
+import os
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+VALUES = flags.FlagValues()
+flags.DEFINE_list("suite", ["paper"], "Suites, comma-separated.", flag_values=VALUES)
+flags.DEFINE_enum("scale", "toy", ("toy", "quick", "tiny"), "How much is run.", flag_values=VALUES)
+flags.DEFINE_bool("quick", False, "Short for --scale=quick.", flag_values=VALUES)
+flags.DEFINE_string("workdir", "runs/tunnel", "Folder of runs and report.", flag_values=VALUES)
+flags.DEFINE_string("data", None, "Folder of text; default: Python's source.", flag_values=VALUES)
+flags.DEFINE_integer("threads", 1, "CPU threads; 1 is enough here.", flag_values=VALUES)
+
+
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  try:
+    if VALUES(argv)[1:]:
+      raise ValueError(f"arguments: found {VALUES(argv)[1:]}, expected flags only")
+    if VALUES.threads == 1:
+      os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+      )
+    from minicpm_jax.core import host_memory
+
+    host_memory.keep()
+    _run(pathlib.Path(VALUES.workdir), "quick" if VALUES.quick else VALUES.scale)
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"tunnel: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _run(workdir: pathlib.Path, scale: str) -> None:
+  from experiments import _tunnel, _tunnel_suites
+  from minicpm_jax.core import logging as logging_lib
+  from minicpm_jax.tunnel import corpus, report
+
+  names = _tunnel_suites.resolve(VALUES.suite)
+  logging_lib.quiet_libraries()
+  text = corpus.python_source() if VALUES.data is None else corpus.from_folder(VALUES.data)
+  ctx = _tunnel.Context(_tunnel.SCALES[scale], text, workdir / scale)
+  sections = []
+  for name in names:
+    wall, cpu = time.perf_counter(), time.process_time()
+    section = _tunnel_suites.SUITES[name](ctx)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    section.data |= {"suite": name, "seconds": seconds}
+    print(f"suite {name}: {seconds['wall']:.0f} s, {seconds['cpu']:.0f} s CPU")
+    for claim in section.claims:
+      print(f"  {'shown    ' if claim.is_shown else 'NOT SHOWN'} {claim.text}: {claim.numbers}")
+    sections.append(section)
+    path = report.write(
+      workdir / "report", "Model wind tunnel", _tunnel_suites.intro(ctx, scale, names), sections
+    )
+  print(f"report: {path}")
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

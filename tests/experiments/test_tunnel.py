@@ -1,0 +1,95 @@
+"""`experiments.tunnel` at tiny scale: reports are written, runs are read back, input is checked."""
+
+import json
+
+import pytest
+
+from experiments import _tunnel, _tunnel_stages, _tunnel_suites, tunnel
+from minicpm_jax.tunnel import corpus
+
+
+def run(tmp_path, suite: str) -> int:
+  tunnel.VALUES.unparse_flags()
+  return tunnel.main(["tunnel", f"--suite={suite}", "--scale=tiny", f"--workdir={tmp_path}"])
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """The test session has 8 host devices; each would compile for itself."""
+  import jax
+
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda *a, **k: first)
+
+
+def test_stages_suite_writes_a_report_and_resumes(tmp_path, one_device, monkeypatch, capsys):
+  pytest.importorskip("matplotlib")
+  text = corpus.python_source(max_bytes=200_000)
+  monkeypatch.setattr(corpus, "python_source", lambda: text)
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert run(tmp_path, "stages") == 0
+  data = json.loads((tmp_path / "report" / "report.json").read_text())
+  (section,) = data["sections"]
+  assert len(section["claims"]) == 3 and section["data"]["suite"] == "stages"
+  page = (tmp_path / "report" / "report.md").read_text()
+  assert all(claim["text"] in page for claim in section["claims"])
+  runs = sorted((tmp_path / "tiny" / "stages" / "runs").glob("*.json"))
+  assert len(runs) == 8
+  before = [path.stat().st_mtime_ns for path in runs]
+  capsys.readouterr()
+  assert run(tmp_path, "stages") == 0
+  assert [path.stat().st_mtime_ns for path in runs] == before
+  assert (
+    json.loads((tmp_path / "report" / "report.json").read_text())["sections"][0]["claims"]
+    == (section["claims"])
+  )
+
+
+@pytest.mark.slow
+def test_every_suite_runs(tmp_path, one_device, monkeypatch):
+  pytest.importorskip("matplotlib")
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert run(tmp_path, "paper") == 0
+  data = json.loads((tmp_path / "report" / "report.json").read_text())
+  assert [s["data"]["suite"] for s in data["sections"]] == list(_tunnel_suites.SUITES)
+  assert (tmp_path / "tiny" / "large_run" / "config.py").exists()
+
+
+def test_bad_flags_are_named(tmp_path, capsys):
+  assert run(tmp_path, "everything") == 1
+  assert "--suite: found ['everything']" in capsys.readouterr().err
+  tunnel.VALUES.unparse_flags()
+  assert tunnel.main(["tunnel", f"--data={tmp_path / 'none'}", "--suite=plan"]) == 1
+  assert "none" in capsys.readouterr().err
+
+
+def test_scales_have_what_the_suites_need():
+  for scale in _tunnel.SCALES.values():
+    assert len(scale.law_widths) >= 3 and len(scale.law_lengths) >= 3
+    assert len(scale.batch_rows) >= 3 and len(scale.mup_lrs) >= 3
+    assert max(scale.sp_lrs) < min(scale.mup_lrs)
+    ratios = {b / a for a, b in zip(scale.mup_lrs, scale.mup_lrs[1:], strict=False)}
+    assert len({round(r, 6) for r in ratios}) == 1
+  for name in ("toy", "quick"):  # the ground rule of training.md 13: two seeds
+    assert _tunnel.SCALES[name].seeds >= 2 and _tunnel.SCALES[name].wsd_seeds >= 2
+
+
+def test_task_rows_are_translations():
+  rows = _tunnel_stages.task_rows(0, 50)
+  table = {}
+  for row in rows:
+    text = bytes(row.astype("uint8")).decode()
+    assert text[64] == "Q"
+    for i in range(0, 64, 16):
+      item = text[i : i + 16]
+      assert item[:3] == "Q: " and item[7:11] == " A: " and item[15] == "\n"
+      for a, b in zip(item[3:7], item[11:15], strict=True):
+        assert table.setdefault(a, b) == b
+  assert len(set(table.values())) == len(table) == 26
+  mask = _tunnel_stages._answer_mask(1)[0]
+  targets = rows[0][1:][mask.astype(bool)]
+  text = bytes(rows[0].astype("uint8")).decode()
+  answers = "".join(text[i + 11 : i + 15] for i in range(0, 64, 16))
+  assert bytes(targets.astype("uint8")).decode() == answers
+  shuffled = _tunnel_stages.task_rows(0, 50, is_shuffled=True)
+  assert (shuffled[:, 3:7] == rows[:, 3:7]).all() and (shuffled[:, 11:15] != rows[:, 11:15]).any()
