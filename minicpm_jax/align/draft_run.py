@@ -211,6 +211,8 @@ class _Run:
       _, draft = convert.mtp_to_eagle(self.model.cfg, target_params)
     else:
       draft = draft_lib.init_params(cfg.draft, rng.key(cfg.seed, "draft_init"))
+      if cfg.draft.kind == "eagle3" and cfg.head_from_target:
+        draft |= _head_of(self.model.cfg, target_params, self.ids)
     params = {
       "draft": jax.tree.map(
         lambda x, like, place: put(jnp.asarray(x, like.dtype), place),
@@ -257,6 +259,15 @@ class _Run:
       draft_io.save_draft(self.workdir / "draft", draft, self.model.cfg)
       write_curves(self.workdir, self.cfg)
     return draft
+
+
+def _head_of(
+  cfg: config.ModelConfig, params: types.Params, ids_R: np.ndarray | None
+) -> types.Params:
+  """The target's final norm and its head's rows of the draft's vocabulary, as EAGLE-3's own."""
+  head_DV = transformer.head_weight(cfg, params)[:, : cfg.vocab_size] / cfg.logit_divisor
+  head_DR = head_DV if ids_R is None else head_DV[:, ids_R]
+  return {"norm": {"scale": params["final_norm"]["scale"]}, "lm_head": {"kernel": head_DR}}
 
 
 def write_curves(workdir: pathlib.Path, cfg: config.DistillConfig) -> None:

@@ -78,6 +78,7 @@ class DistillConfig:
   checkpoint: CheckpointConfig = CheckpointConfig()
   init_from: str | None = None  # draft folder; None = random, or the target's MTP module
   from_mtp: bool = False  # start from the target's MTP module (kind minicpm)
+  head_from_target: bool = True  # eagle3: norm and head start as the target's rows, else random
   num_steps: int = 1000
   seed: int = 0
   grad_accum: int = 1
