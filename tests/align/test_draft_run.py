@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from minicpm_jax import ckpt, config
 from minicpm_jax.align import draft_run
 from minicpm_jax.data import documents, shards
 from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.nn import functional
 from minicpm_jax.train import start
 from tests.models import common
 
@@ -75,6 +77,18 @@ def test_resume_is_bitwise_and_what_is_left_behind_loads(tmp_path, target, cfg):
   assert all(0 <= row["acc_1"] <= 1 for row in curves)
   with pytest.raises(start.WorkdirError, match="ttt_steps: found 2, expected 3"):
     draft_run.train(dataclasses.replace(cfg, ttt_steps=3), tmp_path / "b", target=target)
+
+
+def test_an_eagle3_head_may_start_as_the_targets(target, cfg):
+  """On the target's own last stream it gives the target's logits of the reduced vocabulary."""
+  model, params, _ = target
+  ids = np.sort(np.random.default_rng(0).permutation(256)[:SIZE])
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 32)), jnp.float32)
+  scaled = functional.rms_norm(x, params["final_norm"]["scale"], model.cfg.norm_eps)
+  expected = model.apply({"params": params}, scaled, method="unembed")[..., ids]
+  head = draft_run._head_of(model.cfg, params, ids)
+  found = draft_lib.DraftModel(cfg.draft).apply({"params": head}, x, method="logits")
+  np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_draft_for_another_target_is_refused(tmp_path, cfg):
