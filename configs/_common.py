@@ -116,6 +116,31 @@ def recipe(
   )
 
 
+def bitcpm4_dense(name: str, model: config.ModelConfig) -> config.TrainConfig:
+  """First stage of BitCPM4: 525B tokens, base rate 1e-2, flat (nothing decays before QAT)."""
+  return recipe(
+    name,
+    model,
+    peak_lr=0.01,
+    schedule=wsd(decay_start=133_500, decay_steps=0, warmup_steps=2000),
+    phases={"stable": MINICPM4_STABLE},
+  )
+
+
+def bitcpm4_qat(name: str, dense: str, model: config.ModelConfig) -> config.TrainConfig:
+  """Second stage: 350B tokens (40% of 875B) of ternary weights, half of them the decay."""
+  whole = recipe(
+    name,
+    model,
+    peak_lr=0.01,
+    schedule=wsd(decay_start=178_000, decay_steps=44_500, warmup_steps=2000, min_ratio=0.05),
+    phases={"stable": MINICPM4_STABLE, "decay": MINICPM4_DECAY},
+  )
+  qat = config.QATConfig(share=0.4, peak_lr=5e-3, rewarmup_steps=2000)
+  _, second = config.qat_stages(whole, qat, first_workdir=f"runs/{dense}")
+  return dataclasses.replace(second, name=name)
+
+
 def apply(cfg: config.TrainConfig, arg: str) -> config.TrainConfig:
   """`cfg` after the words of `arg` (module docstring)."""
   words = [word.strip() for word in arg.split(",") if word.strip()]

@@ -76,6 +76,7 @@ class Ours:
     batch_size: int,
     seq_len: int,
     mesh_cfg: config.MeshConfig | None = None,
+    grad_accum: int = 1,
   ):
     self.tokens = batch_size * seq_len
     self.mesh = mesh_lib.make_mesh(mesh_cfg or config.MeshConfig())
@@ -89,6 +90,8 @@ class Ours:
         step_lib.make_loss_fn(model),
         step_lib.make_totals_fn(model),
         optimizer,
+        grad_accum=grad_accum,
+        weights=step_lib.quantized_weights(cfg),
       )
       self._schedule = schedules.schedule_arrays(optim.schedule, optim.peak_lr)
       self._batch = mesh_lib.shard_batch(self.mesh, random_batch(cfg, batch_size, seq_len))
@@ -199,6 +202,29 @@ def interleave(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, T
 
 
 # --- Suites: each returns the rows of its table -------------------------------------------------
+
+
+def qat_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:
+  """The plain step and the quantised ones in turn; medians, and of the ratios in one round."""
+  cfg, shape = SIZES[size], dict(batch_size=batch_size, seq_len=seq_len)
+  quants = {
+    "plain": None,
+    "ternary, a scale a channel": config.QuantConfig(scheme="ternary"),
+    "ternary, groups of 128": config.QuantConfig(scheme="ternary", group_size=128),
+  }
+  steps = {n: Ours(dataclasses.replace(cfg, quant=q), **shape).step for n, q in quants.items()}
+  times = interleave(steps, repeats)
+  plain = times["plain"]
+  return [
+    {
+      "size": f"{size} ({num_params(cfg) / 1e6:.1f} M)",
+      "side": name,
+      "tok/s": batch_size * seq_len / t.median,
+      "time to plain": statistics.median(a / b for a, b in zip(t.wall, plain.wall, strict=True)),
+      "CPU to plain": statistics.median(a / b for a, b in zip(t.cpu, plain.cpu, strict=True)),
+    }
+    for name, t in times.items()
+  ]
 
 
 def peer_rows(size: str, repeats: int, *, batch_size: int, seq_len: int) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Speed of our train step.
 
   python -m experiments.bench_train --suite=peer            against transformers on torch (CPU)
-  python -m experiments.bench_train --suite=compile|memory|scaling|mfu
+  python -m experiments.bench_train --suite=compile|memory|scaling|mfu|qat
 
 peer: tokens/s of our step and of transformers' Granite on torch (same arithmetic, shapes, float32,
 AdamW, clipping, threads), one step each in turn, medians. compile: scan, unrolled scan and a list
@@ -9,7 +9,8 @@ of layers, each with an empty and with a filled persistent cache. memory: tempor
 compiled step and the peak of the process, with and without remat. scaling: one global batch over
 1, 2, 4, 8 host devices (on a machine with fewer cores this measures what sharding costs). Every
 row of these three is a process of its own. mfu: model FLOPs utilisation on an accelerator at
-sequence 4096 (convention: minicpm_jax.core.metrics). Results go to
+sequence 4096 (convention: minicpm_jax.core.metrics). qat: the step with ternary weights against the
+plain one, in turn. Results go to
 OUTPUT/bench_train_SUITE[_SIZES].json.
 """
 
@@ -22,7 +23,7 @@ import tempfile
 
 from absl import app, flags
 
-_SUITES = ("peer", "compile", "memory", "scaling", "mfu")
+_SUITES = ("peer", "compile", "memory", "scaling", "mfu", "qat")
 _SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.")
 _SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of tiny, 20m, 60m.")
 _BATCH = flags.DEFINE_integer("batch_size", 4, "Rows a step (scaling: 8 or more).")
@@ -62,6 +63,8 @@ def _run() -> int:
     rows = bench.mfu_rows(_REPEATS.value)
   elif suite == "peer":
     rows = [row for size in sizes for row in bench.peer_rows(size, _REPEATS.value, **shape)]
+  elif suite == "qat":
+    rows = [row for size in sizes for row in bench.qat_rows(size, _REPEATS.value, **shape)]
   else:
     rows = [row for size in sizes for row in _processes(bench.specs(suite, size))]
   if suite == "scaling":
