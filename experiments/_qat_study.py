@@ -206,26 +206,33 @@ class Study:
     qat = config.QATConfig(share=arm.share, rewarmup_steps=0)
     return qat.start_step(self.size.steps)
 
-  def finish(self, arm: Arm, state, start: int, seed: int) -> dict[str, Any]:
-    began, result = time.process_time(), {}
-    left = self.size.steps - start
-    if left:
-      qat = config.QATConfig(
-        quant=arm.quant,
-        share=arm.share,
-        peak_lr=arm.peak_lr,
-        rewarmup_steps=round(arm.rewarmup * self.size.steps),
-        keep_moments=arm.keep_moments,
-      )
-      schedule, ratio = qat_config.second_schedule(self.cfg.optim.schedule, qat, self.size.steps)
-      optimizer = self._functions(arm.quant)[1]
-      moments = state.opt_state if arm.keep_moments else optimizer.init(state.params)
-      state = step_lib.TrainState(jnp.int32(0), state.params, moments)
-      result["loss_at_switch"] = self.heldout_loss(state.params, arm.quant)
-      arrays = schedules.schedule_arrays(schedule, arm.peak_lr * ratio)
-      state, log = self.train(state, arm.quant, arrays, seed=seed, first=start, steps=left)
-      result |= {name: _thin(values) for name, values in log.items()}
+  def switch(self, arm: Arm, state, start: int, *, seed: int):
+    """(state, result, {metric: values a step}) of the arm's own stage from step `start` on."""
+    left, result = self.size.steps - start, {}
+    qat = config.QATConfig(
+      quant=arm.quant,
+      share=arm.share,
+      peak_lr=arm.peak_lr,
+      rewarmup_steps=round(arm.rewarmup * self.size.steps),
+      keep_moments=arm.keep_moments,
+    )
+    schedule, ratio = qat_config.second_schedule(self.cfg.optim.schedule, qat, self.size.steps)
+    optimizer = self._functions(arm.quant)[1]
+    moments = state.opt_state if arm.keep_moments else optimizer.init(state.params)
+    state = step_lib.TrainState(jnp.int32(0), state.params, moments)
+    result["loss_at_switch"] = self.heldout_loss(state.params, arm.quant)
+    arrays = schedules.schedule_arrays(schedule, arm.peak_lr * ratio)
+    state, log = self.train(state, arm.quant, arrays, seed=seed, first=start, steps=left)
     result["heldout"] = self.heldout_loss(state.params, arm.quant)
+    return state, result, log
+
+  def finish(self, arm: Arm, state, start: int, seed: int) -> dict[str, Any]:
+    began = time.process_time()
+    if start == self.size.steps:
+      result = {"heldout": self.heldout_loss(state.params, arm.quant)}
+    else:
+      _, result, log = self.switch(arm, state, start, seed=seed)
+      result |= {name: _thin(values) for name, values in log.items()}
     return result | {"cpu_seconds": round(time.process_time() - began, 1)}
 
 
