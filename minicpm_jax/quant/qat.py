@@ -220,7 +220,8 @@ def health(
     num_in, num_lead = tree.layout(path)
     quantize = functools.partial(quantize_latent, cfg, path, num_in=num_in, num_lead=num_lead)
     before, after = quantize(w).codes, quantize(news[path]).codes
-    zeros += jnp.sum(before == 0, dtype=jnp.float32)
+    if not schemes.get(cfg.scheme).offset:  # code 0 of half-integers is 1/2
+      zeros += jnp.sum(before == 0, dtype=jnp.float32)
     flips += jnp.sum(before != after, dtype=jnp.float32)
     count += math.prod(w.shape)
   return {"zero_share": (zeros, float(count)), "flip_rate": (flips, float(count))}
