@@ -5,9 +5,9 @@
   python -m experiments.prepare_data --input=a.jsonl.zst --input=b.parquet --output=data/own \\
       --train_tokenizer_vocab=8192                    # trains a BPE on the text first
 
-Reads .jsonl, .txt, .md (also .gz, .zst) and .parquet, files or folders. The same command again goes
-on where a stopped run ended. --heldout_permille=20 puts that share (by the hash of the document's
-id, which rows without one get from file name and line) into OUTPUT-heldout, for evaluation.
+Reads .jsonl, .txt, .md (also .gz, .zst) and .parquet, files or folders; --text_field=messages reads
+conversations (chat template, loss on the assistant only). The same command again goes on where a
+stopped run ended. --heldout_permille=20 puts that share (by hash of the id) into OUTPUT-heldout.
 """
 
 import pathlib
@@ -36,9 +36,8 @@ _VOCAB = _flag(
   flags.DEFINE_integer, "train_tokenizer_vocab", None, "Size of a BPE to train, instead."
 )
 _FIELD = _flag(flags.DEFINE_string, "text_field", "text", "JSON key or Parquet column of the text.")
-_SPLIT = _flag(
-  flags.DEFINE_enum, "text_split", "file", ["file", "line", "paragraph"], "Document of plain text."
-)
+_SPLITS = ["file", "line", "paragraph"]
+_SPLIT = _flag(flags.DEFINE_enum, "text_split", "file", _SPLITS, "Document of plain text.")
 _BOS = _flag(flags.DEFINE_bool, "add_bos", None, "BOS in front; default: as the tokenizer says.")
 _SPECIAL = _flag(flags.DEFINE_bool, "parse_special", False, '"<s>" in the text is BOS, not text.')
 _HELDOUT = _flag(flags.DEFINE_integer, "heldout_permille", 0, "Documents in a thousand held out.")
@@ -82,6 +81,7 @@ def _prepare(docs: Iterator[documents.Doc], folder: pathlib.Path, name: str, tok
     tokenizer=tokenizer,
     add_bos=_BOS.value,
     parse_special=_SPECIAL.value,
+    is_chat=_FIELD.value == "messages",
     shard_bytes=_SHARD_MB.value << 20,
     num_workers=_WORKERS.value,
     overwrite=_OVERWRITE.value,

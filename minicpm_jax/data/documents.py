@@ -243,10 +243,14 @@ def row_doc(
 ) -> Doc:
   """One JSON object as a document; CorpusError without a string under `text_field`.
 
+  A list of messages ({"role", "content"} objects) is kept as its JSON text: `shards.prepare` with
+  `is_chat` wants it so.
   `name` (default: the file name of `source`) makes the id where the row has none.
   """
   name = pathlib.Path(source).name if name is None else name
   text = row.get(text_field)
+  if isinstance(text, list) and text and all(isinstance(m, dict) and "role" in m for m in text):
+    text = json.dumps(text, ensure_ascii=False)
   if not isinstance(text, str):
     found = type(text).__name__ if text_field in row else f"keys {sorted(row)}"
     raise CorpusError(f"{where}: found {found}, expected a string under {text_field!r}")

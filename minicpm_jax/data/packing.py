@@ -44,19 +44,26 @@ def make_row(pieces: Sequence[np.ndarray], seq_len: int, align: int = 1) -> Row:
   """One packed row: piece i gets segment id i+1, padding segment id 0.
 
   Every piece starts at a multiple of `align`. Positions restart in each segment;
-  targets_t = tokens_{t+1} inside a segment and the last token of a segment has no target.
+  targets_t = tokens_{t+1} inside a segment; the last token of a segment has no target, and neither
+  has one whose next token is not trained (`split_mask`).
   """
   row = {k: np.zeros(seq_len, np.float32 if k == "loss_mask" else np.int32) for k in KEYS}
   start = 0
   for i, piece in enumerate(pieces):
     stop = start + len(piece)
-    row["tokens"][start:stop] = piece
-    row["targets"][start : stop - 1] = piece[1:]
-    row["loss_mask"][start : stop - 1] = 1.0
+    ids, is_trained = split_mask(piece)
+    row["tokens"][start:stop] = ids
+    row["targets"][start : stop - 1] = ids[1:]
+    row["loss_mask"][start : stop - 1] = is_trained[1:]
     row["segment_ids"][start:stop] = i + 1
     row["positions"][start:stop] = np.arange(stop - start, dtype=np.int32)
     start += round_up(len(piece), align)
   return row
+
+
+def split_mask(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(token ids, bool: is it trained) of tokens whose sign bit marks those that are not."""
+  return piece & np.int32(2**31 - 1), piece >= 0
 
 
 def round_up(length: int, align: int) -> int:

@@ -2,7 +2,8 @@
 
 A folder holds NAME-00000-of-0000N.arrayrecord (group_size:1) and index.json. A record is a
 16-byte header of four little-endian uint32 (version, document length, source id, flags) and the
-token ids as little-endian uint32. `prepare` writes such a folder from documents.
+token ids as little-endian uint32. With FLAG_MASK the top bit of an id says that the token is not
+trained (what the user says in a conversation). `prepare` writes such a folder from documents.
 """
 
 import collections
@@ -27,6 +28,7 @@ from minicpm_jax.text import tokenizer as tokenizer_lib
 
 VERSION = 1
 FLAG_BOS, FLAG_EOS = 1, 2  # the document starts with BOS / ends with EOS
+FLAG_MASK = 4  # top bits of the ids are a loss mask, inverted
 INDEX_FILE = "index.json"
 _HEADER = struct.Struct("<4I")
 _MAX_ID = 2**31
@@ -39,16 +41,30 @@ class ShardError(ValueError):
 # ------------------------------------------------------------------------------ record format
 
 
-def encode_record(ids: Sequence[int], *, source_id: int = 0, flags: int = 0) -> bytes:
-  """Header and ids of one document."""
+def encode_record(
+  ids: Sequence[int],
+  *,
+  source_id: int = 0,
+  flags: int = 0,
+  loss_mask: Sequence[int] | None = None,
+) -> bytes:
+  """Header and ids of one document; `loss_mask` is 1 on the tokens that are trained as targets."""
   array = np.asarray(ids, dtype=np.int64)
   if array.size and (array.min() < 0 or array.max() >= _MAX_ID):
     raise ShardError(f"token id: found {array.min()}..{array.max()}, expected 0..{_MAX_ID - 1}")
+  if loss_mask is not None:
+    if len(loss_mask) != len(array):
+      raise ShardError(f"loss_mask: found {len(loss_mask)} values, expected {len(array)}")
+    array = array | np.where(np.asarray(loss_mask, bool), 0, _MAX_ID)
+    flags |= FLAG_MASK
   return _HEADER.pack(VERSION, len(array), source_id, flags) + array.astype("<u4").tobytes()
 
 
 def decode_record(record: bytes, where: str = "record") -> np.ndarray:
-  """The int32 token ids of one record; ShardError when header and payload disagree."""
+  """The int32 token ids of one record; ShardError when header and payload disagree.
+
+  Tokens that are not trained have the sign bit set: `packing.split_mask` takes them apart.
+  """
   if len(record) < _HEADER.size:
     raise ShardError(f"{where}: found {len(record)} bytes, expected a header of {_HEADER.size}")
   version, length, _, _ = _HEADER.unpack_from(record)
@@ -93,6 +109,7 @@ class ShardConfig:
   source_id: int
   shard_bytes: int  # text of one shard, at least (the last one may be smaller)
   parse_special: bool = True  # "<s>" in the text became BOS; folders without the field did so
+  is_chat: bool = False  # texts are messages: template, loss mask on what the assistant says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +234,11 @@ def _write_shard(
   tokenizer: tokenizer_lib.Tokenizer, cfg: ShardConfig, chunk: _Chunk, folder: pathlib.Path
 ) -> ShardInfo:
   """Tokenises and writes one part file, then its description: both under final names only."""
-  if not cfg.parse_special:
+  masks: list[list[int] | None] = [None] * len(chunk.texts)
+  if cfg.is_chat:
+    pairs = [_encode_chat(tokenizer, text) for text in chunk.texts]
+    encoded, masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
+  elif not cfg.parse_special:
     encoded = tokenizer_lib.encode_plain(tokenizer, chunk.texts)
   elif hasattr(tokenizer, "encode_batch"):
     encoded = tokenizer.encode_batch(chunk.texts)
@@ -230,9 +251,9 @@ def _write_shard(
   partial = path.with_name(path.name + ".tmp")
   writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
   lengths = []
-  for ids in encoded:
+  for ids, mask in zip(encoded, masks, strict=True):
     ids = [*prefix, *ids, *suffix]
-    writer.write(encode_record(ids, source_id=cfg.source_id, flags=flags))
+    writer.write(encode_record(ids, source_id=cfg.source_id, flags=flags, loss_mask=mask))
     lengths.append(len(ids))
   writer.close()
   info = ShardInfo(
@@ -250,6 +271,15 @@ def _write_shard(
   body = {"config": dataclasses.asdict(cfg), "shard": dataclasses.asdict(info)}
   _write_atomic(path.with_suffix(".json"), json.dumps(body))
   return info
+
+
+def _encode_chat(tok: tokenizer_lib.Tokenizer, text: str) -> tuple[list[int], list[int]]:
+  from minicpm_jax.text import masks
+
+  try:
+    return masks.encode_with_mask(json.loads(text), tok)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ShardError(f"messages {text[:80]!r}: cannot be rendered ({error})") from error
 
 
 _WORKER: dict = {}  # filled in each worker process by _init_worker
@@ -290,6 +320,7 @@ def prepare(
   add_bos: bool | None = None,
   add_eos: bool = True,
   parse_special: bool = False,
+  is_chat: bool = False,
   shard_bytes: int = 32 << 20,
   num_workers: int = 1,
   overwrite: bool = False,
@@ -301,7 +332,9 @@ def prepare(
   leaves no index, and a rerun keeps the shards whose text, config and sha256 still agree. A
   finished folder of the same documents and config is verified and kept. `tokenizer` is an object
   or a folder; `add_bos` None = what the tokenizer says; `parse_special` turns special tokens that
-  are spelled out in the text into their ids (default: they are text); `num_workers` > 1 uses
+  are spelled out in the text into their ids (default: they are text); with `is_chat` every text is
+  a JSON list of messages for the tokenizer's chat template, which brings its own BOS and end
+  tokens, and only what the assistant says is trained; `num_workers` > 1 uses
   processes (the caller's main module must be importable). `on_shard(info, was_kept)` reports
   progress.
   The shards do not depend on `num_workers`.
@@ -315,6 +348,8 @@ def prepare(
       raise ShardError(f"{tokenizer}: found no tokenizer.json or tokenizer.model")
     tokenizer = loaded
   add_bos = tokenizer.add_bos if add_bos is None else add_bos
+  if is_chat:
+    add_bos = add_eos = False
   for wanted, field in ((add_bos, "bos_id"), (add_eos, "eos_id")):
     if wanted and getattr(tokenizer, field) is None:
       raise ShardError(f"tokenizer.{field}: found None, expected an id (add_{field[:3]} is set)")
@@ -331,6 +366,7 @@ def prepare(
     source_id=source_id,
     shard_bytes=shard_bytes,
     parse_special=parse_special,
+    is_chat=is_chat,
   )
   report = on_shard or (lambda info, was_kept: None)
   if folder.exists() and any(folder.iterdir()):

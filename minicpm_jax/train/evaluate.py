@@ -53,9 +53,9 @@ def _sums(
 
 
 def tokens_per_byte(cfg: config.DataConfig, name: str) -> float | None:
-  """Tokens per byte of text of a source; None where it has no index (Parquet)."""
+  """Tokens per byte of text of a source; None where it has no index (Parquet) or is chat."""
   path = pathlib.Path(next(s.path for s in cfg.sources if s.name == name))
   if not (path / shards.INDEX_FILE).exists():
     return None
   index = shards.read_index(path)
-  return index.num_tokens / index.text_bytes
+  return None if index.config.is_chat else index.num_tokens / index.text_bytes

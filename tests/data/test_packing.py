@@ -146,3 +146,13 @@ def test_an_impossible_position_is_refused():
   packer.set_state({"document": 0, "offset": 7})
   with pytest.raises(ValueError, match="source toy: document 0: found 4 tokens, expected more"):
     packer.next_row()
+
+
+def test_tokens_that_are_not_trained_are_nobodys_target():
+  """The sign bit of a token takes away the loss of the position before it, and only that."""
+  off = -(2**31)
+  piece = np.array([5, 6 + off, 7, 8 + off, 9 + off, 10], np.int32)
+  row = packing.make_row([piece, np.array([3, 4], np.int32)], 10)
+  assert row["tokens"].tolist() == [5, 6, 7, 8, 9, 10, 3, 4, 0, 0]
+  assert row["targets"].tolist() == [6, 7, 8, 9, 10, 0, 4, 0, 0, 0]
+  assert row["loss_mask"].tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 0, 0]

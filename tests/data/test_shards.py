@@ -303,3 +303,51 @@ def test_special_tokens_in_raw_text_are_text(tmp_path):
   path.write_text(json.dumps(body))
   with pytest.raises(shards.ShardError, match="parse_special: found True, expected False"):
     _prepare(tmp_path / "True", _docs(text), tokenizer=Marked())
+
+
+CHATS = [
+  [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello, <s> friend!"}],
+  [{"role": "system", "content": "short"}, {"role": "user", "content": "2 + 2?"}]
+  + [{"role": "assistant", "content": "4"}, {"role": "user", "content": "sure?"}]
+  + [{"role": "assistant", "content": "yes"}],
+]
+
+
+def test_conversations_become_records_with_a_loss_mask(tmp_path):
+  """Through files, packing and batches: trained are the tokens that `encode_with_mask` says."""
+  pytest.importorskip("tokenizers")
+  from minicpm_jax import config
+  from minicpm_jax.data import iterator
+  from minicpm_jax.text import masks, tokenizer
+
+  tok = tokenizer.train_bpe(["user assistant hi hello friend sure yes"] * 9, 300)
+  rows = [json.dumps({"id": str(i), "messages": chat}) for i, chat in enumerate(CHATS)]
+  (tmp_path / "x.jsonl").write_text("\n".join(rows) + "\n")
+  docs = documents.read([tmp_path / "x.jsonl"], text_field="messages")
+  index = shards.prepare(docs, tmp_path / "out", name="sft", tokenizer=tok, is_chat=True)
+  assert index.config.is_chat and not index.config.add_eos
+  cfg = config.DataConfig(
+    sources=(config.SourceConfig(name="sft", path=str(tmp_path / "out")),),
+    seq_len=128,
+    batch_size=1,
+    packing="best_fit",
+    num_threads=0,
+  )
+  batch = next(iterator.make_eval_iterator(cfg, "sft", 1))
+  for number, chat in enumerate(CHATS, start=1):
+    ids, mask = masks.encode_with_mask(chat, tok)
+    here = batch["segment_ids"][0] == number
+    assert batch["tokens"][0][here].tolist() == ids
+    assert batch["loss_mask"][0][here].tolist() == [*mask[1:], 0]
+  assert 0 < batch["loss_mask"].sum() < (batch["segment_ids"] > 0).sum()
+
+
+def test_a_mask_of_another_length_and_bad_messages_are_refused(tmp_path):
+  with pytest.raises(shards.ShardError, match="loss_mask: found 1 values, expected 2"):
+    shards.encode_record([1, 2], loss_mask=[1])
+  record = shards.encode_record([5, 6], loss_mask=[0, 1])
+  assert record == struct.pack("<4I2I", 1, 2, 0, 4, 5 + 2**31, 6)
+  for text in ("no json", '[{"role": "user"}]'):
+    with pytest.raises(shards.ShardError, match="messages .*cannot be rendered"):
+      _prepare(tmp_path / "out", _docs([text]), is_chat=True)
+  assert not (tmp_path / "out").exists()
