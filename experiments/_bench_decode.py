@@ -15,21 +15,33 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from minicpm_jax import ckpt, config
-from minicpm_jax.infer import generate
+from minicpm_jax.infer import engine, generate
+from minicpm_jax.infer.drafters import ngram
 
-# Plain English prose of our own, long enough for every prompt length of the script.
-TEXT = (
+# Texts of our own. "prose" repeats itself, long enough for every prompt length; "free" does not;
+# "table" is to be copied, which is what prompt lookup is for.
+PROSE = (
   "The warm-up of a learning rate is short, the stable stage is long, and the decay comes at the "
   "end, when the loss falls faster than before. A run that has not decayed yet can go on for as "
   "long as there is data, and many short branches can be cut from one long trunk. "
 ) * 40
+FREE = (
+  "The history of the lighthouse on the northern cape begins with a storm in which three fishing "
+  "boats were lost within sight of the village. In the spring after it, the council asked an "
+  "engineer from the capital to"
+)
+_LINE = '{{"id": {0}, "name": "item{0}", "price": {1}, "in_stock": true}}\n'
+_LINES = "".join(_LINE.format(i, 3 * i) for i in range(1, 13))
+TABLE = f"Copy this table as JSON lines.\n{_LINES}Once more:\n{_LINE.format(1, 3)}"
+TEXTS = {"prose": PROSE, "free": FREE, "table": TABLE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  num_prompt: int = 128  # tokens
+  num_prompt: int | None = 128  # tokens; None = the whole text
   num_new: int = 64  # tokens after the prompt
   threads: int = 2
+  text: str = "prose"  # a name of TEXTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +53,11 @@ class Weights:
   params: Any
   tok: Any
 
-  def prompt(self, num_tokens: int) -> list[int]:
-    ids = self.tok.encode(TEXT)[:num_tokens]
-    if len(ids) < num_tokens:
+  def prompt(self, num_tokens: int | None, text: str = "prose") -> list[int]:
+    if text not in TEXTS:
+      raise ValueError(f"--text: found {text!r}, expected one of {sorted(TEXTS)}")
+    ids = self.tok.encode(TEXTS[text])[:num_tokens]
+    if num_tokens is not None and len(ids) < num_tokens:
       raise ValueError(f"--prompt_tokens: found {num_tokens}, expected at most {len(ids)}")
     return ids
 
@@ -56,6 +70,7 @@ class Timing:
   first_s: float
   rest_s: float
   compile_s: float = 0.0
+  accept: float = 1.0  # tokens a round
 
 
 class Side(Protocol):
@@ -88,6 +103,27 @@ class Plain:
       first_s=chunks[0].seconds,
       rest_s=sum(chunk.seconds for chunk in chunks[1:]),
       compile_s=sum(chunk.compile_seconds for chunk in chunks),
+    )
+
+
+class NGram:
+  """Our engine with prompt lookup: chains of `num_levels` tokens, plain where nothing matches."""
+
+  def __init__(self, weights: Weights, settings: Settings, *, num_levels: int):
+    cfg = config.EngineConfig(capacity=1024, min_prefix=-1)
+    drafter = ngram.NGramDrafter(num_levels=num_levels)
+    self._engine = engine.Engine(weights.model, weights.params, cfg, drafter=drafter)
+    del settings
+
+  def run(self, prompt: Sequence[int], num_new: int) -> Timing:
+    out = self._engine.generate([list(prompt)], config.SamplingConfig(max_new_tokens=num_new))
+    stats = out.stats[0]
+    return Timing(
+      tokens=out.tokens[0],
+      first_s=stats.prefill_seconds,
+      rest_s=stats.decode_seconds,
+      compile_s=stats.compile_seconds,
+      accept=stats.mean_accepted,
     )
 
 
@@ -125,7 +161,7 @@ class LlamaCpp:
   def __init__(self, weights: Weights, settings: Settings):
     import llama_cpp
 
-    size = settings.num_prompt + settings.num_new
+    size = len(weights.prompt(settings.num_prompt, settings.text)) + settings.num_new
     threads = dict(n_threads=settings.threads, n_threads_batch=settings.threads)
     self._llama = llama_cpp.Llama(str(weights.path), n_ctx=size, verbose=False, **threads)
 
@@ -145,10 +181,15 @@ class LlamaCpp:
 SIDES = {
   "ours, 1 token a dispatch": lambda *args: Plain(*args, rounds=1),
   "ours, 16 tokens a dispatch": lambda *args: Plain(*args, rounds=generate.MAX_ROUNDS),
+  "ours, n-gram of 7": lambda *args: NGram(*args, num_levels=7),
+  "ours, n-gram of 15": lambda *args: NGram(*args, num_levels=15),
   "transformers": Transformers,
   "llama.cpp": LlamaCpp,
 }
-SUITES = {"plain": tuple(SIDES)}
+SUITES = {
+  "plain": tuple(name for name in SIDES if "n-gram" not in name),
+  "speculative": tuple(name for name in SIDES if "16 tokens" not in name),
+}
 _NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
 
 
@@ -170,7 +211,7 @@ def measure(
   weights: Weights, names: Sequence[str], settings: Settings, repeats: int
 ) -> list[dict[str, Any]]:
   """Medians of `repeats` rounds, the sides in turn; a round before compiles and warms up."""
-  prompt = weights.prompt(settings.num_prompt)
+  prompt = weights.prompt(settings.num_prompt, settings.text)
   sides = {name: SIDES[name](weights, settings) for name in names}
   warm = {name: side.run(prompt, settings.num_new) for name, side in sides.items()}
   found = {name: [] for name in names}
@@ -186,11 +227,13 @@ def measure(
     rows.append(
       {
         "side": name,
-        "prompt": settings.num_prompt,
+        "text": settings.text,
+        "prompt": len(prompt),
         "new": settings.num_new,
-        "prefill tok/s": settings.num_prompt / first,
+        "prefill tok/s": len(prompt) / first,
         "first token s": first,
         "decode tok/s": (settings.num_new - 1) / rest,
+        "tokens a round": statistics.median(t.accept for t in timings),
         "compile s": warm[name].compile_s,
         "equal tokens": same.index(False) if False in same else len(same),
         "load": os.getloadavg()[0],

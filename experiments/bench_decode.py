@@ -1,6 +1,7 @@
 """Speed of decoding one sequence with the real 135M model, against transformers and llama.cpp.
 
   python -m experiments.bench_decode --suite=plain            (fetch the model first: fetch_model)
+  python -m experiments.bench_decode --suite=speculative      (prompt lookup; table and free text)
 
 All sides decode the same prompt greedily, in turn; medians. prefill tok/s and first token: the
 prompt up to the first new token. decode tok/s: the tokens after it. Compilation is apart. "equal
@@ -8,6 +9,7 @@ tokens" counts the new tokens up to the first one that differs from the first si
 agree, llama.cpp rounds activations to 8 bits. Results go to OUTPUT/bench_decode_SUITE.json.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -16,7 +18,7 @@ from absl import app, flags
 
 _SUITE = flags.DEFINE_string("suite", "plain", "Which sides; a name of _bench_decode.SUITES.")
 _MODEL = flags.DEFINE_string("model", None, "A GGUF; default: the 135M model of fetch_model.")
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 128, "Tokens of the prompt.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 128, "Tokens of prose.", lower_bound=1)
 _NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder; default: benchmarks/results.")
@@ -47,7 +49,13 @@ def _run() -> int:
     print(f"left out: {name} ({why})", flush=True)
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   settings = bench.Settings(num_prompt=_PROMPT.value, num_new=_NEW.value, threads=threads)
-  rows = bench.measure(bench.load(pathlib.Path(path)), names, settings, _REPEATS.value)
+  texts = [settings]
+  if _SUITE.value == "speculative":
+    whole = dataclasses.replace(settings, num_prompt=None)
+    texts = [dataclasses.replace(whole, text=text) for text in ("table", "free")]
+  weights, rows = bench.load(pathlib.Path(path)), []
+  for settings in texts:
+    rows += bench.measure(weights, names, settings, _REPEATS.value)
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
   more = dict(model=pathlib.Path(path).name, threads=threads, repeats=_REPEATS.value)
   reports.write(folder / f"bench_decode_{_SUITE.value}.json", rows, left_out=missing, **more)
