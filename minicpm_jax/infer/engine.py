@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import rng, types
+from minicpm_jax.infer import requests
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import tree as tree_lib
@@ -31,76 +32,9 @@ from minicpm_jax.models import transformer
 
 NO_TOKEN = rounds_lib.NO_TOKEN
 SMALLEST_CHUNK = 16
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@runtime_checkable
-class TokenConstraint(Protocol):
-  """What may be said next; follows one output (infer/constrained.py has llguidance's)."""
-
-  def fill_mask(self, row: np.ndarray) -> None:
-    """Writes int32 [ceil(V / 32)]: bit i % 32 of word i // 32 is 1 where token i may follow."""
-
-  def consume(self, token: int) -> bool:
-    """Goes on behind a token; False, and nothing changes, where it is not allowed."""
-
-  def rollback(self, num: int) -> None:
-    """Forgets the last `num` tokens."""
-
-  def is_accepting(self) -> bool: ...
-
-  def is_stopped(self) -> bool:
-    """Nothing may follow."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One prompt. stop_ids are added to the engine's; `constraint` belongs to this request alone."""
-
-  prompt: Sequence[int]
-  sampling: config.SamplingConfig = config.SamplingConfig()
-  stop_ids: Sequence[int] = ()
-  constraint: TokenConstraint | None = None
-  want_logprobs: bool = False
-
-
-@dataclasses.dataclass
-class Stats:
-  """Counts and times of one request; compilation is apart and never inside a rate."""
-
-  prompt_tokens: int = 0
-  cached_tokens: int = 0  # of the prompt, taken from an earlier request
-  new_tokens: int = 0
-  prefill_seconds: float = 0.0
-  decode_seconds: float = 0.0  # from the first token to the last; other rows decode meanwhile
-  compile_seconds: float = 0.0
-  accepted: list[int] = dataclasses.field(default_factory=list)  # tokens of every round
-
-  @property
-  def mean_accepted(self) -> float:
-    """Mean accept length: tokens a round, the first token (of the prefill) excluded."""
-    return sum(self.accepted) / len(self.accepted) if self.accepted else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """Tokens of one request out of one step. logprobs: of the bare model, where asked for."""
-
-  id: int
-  tokens: list[int]
-  logprobs: list[float]
-  finish_reason: FinishReason | None = None
-  stats: Stats | None = None  # with the last event
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-  """New tokens of every prompt, the stop token included; log-probabilities of the bare model."""
-
-  tokens: list[list[int]]
-  logprobs: list[list[float]]
-  finish_reason: list[FinishReason]
-  stats: list[Stats] = dataclasses.field(default_factory=list)
+TokenConstraint, Request, Stats = requests.TokenConstraint, requests.Request, requests.Stats
+Event, Generation, RequestError = requests.Event, requests.Generation, requests.RequestError
+FinishReason, check_prompt = requests.FinishReason, requests.check_prompt
 
 
 @dataclasses.dataclass
@@ -135,14 +69,6 @@ class _Answer(NamedTuple):
   answer: rounds_lib.Answer
   jobs: list[_Job | None]
   rounds: int  # 0 = the first token, out of the prefill
-
-
-class RequestError(ValueError):
-  """One request cannot go on; `id` says which. It has been ended."""
-
-  def __init__(self, uid: int, text: str):
-    super().__init__(f"request {uid}: {text}")
-    self.id = uid
 
 
 class Engine:
@@ -574,16 +500,6 @@ class Engine:
 
 
 _COMPILED: set[Any] = set()
-
-
-def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
-  """ValueError for an empty prompt and for ids outside the vocabulary."""
-  if not len(prompt):
-    raise ValueError(f"{name}: found no token, expected at least one (a BOS will do)")
-  low, high = min(prompt), max(prompt)
-  if low < 0 or high >= vocab_size:
-    found = low if low < 0 else high
-    raise ValueError(f"{name}: found token {found}, expected 0..{vocab_size - 1}")
 
 
 def _follow(
