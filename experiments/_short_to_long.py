@@ -22,7 +22,7 @@ from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
 
-KEYS, VALUES, FILLERS = 64, 16, 32
+KEYS, VALUES, FILLERS = 32, 8, 32
 RECORD, ASK = 0, KEYS * VALUES  # first ids of records, keys, values, fillers
 ANSWER, FILLER = ASK + KEYS, ASK + KEYS + VALUES
 VOCAB = FILLER + FILLERS
@@ -32,7 +32,7 @@ NEAR = 5  # last records that a near question asks for
 PLAIN, EASY, NEEDLE = 0, 1, 2  # kinds of targets
 
 SPARSE = config.SparseAttentionConfig(
-  kernel_size=4, kernel_stride=2, block_size=8, window_size=32, topk=12, dense_len=-1
+  kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=6, dense_len=-1
 )
 
 
@@ -40,11 +40,11 @@ SPARSE = config.SparseAttentionConfig(
 class Plan:
   """Sizes of the experiment; the visible budget of sparse attention is a quarter of `long`."""
 
-  short: int = 128  # tokens a row
-  long: int = 512
+  short: int = 64  # tokens a row
+  long: int = 256
   tokens: int = 4096  # a step
-  short_steps: int = 1000
-  long_steps: int = 400
+  short_steps: int = 400
+  long_steps: int = 300
   peak_lr: float = 0.01
   rest: float = 0.3  # weight of targets that are no answers
   every: int = 50  # steps between evaluations

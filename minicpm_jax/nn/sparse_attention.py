@@ -217,7 +217,7 @@ def infllm_attention(
   `select_blocks`; a named one that cannot serve the call raises.
   """
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
-  _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
+  _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH, kv_length)
   if cfg.use_nope and nope is None:
     raise ValueError("nope: found None, expected (q, k) before RoPE because cfg.use_nope is set")
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -291,12 +291,18 @@ def _is_ref(implementation: Implementation, grid: sparse_grid.Grid) -> bool:
   return is_off
 
 
-def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids) -> None:
-  (B, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH=None, kv_length=None) -> None:
+  (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  if k_BSKH.shape != (B, S, K, H):
+    raise ValueError(f"k: found shape {k_BSKH.shape}, expected {(B, S, K, H)}, by q")
+  if v_BSKH is not None and v_BSKH.shape[:3] != (B, S, K):
+    raise ValueError(f"v: found shape {v_BSKH.shape}, expected {(B, S, K)} and a width, by k")
   if N % K:
     raise ValueError(f"q: found {N} heads, expected a multiple of the {K} key heads")
   if isinstance(q_offset, int) and not 0 <= q_offset <= S - T:
     raise ValueError(f"q_offset: found {q_offset}, expected 0..{S - T} ({S} keys, {T} queries)")
+  if isinstance(kv_length, int) and not 0 <= kv_length <= S:
+    raise ValueError(f"kv_length: found {kv_length}, expected 0..{S}, the number of keys")
   if segment_ids is not None and segment_ids.shape != (B, S):
     raise ValueError(
       f"segment_ids: found shape {segment_ids.shape}, expected {(B, S)}, of the keys"

@@ -550,12 +550,29 @@ def test_memory_of_a_32k_prefill():
   assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2**30
 
 
+def attend_up_to(q, kv_length):
+  return sparse_attention.infllm_attention(q, q, q, oracle.small(), kv_length=kv_length)
+
+
+def check_shapes(q, *args):
+  """What callers without the type-checking hook of the tests are told."""
+  sparse_attention._check_shapes(q, *args)
+
+
 @pytest.mark.parametrize(
   "call, message",
   [
     (lambda q: sparse_attention.select_blocks(q[:, :, :3], q[:, :, :2], oracle.small()), "3 heads"),
     (lambda q: sparse_attention.select_blocks(q, q, oracle.small(), q_offset=1), "q_offset"),
+    (lambda q: attend_up_to(q, 21), "kv_length: found 21, expected 0..20"),
+    (lambda q: check_shapes(q, q[..., :4], 0, None), r"k: found shape \(1, 20, 4, 4\)"),
+    (lambda q: check_shapes(q, q, 0, None, q[:, :, :2]), r"v: found shape \(1, 20, 2, 8\)"),
+    (lambda q: check_shapes(q, q, 0, np.ones((1, 9))), r"segment_ids: found shape \(1, 9\)"),
     (lambda q: oracle.small(topk=1), "topk"),
+    (lambda q: oracle.small("split", topk=0), "topk"),
+    (lambda q: oracle.small(kernel_size=10), "kernel_size: found 10, expected a multiple"),
+    (lambda q: oracle.small(block_size=18), "block_size: found 18, expected a multiple"),
+    (lambda q: oracle.small(kernel_stride=0), "kernel_stride: found 0"),
     (lambda q: dataclasses.replace(oracle.small(), window_size=40), "window_size"),
     (lambda q: SparseAttentionConfig.from_hf({"blocks": 3}), "blocks"),
   ],
