@@ -64,7 +64,7 @@ class Plan:
 
 
 def model_config(plan: Plan, sparse: config.SparseAttentionConfig | None) -> config.ModelConfig:
-  """0.13M parameters: 2 layers, 4 heads, 2 key heads."""
+  """0.10M parameters: 2 layers, 4 heads, 2 key heads."""
   return zoo.nano(
     name="short_to_long",
     vocab_size=VOCAB,

@@ -1,6 +1,7 @@
 """Time of sparse against dense attention over sequence length, forward, one layer.
 
   python -m experiments.bench_sparse                       8k to 64k, one key head of MiniCPM4-8B
+  python -m experiments.bench_sparse --threads=1           on one core
   python -m experiments.bench_sparse --lengths=65536       adds runs to what is recorded
   python -m experiments.bench_sparse --lengths=8192,16384 --num_heads=32 --num_kv_heads=2
 
@@ -9,8 +10,8 @@ Sparse is `nn.sparse_attention.infllm_attention` (MiniCPM4's sizes, coarse norma
 chance, the worst case for sharing work. Repeats alternate; the median counts. Beside
 wall time stands the CPU time of the process, which other jobs on the machine disturb less. Memory
 is the compiler's count of temporaries, also for a 32k prefill of a whole layer of MiniCPM4-8B.
-Writes OUT/sparse_<device>.json and .png after every run; runs recorded there with equal heads,
-versions and device count too, so that a busy machine can be measured in pieces.
+Writes OUT/sparse_<device>[_1_core].json and .png after every run; runs recorded there with equal
+heads, versions and device count too, so that a busy machine can be measured in pieces.
 """
 
 import json
@@ -28,6 +29,7 @@ REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs each; one at 64k and be
 NUM_HEADS = flags.DEFINE_integer("num_heads", 16, "Query heads (MiniCPM4-8B: 32).")
 NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 1, "Key heads (MiniCPM4-8B: 2).")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Width of a head.")
+THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.")
 OUT = flags.DEFINE_string("out", "benchmarks/results", "Folder of the JSON and the picture.")
 
 
@@ -36,13 +38,16 @@ def main(argv) -> None:
   lengths = [int(text) for text in LENGTHS.value]
   if min(lengths) < 1:
     raise app.UsageError(f"--lengths: found {lengths}, expected numbers of tokens")
+  if THREADS.value and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]
   folder = pathlib.Path(OUT.value)
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f"sparse_{device.platform}.json"
+  cores = f"_{THREADS.value}_core" if THREADS.value else ""
+  path = folder / f"sparse_{device.platform}{cores}.json"
   setting = {
     "device": device.device_kind,
-    "num_cpus": os.cpu_count(),
+    "num_cpus": THREADS.value or os.cpu_count(),
     "jax": jax.__version__,
     "python": platform.python_version(),
     "num_heads": NUM_HEADS.value,

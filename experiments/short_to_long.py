@@ -1,10 +1,10 @@
 """Dense pretraining at short length, then sparse training at long length, at toy scale.
 
-  python -m experiments.short_to_long                      2 seeds, about 10 CPU minutes
+  python -m experiments.short_to_long                      2 seeds, about 5 CPU minutes
 
 The recipe of InfLLM v2 (arXiv 2509.24663 section 4.1; configs/minicpm4_8b_sparse.py at real size)
-on a recall task: a model of 0.13M parameters reads rows of 128 tokens with full attention, then
-rows of 512 with blocks of 8, of which a query sees 16 (128 tokens, a quarter). Controls: the same
+on a recall task: a model of 0.10M parameters reads rows of 64 tokens with full attention, then
+rows of 256 with blocks of 8, of which a query sees 8 (64 tokens, a quarter). Controls: the same
 steps on the same rows with full attention, and that model with the selection switched on without
 training. Asked: does the loss jump at the switch, and does needle accuracy come within 2 points of
 full attention where the training-free selection does not? Writes OUT/short_to_long.json and .png

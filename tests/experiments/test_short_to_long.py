@@ -68,7 +68,7 @@ def test_the_experiment_runs_and_keeps_finished_seeds(tmp_path, monkeypatch, cap
   found = json.loads((tmp_path / "short_to_long.json").read_text())
   assert [s["seed"] for s in found["seeds"]] == [0, 1]
   capsys.readouterr()
-  for bad, message in (("--long=100", "twice 128 visible"), ("--short=31", "an even length")):
+  for bad, message in (("--long=100", "twice 64 visible"), ("--short=31", "an even length")):
     assert short_to_long.main([*args, bad]) == 1
     assert message in capsys.readouterr().err
 
