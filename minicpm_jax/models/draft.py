@@ -333,15 +333,23 @@ class DraftModel(nn.Module):
     return x_BTD, tuple(new)
 
   def logits(
-    self, hidden_BTD: Float[Array, "B T D"], head_DR: Float[Array, "D V"] | None = None
+    self,
+    hidden_BTD: Float[Array, "B T D"],
+    head_DR: Float[Array, "D V"] | None = None,
+    *,
+    table_VD: Float[Array, "W D"] | None = None,
   ) -> Float[Array, "B T R"]:
-    """float32 logits over the head's rows; `head_DR` is the target's (eagle3 has its own)."""
+    """float32 logits over the head's rows; `head_DR` is the target's (eagle3 has its own).
+
+    table_VD: the head as the rows of an embedding table instead, which is not transposed then.
+    """
     if self.cfg.kind == "eagle3":
-      hidden_BTD, head_DR = self.norm(hidden_BTD), self.lm_head()
-    if head_DR is None:
+      hidden_BTD, head_DR, table_VD = self.norm(hidden_BTD), self.lm_head(), None
+    if head_DR is None and table_VD is None:
       raise ValueError(f"head_DR: found None, expected the target's head for {self.cfg.kind!r}")
-    head_DR = head_DR.astype(hidden_BTD.dtype)
-    logits = jnp.einsum("BTD,DR->BTR", hidden_BTD, head_DR, preferred_element_type=jnp.float32)
+    head, equation = (head_DR, "BTD,DR->BTR") if table_VD is None else (table_VD, "BTD,RD->BTR")
+    head = head.astype(hidden_BTD.dtype)
+    logits = jnp.einsum(equation, hidden_BTD, head, preferred_element_type=jnp.float32)
     logits = mesh.constrain(logits, "act_batch", "act_seq", "act_vocab")
     scale = self.cfg.draft_logit_scale
     return logits if scale == 1.0 else logits * scale

@@ -134,7 +134,7 @@ def log_softmax(x):
   return x - np.log(np.sum(np.exp(x - x.max(-1, keepdims=True)), -1, keepdims=True)) - x.max()
 
 
-@pytest.mark.parametrize("kind", ["eagle", "minicpm"])
+@pytest.mark.parametrize("kind", [pytest.param("eagle", marks=pytest.mark.slow), "minicpm"])
 def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind):
   cfg, _, _, _ = setup(kind)
   features, logits, _ = seen(kind)
@@ -158,7 +158,7 @@ def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind):
   assert min(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads["draft"])) > 0.0
 
 
-@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_eagle3_loss_is_the_decayed_sum_over_free_running_steps(window):
   cfg, params, ids, _ = setup("eagle3", window)
   _, logits, _ = seen("eagle3")

@@ -80,7 +80,9 @@ def run(engine):
   return engine.collect(requests)
 
 
-@pytest.mark.parametrize("name", ["eagle_ring", "minicpm_fr", "eagle3", "mtp_chain"])
+@pytest.mark.parametrize(
+  "name", ["eagle_ring", "minicpm_fr", "eagle3", pytest.param("mtp_chain", marks=pytest.mark.slow)]
+)
 def test_tokens_equal_plain_decoding(target, plain, name):
   drafter, draft_params = drafters(target)[name]
   engine = engine_lib.Engine(*target, CFG, drafter=drafter, draft_params=draft_params)
@@ -119,7 +121,7 @@ def test_tokens_equal_plain_decoding(target, plain, name):
   np.testing.assert_allclose(state.draft.feature_BD[row], hidden[0, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["minicpm", "eagle3"])
+@pytest.mark.parametrize("kind", [pytest.param("minicpm", marks=pytest.mark.slow), "eagle3"])
 def test_tree_equals_a_beam_search_over_single_paths(target, kind):
   """Every path is run through the draft alone, behind the committed rows: no scratch, no masks."""
   changes = {"draft_vocab_size": 40} if kind == "eagle3" else {}

@@ -195,14 +195,22 @@ class EagleDrafter:
 
   def _children(self, params: base.Params, hidden_BTD: Any, scores_BT: Any) -> tuple[Any, Any]:
     """Cumulative float32 scores and full token ids [B, T, k] of the best children."""
-    model = draft_lib.DraftModel(self.cfg)
+    cfg, model = self.cfg, draft_lib.DraftModel(self.cfg)
     head_DR, ids_R = params.draft["head_DR"], params.draft["ids_R"]
-    if head_DR is None and self.cfg.kind != "eagle3":
-      head_DR = transformer.head_weight(self.cfg.layer, params.target)
-      head_DR = head_DR[:, : self.cfg.layer.vocab_size]
+    table_VD = None
+    if head_DR is None and cfg.kind != "eagle3":
+      if cfg.layer.tie_embeddings:
+        table_VD = params.target["embed"]["embedding"][: cfg.layer.vocab_size]
+      else:
+        head_DR = transformer.head_weight(cfg.layer, params.target)[:, : cfg.layer.vocab_size]
     variables = {"params": params.draft["model"]}
-    logits_BTR = model.apply(variables, hidden_BTD, head_DR, method="logits")
-    best_BTK, at_BTK = jax.lax.top_k(logits_BTR, self.top_k)
+    logits_BTR = model.apply(variables, hidden_BTD, head_DR, table_VD=table_VD, method="logits")
+    # The barrier keeps XLA's top-k: merged into what follows it becomes a sort of whole rows.
+    B, T, R = logits_BTR.shape
+    best, at = jax.lax.optimization_barrier(
+      jax.lax.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
+    )
+    best_BTK, at_BTK = (jnp.reshape(x, (B, T, self.top_k)) for x in (best, at))
     best_BTK = best_BTK - jax.nn.logsumexp(logits_BTR, axis=-1, keepdims=True)
     at_BTK = at_BTK.astype(jnp.int32)
     tokens_BTK = at_BTK if ids_R is None else jnp.asarray(ids_R, jnp.int32)[at_BTK]
