@@ -53,6 +53,7 @@ def make(values: flags.FlagValues) -> service.ChatService:
     sampling=_infer.sampling(cfg),
   )
   loaded = _infer.load(cfg, max_batch=cfg.max_batch)
+  loaded.engine.generate([[0]], config.SamplingConfig(max_new_tokens=4))  # compiles a first round
   try:
     template = chat_lib.template_for(loaded.engine.model.cfg, loaded.tok)
   except ValueError:  # a base model: text completions work, chat says what is missing

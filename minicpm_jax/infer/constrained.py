@@ -247,7 +247,7 @@ class GrammarCompiler:
   def json_schema(self, schema: Mapping[str, Any] | bool, *, compact: bool = False) -> Constraint:
     """Values of a JSON schema. Keywords that cannot be enforced are refused, not ignored.
 
-    Whitespace between tokens is at most a newline and 16 spaces; `compact` allows none.
+    Whitespace between tokens is a space or a line end with its indent; `compact` allows none.
     """
     whitespace = grammars.JSON_COMPACT if compact else grammars.JSON_WHITESPACE
     if not isinstance(schema, Mapping) and schema is not True:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-JSON_WHITESPACE = r"\n? {0,16}"  # what json.dumps writes, with and without indent; bounded
+JSON_WHITESPACE = r"( |\n {0,32})?"  # what json.dumps writes, with and without indent; bounded
 JSON_COMPACT = ""  # no whitespace between tokens
 
 # Numbers, strings and containers of Python source, for call arguments.
