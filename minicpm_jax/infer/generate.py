@@ -133,7 +133,11 @@ def _chunks(engine: engine_lib.Engine, requests: Sequence[engine_lib.Request]) -
   engine.fill()  # all prompts first: then the rows go in step
   try:
     while open_uids:
-      events = {event.id: event for event in engine.step() if event.id in open_uids}
+      events: dict[int, engine_lib.Event] = {}
+      for event in engine.step():
+        if event.id in open_uids:
+          before = events.get(event.id)
+          events[event.id] = event if before is None else _joined(before, event)
       open_uids -= {uid for uid, event in events.items() if event.finish_reason is not None}
       if not events:
         continue
@@ -156,6 +160,11 @@ def _chunks(engine: engine_lib.Engine, requests: Sequence[engine_lib.Request]) -
   finally:
     for uid in open_uids:
       engine.cancel(uid)
+
+
+def _joined(first: engine_lib.Event, second: engine_lib.Event) -> engine_lib.Event:
+  tokens, logprobs = first.tokens + second.tokens, first.logprobs + second.logprobs
+  return dataclasses.replace(second, tokens=tokens, logprobs=logprobs)
 
 
 def generate(

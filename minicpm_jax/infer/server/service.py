@@ -328,6 +328,12 @@ class ChatService:
     try:
       events = self._engine.step()
       self._num_failures = 0
+    except engine_lib.RequestError as error:  # one request; the others go on
+      item = self._running.get(error.id)
+      if item is not None:
+        self._remove(error.id)
+        self._fail(item, schemas.ApiError(str(error), status=500))
+      return
     except Exception as error:  # whatever it was, the other requests must get an answer
       logging.exception("engine step failed")
       self._num_failures += 1
