@@ -139,13 +139,17 @@ def view(
 
 
 def as_array(kernel: Any, dtype: Any) -> Float[types.AnyArray, "..."]:
-  """A kernel as floats in `dtype` (experts, kv_b, sharded sequences); FP8 codes cannot be one."""
+  """A kernel as floats in `dtype` (experts, kv_b, sequences cut over cp), not of FP8."""
   if qtensor.is_qtensor(kernel):
     return qtensor.dequantize(kernel, dtype)
   if not isinstance(kernel, Prepared):
     return kernel.astype(dtype)
-  if kernel.fp8 is not None:
-    raise NotImplementedError("quant.fp8: found a kernel that is not used as one matrix product")
+  for name in ("fp8", "act_bits"):
+    if (found := getattr(kernel, name)) is not None:
+      raise NotImplementedError(
+        f"quant.{name}: found {found} for a kernel that is not used as one matrix product "
+        "(experts, kv_b, a sequence cut over cp), expected None"
+      )
   value = kernel.value
   if kernel.scale is not None:
     lead = kernel.scale.shape[:-2]
