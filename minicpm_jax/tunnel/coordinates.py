@@ -4,7 +4,8 @@ RMS of what every attention and MLP block adds to the residual stream, after a f
 width; the slope of the log-log line is near 0 where learning transfers. Without experts only.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,13 @@ def activation_rms(
 ) -> dict[str, float]:
   """RMS by block: "layer/attn", "layer/mlp" times the residual scale, "embed", "logits"."""
   model, params = convert.unstack_layers(model, params)
+  found = jax.device_get(_forward(model)(params, jnp.asarray(ids_BT)))
+  return {name: float(value) for name, value in found.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _forward(model: config.ModelConfig) -> Callable[[Any, Any], dict[str, Any]]:
+  """The compiled measurement of one model in list form."""
   net = transformer.Transformer(model)
   kinds = (attention.Attention, layers.MLP, layers.Embed)
 
@@ -42,7 +50,7 @@ def activation_rms(
       rms[f"layer{i}/mlp"] = _rms(layer["mlp"]["__call__"][0]) * model.residual_scale
     return rms
 
-  return {name: float(value) for name, value in forward(params, jnp.asarray(ids_BT)).items()}
+  return forward
 
 
 def _rms(x: Any) -> Any:
