@@ -35,6 +35,7 @@ _TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.
 _HELDOUT = _define("string", "heldout", None, "Evaluation text.")
 _OUTPUT = _define("string", "output", "benchmarks/results", "Folder of JSON and PNG.")
 _SEEDS = _define("integer", "seeds", 3, "Calibration seeds.")
+_FIRST = _define("integer", "first_seed", 0, "The first of them.")
 _ROWS = _define("integer", "sequences", 16, "Calibration sequences.")
 _LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
 _EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
     solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
     nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
     record("rtn", quantize.quantize_model(model, params, [], nearest).params)
-    for seed in range(_SEEDS.value):
+    for seed in range(_FIRST.value, _FIRST.value + _SEEDS.value):
       chosen = _quantize.windows(stream, _ROWS.value, _LENGTH.value, seed)
       for method in _METHODS.value:
         cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024)

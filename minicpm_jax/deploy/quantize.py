@@ -43,6 +43,7 @@ class QuantizeConfig:
   p_layers: Literal["all", "down"] = "all"  # projections whose Hessian leaves them out
   awq_tokens: int = 4096  # tokens (whole batches) of the smoothing search
   awq_ratios: int = awq.NUM_RATIOS
+  awq_skips: bool = False  # S-P-: the search leaves the first positions out as well
 
   def __post_init__(self):
     if self.method not in METHODS:
@@ -259,7 +260,8 @@ class _Work:
     per_batch = int(np.prod(hidden[0].shape[:2]))
     count = min(len(hidden), max(1, cfg.awq_tokens // per_batch))
     xs = [jnp.asarray(x) for x in hidden[:count]]
-    keep = self.keep[cfg.skip if "p-gptq" in cfg.method else 0][:count]
+    skip = cfg.skip if cfg.awq_skips and "p-gptq" in cfg.method else 0
+    keep = self.keep[skip][:count]
     segments, ratios = self.segments[:count], {}
 
     def inputs(name: str) -> list[Array]:
