@@ -7,7 +7,7 @@
 Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
 QAT); --rotate applies QuaRot's rotations first (the model gets untied). Calibration text is .txt or
 .jsonl (.gz). JSON beside the output: every projection's relative output error, seconds, the cost at
-the 8B shape. GGUF output: blocks of --kind.
+the 8B shape. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
 """
 
 import json
@@ -22,7 +22,7 @@ from minicpm_jax import ckpt
 from minicpm_jax.core import logging
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer
-from minicpm_jax.quant import gptq, rotate, tree
+from minicpm_jax.quant import gptq, rotate
 
 VALUES = flags.FlagValues()
 
@@ -49,8 +49,7 @@ _ROTATE = _define("bool", "rotate", False, "QuaRot rotations R1 and R2 first.")
 
 def _save(path, model, params, tok):
   if path.endswith(".gguf"):
-    dense = tree.dequantize_params(params, "float32")
-    ckpt.save_gguf(path, model, dense, tok, kind=_KIND.value)
+    ckpt.save_gguf(path, model, params, tok, kind=_KIND.value)
   elif _FORMAT.value == "marlin":
     ckpt.save_marlin(path, model, params, tok, dtype="f16")
   else:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from absl import logging
 
@@ -24,7 +25,7 @@ from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.models import transformer
 from minicpm_jax.nn import rope
-from minicpm_jax.quant import gguf_types
+from minicpm_jax.quant import gguf_types, qtensor
 from minicpm_jax.text import tokenizer
 
 # kind -> general.file_type
@@ -102,7 +103,7 @@ def save_gguf(
   _check_model(cfg)
   if embedding_kind is None:
     embedding_kind = kind if kind in ("f32", "bf16") else "f16"
-  leaves = trees.flatten_paths(nn.unbox(params))
+  leaves = trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor)
   if dropped := [p for p in leaves if p.startswith("mtp/")]:
     logging.info("save_gguf: %d leaves of the MTP head left out (no GGUF form)", len(dropped))
   tensors = list(_tensors(cfg, kind, embedding_kind))
@@ -168,11 +169,15 @@ def _check_leaves(cfg: config.ModelConfig, leaves: dict[str, Any], path: pathlib
   )
   wanted = trees.flatten_paths(shapes)
   for name, leaf in wanted.items():
-    found = "no such leaf" if name not in leaves else f"shape {tuple(leaves[name].shape)}"
+    found = "no such leaf" if name not in leaves else f"shape {_shape(leaves[name])}"
     if found != f"shape {tuple(leaf.shape)}":
       raise errors.CheckpointError(
         f"{path}: params: {name}: found {found}, expected shape {tuple(leaf.shape)}"
       )
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+  return (*x.lead, *x.shape) if qtensor.is_qtensor(x) else tuple(x.shape)
 
 
 def _tensors(cfg: config.ModelConfig, kind: str, embedding_kind: str) -> Iterator[_Tensor]:
@@ -219,7 +224,16 @@ def _fitting(shape: tuple[int, ...], kind: str, path: str) -> str:
 
 
 def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool) -> np.ndarray:
-  """The bytes of one tensor (floats for f32 and f16, as the writer wants them)."""
+  """The bytes of one tensor (floats for f32 and f16, as the writer wants them).
+
+  A QTensor is written as the floats that it stands for; symmetric int4 codes go into Q4_0 as they
+  are where its groups are whole blocks.
+  """
+  if qtensor.is_qtensor(leaf):
+    one = jax.tree.map(lambda x: x[t.index] if t.index else x, leaf)
+    if t.kind == "q4_0" and _fits_q4_0(one):
+      return _packed_codes(cfg, t, qtensor.unpack(one))
+    leaf, t = qtensor.dequantize(one), dataclasses.replace(t, index=())
   x = np.asarray(leaf[t.index] if t.index else leaf)
   if t.path == "embed/embedding":
     x = x[: cfg.vocab_size]
@@ -227,10 +241,7 @@ def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool)
     x = x[:, : cfg.vocab_size]
   is_expert = len(t.shape) == 3
   x = x.swapaxes(1, 2) if is_expert else hf_names.to_hf(t.rule, x)
-  x = np.ascontiguousarray(x, np.float32)
-  for name, heads in (("attn/q/", cfg.num_heads), ("attn/k/", cfg.num_kv_heads)):
-    if name in t.path:
-      x = interleave(x, heads, cfg.head_dim)
+  x = _interleaved(cfg, t, np.ascontiguousarray(x, np.float32))
   try:
     packed = gguf_types.pack(x, t.kind)
   except ValueError as error:
@@ -244,6 +255,27 @@ def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool)
         f"are a multiple of 256); lossy_ternary=True re-quantises anyway"
       )
   return packed.view({"f32": np.float32, "f16": np.float16}.get(t.kind, np.uint8))
+
+
+def _interleaved(cfg: config.ModelConfig, t: _Tensor, x: np.ndarray) -> np.ndarray:
+  for name, heads in (("attn/q/", cfg.num_heads), ("attn/k/", cfg.num_kv_heads)):
+    if name in t.path:
+      x = interleave(x, heads, cfg.head_dim)
+  return x
+
+
+def _fits_q4_0(qt: qtensor.QTensor) -> bool:
+  plain = qt.scheme == "int4" and qt.zero is None and qt.g_idx is None and not qt.lead
+  return plain and qt.in_size // qt.num_groups % 32 == 0
+
+
+def _packed_codes(cfg: config.ModelConfig, t: _Tensor, qt: qtensor.QTensor) -> np.ndarray:
+  codes = (np.asarray(qt.codes).astype(np.int16) + 8).astype(np.uint8).reshape(qt.in_size, -1).T
+  scale = np.asarray(qt.scale, np.float32).reshape(qt.num_groups, -1).T
+  return gguf_types.pack_q4_0(
+    _interleaved(cfg, t, np.ascontiguousarray(codes)),
+    _interleaved(cfg, t, np.ascontiguousarray(scale)),
+  )
 
 
 def interleave(x: np.ndarray, heads: int, head_dim: int) -> np.ndarray:

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minicpm_jax.config import ModelConfig
+from minicpm_jax.config import ModelConfig, QuantConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.deploy import blocks
 from minicpm_jax.models import transformer
-from minicpm_jax.quant import awq, calib, gptq, qtensor
+from minicpm_jax.quant import awq, calib, gptq, qtensor, ternary
 
 Method = Literal["rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq"]
 METHODS = ("rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq")
@@ -120,11 +120,15 @@ def _check(
   shapes = {x.shape for batch in batches for x in batch}
   if len(shapes) > 1:
     raise ValueError(f"batches: found shapes {sorted(shapes)}, expected one (one compilation)")
+  size = -1 if cfg.method == "ternary" else cfg.solver.group_size
   widths = {"attn/q": model_cfg.model_dim, "mlp/down": model_cfg.mlp_dim}
   widths["attn/o"] = model_cfg.num_heads * model_cfg.head_dim
-  size = -1 if cfg.method == "ternary" else cfg.solver.group_size
   for name, width in widths.items():
     gptq.check_groups(width, size, name)
+  scheme = "ternary" if cfg.method == "ternary" else "int4"
+  ternary.check_latent(
+    QuantConfig(scheme=scheme, group_size=size), params
+  )  # not a fused checkpoint
 
 
 def kernel_2d(layer: types.Params, name: str) -> Float[Array, "I O"]:

@@ -74,6 +74,22 @@ def pack(x: Float[np.ndarray, "*rows width"], kind: str) -> UInt8[np.ndarray, "*
   return _PACK[kind](x.reshape(-1, t.width)).reshape(shape)
 
 
+def pack_q4_0(
+  codes: UInt8[np.ndarray, "rows width"], scale: Float[np.ndarray, "rows groups"]
+) -> UInt8[np.ndarray, "rows size"]:
+  """Q4_0 bytes of given codes 0..15 and group scales, value = scale (code - 8): nothing is rounded
+  but the scale to float16. Groups must be whole blocks of 32."""
+  rows, width = codes.shape
+  size = width // scale.shape[1]
+  if size % 32 or size * scale.shape[1] != width:
+    raise ValueError(
+      f"q4_0: found {scale.shape[1]} groups in rows of {width}, expected groups of whole blocks, 32"
+    )
+  d = np.repeat(scale.astype(np.float32), size // 32, axis=1).reshape(-1, 1)
+  blocks = np.concatenate([_half_bytes(d), _nibbles(codes.reshape(-1, 32))], axis=-1)
+  return blocks.reshape(rows, width // 32 * 18)
+
+
 def unpack(data: UInt8[np.ndarray, "*rows size"], kind: str) -> Float[np.ndarray, "*rows width"]:
   """float32 values of rows of bytes in type `kind`."""
   t = block_type(kind)

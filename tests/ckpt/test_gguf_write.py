@@ -5,6 +5,8 @@ import json
 import logging
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import errors, gguf_io, gguf_write
 from minicpm_jax.core import trees
 from minicpm_jax.models import convert, transformer
+from minicpm_jax.quant import tree
 from minicpm_jax.text import tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -194,6 +197,22 @@ def test_ternary_is_exact_or_refused(tmp_path, kind, caplog):
   assert "rows of 320 are no multiple of" in caplog.text
   types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
   assert (types["blk.1.ffn_down.weight"], types["blk.1.ffn_up.weight"]) == ("F16", kind.upper())
+
+
+@pytest.mark.parametrize("kind, tolerance", [("q4_0", 0), ("f32", 0), ("q8_0", 2e-2)])
+def test_quantised_kernels(tmp_path, kind, tolerance):
+  """int4 codes with groups of whole blocks go into Q4_0 without a change; else their values do."""
+  model, params = make()
+  low = tree.quantize_params(
+    config.QuantConfig(scheme="int4", group_size=64, weights="codes", scale_dtype="f16"),
+    jax.tree.map(jnp.asarray, params),
+  )
+  gguf_io.save_gguf(tmp_path / "m.gguf", model, low, kind=kind)
+  back = trees.flatten_paths(gguf_io.load_gguf(tmp_path / "m.gguf")[1]["layers"])
+  wanted = trees.flatten_paths(tree.dequantize_params(low, "float32")["layers"])
+  for leaf, x in wanted.items():
+    atol = tolerance * float(np.abs(x).max())
+    np.testing.assert_allclose(np.asarray(back[leaf]), x, rtol=1e-6, atol=atol, err_msg=leaf)
 
 
 def test_sparse_models_become_dense_with_a_warning(tmp_path, caplog):

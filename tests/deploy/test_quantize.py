@@ -8,7 +8,7 @@ import pytest
 from minicpm_jax.core import trees
 from minicpm_jax.deploy import blocks, quantize
 from minicpm_jax.models import convert, transformer
-from minicpm_jax.quant import awq, gptq, qtensor
+from minicpm_jax.quant import awq, gptq, qtensor, tree
 from tests.models import common
 from tests.quant import gptq_oracle as oracle
 
@@ -184,6 +184,9 @@ def test_refusals_of_models_and_batches():
   rtn = run(model, params, "rtn", [])
   with pytest.raises(ValueError, match="found a QTensor .int4., expected floats"):
     run(model, rtn.params, "rtn", [])
+  fused = tree.dequantize_params(rtn.params, "float32")
+  with pytest.raises(ValueError, match="q/kernel: found weights that are quantised already"):
+    run(model, fused, "rtn", [])
   with pytest.raises(ValueError, match="batches: found none, expected calibration text"):
     run(model, params, "gptq", [])
   with pytest.raises(ValueError, match="batches: found shapes"):
