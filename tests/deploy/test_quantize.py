@@ -185,7 +185,7 @@ def test_refusals_of_models_and_batches():
   with pytest.raises(ValueError, match="found a QTensor .int4., expected floats"):
     run(model, rtn.params, "rtn", [])
   fused = tree.dequantize_params(rtn.params, "float32")
-  with pytest.raises(ValueError, match="q/kernel: found weights that are quantised already"):
+  with pytest.raises(ValueError, match="k/kernel: found weights that are quantised already"):
     run(model, fused, "rtn", [])
   with pytest.raises(ValueError, match="batches: found none, expected calibration text"):
     run(model, params, "gptq", [])
