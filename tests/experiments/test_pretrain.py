@@ -21,6 +21,7 @@ from minicpm_jax.optim import build
 from minicpm_jax.train import loop
 from minicpm_jax.train import start as start_lib
 from minicpm_jax.train import step as step_lib
+from tests import words
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEQ, VOCAB = 32, words.NumberTokenizer.vocab_size
