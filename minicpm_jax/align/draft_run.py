@@ -191,7 +191,7 @@ class _Run:
     """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
     cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
     # Copies: the state is donated, what the caller holds must live on.
-    put = lambda x, place: jax.device_put(jnp.copy(x), place)  # noqa: E731
+    put = lambda x, place: jax.device_put(np.array(x), place)  # noqa: E731
     target = jax.tree.map(put, target_params, places.params["target"])
     newest = self.store.latest_step()
     if newest is not None:
@@ -215,7 +215,7 @@ class _Run:
         draft |= _head_of(self.model.cfg, target_params, self.ids)
     params = {
       "draft": jax.tree.map(
-        lambda x, like, place: put(jnp.asarray(x, like.dtype), place),
+        lambda x, like, place: put(np.asarray(x, like.dtype), place),
         draft,
         self.abstract.params["draft"],
         places.params["draft"],
