@@ -190,6 +190,7 @@ class _Run:
   def _begin(self, optimizer: Any, target_params: types.Params) -> Any:
     """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
     cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
+    target_params = jax.device_get(target_params)  # may lie on one device of the mesh
     # Copies: the state is donated, what the caller holds must live on.
     put = lambda x, place: jax.device_put(np.array(x), place)  # noqa: E731
     target = jax.tree.map(put, target_params, places.params["target"])
