@@ -1,0 +1,48 @@
+"""Activations times packed 4-bit weights behind one function; see `matmul`."""
+
+from pallas_kernels.common import spec
+from pallas_kernels.w4a16_gemm import packed, ref, triton, xla
+
+OP = "w4a16_gemm"
+
+
+def matmul(
+  x_MK,
+  codes_RN,
+  scale_QN,
+  zero_QN=None,
+  *,
+  group_size: int = 128,
+  implementation: spec.Implementation = "auto",
+  config: triton.TritonConfig | None = None,
+  interpret: bool | None = None,
+):
+  """x [M, K] times a kernel [K, N] of 4-bit codes, in x's dtype; sums are float32.
+
+    y[m, n] = sum_k x[m, k] * scale[k // g, n] * (code[k, n] - zero[k // g, n])
+
+  codes_RN: uint8 [ceil(K / 2), N]; byte r holds input 2r in its low four bits and 2r + 1 in its
+    high ones, each as code + 8, code in -8..7.
+  scale_QN: floats [K / g, N], or [1, N] for group_size -1 (one scale a channel).
+  zero_QN: int8 like scale_QN; None = symmetric. Groups are consecutive inputs (no act order).
+
+  ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
+  implementation that does not serve the call (`triton`: a CUDA device, float types, groups of a
+  multiple of 32); `auto` takes the next. `config` is of triton. `interpret` is of Pallas
+  implementations, of which this op has none: True is refused (Triton has no interpreter inside a
+  JAX process). Inference only: triton has no gradient. 2 M N K FLOPs; at few rows bound by the
+  K N / 2 bytes of codes (quantization.md section 10).
+  """
+  packed.check(OP, 4, x_MK, codes_RN, scale_QN, zero_QN, group_size)
+  if interpret:
+    raise NotImplementedError(f"{OP}: interpret = True, expected None: no Pallas implementation")
+  args = (x_MK, codes_RN, scale_QN, zero_QN)
+  return spec.dispatch(
+    OP,
+    implementation,
+    {
+      "ref": lambda: ref.matmul_ref(*args),
+      "xla": lambda: xla.matmul_xla(*args),
+      "triton": lambda: triton.matmul_triton(*args, config=config),
+    },
+  )
