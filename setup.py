@@ -17,6 +17,7 @@ EXTRAS = {
   "dedup": ["semhash>=0.5"],
   "spark": ["pyspark>=4.0", "pandas<3"],
   "constrained": ["llguidance>=1.9"],
+  "llamacpp": ["llama-cpp-python>=0.3.30"],  # compiles for half an hour: a peer, never required
   "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
   "plot": ["matplotlib>=3.9"],
   "bench": ["psutil>=6"],
