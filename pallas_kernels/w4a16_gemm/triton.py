@@ -50,11 +50,17 @@ class TritonConfig:
       )
 
 
+def least_block_k(bits: int) -> int:
+  """A product needs 16 inputs, and a tile of inputs is split into 8 / bits products."""
+  return 16 * 8 // bits
+
+
 def default_config(M: int, N: int, K: int, group_size: int) -> TritonConfig:
-  """Few rows: tiles as high as the rows, inputs split until about 256 programs. Many: 64 x 128."""
+  """Few rows: tiles as high as the rows, inputs split until about 256 programs. Many: 64 x 128.
+
+  `group_size` is -1 or a multiple of `least_block_k`.
+  """
   block_k = 128 if group_size == -1 else min(128, group_size & -group_size)
-  if block_k < 32:
-    raise NotImplementedError(f"group_size = {group_size}, expected -1 or a multiple of 32")
   if M > 64:
     return TritonConfig(block_m=64, block_n=128, block_k=block_k, num_warps=8)
   block_m = gpu.next_power_of_two(M, least=16)
@@ -90,11 +96,13 @@ def matmul_triton(
   if R * N >= 2**31:
     raise NotImplementedError(f"{op}: found {R * N} bytes of codes, expected less than 2^31")
   group_size = -1 if num_groups == 1 else K // num_groups
-  if group_size != -1 and group_size % 32:
-    raise NotImplementedError(f"{op}: group_size = {group_size}, expected -1 or a multiple of 32")
+  least = least_block_k(bits)
+  if group_size != -1 and group_size % least:
+    raise NotImplementedError(
+      f"{op}: group_size = {group_size}, expected -1 or a multiple of {least}"
+    )
   config = config or tune.lookup(op, TritonConfig, key(M, N, K, group_size, x_MK.dtype))
   config = config or default_config(M, N, K, group_size)
-  least = 16 * 8 // bits
   if config.block_k < least:
     raise NotImplementedError(f"{op}: block_k = {config.block_k}, expected at least {least}")
   if group_size != -1 and group_size % config.block_k:

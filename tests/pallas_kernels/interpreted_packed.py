@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from pallas_kernels.common import gpu
+from pallas_kernels.ternary_gemm import cases as ternary_cases
 from pallas_kernels.w4a16_gemm import cases, triton
 
 
@@ -32,3 +33,10 @@ def on_the_host(monkeypatch):
 def test_w4a16(name, splits):
   config = triton.TritonConfig(block_n=32, block_k=32, num_splits=splits)
   suite.check(functools.partial(triton.matmul_triton, config=config), cases.TINY[name], 4)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", ternary_cases.TINY)
+def test_ternary(name, splits):
+  config = triton.TritonConfig(block_n=32, block_k=64, num_splits=splits)
+  suite.check(functools.partial(triton.matmul_triton, config=config), ternary_cases.TINY[name], 2)

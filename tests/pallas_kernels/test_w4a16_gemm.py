@@ -203,7 +203,7 @@ def test_bench_refuses_a_cpu_and_counts_bytes(monkeypatch, capsys):
     bench.main()
   assert "no accelerator" in capsys.readouterr().err
   case = cases.Case(rows=1, num_in=4096, num_out=16384)
-  flops, size = bench.work(case, itemsize=2)
+  flops, size = bench.work(bench.W4A16, case, itemsize=2)
   assert flops == 2 * 4096 * 16384
   # 4.125 bits a weight with bf16 scales (quantization.md section 10), x in, y out.
   assert size == 4096 * 16384 * 4.125 / 8 + 2 * (4096 + 16384)
@@ -211,8 +211,8 @@ def test_bench_refuses_a_cpu_and_counts_bytes(monkeypatch, capsys):
 
 def test_bench_inputs_and_program_agree_with_the_reference():
   case = cases.Case(rows=2, num_in=256, num_out=32)
-  arrays = bench.inputs(case, jnp.float32, layers=3)
-  found = bench.program("xla")(*arrays)
+  arrays = bench.inputs(bench.W4A16, case, jnp.float32, layers=3)
+  found = bench.program(bench.W4A16, 128, "xla")(*arrays)
   x, codes, scale = arrays
   expected = sum(ref.matmul_ref(x, codes[i], scale[i]) for i in range(3))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,47 @@
+"""Activations times packed ternary weights behind one function; see `matmul`.
+
+The bodies are those of `w4a16_gemm` with two bits a code (quantization.md section 10).
+"""
+
+from pallas_kernels.common import spec
+from pallas_kernels.w4a16_gemm import packed, ref, triton, xla
+
+OP = "ternary_gemm"
+BITS, LOW = 2, -1
+
+
+def matmul(
+  x_MK,
+  codes_RN,
+  scale_QN,
+  *,
+  group_size: int = -1,
+  implementation: spec.Implementation = "auto",
+  config: triton.TritonConfig | None = None,
+  interpret: bool | None = None,
+):
+  """x [M, K] times a kernel [K, N] of codes -1, 0, 1, in x's dtype; sums are float32.
+
+    y[m, n] = scale[n] * sum_k x[m, k] * code[k, n]      (group_size -1: the scale after the sum)
+
+  codes_RN: uint8 [ceil(K / 4), N]; byte r holds inputs 4r .. 4r + 3, the first in its lowest two
+    bits, each as code + 1. The value 3 is no code and is not looked for here.
+  scale_QN: floats [1, N], or [K / g, N] for groups of g consecutive inputs, each scaled after its
+    own sum.
+
+  Errors, `config` and `interpret` as `w4a16_gemm.api.matmul`; triton serves groups of a multiple
+  of 64. Inference only. At few rows bound by the K N / 4 bytes of codes.
+  """
+  packed.check(OP, BITS, x_MK, codes_RN, scale_QN, None, group_size)
+  if interpret:
+    raise NotImplementedError(f"{OP}: interpret = True, expected None: no Pallas implementation")
+  args, code = (x_MK, codes_RN, scale_QN), dict(bits=BITS, low=LOW)
+  return spec.dispatch(
+    OP,
+    implementation,
+    {
+      "ref": lambda: ref.matmul_ref(*args, **code),
+      "xla": lambda: xla.matmul_xla(*args, **code),
+      "triton": lambda: triton.matmul_triton(*args, **code, config=config, op=OP),
+    },
+  )

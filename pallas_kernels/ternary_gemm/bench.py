@@ -1,0 +1,21 @@
+"""Ternary matmuls of MiniCPM4's shapes: `python -m pallas_kernels.ternary_gemm.bench`.
+
+Timed as `w4a16_gemm.bench` says.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels.ternary_gemm import api, cases
+from pallas_kernels.w4a16_gemm import bench
+
+TERNARY = bench.Op(
+  name=api.OP,
+  matmul=api.matmul,
+  bits=api.BITS,
+  low=-1,
+  high=1,
+  scale_of=lambda size: jnp.mean(size, axis=1, keepdims=True),
+)
+
+if __name__ == "__main__":
+  bench.main(TERNARY, cases.REAL)

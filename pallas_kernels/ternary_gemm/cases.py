@@ -1,0 +1,13 @@
+"""Named shapes of ternary matmuls, shared by tests and benchmarks."""
+
+import dataclasses
+
+from pallas_kernels.w4a16_gemm import cases
+
+Case = cases.Case
+
+TINY = {
+  "tiny_channel": Case(rows=17, num_in=201, num_out=33, group_size=-1),
+  "tiny_groups": Case(rows=3, num_in=256, num_out=40, group_size=64),
+}
+REAL = {name: dataclasses.replace(case, group_size=-1) for name, case in cases.REAL.items()}
