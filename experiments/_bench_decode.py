@@ -156,14 +156,22 @@ class Transformers:
 
 
 class LlamaCpp:
-  """llama.cpp on the GGUF as it is (4-bit weights, activations rounded to 8 bits)."""
+  """llama.cpp on the GGUF as it is (4-bit weights, activations rounded to 8 bits), or in float32:
+  our export of the same weights, float32 key-value cache."""
 
-  def __init__(self, weights: Weights, settings: Settings):
+  def __init__(self, weights: Weights, settings: Settings, *, is_float32: bool):
     import llama_cpp
 
     size = len(weights.prompt(settings.num_prompt, settings.text)) + settings.num_new
-    threads = dict(n_threads=settings.threads, n_threads_batch=settings.threads)
-    self._llama = llama_cpp.Llama(str(weights.path), n_ctx=size, verbose=False, **threads)
+    more = dict(n_threads=settings.threads, n_threads_batch=settings.threads, verbose=False)
+    if not is_float32:
+      self._llama = llama_cpp.Llama(str(weights.path), n_ctx=size, **more)
+      return
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / "f32.gguf"
+      ckpt.save_gguf(path, weights.model, weights.params, weights.tok, kind="f32")
+      more |= dict(type_k=0, type_v=0, use_mmap=False)
+      self._llama = llama_cpp.Llama(str(path), n_ctx=size, **more)
 
   def run(self, prompt: Sequence[int], num_new: int) -> Timing:
     start, tokens, first = time.perf_counter(), [], 0.0
@@ -184,13 +192,17 @@ SIDES = {
   "ours, n-gram of 7": lambda *args: NGram(*args, num_levels=7),
   "ours, n-gram of 15": lambda *args: NGram(*args, num_levels=15),
   "transformers": Transformers,
-  "llama.cpp": LlamaCpp,
+  "llama.cpp, float32": lambda *args: LlamaCpp(*args, is_float32=True),
+  "llama.cpp, 4 bits": lambda *args: LlamaCpp(*args, is_float32=False),
 }
 SUITES = {
   "plain": tuple(name for name in SIDES if "n-gram" not in name),
   "speculative": tuple(name for name in SIDES if "16 tokens" not in name),
 }
-_NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
+_NEEDS = {
+  "transformers": ("torch", "transformers"),
+  **dict.fromkeys(("llama.cpp, float32", "llama.cpp, 4 bits"), ("llama_cpp",)),
+}
 
 
 # --- Measuring -----------------------------------------------------------------------------------

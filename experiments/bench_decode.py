@@ -6,7 +6,7 @@
 All sides decode the same prompt greedily, in turn; medians. prefill tok/s and first token: the
 prompt up to the first new token. decode tok/s: the tokens after it. Compilation is apart. "equal
 tokens" counts the new tokens up to the first one that differs from the first side's: float32 sides
-agree, llama.cpp rounds activations to 8 bits. Results go to OUTPUT/bench_decode_SUITE.json.
+agree, llama.cpp at 4 bits rounds activations to 8 bits. Results: OUTPUT/bench_decode_SUITE.json.
 """
 
 import dataclasses

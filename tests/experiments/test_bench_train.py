@@ -37,7 +37,7 @@ def test_sides_of_absent_packages_are_left_out(monkeypatch):
   monkeypatch.setattr(_bench_decode.importlib.util, "find_spec", lambda name: None)
   names, missing = _bench_decode.available(_bench_decode.SUITES["plain"])
   assert names == ["ours, 1 token a dispatch", "ours, 16 tokens a dispatch"]
-  assert missing["llama.cpp"] == "llama_cpp is not installed"
+  assert missing["llama.cpp, float32"] == "llama_cpp is not installed"
 
 
 @pytest.mark.slow
