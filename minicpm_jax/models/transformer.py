@@ -364,6 +364,6 @@ def abstract_params(model: Transformer) -> tuple[types.Params, types.Params]:
   return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
-def head_weight(cfg: ModelConfig, params: types.Params) -> Array:
+def head_weight(cfg: ModelConfig, params: types.Params) -> types.AnyArray:
   """[D, padded vocab] head: logits = hidden / cfg.logit_divisor @ head."""
   return params["embed"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
