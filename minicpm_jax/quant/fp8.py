@@ -4,7 +4,7 @@
   dgrad     dX = sum_nb sd[m, nb] sw[kb, nb] (Dq Wq^T) dY in tiles 1 x 128 along N, the same Wq
   wgrad     dW = X^T dY                                bf16 inputs, float32 sums, nothing quantised
 
-s = amax / 448 (E4M3), 1 where amax is 0; q = cast(clip(x / s)): a cast above 464 would give NaN.
+s = amax / 448 (E4M3), 1 where that is 0; q = cast(clip(x / s)): a cast above 464 would give NaN.
 Products are of the dequantised values in float32, which is what tensor cores with float32
 promotion compute; `block_matmul` spells the sum over blocks out. Edges are padded with zeros.
 """
@@ -24,11 +24,16 @@ FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0
 
 
 def scale_of(amax: Float[types.AnyArray, "*s"], cfg: FP8Config) -> Float[types.AnyArray, "*s"]:
-  """float32 scale that maps amax to the largest number of the format; 1 where amax is 0."""
+  """float32 scale that maps amax to the largest number of the format; 1 where amax is 0.
+
+  Also 1 where the scale would be below float32's normal numbers (amax under 5e-36 for E4M3), which
+  XLA flushes to 0: zeros of the tile would become 0 / 0.
+  """
   scale = amax.astype(jnp.float32) * (1.0 / FORMATS[cfg.format][1])
+  is_zero = scale < jnp.finfo(jnp.float32).tiny
   if cfg.power_of_two_scales:
-    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(amax > 0, scale, 1.0))))
-  return jnp.where(amax > 0, scale, 1.0)
+    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(is_zero, 1.0, scale))))
+  return jnp.where(is_zero, 1.0, scale)
 
 
 def _cast(x: Array, scale: Array, cfg: FP8Config) -> Array:

@@ -2,10 +2,11 @@
 
 Weights are kernels [in, out] here, so the loop over input channels walks rows. Both loops are
 `lax.fori_loop`s: one compilation per (in, out, options), whatever the size. Everything runs in the
-dtype of the arguments, float32 or (with jax_enable_x64) float64. P-GPTQ is the same solver on a
-Hessian without the first positions (`calib`). The factor U with H^-1 = U^T U comes from one
-Cholesky of the reversed matrix, H = R R^T with R upper, and U = R^-1; the reference factors the
-inverse, which is the same in real arithmetic and takes more work and rounding.
+weights' dtype, float32 or (with jax_enable_x64) float64; shorter floats are widened to float32
+first. P-GPTQ is the same solver on a Hessian without the first positions (`calib`). The factor U
+with H^-1 = U^T U comes from one Cholesky of the reversed matrix, H = R R^T with R upper, and U =
+R^-1; the reference factors the inverse, which is the same in real arithmetic and takes more work
+and rounding.
 
 A symmetric group's maximum lies exactly between two codes (7.5 s): where no error has reached it
 yet, the rounding of the division decides which one it gets: float32 and float64 may differ there.
@@ -74,6 +75,7 @@ def solve(
   stays indefinite.
   """
   check_groups(w_IO.shape[0], cfg.group_size, name)
+  w_IO = _wide(w_IO)
   if hessian_II.shape != (w_IO.shape[0],) * 2:
     raise ValueError(
       f"{name}: hessian: found shape {hessian_II.shape}, expected {(w_IO.shape[0],) * 2}"
@@ -92,7 +94,12 @@ def round_to_nearest(
 ) -> Solution:
   """Every weight to the nearest code of its group's range: the baseline, no Hessian needed."""
   check_groups(w_IO.shape[0], cfg.group_size, name)
-  return _nearest(w_IO, hessian_II, cfg)
+  return _nearest(_wide(w_IO), hessian_II, cfg)
+
+
+def _wide(w_IO: Float[Array, "I O"]) -> Float[Array, "I O"]:
+  """float32 or more: scales are statistics of float32 values whatever the weights' dtype."""
+  return w_IO.astype(jnp.promote_types(w_IO.dtype, jnp.float32))
 
 
 def check_groups(num_in: int, group_size: int, name: str) -> None:

@@ -100,3 +100,13 @@ def test_prepared_once_equals_quantised_on_the_spot():
     return (a, *pull_a(a)), (b, *pull_b(b))
 
   jax.tree.map(np.testing.assert_array_equal, *both(x, w))
+
+
+@pytest.mark.parametrize("cfg", [CFG, FP8Config(power_of_two_scales=True)], ids=["f32", "pow2"])
+@pytest.mark.parametrize("size", [1e-35, 1e-36, 1e-37, 1e-39])
+def test_tiny_gradients_beside_zeros_are_finite(cfg, size):
+  x = np.zeros((3, 256), np.float32)
+  x[0, 5], x[1, 130:] = size, size
+  rows, w = fp8.quantize_rows(x, cfg), fp8.quantize_blocks(x.T, cfg)
+  for found in (fp8.dequantize_rows(*rows), fp8.dequantize_blocks(*w).T):
+    np.testing.assert_allclose(found, x, atol=1e-35)

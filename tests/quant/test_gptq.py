@@ -204,3 +204,13 @@ def test_p_gptq_on_planted_outliers():
     zero = calib.hessian_update(calib.hessian_init(256), x, calib.keep_mask(ids, 0))
     np.testing.assert_array_equal(plain, zero)
   assert min(gains) > 0.03, gains
+
+
+def test_bfloat16_weights_are_solved_as_float32():
+  w, x = oracle.correlated(np.random.default_rng(5), 16, 128, 256)
+  h, low = jnp.asarray(x.T @ x, jnp.float32), jnp.asarray(w.T, jnp.bfloat16)
+  for solve in (gptq.solve, lambda w, h, cfg: gptq.round_to_nearest(w, cfg, h)):
+    found, expected = solve(low, h, config()), solve(low.astype(jnp.float32), h, config())
+    np.testing.assert_array_equal(found.codes_IO, expected.codes_IO)
+    np.testing.assert_array_equal(found.scale_QO, expected.scale_QO)
+    assert found.scale_QO.dtype == jnp.float32
