@@ -9,6 +9,7 @@ _SUBMODULES = (
   "detokenize",
   "drafters",
   "engine",
+  "frspec",
   "generate",
   "grammars",
   "sampling",

@@ -3,7 +3,7 @@
 `GrammarCompiler(tok, vocab_size)` turns a JSON schema, a regular expression, a list of choices or a
 Lark grammar into a `Constraint`, which the engine asks for one row of allowed tokens at a time
 (`fill_mask`) and tells every sampled token (`consume`). `apply_bitmask` is the device side. With a
-draft tree the matcher walks the tree depth first (`walk_tree`) and is back where it was afterwards.
+draft tree it walks depth first (`tree.walk`) and is back where it was afterwards.
 The law is the target's distribution restricted to the allowed tokens, before temperature and
 filters: every cut of an allowed text into tokens is allowed. (llguidance by itself allows only the
 canonical cut where the bytes are forced; its `no_forcing` switches that off.) Needs the extra
@@ -23,8 +23,6 @@ from minicpm_jax.infer import grammars
 from minicpm_jax.text import tokenizer
 
 _EVERY_CUT = '\n%llguidance {"no_forcing": true}\n'
-
-NO_TOKEN = -1  # what an illegal node of a draft tree becomes
 
 
 class GrammarError(ValueError):
@@ -171,46 +169,6 @@ class Constraint:
     other = Constraint(self.matcher.deep_copy(), self.tok, self.vocab_size, self.stop_ids)
     other.num_consumed, other._num_ends = self.num_consumed, self._num_ends
     return other
-
-
-def walk_tree(
-  constraint: Any,  # anything with fill_mask, consume, rollback
-  tok_n: np.ndarray,
-  parent_n: np.ndarray,
-  mask_nW: np.ndarray,
-) -> np.ndarray:
-  """Masks of a draft tree: fills row i of int32 mask_nW with what may follow node i.
-
-  Node 0 is the root (already consumed), every parent comes before its children (section 7). Returns
-  tok_n with illegal nodes and everything below them set to -1 (their rows are zero). The state of
-  the constraint is the same afterwards.
-  """
-  n = len(tok_n)
-  if mask_nW.shape[0] != n or len(parent_n) != n:
-    raise ValueError(
-      f"tree: found {n} tokens, {len(parent_n)} parents, {mask_nW.shape[0]} mask rows"
-    )
-  children: list[list[int]] = [[] for _ in range(n)]
-  for node in range(1, n):
-    if not 0 <= parent_n[node] < node:
-      raise ValueError(f"parent_n[{node}]: found {parent_n[node]}, expected 0..{node - 1}")
-    children[parent_n[node]].append(node)
-  out_n = np.full(n, NO_TOKEN, np.int32)
-  out_n[0] = tok_n[0]
-  mask_nW[:] = 0
-  constraint.fill_mask(mask_nW[0])
-  # (node, True) = enter, (node, False) = leave; leaving takes the node's token back.
-  pending = [(child, True) for child in reversed(children[0])]
-  while pending:
-    node, is_entry = pending.pop()
-    if not is_entry:
-      constraint.rollback(1)
-    elif tok_n[node] >= 0 and constraint.consume(int(tok_n[node])):
-      out_n[node] = tok_n[node]
-      constraint.fill_mask(mask_nW[node])
-      pending.append((node, False))
-      pending += [(child, True) for child in reversed(children[node])]
-  return out_n
 
 
 class GrammarCompiler:

@@ -93,6 +93,11 @@ class Engine:
     self.params = base.Params(params, draft_params)
     self.stop_ids = tuple(stop_ids)
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
+    if self.cfg.capacity <= self.drafter.num_nodes:
+      raise ValueError(
+        f"engine.capacity: found {self.cfg.capacity} tokens, expected more than the "
+        f"{self.drafter.num_nodes} nodes of a draft tree"
+      )
     self.drafter.check(model, self.params)
     extra = max(SMALLEST_CHUNK, self.drafter.num_nodes)
     unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
@@ -105,6 +110,7 @@ class Engine:
     self._waiting: collections.deque[_Job] = collections.deque()
     self._pending: collections.deque[_Answer] = collections.deque()
     self._outbox: list[Event] = []
+    self._errors: collections.deque[RequestError] = collections.deque()  # one a step is raised
     self._ids = itertools.count()
     self._clock = time.perf_counter()
     self.compile_seconds = 0.0  # of all functions so far
@@ -124,9 +130,8 @@ class Engine:
 
   @property
   def has_work(self) -> bool:
-    return bool(self._waiting or self._pending or self._outbox) or any(
-      row.job is not None for row in self._rows
-    )
+    left = (self._waiting, self._pending, self._outbox, self._errors)
+    return any(left) or any(row.job is not None for row in self._rows)
 
   def add(self, request: Request) -> int:
     """Queues a request; its events carry the id. ValueError where it can never be served."""
@@ -147,8 +152,21 @@ class Engine:
     self._waiting.append(job)
     return job.id
 
+  def add_all(self, requests: Sequence[Request]) -> list[int]:
+    """Queues all of them, or none where one can never be served."""
+    uids = []
+    try:
+      for request in requests:
+        uids.append(self.add(request))
+    except BaseException:
+      for uid in uids:
+        self.cancel(uid)
+      raise
+    return uids
+
   def cancel(self, uid: int) -> Event | None:
     """Ends a request now; its last event, or None where it is unknown or has ended."""
+    self._errors = collections.deque(error for error in self._errors if error.id != uid)
     for job in list(self._waiting):
       if job.id == uid:
         self._waiting.remove(job)
@@ -167,6 +185,8 @@ class Engine:
     Returns the events of the dispatch before (all that are left where nothing was dispatched). A
     request that cannot go on (`RequestError`) is ended first; the next step serves the others.
     """
+    if self._errors:
+      raise self._errors.popleft()
     num_before = len(self._pending)
     self._fill_one()
     live = [row.job for row in self._rows if row.job is not None and not self._is_filling(row.job)]
@@ -192,7 +212,7 @@ class Engine:
   def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
     """Events of these requests as they come; ids count from the first request's (the iterator
     closed early cancels what is left)."""
-    uids = {self.add(request) for request in requests}
+    uids = set(self.add_all(requests))
     try:
       while uids:
         for event in self.step():
@@ -227,18 +247,22 @@ class Engine:
     return self.collect(requests)
 
   def collect(self, requests: Sequence[Request]) -> Generation:
-    """Runs requests to the end, in their order."""
-    uids = [self.add(request) for request in requests]
+    """Runs requests to the end, in their order; where one fails, all of them are cancelled."""
+    uids = self.add_all(requests)
     tokens = {uid: [] for uid in uids}
     logprobs = {uid: [] for uid in uids}
     ends: dict[int, Event] = {}
-    while len(ends) < len(uids):
-      for event in self.step():
-        if event.id in tokens:
-          tokens[event.id] += event.tokens
-          logprobs[event.id] += event.logprobs
-          if event.finish_reason is not None:
-            ends[event.id] = event
+    try:
+      while len(ends) < len(uids):
+        for event in self.step():
+          if event.id in tokens:
+            tokens[event.id] += event.tokens
+            logprobs[event.id] += event.logprobs
+            if event.finish_reason is not None:
+              ends[event.id] = event
+    finally:
+      for uid in uids:
+        self.cancel(uid)  # nothing where it has ended
     return Generation(
       tokens=[tokens[uid] for uid in uids],
       logprobs=[logprobs[uid] for uid in uids],
@@ -438,7 +462,7 @@ class Engine:
       )
       now = time.perf_counter()
       seconds, self._clock = now - self._clock, now
-      bad = None
+      bad = []
       for b, job in enumerate(jobs):
         if job is None or job.finish_reason is not None:
           continue
@@ -448,13 +472,15 @@ class Engine:
         else:
           job.stats.prefill_seconds = now - job.started
         if is_bad_B[b]:
-          bad = job
+          bad.append(job)
           continue
         event = self._emit(job, tokens_BRA[b], logprobs_BRA[b], is_prefill=num_rounds == 0)
         if event is not None:
           self._outbox.append(event)
-      if bad is not None:
-        raise self._failed(bad, "found non-finite logits, expected finite (broken weights?)")
+      if bad:
+        text = "found non-finite logits, expected finite (broken weights?)"
+        self._errors += [self._failed(job, text) for job in bad]
+        raise self._errors.popleft()
 
   def _failed(self, job: _Job, text: str) -> "RequestError":
     self._state = rounds_lib.release(self._state, np.int32(job.row))

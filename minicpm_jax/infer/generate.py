@@ -128,10 +128,10 @@ def stream(
 def _chunks(engine: engine_lib.Engine, requests: Sequence[engine_lib.Request]) -> Iterator[Chunk]:
   """Runs the requests side by side."""
   clock, compiled = time.perf_counter(), engine.compile_seconds
-  uids = [engine.add(request) for request in requests]
+  uids = engine.add_all(requests)
   open_uids = set(uids)
-  engine.fill()  # all prompts first: then the rows go in step
   try:
+    engine.fill()  # all prompts first: then the rows go in step
     while open_uids:
       events: dict[int, engine_lib.Event] = {}
       for event in engine.step():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minicpm_jax.infer import constrained, grammars
+from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.text import tokenizer
 from tests.infer import constrained_cases
 
@@ -167,7 +168,7 @@ def test_a_tree_walk_gives_every_node_its_own_row_and_restores_the_state(compile
     tok_n = np.array([ord("1"), *rng.choice([*b"07],-", 257, -1], n - 1)], np.int32)
     mask_nW = rng.integers(-9, 9, (n, 10)).astype(np.int32)
     before = constraint.allowed()
-    out_n = constrained.walk_tree(constraint, tok_n, parent_n, mask_nW)
+    out_n = tree_lib.walk(constraint, tok_n, parent_n, mask_nW)
     np.testing.assert_array_equal(constraint.allowed(), before)
     assert constraint.num_consumed == 2
     for node in range(n):  # a fresh matcher down the path of each node
@@ -182,7 +183,8 @@ def test_a_tree_walk_gives_every_node_its_own_row_and_restores_the_state(compile
         is_legal = is_legal and token >= 0 and fresh.consume(token)
       assert out_n[node] == (tok_n[node] if is_legal else -1)
       row = constrained.unpack_mask(mask_nW[node], 300)
-      np.testing.assert_array_equal(row, fresh.allowed() if is_legal else np.zeros(300, bool))
+      is_used = is_legal and not fresh.is_stopped()  # elsewhere nobody samples: all is allowed
+      np.testing.assert_array_equal(row, fresh.allowed() if is_used else np.ones(300, bool))
 
 
 # --- JSON -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer.drafters import ngram
 from tests.infer import small
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 1, 8], list(range(20, 60))]
@@ -148,3 +149,38 @@ def test_no_host_transfer_inside_a_round(mup):
   live = [row.job for row in engine._rows if row.job is not None]
   with jax.transfer_guard("disallow"):
     engine._dispatch(live)
+
+
+def test_a_refused_or_failed_request_leaves_nothing_behind(mup):
+  engine = engine_lib.Engine(*mup, CFG)
+  with pytest.raises(ValueError, match="found 200 tokens"):
+    engine.generate([[1, 2], [9] * 200], GREEDY)
+  assert not engine.has_work
+  with pytest.raises(ValueError, match="found 200 tokens"):
+    list(engine.stream([engine_lib.Request([1, 2], GREEDY), engine_lib.Request([9] * 200)]))
+  assert not engine.has_work and engine.num_free_slots == 3
+
+
+def test_rows_that_fail_in_one_round_all_end():
+  model, params = small.make(tie_embeddings=False)
+  table = np.asarray(params["embed"]["embedding"]).copy()
+  table[4:] = np.nan  # fine in the prompts (and as padding), not in what is said after them
+  params = params | {"embed": {"embedding": jnp.asarray(table)}}
+  engine = engine_lib.Engine(model, params, CFG)
+  two = dataclasses.replace(GREEDY, max_new_tokens=2)
+  uids = [engine.add(engine_lib.Request(prompt, two)) for prompt in ([1, 2], [3, 1])]
+  engine.fill()
+  failed = []
+  for _ in range(10):
+    try:
+      engine.step()
+    except engine_lib.RequestError as error:
+      assert "non-finite" in str(error)
+      failed.append(error.id)
+  assert sorted(failed) == uids and not engine.has_work
+
+
+def test_a_cache_smaller_than_the_tree_is_refused(mup):
+  cfg = dataclasses.replace(CFG, capacity=8)
+  with pytest.raises(ValueError, match="capacity: found 8 tokens, expected more than the 8 nodes"):
+    engine_lib.Engine(*mup, cfg, drafter=ngram.NGramDrafter())

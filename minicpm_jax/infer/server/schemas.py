@@ -104,6 +104,7 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody:
   """A request of /v1/chat/completions."""
+  _check_unicode(body)
   fields = _Fields(body)
   messages = _messages(fields)
   entries = fields.take("tools", list, [])
@@ -132,6 +133,7 @@ def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody
 
 def parse_completion(body: Mapping[str, Any], limits: config.ServerConfig) -> CompletionBody:
   """A request of /v1/completions: one prompt, as text or as token ids."""
+  _check_unicode(body)
   fields = _Fields(body)
   prompt = fields.take("prompt", (str, list), None)
   if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
@@ -147,6 +149,15 @@ def parse_completion(body: Mapping[str, Any], limits: config.ServerConfig) -> Co
 
 
 # --- Parts ------------------------------------------------------------------------------------
+
+
+def _check_unicode(body: Mapping[str, Any]) -> None:
+  """JSON may escape half of a surrogate pair; no tokenizer and no answer can hold it."""
+  try:
+    json.dumps(body, ensure_ascii=False, default=str).encode()
+  except UnicodeEncodeError as error:
+    found = error.object[error.start]
+    raise ApiError(f"body: found half a surrogate pair, {found!r}, expected text") from error
 
 
 class _Fields:
@@ -343,6 +354,8 @@ def _message(index: int, message: Any) -> dict[str, Any]:
   if isinstance(message.get("reasoning_content"), str):
     out["reasoning_content"] = message["reasoning_content"]
   if calls:
+    if not isinstance(calls, list):
+      raise ApiError(f"{where}.tool_calls: found {calls!r:.60}, expected a list", param="messages")
     try:  # templates want arguments as objects
       read = [tools_lib.call_of(call) for call in calls]
     except (tools_lib.ToolError, TypeError) as error:

@@ -304,6 +304,13 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
     ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content: found None"),
     ({"messages": [1]}, "messages", r"messages\[0\].role"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls: found"),
+    (
+      {"messages": [{"role": "assistant", "tool_calls": 5}]},
+      "messages",
+      "calls: found 5, exp",
+    ),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half a surrogate pair"),
+    ({"tools": [{"\ud800": 1}]}, None, "half a surrogate pair"),
     ({"temperature": 2.5}, "temperature", r"temperature: found 2.5, expected 0.0..2.0"),
     ({"temperature": "hot"}, "temperature", "expected float"),
     ({"temperature": float("nan")}, "temperature", "expected a finite number"),
