@@ -126,7 +126,8 @@ def context_length(
 ) -> int:
   """Tokens a row: the model's, less where max_context or the memory say so (inference.md 2)."""
   limit = cfg.max_context or model.max_position
-  spare = memory_bytes() * cfg.memory_limit - sum(x.nbytes for x in jax.tree.leaves(params))
+  loaded = sum(x.nbytes for x in jax.tree.leaves(params))
+  spare = memory_bytes(loaded) * cfg.memory_limit - loaded
   small, large = (
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_cache_shapes(model, n)))
     for n in (1024, 2048)
@@ -143,8 +144,8 @@ def _cache_shapes(model: config.ModelConfig, capacity: int) -> Any:
   return jax.eval_shape(lambda: cache.init(model, 1, capacity, per_row=True))
 
 
-def memory_bytes() -> int:
-  """Of the device; on a CPU what /proc/meminfo calls available, else 8 GiB."""
+def memory_bytes(loaded: int) -> int:
+  """Of the device; on a CPU the `loaded` bytes and what is still free, else 8 GiB."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return int(stats["bytes_limit"])
@@ -152,7 +153,7 @@ def memory_bytes() -> int:
   if not meminfo.is_file():
     return 8 * 2**30
   fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-  return int(fields["MemAvailable"].split()[0]) * 1024
+  return loaded + int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _as_asked(

@@ -195,7 +195,8 @@ def generate(
     for b, r in zip(*np.nonzero(chunk.tokens_BR != NO_TOKEN), strict=True):
       tokens[b].append(int(chunk.tokens_BR[b, r]))
       logprobs[b].append(float(chunk.logprobs_BR[b, r]))
-  reasons = ["stop" if row[-1] in stop_ids else "length" for row in tokens]
+  stops = {*stop_ids, *(() if engine is None else engine.stop_ids)}
+  reasons = ["stop" if row[-1] in stops else "length" for row in tokens]
   return Generation(tokens=tokens, logprobs=logprobs, finish_reason=reasons)
 
 

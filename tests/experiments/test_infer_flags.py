@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -141,12 +142,18 @@ def test_the_context_is_what_the_memory_holds(monkeypatch):
   shape = dataclasses.replace(zoo.nano(), scan_layers=False, dtype="f32")
   params = {"w": np.zeros(250_000, np.float32)}
   per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
-  monkeypatch.setattr(_infer, "memory_bytes", lambda: 10**6 + 2 * 300 * per_token)
+  monkeypatch.setattr(_infer, "memory_bytes", lambda _: 10**6 + 2 * 300 * per_token)
   cfg = config.InferConfig(memory_limit=1.0)
   assert _infer.context_length(cfg, shape, params, 2) == min(300, shape.max_position)
   assert _infer.context_length(dataclasses.replace(cfg, max_context=100), shape, params, 2) == 100
   with pytest.raises(ValueError, match="memory_limit: found room for"):
     _infer.context_length(dataclasses.replace(cfg, memory_limit=0.1), shape, params, 2)
+
+
+def test_loaded_weights_are_counted_once():
+  if not pathlib.Path("/proc/meminfo").is_file() or jax.default_backend() != "cpu":
+    pytest.skip("the memory of a Linux host")
+  assert _infer.memory_bytes(2**50) > 2**50 and _infer.memory_bytes(0) < 2**50
 
 
 # --- With a model -----------------------------------------------------------------------------

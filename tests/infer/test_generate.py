@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minicpm_jax import config
+from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate
 from minicpm_jax.models import convert, transformer
 
@@ -156,6 +157,14 @@ def test_the_first_token_may_be_the_stop_id(mup):
   first = generate.generate(model, params, [PROMPTS[0]], GREEDY).tokens[0][0]
   out = generate.generate(model, params, [PROMPTS[0]], GREEDY, stop_ids=[first])
   assert (out.tokens, out.finish_reason) == ([[first]], ["stop"])
+
+
+def test_a_stop_id_of_a_given_engine_is_a_stop(mup):
+  (whole,) = generate.generate(*mup, PROMPTS[:1], GREEDY).tokens
+  cfg = config.EngineConfig(capacity=64)
+  engine = engine_lib.Engine(*mup, cfg, stop_ids=[whole[3]])
+  out = generate.generate(*mup, PROMPTS[:1], GREEDY, engine=engine)
+  assert out.tokens == [whole[: whole.index(whole[3]) + 1]] and out.finish_reason == ["stop"]
 
 
 @pytest.mark.parametrize("num", [1, 2, 16, 17])
