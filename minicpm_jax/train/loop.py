@@ -17,10 +17,10 @@ import jax
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.core import compilation_cache, trees
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
-from minicpm_jax.core import trees
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.quant import tree
@@ -48,11 +48,8 @@ def train(
   (larger num_steps) or moved to another mesh.
   Raises window.NonFiniteError with a diagnosis when a loss or gradient is not finite.
   """
-  if cfg.compilation_cache is not None:
-    jax.config.update("jax_compilation_cache_dir", cfg.compilation_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(compilation_cache.use(cfg.compilation_cache))
     run = _Run(cfg, pathlib.Path(workdir), tok, stack)
     return run.train()
 
