@@ -159,9 +159,10 @@ class Runner:
         if device not in active and waiting:
           active[device] = _Lane(self, waiting.pop(0), device)
       wall, cpu = time.perf_counter(), time.process_time()
-      for lane in active.values():
+      begun = [lane for lane in active.values() if not lane.is_done]  # done: only its JSON lacks
+      for lane in begun:
         lane.dispatch()
-      for lane in active.values():
+      for lane in begun:
         lane.settle()
       spent = (time.perf_counter() - wall, time.process_time() - cpu)
       share = sum(len(lane.specs) for lane in active.values())
@@ -197,7 +198,10 @@ class _Lane:
 
   @property
   def is_done(self) -> bool:
-    return self.step >= self.num_steps or all(r.diverged_at is not None for r in self.results)
+    """At the end, or diverged with every state saved that a branch may ask for."""
+    last = max(step for spec in self.specs for step in (0, *spec.save_steps))
+    is_hopeless = all(r.diverged_at is not None for r in self.results) and self.step >= last
+    return self.step >= self.num_steps or is_hopeless
 
   def _begin(
     self, spec: plan.RunSpec, *, is_fresh: bool = False

@@ -58,11 +58,16 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
     (("--output=x", "--method=gptq"), "--text: gptq needs calibration text"),
     (("--output=x", "--method=rtn", "--group_size=48"), "group_size: found 48"),
     (("--output=x", "--method=gptq", "--text=nothing.txt"), "found no such file"),
+    (("--output=x.gguf", "--method=rtn", "--kind=q5"), "--kind: found 'q5'"),
+    (("--output=x.gguf", "--method=rtn", "--kind=tq2_0"), "--kind: found tq2_0"),
+    (("--output=x.gguf", "--method=ternary", "--kind=q4_0"), "--kind: found q4_0"),
+    (("--output=x", "--method=ternary"), "expected a .gguf name"),
+    (("--output=x", "--method=rtn", "--format=marlin"), "--format=marlin: found group_size 16"),
   ],
 )
 def test_bad_input(folder, tmp_path, monkeypatch, capsys, more, match):
   monkeypatch.chdir(tmp_path)
-  for name in ("output", "text", "method"):
+  for name in ("output", "text", "method", "kind", "format"):
     quantize.VALUES[name].unparse()
   assert run(folder, *more) == 1
   error = capsys.readouterr().err

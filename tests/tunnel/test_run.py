@@ -128,6 +128,21 @@ def test_a_diverged_run_is_infinite_and_does_not_stop_the_others(text, tmp_path)
   assert runner(text, tmp_path).run(specs)["wild"].loss() == math.inf  # JSON keeps it
 
 
+def test_branches_of_a_diverged_trunk_are_infinite(text, tmp_path):
+  branch = {"a": spec(decay=3).optim.schedule}
+  specs = plan.trunk_and_branches(spec(lr=1e30, steps=8), branch)
+  found = runner(text, tmp_path, chunk_steps=2).run(specs)
+  assert [x.loss() for x in found.values()] == [math.inf, math.inf]
+
+
+def test_a_run_cut_off_between_its_last_state_and_its_json_is_finished(text, tmp_path):
+  whole = spec(save_steps=(STEPS,))
+  before = runner(text, tmp_path).run([whole])["trunk"]
+  (tmp_path / "runs" / "trunk.json").unlink()
+  after = runner(text, tmp_path).run([whole])["trunk"]
+  assert after.is_resumed and after.losses == before.losses and after.steps_run == STEPS
+
+
 def test_other_runs_under_the_same_name_are_refused(done, text):
   r, (trunk, *_), _ = done
   with pytest.raises(records.PlanError, match="is of a run with seed 0, expected 1"):
