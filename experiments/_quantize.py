@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minicpm_jax.ckpt import gguf_write
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer, zoo
-from minicpm_jax.quant import gguf_types, tree
+from minicpm_jax.quant import gguf_types, gptq, tree
 
 
 def documents(path: pathlib.Path) -> Iterator[str]:
@@ -66,6 +67,26 @@ def batches(rows: np.ndarray, batch_size: int) -> list[quantize.Batch]:
     segments = np.pad(np.ones_like(tokens), ((0, empty), (0, 0)))
     found.append((np.pad(tokens, ((0, empty), (0, 0))), segments))
   return found
+
+
+def check_output(
+  output: str, method: str, solver: gptq.GPTQConfig, *, format: str, kind: str
+) -> None:
+  """Refuses, before the model is quantised, what could not be written afterwards."""
+  if output.endswith(".gguf"):
+    if kind not in gguf_write.KINDS:
+      raise ValueError(f"--kind: found {kind!r}, expected one of {sorted(gguf_write.KINDS)}")
+    if method == "ternary" and kind.startswith("q4"):
+      raise ValueError(f"--kind: found {kind}, expected tq2_0 or tq1_0 for ternary codes")
+    if method != "ternary" and kind.startswith("tq"):
+      raise ValueError(f"--kind: found {kind}, expected a type that holds 4-bit codes")
+  elif method == "ternary":
+    raise ValueError(f"--output: found {output}, expected a .gguf name for ternary codes")
+  elif format == "marlin" and not (solver.symmetric and solver.group_size in (-1, 128)):
+    raise ValueError(
+      f"--format=marlin: found group_size {solver.group_size}, symmetric {solver.symmetric}, "
+      "expected 128 or -1 and symmetric"
+    )
 
 
 def perplexity(

@@ -19,7 +19,6 @@ from absl import flags
 
 from experiments import _quantize
 from minicpm_jax import ckpt
-from minicpm_jax.ckpt import gguf_write
 from minicpm_jax.core import logging
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer
@@ -48,27 +47,6 @@ _SKIP = _define("integer", "skip", 4, "Positions that P- leaves out.")
 _ROTATE = _define("bool", "rotate", False, "QuaRot rotations R1 and R2 first.")
 
 
-def _check_output(solver):
-  """Refuses what `_save` could not write, before the model is quantised."""
-  method, size = _METHOD.value, _GROUP.value
-  if _OUTPUT.value.endswith(".gguf"):
-    if _KIND.value not in gguf_write.KINDS:
-      raise ValueError(f"--kind: found {_KIND.value!r}, expected one of {sorted(gguf_write.KINDS)}")
-    is_ternary_kind = _KIND.value in ("tq1_0", "tq2_0")
-    if method == "ternary" and _KIND.value.startswith("q4"):
-      raise ValueError(f"--kind: found {_KIND.value}, expected tq2_0 or tq1_0 for ternary codes")
-    if method != "ternary" and is_ternary_kind:
-      raise ValueError(f"--kind: found {_KIND.value}, expected a type that holds 4-bit codes")
-    return
-  if method == "ternary":
-    raise ValueError(f"--output: found {_OUTPUT.value}, expected a .gguf name for ternary codes")
-  if _FORMAT.value == "marlin" and not (solver.symmetric and size in (-1, 128)):
-    raise ValueError(
-      f"--format=marlin: found group_size {size}, symmetric {solver.symmetric}, expected 128 or -1 "
-      "and symmetric"
-    )
-
-
 def _save(path, model, params, tok):
   if path.endswith(".gguf"):
     ckpt.save_gguf(path, model, params, tok, kind=_KIND.value)
@@ -86,7 +64,8 @@ def _run():
     static_groups=True,
     scale_dtype="f16",
   )
-  _check_output(solver)
+  where = {"format": _FORMAT.value, "kind": _KIND.value}
+  _quantize.check_output(_OUTPUT.value, _METHOD.value, solver, **where)
   load = ckpt.load_gguf if _MODEL.value.endswith(".gguf") else ckpt.load_hf
   model, params, tok = load(_MODEL.value, dtype="f32")
   if _ROTATE.value:

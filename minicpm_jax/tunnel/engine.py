@@ -12,7 +12,7 @@ compiles. Runs are stacked in front, [R, ...]:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +177,8 @@ def unstack(tree: Any, index: int) -> Any:
 
 def batching_of(name: Batching) -> Literal["loop", "vmap"]:
   """auto: loop on a CPU, vmap elsewhere."""
+  if name not in get_args(Batching):
+    raise ValueError(f"batching: found {name!r}, expected one of {get_args(Batching)}")
   if name != "auto":
     return name
   return "loop" if jax.default_backend() == "cpu" else "vmap"
