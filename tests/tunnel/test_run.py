@@ -143,11 +143,6 @@ def test_a_run_cut_off_between_its_last_state_and_its_json_is_finished(text, tmp
   assert after.is_resumed and after.losses == before.losses and after.steps_run == STEPS
 
 
-def test_an_unknown_batching_is_refused(text, tmp_path):
-  with pytest.raises(ValueError, match="batching: found 'lanes', expected one of"):
-    runner(text, tmp_path, batching="lanes")
-
-
 def test_other_runs_under_the_same_name_are_refused(done, text):
   r, (trunk, *_), _ = done
   with pytest.raises(records.PlanError, match="is of a run with seed 0, expected 1"):
