@@ -55,6 +55,11 @@ def to_hf(quant: config.QuantConfig | None) -> dict[str, Any] | None:
       f"model.quant.include, exclude: found {quant.include}, {quant.exclude}, expected the default "
       "projections (config.json has no place for others)"
     )
+  if quant.act_bits is not None:
+    raise errors.ConfigError(
+      f"model.quant.act_bits: found {quant.act_bits}, expected None (config.json has no "
+      "place for it)"
+    )
   qat: dict[str, Any] = {"type": quant.scheme, "group_size": quant.group_size}
   if quant.scale_dtype != "f32":
     qat["scale_dtype"] = _HF_DTYPES[quant.scale_dtype]

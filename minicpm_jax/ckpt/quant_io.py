@@ -2,8 +2,9 @@
 
 Writing is in `quant_write`. `load_hf` comes here for a folder whose config names a quantisation.
 Read: GPTQ of 4 bits in both checkpoint formats, with act order, asymmetric zero points, any group
-size; Marlin as CPM.cu stores it (`model_gptq.safetensors`, q|k|v and gate|up joined). All
-projections must be quantised, nothing else. Every refusal names the file and the key or tensor.
+size, biases of zeros; Marlin as CPM.cu stores it (`model_gptq.safetensors`, q|k|v and gate|up
+joined). All projections must be quantised, nothing else. Every refusal names the file and the key
+or tensor.
 """
 
 import dataclasses
@@ -183,7 +184,7 @@ def _check_names(
         wanted += [f"model.layers.{i}.{fused}.{part}" for part in ("qweight", "scales")]
   else:
     wanted += [f"{base_name(n)}.{part}" for n in names for part in ("qweight", "qzeros", "scales")]
-    optional = {f"{base_name(n)}.g_idx" for n in names}
+    optional = {f"{base_name(n)}.{part}" for n in names for part in ("g_idx", "bias")}
   missing = [name for name in wanted if name not in source]
   expected = set(wanted) | optional
   unexpected = [n for n in source if n not in expected and not hf_names.is_ignored(n, cfg)]
@@ -274,6 +275,11 @@ def _read_gptq(
   if found != wanted:
     raise errors.CheckpointError(
       f"{file}: {base}.qweight: found shape {list(found)}, expected {list(wanted)}"
+    )
+  if f"{base}.bias" in source and np.any(source[f"{base}.bias"].read(f"{base}.bias")):
+    raise errors.CheckpointError(
+      f"{source[f'{base}.bias'].path}: {base}.bias: found values other than 0, expected zeros (the "
+      "projections have no bias)"
     )
   size = width if settings.group_size == -1 else settings.group_size
   scales = source[f"{base}.scales"].read(f"{base}.scales").astype(np.float16)

@@ -152,7 +152,7 @@ def edited(folder, tmp_path, *, config=None, tensors=None, drop=()):
     del hf["quantization_config"][key]
   stored = load_file(folder / "model.safetensors") | (tensors or {})
   out = tmp_path / "edited"
-  out.mkdir()
+  out.mkdir(parents=True)
   (out / "config.json").write_text(json.dumps(hf))
   kept = {n: x for n, x in stored.items() if n not in drop}
   save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
@@ -201,6 +201,17 @@ def test_bad_tensors(folder, tmp_path):
     work.mkdir()
     with pytest.raises(errors.CheckpointError, match=match):
       ckpt.load_hf(edited(folder, work, tensors=tensors, drop=drop))
+
+
+def test_biases_of_zeros_are_read_and_others_refused(folder, tmp_path):
+  names = [n for n in load_file(folder / "model.safetensors") if n.endswith(".scales")]
+  widths = {n: load_file(folder / "model.safetensors")[n].shape[1] for n in names}
+  zeros = {f"{n[:-7]}.bias": np.zeros(width, np.float16) for n, width in widths.items()}
+  found = ckpt.load_hf(edited(folder, tmp_path / "a", tensors=zeros))[1]
+  jax.tree.map(np.testing.assert_array_equal, found, ckpt.load_hf(folder)[1])
+  zeros[f"{Q}.bias"][3] = 1
+  with pytest.raises(errors.CheckpointError, match=rf"{Q}.bias: found values other than 0"):
+    ckpt.load_hf(edited(folder, tmp_path / "b", tensors=zeros))
 
 
 def test_old_folders(folder, tmp_path):

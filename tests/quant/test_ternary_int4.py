@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minicpm_jax import ckpt
-from minicpm_jax.ckpt import errors, hf_config
+from minicpm_jax.ckpt import errors, hf_config, hf_qat
 from minicpm_jax.config import QuantConfig
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.quant import int4, leaf, qtensor, ternary
@@ -123,3 +123,8 @@ def test_bad_qat_entries(latent, qat, message):
   hf = hf_config.to_hf(latent[0].cfg) | {"qat": qat}
   with pytest.raises(errors.ConfigError, match=message):
     hf_config.from_hf(hf)
+
+
+def test_int8_activations_have_no_place_in_config_json():
+  with pytest.raises(errors.ConfigError, match="model.quant.act_bits: found 8, expected None"):
+    hf_qat.to_hf(QuantConfig(act_bits=8))
