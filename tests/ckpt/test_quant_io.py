@@ -192,7 +192,7 @@ def test_bad_tensors(folder, tmp_path):
     ({f"{Q}.qweight": stored[f"{Q}.qweight"][:2]}, (), rf"{Q}.qweight: found shape \[2, 32\]"),
     ({f"{Q}.qweight": stored[f"{Q}.qweight"].astype(np.float32)}, (), "found dtype F32, expected"),
     ({f"{Q}.g_idx": stored[f"{Q}.g_idx"] + 2}, (), f"{Q}.g_idx: found groups 2..3, expected 0..1"),
-    ({f"{Q}.bias": np.zeros(32, np.float16)}, (), f"unexpected tensors: {Q}.bias"),
+    ({f"{Q}.extra": np.zeros(32, np.float16)}, (), f"unexpected tensors: {Q}.extra"),
     ({}, (f"{Q}.scales",), f"1 missing tensors: {Q}.scales"),
     ({f"{Q}.weight": np.zeros((32, 32), np.float16)}, (f"{Q}.qweight",), "mixed formats"),
   ]
