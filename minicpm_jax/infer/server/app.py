@@ -47,6 +47,21 @@ def make_app(chat_service: service.ChatService) -> Any:
 
   app = fastapi.FastAPI(title="minicpm_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
 
+  class Stream(fastapi_responses.StreamingResponse):
+    """Cancels its answer however it ends, also where nothing could be sent at all."""
+
+    def __init__(self, live: _Live, first: responses.Delta):
+      super().__init__(
+        live.events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+      )
+      self.answer = live.answer
+
+    async def __call__(self, *args: Any) -> None:
+      try:
+        await super().__call__(*args)
+      finally:
+        self.answer.cancel()
+
   def failure(error: schemas.ApiError):
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return fastapi_responses.JSONResponse(error.body(), error.status, headers)
@@ -62,8 +77,7 @@ def make_app(chat_service: service.ChatService) -> Any:
           first = await _unless(gone, live.next())
           if first.error is not None:
             raise first.error
-          media = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
-          return fastapi_responses.StreamingResponse(live.events(first), **media)
+          return Stream(live, first)
         return fastapi_responses.JSONResponse(await _unless(gone, live.whole()))
       finally:
         gone.cancel()
@@ -182,22 +196,19 @@ class _Live:
     return self.answer.formatter.whole(deltas)
 
   async def events(self, delta: responses.Delta) -> AsyncIterator[bytes]:
-    """The SSE stream from its first delta on; closing it early cancels the answer."""
+    """The SSE stream from its first delta on."""
     formatter = self.answer.formatter
-    try:
-      for chunk in formatter.opening():
+    for chunk in formatter.opening():
+      yield sse(chunk)
+    while delta.error is None:
+      for chunk in formatter.chunks(delta):
         yield sse(chunk)
-      while delta.error is None:
-        for chunk in formatter.chunks(delta):
-          yield sse(chunk)
-        if delta.is_last:
-          break
-        delta = await self.next()
-      if delta.error is not None:
-        yield sse(delta.error.body())
-      yield sse("[DONE]")
-    finally:
-      self.answer.cancel()
+      if delta.is_last:
+        break
+      delta = await self.next()
+    if delta.error is not None:
+      yield sse(delta.error.body())
+    yield sse("[DONE]")
 
 
 def make_server(chat_service: service.ChatService) -> Any:

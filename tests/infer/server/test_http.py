@@ -1,5 +1,7 @@
 """The loopback server: the real openai client and raw sockets against it."""
 
+import asyncio
+import itertools
 import json
 import socket
 import threading
@@ -8,6 +10,7 @@ import urllib.parse
 
 import pytest
 
+from minicpm_jax.infer.server import app, service
 from tests.infer.server import scripted
 
 openai = pytest.importorskip("openai")
@@ -203,6 +206,32 @@ def test_a_disconnect_cancels_and_frees_the_row(serve_scripted, stream):
       time.sleep(0.01)
   out = client_of(url).chat.completions.create(model="m", messages=HELLO)
   assert out.choices[0].message.content == "ok"
+  assert engine.cancelled == [1] and chat.report()["requests_cancelled"] == 1
+
+
+def test_an_answer_that_cannot_even_begin_to_be_sent_is_cancelled(byte_tokenizer):
+  pytest.importorskip("fastapi")
+  engine = scripted.ScriptedEngine(lambda _: itertools.chain([[97]], itertools.repeat([])))
+  tok = byte_tokenizer(chat_template=scripted.TEMPLATE)
+  messages = [json.dumps({"messages": HELLO, "stream": True}).encode()]
+
+  async def receive():
+    while not messages:
+      await asyncio.sleep(60)
+    return {"type": "http.request", "body": messages.pop(), "more_body": False}
+
+  async def send(_):
+    raise OSError("the client has gone")
+
+  scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST"}
+  scope |= {"path": "/v1/chat/completions", "headers": [], "query_string": b"", "scheme": "http"}
+  with service.ChatService(engine, tok, name="tiny") as chat:
+    with pytest.raises(Exception):  # noqa: B017  starlette's ClientDisconnect, or the OSError
+      asyncio.run(app.make_app(chat)(scope, receive, send))
+    for _ in range(500):
+      if chat.num_running:
+        time.sleep(0.01)
+    assert not chat.num_running
   assert engine.cancelled == [1] and chat.report()["requests_cancelled"] == 1
 
 
