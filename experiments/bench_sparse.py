@@ -18,26 +18,47 @@ import json
 import os
 import pathlib
 import platform
+import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments import _bench_sparse as bench
 
-LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768", "65536"], "Tokens.")
-REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs each; one at 64k and beyond.")
-NUM_HEADS = flags.DEFINE_integer("num_heads", 16, "Query heads (MiniCPM4-8B: 32).")
-NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 1, "Key heads (MiniCPM4-8B: 2).")
-HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Width of a head.")
-THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.")
-OUT = flags.DEFINE_string("out", "benchmarks/results", "Folder of the JSON and the picture.")
+VALUES = flags.FlagValues()  # own set: other scripts have flags of the same names
+LENGTHS = flags.DEFINE_list(
+  "lengths", ["8192", "16384", "32768", "65536"], "Tokens.", flag_values=VALUES
+)
+REPEATS = flags.DEFINE_integer(
+  "repeats", 3, "Timed runs each; one at 64k and beyond.", flag_values=VALUES
+)
+NUM_HEADS = flags.DEFINE_integer(
+  "num_heads", 16, "Query heads (MiniCPM4-8B: 32).", flag_values=VALUES
+)
+NUM_KV_HEADS = flags.DEFINE_integer(
+  "num_kv_heads", 1, "Key heads (MiniCPM4-8B: 2).", flag_values=VALUES
+)
+HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Width of a head.", flag_values=VALUES)
+THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.", flag_values=VALUES)
+OUT = flags.DEFINE_string(
+  "out", "benchmarks/results", "Folder of the JSON and the picture.", flag_values=VALUES
+)
 
 
-def main(argv) -> None:
-  del argv
-  lengths = [int(text) for text in LENGTHS.value]
-  if min(lengths) < 1:
-    raise app.UsageError(f"--lengths: found {lengths}, expected numbers of tokens")
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr for bad flags."""
+  try:
+    if "--help" in argv:
+      print(__doc__, VALUES.get_help())
+      return 0
+    if rest := VALUES(argv)[1:]:
+      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+    lengths = [int(text) for text in LENGTHS.value]
+    if min(lengths) < 1:
+      raise ValueError(f"--lengths: found {lengths}, expected numbers of tokens")
+  except (ValueError, flags.Error) as error:
+    print(f"bench_sparse: {error}", file=sys.stderr)
+    return 1
   if THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]
@@ -65,7 +86,8 @@ def main(argv) -> None:
       ordered = [rows[n] for n in sorted(rows)]
       bench.write(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
       bench.draw(ordered, path.with_suffix(".png"))
+  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))

@@ -57,10 +57,10 @@ def test_heldout_rows_and_folder(tmp_path):
   rows = made().heldout_rows("text", num_rows=5, seq_len=9)
   assert rows.ids.shape == (5, 10) and rows.mask.sum() == 45
   assert bytes(rows.ids[0].astype(np.uint8)) == b"xyzxyzxyzx"
-  for i in range(60):
+  for i in range(300):
     (tmp_path / f"{i}.txt").write_text(f"document {i} " * 20)
   c = corpus.from_folder(tmp_path, heldout_permille=200)
-  assert len(c.tokens) > 5 * len(c.heldout["text"]) / 2 > 0
+  assert len(c.tokens) > 2 * len(c.heldout["text"]) > 0  # about 4 to 1, by hash
 
 
 @pytest.mark.parametrize(
