@@ -26,23 +26,27 @@ from minicpm_jax.core import mesh
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
-flags.DEFINE_string("config", None, "NAME[:arg] of configs/, or PATH.py[:arg].")
-flags.DEFINE_string("workdir", None, "Folder of the run.")
-flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config; repeatable.")
-flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT] of a prepared source; repeatable.")
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
-flags.DEFINE_bool("distributed", False, "Join the job that Slurm, Open MPI, GKE or TPU describes.")
+
+def define(values: flags.FlagValues) -> None:
+  """The flags above in the registry of one script."""
+  own = {"flag_values": values}
+  flags.DEFINE_string("config", None, "NAME[:arg] of configs/, or PATH.py[:arg].", **own)
+  flags.DEFINE_string("workdir", None, "Folder of the run.", **own)
+  flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config; repeatable.", **own)
+  flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT] of a source; repeatable.", **own)
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", **own)
+  flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.", **own)
+  flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.", **own)
+  flags.DEFINE_bool("distributed", False, "Join the job of Slurm, Open MPI, GKE or TPU.", **own)
 
 
-def start_distributed(values: flags.FlagValues = flags.FLAGS) -> None:
+def start_distributed(values: flags.FlagValues) -> None:
   """Joins the other processes if the flags ask for it; call before any other use of jax."""
   if values.coordinator is not None or values.num_processes is not None or values.distributed:
     mesh.initialize_distributed(values.coordinator, values.num_processes, values.process_id)
 
 
-def get_config(values: flags.FlagValues = flags.FLAGS) -> Any:
+def get_config(values: flags.FlagValues) -> Any:
   """The config of --config with --data and --set applied, in this order."""
   if values.config is None:
     raise ValueError(f"--config: found none, expected one of {', '.join(names())} or a path.py")
@@ -52,7 +56,7 @@ def get_config(values: flags.FlagValues = flags.FLAGS) -> Any:
   return config.overrides(cfg, values["set"].value)
 
 
-def get_workdir(values: flags.FlagValues = flags.FLAGS) -> pathlib.Path:
+def get_workdir(values: flags.FlagValues) -> pathlib.Path:
   if values.workdir is None:
     raise ValueError("--workdir: found none, expected a folder for the run")
   return pathlib.Path(values.workdir)

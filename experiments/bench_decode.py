@@ -14,27 +14,35 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
-_SUITE = flags.DEFINE_string("suite", "plain", "Which sides; a name of _bench_decode.SUITES.")
-_MODEL = flags.DEFINE_string("model", None, "A GGUF; default: the 135M model of fetch_model.")
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 128, "Tokens of prose.", lower_bound=1)
-_NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder; default: benchmarks/results.")
+from experiments import _command
+
+VALUES = flags.FlagValues()
+_SUITE = flags.DEFINE_string(
+  "suite", "plain", "Which sides; a name of _bench_decode.SUITES.", flag_values=VALUES
+)
+_MODEL = flags.DEFINE_string(
+  "model", None, "A GGUF; default: the 135M model of fetch_model.", flag_values=VALUES
+)
+_PROMPT = flags.DEFINE_integer(
+  "prompt_tokens", 128, "Tokens of prose.", lower_bound=1, flag_values=VALUES
+)
+_NEW = flags.DEFINE_integer(
+  "new_tokens", 64, "Tokens to decode.", lower_bound=2, flag_values=VALUES
+)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds.", lower_bound=1, flag_values=VALUES)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Folder; default: benchmarks/results.", flag_values=VALUES
+)
 
 
-def main(argv: list[str]) -> int:
-  """Status 0, or 1 and one line on stderr."""
-  del argv
-  try:
-    return _run()
-  except (ValueError, ImportError) as error:
-    print(f"bench_decode: {error}", file=sys.stderr)
-    return 1
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
 
 
-def _run() -> int:
+def _run() -> None:
   from experiments import _bench_decode as bench
   from experiments import _bench_train as reports
   from minicpm_jax.core import fetch
@@ -59,8 +67,7 @@ def _run() -> int:
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
   more = dict(model=pathlib.Path(path).name, threads=threads, repeats=_REPEATS.value)
   reports.write(folder / f"bench_decode_{_SUITE.value}.json", rows, left_out=missing, **more)
-  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from experiments import _bench_drafts as lib
-from experiments import _models
+from experiments import _command, _models
 from minicpm_jax import config
 from minicpm_jax.core import logging as logging_lib
 
@@ -35,13 +35,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
   flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
   flags.DEFINE_string("output", "benchmarks/results/drafts", "Without suffix.", **define)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest or not values.target or not values.prompts:
-    raise ValueError(f"--target and --prompts are needed, flags only; found {rest}")
-  return values
+  return _command.parse(values, argv, __doc__, needed=("target", "prompts"))
 
 
 def run(values: flags.FlagValues) -> None:
@@ -74,13 +68,9 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
   logging_lib.quiet_libraries()
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"bench_drafts: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 import jax
 from absl import flags
 
-from experiments import _quantize
+from experiments import _command, _quantize
 from minicpm_jax import ckpt
 from minicpm_jax.core import fetch
 from minicpm_jax.deploy import quantize
@@ -44,56 +44,54 @@ _KINDS = _define("list", "kinds", ["q8_0", "q4_1", "q4_0"], "GGUF types of the p
 _METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrated methods.")
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  path = _MODEL.value or fetch.cached()
+  if path is None:
+    raise ValueError("--model: found none in the cache; run python -m experiments.fetch_model")
+  load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
+  model, params, tok = load(path, dtype="f32")
+  stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
+  heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
+  rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
+  result = {
+    "model": pathlib.Path(path).name,
+    "group_size": _GROUP.value,
+    "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
+    "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
+    "device": platform.processor() or platform.machine(),
+    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "perplexity": {},
+    "seconds": {},
+  }
+
+  def record(name, params, seconds=None):
+    value = _quantize.perplexity(model, params, rows)
+    result["perplexity"].setdefault(name, []).append(value)
+    if seconds is not None:
+      result["seconds"].setdefault(name, []).append(seconds)
+    result["load"] = os.getloadavg()[0]
+    print(f"{name:10s} perplexity {value:.4f}", flush=True)
+    _quantize.write_perplexity(pathlib.Path(_OUTPUT.value), result)
+
+  record("f32", params)
+  solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
+  nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
+  record("rtn", quantize.quantize_model(model, params, [], nearest).params)
+  for seed in range(_FIRST.value, _FIRST.value + _SEEDS.value):
+    chosen = _quantize.windows(stream, _ROWS.value, _LENGTH.value, seed)
+    for method in _METHODS.value:
+      cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024)
+      start = time.perf_counter()
+      done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
+      record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
+  for kind in _KINDS.value:
+    record(kind, _quantize.through_gguf(params, kind))
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    rest = VALUES(argv)[1:]
-    path = _MODEL.value or fetch.cached()
-    if rest or path is None or not _TEXT.value or not _HELDOUT.value:
-      raise ValueError("--text, --heldout and a model (python -m experiments.fetch_model) needed")
-    load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
-    model, params, tok = load(path, dtype="f32")
-    stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
-    heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
-    rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
-    result = {
-      "model": pathlib.Path(path).name,
-      "group_size": _GROUP.value,
-      "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
-      "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
-      "device": platform.processor() or platform.machine(),
-      "versions": {"jax": jax.__version__, "python": platform.python_version()},
-      "perplexity": {},
-      "seconds": {},
-    }
-
-    def record(name, params, seconds=None):
-      value = _quantize.perplexity(model, params, rows)
-      result["perplexity"].setdefault(name, []).append(value)
-      if seconds is not None:
-        result["seconds"].setdefault(name, []).append(seconds)
-      result["load"] = os.getloadavg()[0]
-      print(f"{name:10s} perplexity {value:.4f}", flush=True)
-      _quantize.write_perplexity(pathlib.Path(_OUTPUT.value), result)
-
-    record("f32", params)
-    solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
-    nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
-    record("rtn", quantize.quantize_model(model, params, [], nearest).params)
-    for seed in range(_FIRST.value, _FIRST.value + _SEEDS.value):
-      chosen = _quantize.windows(stream, _ROWS.value, _LENGTH.value, seed)
-      for method in _METHODS.value:
-        cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024)
-        start = time.perf_counter()
-        done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
-        record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
-    for kind in _KINDS.value:
-      record(kind, _quantize.through_gguf(params, kind))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"bench_quantize: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("text", "heldout"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -24,6 +24,7 @@ import jax
 from absl import flags
 
 from experiments import _bench_sparse as bench
+from experiments import _command
 
 VALUES = flags.FlagValues()  # own set: other scripts have flags of the same names
 LENGTHS = flags.DEFINE_list(
@@ -45,20 +46,10 @@ OUT = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> int:
-  """Status 0, or 1 and one line on stderr for bad flags."""
-  try:
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    if rest := VALUES(argv)[1:]:
-      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-    lengths = [int(text) for text in LENGTHS.value]
-    if min(lengths) < 1:
-      raise ValueError(f"--lengths: found {lengths}, expected numbers of tokens")
-  except (ValueError, flags.Error) as error:
-    print(f"bench_sparse: {error}", file=sys.stderr)
-    return 1
+def _run() -> None:
+  lengths = [int(text) for text in LENGTHS.value]
+  if min(lengths) < 1:
+    raise ValueError(f"--lengths: found {lengths}, expected numbers of tokens")
   if THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]
@@ -86,8 +77,12 @@ def main(argv: list[str]) -> int:
       ordered = [rows[n] for n in sorted(rows)]
       bench.write(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
       bench.draw(ordered, path.with_suffix(".png"))
-  return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

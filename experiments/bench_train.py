@@ -21,32 +21,38 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import flags
+
+from experiments import _command
 
 _SUITES = ("peer", "compile", "memory", "scaling", "mfu", "qat")
-_SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.")
-_SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of tiny, 20m, 60m.")
-_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows a step (scaling: 8 or more).")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.")
-_THREADS = flags.DEFINE_integer("threads", 0, "CPU cores for both sides; 0 = all.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder; default: benchmarks/results.")
-_ROW = flags.DEFINE_string("row", None, "Internal: measure this one row, print it as JSON.")
+VALUES = flags.FlagValues()
+_SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.", flag_values=VALUES)
+_SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of tiny, 20m, 60m.", flag_values=VALUES)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", 4, "Rows a step (scaling: 8 or more).", flag_values=VALUES
+)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.", flag_values=VALUES)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.", flag_values=VALUES)
+_THREADS = flags.DEFINE_integer(
+  "threads", 0, "CPU cores for both sides; 0 = all.", flag_values=VALUES
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Folder; default: benchmarks/results.", flag_values=VALUES
+)
+_ROW = flags.DEFINE_string(
+  "row", None, "Internal: measure this one row, print it as JSON.", flag_values=VALUES
+)
 
 
-def main(argv: list[str]) -> int:
-  """Status 0, or 1 and one line on stderr."""
-  del argv
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
+
+
+def _run() -> None:
   if _THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
-  try:
-    return _run()
-  except (ValueError, ImportError) as error:
-    print(f"bench_train: {error}", file=sys.stderr)
-    return 1
-
-
-def _run() -> int:
   from minicpm_jax.core import host_memory
 
   suite, sizes, shape = _SUITE.value, _SIZES.value, dict(seq_len=_SEQ_LEN.value)
@@ -58,7 +64,7 @@ def _run() -> int:
     raise ValueError(f"--sizes: found {wrong}, expected of {sorted(bench.SIZES)}")
   if _ROW.value is not None:
     print(json.dumps(bench.row(json.loads(_ROW.value), _REPEATS.value, **shape)))
-    return 0
+    return
   if suite == "mfu":
     rows = bench.mfu_rows(_REPEATS.value)
   elif suite == "peer":
@@ -76,7 +82,6 @@ def _run() -> int:
   bench.write(
     folder / f"{name}.json", rows, repeats=_REPEATS.value, is_memory_kept=is_kept, **shape
   )
-  return 0
 
 
 def _processes(specs: list[dict]) -> list[dict]:
@@ -106,4 +111,4 @@ def _processes(specs: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -20,6 +20,8 @@ import time
 
 from absl import flags
 
+from experiments import _command
+
 VALUES = flags.FlagValues()
 flags.DEFINE_integer("width", 32, "Model width.", flag_values=VALUES)
 flags.DEFINE_integer("runs", 6, "Learning rates.", flag_values=VALUES)
@@ -28,11 +30,7 @@ flags.DEFINE_list("sides", ["one_by_one", "loop", "vmap"], "What to time.", flag
 flags.DEFINE_string("output", None, "JSON file to write.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
-  """Prints one line a side, writes --output."""
-  if VALUES(argv)[1:]:
-    print(f"bench_tunnel: found {VALUES(argv)[1:]}, expected flags only", file=sys.stderr)
-    return 1
+def _run() -> None:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
   from minicpm_jax.core import host_memory
@@ -75,8 +73,12 @@ def main(argv: list[str]) -> int:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(partial, path)
-  return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -16,23 +16,37 @@ import pathlib
 import platform
 import time
 
-from absl import app, flags
+from absl import flags
 
 from experiments import _bench_ultraclean as bench
+from experiments import _command
 from minicpm_jax.data import ultraclean
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
 _PARTS = ("score", "filters", "signatures", "minhash", "spark")
 _RESULTS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
-flags.DEFINE_multi_enum("parts", list(_PARTS), list(_PARTS), "What to measure.")
-flags.DEFINE_string("corpus", "../shared/data/pretrain", "Folder of en_*.jsonl.gz, zh_*.jsonl.gz.")
-flags.DEFINE_string("tokenizer", None, "Folder of a tokenizer, for the score part.")
-flags.DEFINE_string("datatrove_python", None, "Interpreter with datatrove (default: this one).")
-flags.DEFINE_integer("minhash_documents", 100_000, "Documents of the minhash part.")
-flags.DEFINE_integer("spark_copies", 10, "Times the corpus is read by the spark part.")
-flags.DEFINE_integer("repeats", 3, "Runs of a measurement; the fastest counts.")
-flags.DEFINE_string("out", str(_RESULTS / "bench_ultraclean.json"), "File of the results.")
+VALUES = flags.FlagValues()
+flags.DEFINE_multi_enum("parts", list(_PARTS), list(_PARTS), "What to measure.", flag_values=VALUES)
+flags.DEFINE_string(
+  "corpus", "../shared/data/pretrain", "Folder of en_*.jsonl.gz, zh_*.jsonl.gz.", flag_values=VALUES
+)
+flags.DEFINE_string(
+  "tokenizer", None, "Folder of a tokenizer, for the score part.", flag_values=VALUES
+)
+flags.DEFINE_string(
+  "datatrove_python", None, "Interpreter with datatrove (default: this one).", flag_values=VALUES
+)
+flags.DEFINE_integer(
+  "minhash_documents", 100_000, "Documents of the minhash part.", flag_values=VALUES
+)
+flags.DEFINE_integer(
+  "spark_copies", 10, "Times the corpus is read by the spark part.", flag_values=VALUES
+)
+flags.DEFINE_integer("repeats", 3, "Runs of a measurement; the fastest counts.", flag_values=VALUES)
+flags.DEFINE_string(
+  "out", str(_RESULTS / "bench_ultraclean.json"), "File of the results.", flag_values=VALUES
+)
 
 
 def _alone(function, *args):
@@ -61,25 +75,23 @@ def _spark(values) -> dict:
   return {"runs": runs, "speedup": runs[0]["wall_s"] / runs[1]["wall_s"]}
 
 
-def main(argv):
-  del argv
-  values = flags.FLAGS
-  path = pathlib.Path(values.out)
+def _run() -> None:
+  path = pathlib.Path(VALUES.out)
   result = json.loads(path.read_text()) if path.exists() else {}
-  for part in values.parts:
+  for part in VALUES.parts:
     print(f"{part} ...", flush=True)
     start = time.perf_counter()
     if part == "score":
-      found = _score(values)
+      found = _score(VALUES)
     elif part == "filters":
-      docs = bench.read(values.corpus, "en")
-      found = bench.filter_speed(docs, values.datatrove_python, values.repeats)
+      docs = bench.read(VALUES.corpus, "en")
+      found = bench.filter_speed(docs, VALUES.datatrove_python, VALUES.repeats)
     elif part == "signatures":
-      found = bench.rensa_signatures(bench.read(values.corpus, "en"), values.repeats)
+      found = bench.rensa_signatures(bench.read(VALUES.corpus, "en"), VALUES.repeats)
     elif part == "minhash":
-      found = _alone(bench.minhash, values.corpus, values.minhash_documents)
+      found = _alone(bench.minhash, VALUES.corpus, VALUES.minhash_documents)
     else:
-      found = _spark(values)
+      found = _spark(VALUES)
     result[part] = found
     result.setdefault("environment", {})[part] = {
       "python": platform.python_version(),
@@ -94,5 +106,10 @@ def main(argv):
   print(path)
 
 
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
+
+
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

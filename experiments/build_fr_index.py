@@ -14,6 +14,7 @@ import sys
 
 from absl import flags
 
+from experiments import _command
 from minicpm_jax.data import documents
 from minicpm_jax.infer import frspec
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -30,13 +31,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("vocab_size", None, "Of the model; default: the tokenizer's.", **define)
   flags.DEFINE_integer("max_lines", 1_000_000, "Lines read of each domain.", **define)
   flags.DEFINE_string("text_field", "text", "JSON key or Parquet column.", **define)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest or not values.tokenizer or not values.corpus or not values.output:
-    raise ValueError(f"--tokenizer, --corpus and --output are needed, flags only; found {rest}")
-  return values
+  return _command.parse(values, argv, __doc__, needed=("tokenizer", "corpus", "output"))
 
 
 def size_of(text: str, vocab_size: int) -> int:
@@ -72,12 +67,8 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"build_fr_index: {error}", file=sys.stderr)
-    return 1
-  return 0
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":

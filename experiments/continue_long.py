@@ -24,13 +24,17 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import _flags
+from experiments import _command, _flags
 from minicpm_jax import config
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.train import loop
 
-flags.DEFINE_list("lengths", [], "Row lengths in order; default: data.seq_len alone.")
+VALUES = flags.FlagValues()
+_flags.define(VALUES)
+flags.DEFINE_list(
+  "lengths", [], "Row lengths in order; default: data.seq_len alone.", flag_values=VALUES
+)
 
 
 def stages(
@@ -71,33 +75,28 @@ def _with_length(cfg: config.TrainConfig, length: int) -> config.TrainConfig:
   )
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Exit status: 0, or 1 after one message for bad input."""
-  try:
-    values = flags.FLAGS
-    rest = values(sys.argv if argv is None else argv)[1:]
-    if rest:
-      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-    _flags.start_distributed(values)
-    logging_lib.quiet_libraries()
-    planned = stages(
-      _flags.get_config(values),
-      _flags.get_workdir(values),
-      [int(text) for text in values.lengths],
+def _run() -> None:
+  _flags.start_distributed(VALUES)
+  logging_lib.quiet_libraries()
+  planned = stages(
+    _flags.get_config(VALUES),
+    _flags.get_workdir(VALUES),
+    [int(text) for text in VALUES.lengths],
+  )
+  for cfg, workdir in planned:
+    rope, sparse = cfg.model.rope, cfg.model.sparse
+    kind = "dense" if sparse is None else f"sparse from {max(sparse.dense_len, 0)} tokens on"
+    print(
+      f"rows of {cfg.data.seq_len} tokens, rope {rope.kind!r} with theta {rope.theta:g}, "
+      f"attention {kind}"
     )
-    for cfg, workdir in planned:
-      rope, sparse = cfg.model.rope, cfg.model.sparse
-      kind = "dense" if sparse is None else f"sparse from {max(sparse.dense_len, 0)} tokens on"
-      print(
-        f"rows of {cfg.data.seq_len} tokens, rope {rope.kind!r} with theta {rope.theta:g}, "
-        f"attention {kind}"
-      )
-      if loop.train(cfg, workdir).is_stopped:
-        return 0
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"continue_long: {error}", file=sys.stderr)
-    return 1
-  return 0
+    if loop.train(cfg, workdir).is_stopped:
+      return
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 
 from absl import flags
 
+from experiments import _command
 from experiments import _distill_draft as lib
 from minicpm_jax import config
 from minicpm_jax.ckpt import run_config
@@ -42,15 +43,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **define)
   flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **define)
   flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config.", **define)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest:
-    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-  if values.workdir is None:
-    raise ValueError("--workdir: found none, expected a folder for the run")
-  return values
+  return _command.parse(values, argv, __doc__, needed=("workdir",))
 
 
 def run(values: flags.FlagValues) -> None:
@@ -72,13 +65,9 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
   logging_lib.quiet_libraries()
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"distill_draft: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":

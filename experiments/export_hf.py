@@ -14,6 +14,7 @@ import sys
 
 from absl import flags
 
+from experiments import _command
 from minicpm_jax import ckpt
 from minicpm_jax.core import trees
 from minicpm_jax.models import convert
@@ -40,28 +41,21 @@ def _fold(model, params):
   return type(model)(cfg), params
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  model, params, tok = ckpt.load_run(_WORKDIR.value)
+  dtype = _DTYPE.value or model.cfg.param_dtype
+  if _LLAMA.value:
+    model, params = _fold(model, params)
+  limit = _SHARD_GB.value * 1e9
+  ckpt.save_hf(_OUTPUT.value, model, params, tok, max_shard_bytes=limit, dtype=dtype)
+  kind = "a plain Llama" if _LLAMA.value else model.cfg.arch
+  print(f"{_OUTPUT.value}: {trees.num_params(params):,} parameters in {dtype}, {kind}")
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    rest = VALUES([a for a in argv if a != "--help"])[1:]
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    if rest or not _WORKDIR.value or not _OUTPUT.value:
-      raise ValueError(f"--workdir and --output are needed, and flags only; found {rest}")
-    model, params, tok = ckpt.load_run(_WORKDIR.value)
-    dtype = _DTYPE.value or model.cfg.param_dtype
-    if _LLAMA.value:
-      model, params = _fold(model, params)
-    limit = _SHARD_GB.value * 1e9
-    ckpt.save_hf(_OUTPUT.value, model, params, tok, max_shard_bytes=limit, dtype=dtype)
-    kind = "a plain Llama" if _LLAMA.value else model.cfg.arch
-    print(f"{_OUTPUT.value}: {trees.num_params(params):,} parameters in {dtype}, {kind}")
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"export_hf: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("workdir", "output"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -13,6 +13,10 @@ from minicpm_jax.core import fetch
 
 
 def main(argv: list[str]) -> int:
+  """Exit status; `argv` without the command's name."""
+  if "--help" in argv:
+    print(__doc__)
+    return 0
   if set(argv) - {"--optional"}:
     print(f"arguments: found {argv}, expected none or --optional", file=sys.stderr)
     return 2

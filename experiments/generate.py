@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from experiments import _infer, _talk
+from experiments import _command, _infer, _talk
 from minicpm_jax.config import cpmcu
 
 CHAT_CONTEXT = 8192  # tokens of a chat, where model and memory have as many
@@ -36,12 +36,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("system", None, "System turn in front.", flag_values=values)
   flags.DEFINE_bool("chat", False, "Interactive chat.", flag_values=values)
   flags.DEFINE_bool("raw", False, "No chat template.", flag_values=values)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest:
-    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+  _command.parse(values, argv, __doc__)
   prompts = [n for n in ("prompt_text", "prompt_file") if values[n].present]
   if len(prompts) + values.chat > 1:
     raise ValueError("--prompt, --prompt_file, --chat: found several, expected one of them")
@@ -75,14 +70,8 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":

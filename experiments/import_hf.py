@@ -14,6 +14,7 @@ import sys
 import jax
 from absl import flags
 
+from experiments import _command
 from minicpm_jax import ckpt
 from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.core import trees
@@ -40,28 +41,21 @@ def _load(path: str, dtype: str | None):
   return model, params, tok
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  model, params, tok = _load(_MODEL.value, _DTYPE.value)
+  name = pathlib.Path(_MODEL.value).resolve().stem
+  cfg = dataclasses.replace(model.cfg, name=name)
+  orbax_io.import_params(_WORKDIR.value, cfg, params, tok)
+  print(
+    f"{_WORKDIR.value}: step 0 with {trees.num_params(params):,} parameters in "
+    f"{cfg.param_dtype}, {'with' if tok is not None else 'without'} tokenizer"
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    rest = VALUES([a for a in argv if a != "--help"])[1:]
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    if rest or not _MODEL.value or not _WORKDIR.value:
-      raise ValueError(f"--model and --workdir are needed, and flags only; found {rest}")
-    model, params, tok = _load(_MODEL.value, _DTYPE.value)
-    name = pathlib.Path(_MODEL.value).resolve().stem
-    cfg = dataclasses.replace(model.cfg, name=name)
-    orbax_io.import_params(_WORKDIR.value, cfg, params, tok)
-    print(
-      f"{_WORKDIR.value}: step 0 with {trees.num_params(params):,} parameters in "
-      f"{cfg.param_dtype}, {'with' if tok is not None else 'without'} tokenizer"
-    )
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"import_hf: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("model", "workdir"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

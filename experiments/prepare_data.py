@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
+from experiments import _command
 from minicpm_jax.data import documents, shards
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
@@ -95,26 +96,19 @@ def _size(counted: shards.ShardInfo | shards.Index) -> str:
   return f"{counted.num_documents:,} documents, {counted.num_tokens:,} tokens"
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  output = pathlib.Path(_OUTPUT.value)
+  name = _NAME.value or output.name
+  tokenizer = _tokenizer(output)
+  for is_out in (False, True) if _HELDOUT.value else (False,):
+    suffix = "-heldout" if is_out else ""
+    _prepare(_read(is_out), output.with_name(output.name + suffix), name + suffix, tokenizer)
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    rest = VALUES(argv)[1:]
-    if rest or not _INPUT.value or not _OUTPUT.value:
-      raise ValueError(f"--input and --output are needed, and flags only; found {rest}")
-    output = pathlib.Path(_OUTPUT.value)
-    name = _NAME.value or output.name
-    tokenizer = _tokenizer(output)
-    for is_out in (False, True) if _HELDOUT.value else (False,):
-      suffix = "-heldout" if is_out else ""
-      _prepare(_read(is_out), output.with_name(output.name + suffix), name + suffix, tokenizer)
-  except (ValueError, ImportError, flags.Error) as error:
-    print(f"prepare_data: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("input", "output"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -15,38 +15,37 @@ import sys
 
 from absl import flags
 
-from experiments import _flags
+from experiments import _command, _flags
 from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.text import tokenizer as tokenizer_lib
 from minicpm_jax.train import loop
 
-flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer that the data was made with.")
+VALUES = flags.FlagValues()
+_flags.define(VALUES)
+flags.DEFINE_string(
+  "tokenizer", None, "Folder of the tokenizer that the data was made with.", flag_values=VALUES
+)
+
+
+def _run() -> None:
+  _flags.start_distributed(VALUES)
+  logging_lib.quiet_libraries()
+  workdir, tok = _flags.get_workdir(VALUES), None
+  if VALUES.config is None and (workdir / run_config.FILE_NAME).exists():
+    VALUES.config = str(workdir / run_config.FILE_NAME)
+  cfg = _flags.get_config(VALUES)
+  if VALUES.tokenizer is not None:
+    tok = tokenizer_lib.load_tokenizer(VALUES.tokenizer)
+    if tok is None:
+      raise ValueError(f"--tokenizer: found none in {VALUES.tokenizer}")
+  loop.train(cfg, workdir, tok=tok)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Exit status: 0, or 1 after one message for bad input."""
-  try:
-    values = flags.FLAGS
-    rest = values(sys.argv if argv is None else argv)[1:]
-    if rest:
-      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-    _flags.start_distributed(values)
-    logging_lib.quiet_libraries()
-    workdir, tok = _flags.get_workdir(values), None
-    if values.config is None and (workdir / run_config.FILE_NAME).exists():
-      values.config = str(workdir / run_config.FILE_NAME)
-    cfg = _flags.get_config(values)
-    if values.tokenizer is not None:
-      tok = tokenizer_lib.load_tokenizer(values.tokenizer)
-      if tok is None:
-        raise ValueError(f"--tokenizer: found none in {values.tokenizer}")
-    loop.train(cfg, workdir, tok=tok)
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"pretrain: {error}", file=sys.stderr)
-    return 1
-  return 0
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 import jax
 from absl import flags
 
-from experiments import _prove_ultraclean
+from experiments import _command, _prove_ultraclean
 from minicpm_jax.core import logging as logging_lib
 
 VALUES = flags.FlagValues()
@@ -31,36 +31,33 @@ flags.DEFINE_integer("stable_steps", 300, "Steps of a base run.", flag_values=VA
 flags.DEFINE_integer("anneal_steps", 100, "Steps of an anneal.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
-  """Status 0 whatever the verdict, or 1 and one line on stderr for bad input."""
-  try:
-    if VALUES(argv)[1:] or VALUES.shared is None or VALUES.workdir is None:
-      raise ValueError("--shared and --workdir are needed, and flags only")
-    logging_lib.quiet_libraries()
-    workdir = pathlib.Path(VALUES.workdir)
-    found = _prove_ultraclean.run(
-      pathlib.Path(VALUES.shared),
-      workdir,
-      print,
-      num_seeds=VALUES.seeds,
-      stable_steps=VALUES.stable_steps,
-      anneal_steps=VALUES.anneal_steps,
+def _run() -> None:
+  logging_lib.quiet_libraries()
+  workdir = pathlib.Path(VALUES.workdir)
+  found = _prove_ultraclean.run(
+    pathlib.Path(VALUES.shared),
+    workdir,
+    print,
+    num_seeds=VALUES.seeds,
+    stable_steps=VALUES.stable_steps,
+    anneal_steps=VALUES.anneal_steps,
+  )
+  found["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
+  _prove_ultraclean.plot(found, workdir / "prove.png")
+  (workdir / "prove.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
+  os.replace(workdir / "prove.json.tmp", workdir / "prove.json")
+  for name, report in found["candidates"].items():
+    low, high = report["interval"]
+    print(
+      f"{name} for raw text: {report['decision']}, {report['delta']:+.4f} bits per byte in "
+      f"[{low:.4f}, {high:.4f}], better in {report['wins']} of {report['num_seeds']} seeds"
     )
-    found["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
-    _prove_ultraclean.plot(found, workdir / "prove.png")
-    (workdir / "prove.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(workdir / "prove.json.tmp", workdir / "prove.json")
-    for name, report in found["candidates"].items():
-      low, high = report["interval"]
-      print(
-        f"{name} for raw text: {report['decision']}, {report['delta']:+.4f} bits per byte in "
-        f"[{low:.4f}, {high:.4f}], better in {report['wins']} of {report['num_seeds']} seeds"
-      )
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"prove_ultraclean: {error}", file=sys.stderr)
-    return 1
-  return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv, needed=("shared", "workdir"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -10,20 +10,25 @@ the bytes of Python's own documentation and source; arms that are in the output 
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
+from experiments import _command
 from minicpm_jax.core import host_memory
 
 _SUITES = ("share", "rewarmup", "group", "scheme", "fp8")
-_SUITE = flags.DEFINE_list("suite", list(_SUITES), f"Of {', '.join(_SUITES)}.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/qat_study.json", "JSON; PNG beside it.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ...: initial weights and data order.")
-_STEPS = flags.DEFINE_integer("steps", 400, "Optimiser steps of a whole run.")
-_ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes a step.")
+VALUES = flags.FlagValues()
+_SUITE = flags.DEFINE_list("suite", list(_SUITES), f"Of {', '.join(_SUITES)}.", flag_values=VALUES)
+_OUTPUT = flags.DEFINE_string(
+  "output", "benchmarks/results/qat_study.json", "JSON; PNG beside it.", flag_values=VALUES
+)
+_SEEDS = flags.DEFINE_integer(
+  "seeds", 3, "Seeds 0, 1, ...: initial weights and data order.", flag_values=VALUES
+)
+_STEPS = flags.DEFINE_integer("steps", 400, "Optimiser steps of a whole run.", flag_values=VALUES)
+_ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes a step.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def _run() -> None:
   host_memory.keep()
   from experiments import _qat_study as study_lib
 
@@ -51,5 +56,10 @@ def main(argv: list[str]) -> None:
   study_lib.plot(report, path.with_suffix(".png"))
 
 
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
+
+
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

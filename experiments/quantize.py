@@ -17,7 +17,7 @@ import time
 
 from absl import flags
 
-from experiments import _quantize
+from experiments import _command, _quantize
 from minicpm_jax import ckpt
 from minicpm_jax.core import logging
 from minicpm_jax.deploy import quantize
@@ -56,7 +56,7 @@ def _save(path, model, params, tok):
     ckpt.save_gptq(path, model, params, tok, version=_FORMAT.value, dtype="f16")
 
 
-def _run():
+def _run() -> None:
   solver = gptq.GPTQConfig(
     group_size=_GROUP.value,
     symmetric=_SYM.value,
@@ -100,21 +100,10 @@ def _run():
   print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; report in {beside}")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    rest = VALUES([a for a in argv if a != "--help"])[1:]
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    if rest or not _MODEL.value or not _OUTPUT.value:
-      raise ValueError(f"--model and --output are needed, and flags only; found {rest}")
-    _run()
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"quantize: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("model", "output"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -12,28 +12,39 @@ network. Starting it again continues or repeats only what is missing.
 
 import time
 
-from absl import app, flags
+from absl import flags
 
+from experiments import _command
 from experiments import _quickstart as steps
 from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", "workdir/quickstart", "Everything is written below it.")
+VALUES = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "workdir/quickstart", "Everything is written below it.", flag_values=VALUES
+)
 _DATA = flags.DEFINE_string(
-  "data", None, "File or folder of JSONL, Parquet or text to train on instead of Python's text."
+  "data",
+  None,
+  "File or folder of JSONL, Parquet or text to train on instead of Python's text.",
+  flag_values=VALUES,
 )
 _DECAY_DATA = flags.DEFINE_string(
-  "decay_data", None, "With --data: better text that the decay stage mixes in."
+  "decay_data", None, "With --data: better text that the decay stage mixes in.", flag_values=VALUES
 )
-_STEPS = flags.DEFINE_integer("steps", steps.DEFAULT_STEPS, "Optimiser steps, decay included.")
-_VOCAB = flags.DEFINE_integer("vocab_size", 2048, "Size of the tokenizer that is trained.")
-_SET = flags.DEFINE_multi_string("set", [], "Override of the configuration, FIELD=VALUE.")
+_STEPS = flags.DEFINE_integer(
+  "steps", steps.DEFAULT_STEPS, "Optimiser steps, decay included.", flag_values=VALUES
+)
+_VOCAB = flags.DEFINE_integer(
+  "vocab_size", 2048, "Size of the tokenizer that is trained.", flag_values=VALUES
+)
+_SET = flags.DEFINE_multi_string(
+  "set", [], "Override of the configuration, FIELD=VALUE.", flag_values=VALUES
+)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+def _run() -> None:
   logging_lib.quiet_libraries()
   began = time.monotonic()
   run = steps.Run(_WORKDIR.value)
@@ -64,6 +75,11 @@ def main(argv: list[str]) -> None:
   run.finish(time.monotonic() - began)
 
 
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
+
+
 if __name__ == "__main__":
   host_memory.keep()
-  app.run(main)
+  sys.exit(main())

@@ -17,6 +17,8 @@ import sys
 
 from absl import flags
 
+from experiments import _command
+
 VALUES = flags.FlagValues()
 flags.DEFINE_string("items", None, "JSON lines, or a folder of benchmarks.", flag_values=VALUES)
 flags.DEFINE_integer("limit", None, "Items a task, of a folder.", flag_values=VALUES)
@@ -27,16 +29,9 @@ flags.DEFINE_integer("seq_len", 512, "Tokens a row.", flag_values=VALUES)
 flags.DEFINE_string("output", None, "JSON to write, with a PNG beside it.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if VALUES(argv)[1:] or VALUES.items is None or not VALUES.model:
-      raise ValueError("--items and at least one --model are needed, and flags only")
-    _run()
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"scalingbench: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("items", "model"))
 
 
 def _run() -> None:
@@ -94,4 +89,4 @@ def _sigmoid(rows: list[dict], num_items: int) -> dict | None:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

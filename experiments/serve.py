@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from experiments import _infer
+from experiments import _command, _infer
 from minicpm_jax import config
 from minicpm_jax.config import cpmcu
 from minicpm_jax.infer import chat as chat_lib
@@ -31,13 +31,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("max_queue", default.max_queue, "Waiting requests.", flag_values=values)
   flags.DEFINE_integer("max_body_bytes", default.max_body_bytes, "Of a body.", flag_values=values)
   flags.DEFINE_string("model_name", None, "Name in answers (the path's).", flag_values=values)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest:
-    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-  return values
+  return _command.parse(values, argv, __doc__)
 
 
 def make(values: flags.FlagValues) -> service.ChatService:
@@ -72,14 +66,8 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":

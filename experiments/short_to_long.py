@@ -19,6 +19,7 @@ import sys
 import jax
 from absl import flags
 
+from experiments import _command
 from experiments import _short_to_long as toy
 from minicpm_jax.core import host_memory
 
@@ -30,38 +31,37 @@ for _field in dataclasses.fields(toy.Plan):
   _define(_field.name, _field.default, "A size, see toy.Plan.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  if VALUES.seeds < 1:
+    raise ValueError(f"--seeds: found {VALUES.seeds}, expected 1 or more")
+  plan = toy.Plan(**{f.name: getattr(VALUES, f.name) for f in dataclasses.fields(toy.Plan)})
+  folder = pathlib.Path(VALUES.out)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / "short_to_long.json"
+  old = json.loads(path.read_text()) if path.is_file() else {}
+  seeds = old["seeds"] if old.get("plan") == dataclasses.asdict(plan) else []
+  for seed in range(len(seeds), VALUES.seeds):
+    seeds.append(toy.run_seed(plan, seed, say=lambda text: print(text, flush=True)))
+    result = {
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "plan": dataclasses.asdict(plan),
+      "sparse": dataclasses.asdict(toy.SPARSE),
+      "summary": toy.summary(seeds),
+      "seeds": seeds,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    partial.replace(path)
+    toy.draw(seeds, path.with_suffix(".png"))
+  print(json.dumps(toy.summary(seeds), indent=1))
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if VALUES(argv)[1:] or VALUES.seeds < 1:
-      raise ValueError(f"found {argv[1:]}, expected flags only and --seeds of 1 or more")
-    plan = toy.Plan(**{f.name: getattr(VALUES, f.name) for f in dataclasses.fields(toy.Plan)})
-    folder = pathlib.Path(VALUES.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "short_to_long.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    seeds = old["seeds"] if old.get("plan") == dataclasses.asdict(plan) else []
-    for seed in range(len(seeds), VALUES.seeds):
-      seeds.append(toy.run_seed(plan, seed, say=lambda text: print(text, flush=True)))
-      result = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "plan": dataclasses.asdict(plan),
-        "sparse": dataclasses.asdict(toy.SPARSE),
-        "summary": toy.summary(seeds),
-        "seeds": seeds,
-      }
-      partial = path.with_suffix(".partial")
-      partial.write_text(json.dumps(result) + "\n")
-      partial.replace(path)
-      toy.draw(seeds, path.with_suffix(".png"))
-    print(json.dumps(toy.summary(seeds), indent=1))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"short_to_long: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":
   host_memory.keep()
-  sys.exit(main(sys.argv))
+  sys.exit(main())

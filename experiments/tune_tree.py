@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from experiments import _bench_drafts, _bench_train, _models
+from experiments import _bench_drafts, _bench_train, _command, _models
 from minicpm_jax import ckpt, config
 from minicpm_jax.core import extras
 from minicpm_jax.core import logging as logging_lib
@@ -40,13 +40,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("spec_topk_per_iter", 10, "Nodes that a level grows from.", **define)
   flags.DEFINE_list("sizes", [str(n) for n in tune.SIZES], "Tree sizes, root included.", **define)
   flags.DEFINE_string("output", "benchmarks/results/tune_tree", "Without suffix.", **define)
-  if "--help" in argv:
-    print(f"{__doc__}\n{values.get_help()}")
-    sys.exit(0)
-  rest = values(argv)[1:]
-  if rest or not values.target or not values.prompts:
-    raise ValueError(f"--target and --prompts are needed, flags only; found {rest}")
-  return values
+  return _command.parse(values, argv, __doc__, needed=("target", "prompts"))
 
 
 def run(values: flags.FlagValues) -> tune.TreeCost:
@@ -107,14 +101,10 @@ def _plot(rows: list[tune.TreeCost], path: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
   logging_lib.quiet_libraries()
-  try:
-    run(parse(sys.argv if argv is None else argv))
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"tune_tree: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -17,6 +17,8 @@ import time
 
 from absl import flags
 
+from experiments import _command
+
 VALUES = flags.FlagValues()
 flags.DEFINE_list("suite", ["paper"], "Suites, comma-separated.", flag_values=VALUES)
 flags.DEFINE_enum("scale", "toy", ("toy", "quick", "tiny"), "How much is run.", flag_values=VALUES)
@@ -26,30 +28,18 @@ flags.DEFINE_string("data", None, "Folder of text; default: Python's source.", f
 flags.DEFINE_integer("threads", 1, "CPU threads; 1 is enough here.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
-  """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if VALUES(argv)[1:]:
-      raise ValueError(f"arguments: found {VALUES(argv)[1:]}, expected flags only")
-    if VALUES.threads == 1:
-      os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-      )
-    from minicpm_jax.core import host_memory
-
-    host_memory.keep()
-    _run(pathlib.Path(VALUES.workdir), "quick" if VALUES.quick else VALUES.scale)
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"tunnel: {error}", file=sys.stderr)
-    return 1
-  return 0
-
-
-def _run(workdir: pathlib.Path, scale: str) -> None:
+def _run() -> None:
+  if VALUES.threads == 1:
+    os.environ["XLA_FLAGS"] = (
+      f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    )
   from experiments import _tunnel, _tunnel_suites
+  from minicpm_jax.core import host_memory
   from minicpm_jax.core import logging as logging_lib
   from minicpm_jax.tunnel import corpus, report
 
+  host_memory.keep()
+  workdir, scale = pathlib.Path(VALUES.workdir), "quick" if VALUES.quick else VALUES.scale
   names = _tunnel_suites.resolve(VALUES.suite)
   logging_lib.quiet_libraries()
   text = corpus.python_source() if VALUES.data is None else corpus.from_folder(VALUES.data)
@@ -70,5 +60,10 @@ def _run(workdir: pathlib.Path, scale: str) -> None:
   print(f"report: {path}")
 
 
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv)
+
+
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -17,7 +17,7 @@ import time
 
 from absl import flags
 
-from experiments import _ultraclean, _ultraclean_report
+from experiments import _command, _ultraclean, _ultraclean_report
 from minicpm_jax.data import executor, tolerant
 
 VALUES = flags.FlagValues()  # own set: other scripts have flags of the same names
@@ -84,37 +84,34 @@ def _plan() -> _ultraclean.Plan:
   )
 
 
-def main(argv: list[str]) -> int:
-  """Status 0, or 1 and one line on stderr for bad input."""
+def _run() -> None:
   began = time.time()
 
   def tell(line: str):
     print(f"{time.time() - began:7.1f} s  {line}", flush=True)
 
-  try:
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    for name in VALUES:
-      VALUES[name].unparse()  # repeatable flags would add to those of an earlier call
-    if rest := VALUES(argv)[1:]:
-      raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
-    plan = _plan()
-    models, seeds_found = _ultraclean.train_classifiers(plan, tell)
-    scored, final = _ultraclean.clean(plan, models, tell)
-    report = _ultraclean_report.make(plan, scored, final, seeds_found)
-    _ultraclean_report.write(report, plan.output)
-    for name, count in list(report["dropped"].items())[:8]:
-      tell(f"dropped {count:>7,}  {name}")
-    tell(f"{report['clean']:,} of {report['read']:,} documents are clean")
-    made = _ultraclean.write_shards(plan, final, tell)
-    tell(f"report.json, scores.png, clean/, shards/ in {plan.output}; then:")
-    print(_ultraclean.next_command(plan, made))
-  except (ValueError, ImportError, OSError, flags.Error, executor.ExecutorError) as error:
-    print(f"ultraclean: {error}", file=sys.stderr)
-    return 1
-  return 0
+  plan = _plan()
+  models, seeds_found = _ultraclean.train_classifiers(plan, tell)
+  scored, final = _ultraclean.clean(plan, models, tell)
+  report = _ultraclean_report.make(plan, scored, final, seeds_found)
+  _ultraclean_report.write(report, plan.output)
+  for name, count in list(report["dropped"].items())[:8]:
+    tell(f"dropped {count:>7,}  {name}")
+  tell(f"{report['clean']:,} of {report['read']:,} documents are clean")
+  made = _ultraclean.write_shards(plan, final, tell)
+  tell(f"report.json, scores.png, clean/, shards/ in {plan.output}; then:")
+  print(_ultraclean.next_command(plan, made))
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+
+  def work():
+    _command.parse(VALUES, sys.argv if argv is None else argv, __doc__)
+    _run()
+
+  return _command.guard(__file__, work, (*_command.BAD_INPUT, executor.ExecutorError))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from experiments import _ultraclean_report
+from experiments import _command, _ultraclean_report
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.core import logging as logging_lib
@@ -66,42 +66,33 @@ def _eval_sets() -> list[likelihood.EvalSet]:
   return sets
 
 
-def main(argv: list[str]) -> int:
-  """Status 0 whatever the verdict, or 1 and one line on stderr for bad input."""
-  try:
-    if "--help" in argv:
-      print(__doc__, VALUES.get_help())
-      return 0
-    for name in VALUES:
-      VALUES[name].unparse()  # repeatable flags would add to those of an earlier call
-    rest = VALUES(argv)[1:]
-    if rest or not VALUES.checkpoint or VALUES.workdir is None:
-      raise ValueError(f"--checkpoint and --workdir are needed, and flags only; found {rest}")
-    logging_lib.quiet_libraries()
-    name, path = _pair("candidate", VALUES.candidate)
-    folder = VALUES.tokenizer or orbax_io.split_step(VALUES.checkpoint[0])[0] / "tokenizer"
-    tok = tokenizer_lib.load_tokenizer(folder)
-    if tok is None:
-      raise ValueError(f"--tokenizer: found none in {folder}")
-    cfg = verification.VerificationConfig(
-      checkpoints=tuple(VALUES.checkpoint),
-      candidate=config.SourceConfig(name=name, path=path),
-      share=VALUES.share,
-      stage1_steps=VALUES.stage1_steps,
-      stage2_steps=VALUES.stage2_steps,
-      decide_by=VALUES.decide_by,
-    )
-    workdir = pathlib.Path(VALUES.workdir)
-    report = verification.verify(cfg, workdir, tok, _eval_sets(), on_run=print)
-    _ultraclean_report.plot_verification(report, workdir / f"verification-{name}.png")
-    low, high = report["interval"]
-    print(f"{report['decision']}: {report['delta']:+.4f} {report['decided_by']}", end=" ")
-    print(f"in [{low:.4f}, {high:.4f}], better in {report['wins']} of {report['num_seeds']} seeds")
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"verify_data: {error}", file=sys.stderr)
-    return 1
-  return 0
+def _run() -> None:
+  logging_lib.quiet_libraries()
+  name, path = _pair("candidate", VALUES.candidate)
+  folder = VALUES.tokenizer or orbax_io.split_step(VALUES.checkpoint[0])[0] / "tokenizer"
+  tok = tokenizer_lib.load_tokenizer(folder)
+  if tok is None:
+    raise ValueError(f"--tokenizer: found none in {folder}")
+  cfg = verification.VerificationConfig(
+    checkpoints=tuple(VALUES.checkpoint),
+    candidate=config.SourceConfig(name=name, path=path),
+    share=VALUES.share,
+    stage1_steps=VALUES.stage1_steps,
+    stage2_steps=VALUES.stage2_steps,
+    decide_by=VALUES.decide_by,
+  )
+  workdir = pathlib.Path(VALUES.workdir)
+  report = verification.verify(cfg, workdir, tok, _eval_sets(), on_run=print)
+  _ultraclean_report.plot_verification(report, workdir / f"verification-{name}.png")
+  low, high = report["interval"]
+  print(f"{report['decision']}: {report['delta']:+.4f} {report['decided_by']}", end=" ")
+  print(f"in [{low:.4f}, {high:.4f}], better in {report['wins']} of {report['num_seeds']} seeds")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  return _command.run(_run, VALUES, argv, needed=("checkpoint", "workdir"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from experiments import _verify_pools
+from experiments import _command, _verify_pools
 from minicpm_jax.core import logging as logging_lib
 
 VALUES = flags.FlagValues()
@@ -27,29 +27,26 @@ flags.DEFINE_integer("stable_steps", 80, "Steps of a base run.", flag_values=VAL
 flags.DEFINE_integer("anneal_steps", 40, "Steps of an anneal.", flag_values=VALUES)
 
 
-def main(argv: list[str]) -> int:
+def _run() -> None:
+  logging_lib.quiet_libraries()
+  workdir = pathlib.Path(VALUES.workdir)
+  found = _verify_pools.run(
+    pathlib.Path(VALUES.shared),
+    workdir,
+    num_seeds=VALUES.seeds,
+    stable_steps=VALUES.stable_steps,
+    anneal_steps=VALUES.anneal_steps,
+  )
+  _verify_pools.plot(found, workdir / "pools.png")
+  (workdir / "pools.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
+  os.replace(workdir / "pools.json.tmp", workdir / "pools.json")
+  print(f"good beats bad in {found['good_beats_bad']} of {found['num_seeds']} seeds")
+
+
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if VALUES(argv)[1:] or VALUES.shared is None or VALUES.workdir is None:
-      raise ValueError("--shared and --workdir are needed, and flags only")
-    logging_lib.quiet_libraries()
-    workdir = pathlib.Path(VALUES.workdir)
-    found = _verify_pools.run(
-      pathlib.Path(VALUES.shared),
-      workdir,
-      num_seeds=VALUES.seeds,
-      stable_steps=VALUES.stable_steps,
-      anneal_steps=VALUES.anneal_steps,
-    )
-    _verify_pools.plot(found, workdir / "pools.png")
-    (workdir / "pools.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(workdir / "pools.json.tmp", workdir / "pools.json")
-    print(f"good beats bad in {found['good_beats_bad']} of {found['num_seeds']} seeds")
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"verify_pools: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("shared", "workdir"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -1,7 +1,5 @@
 """--config, --set, --data and the distributed flags."""
 
-import copy
-
 import jax
 import pytest
 from absl import flags
@@ -9,15 +7,11 @@ from absl import flags
 from experiments import _flags
 from minicpm_jax import config
 
-NAMES = ("config", "workdir", "set", "data", "coordinator", "num_processes", "process_id")
-
 
 def parsed(*args):
-  """A copy of the flags as if the process had been started with these arguments."""
+  """The flags as if a process had been started with these arguments."""
   values = flags.FlagValues()
-  for name in (*NAMES, "distributed"):
-    values[name] = copy.deepcopy(flags.FLAGS[name])
-    values[name].unparse()
+  _flags.define(values)
   values(["program", *args])
   return values
 

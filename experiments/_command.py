@@ -1,0 +1,61 @@
+"""What surrounds the work of every command: flags of its own, --help, one line for bad input."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+BAD_INPUT = (ValueError, ImportError, OSError, flags.Error)
+
+
+def parse(
+  values: flags.FlagValues, argv: Sequence[str], doc: str | None, needed: Sequence[str] = ()
+) -> flags.FlagValues:
+  """`values` set from `argv` (its first entry is the command) and nothing else.
+
+  Prints `doc` and the flags and leaves with status 0 on --help. ValueError for a positional
+  argument, and for a flag of `needed` that is absent or empty.
+  """
+  if "--help" in argv or "-h" in argv:
+    print(f"{doc or ''}\n{values.get_help()}")
+    raise SystemExit(0)
+  for name in values:
+    values[name].unparse()  # or repeatable flags would add to those of an earlier call
+  if rest := values(list(argv))[1:]:
+    raise ValueError(f"arguments: found {rest[0]!r}, expected flags only")
+  for name in needed:
+    if values[name].value in (None, "", []):
+      raise ValueError(f"--{name}: found none, expected one (see --help)")
+  return values
+
+
+def run(
+  work: Callable[[], int | None],
+  values: flags.FlagValues,
+  argv: Sequence[str] | None = None,
+  needed: Sequence[str] = (),
+) -> int:
+  """Exit status of `work()` after `values` are set: its own, 0 for None, 1 for bad input."""
+  module = sys.modules[work.__module__]
+
+  def parsed() -> int | None:
+    parse(values, sys.argv if argv is None else argv, module.__doc__, needed)
+    return work()
+
+  return guard(module.__file__, parsed)
+
+
+def guard(
+  file: str | None,
+  work: Callable[[], int | None],
+  bad_input: tuple[type[BaseException], ...] = BAD_INPUT,
+) -> int:
+  """Exit status of `work()`, with `bad_input` told in one line that begins with the command."""
+  try:
+    return work() or 0
+  except bad_input as error:
+    print(f"{pathlib.Path(file or 'command').stem}: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130

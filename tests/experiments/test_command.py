@@ -1,0 +1,61 @@
+"""What every command shares: --help, own flags, one line for bad input."""
+
+import importlib
+import pathlib
+
+import pytest
+from absl import flags
+
+from experiments import _command
+
+FOLDER = pathlib.Path(_command.__file__).parent
+VERBS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem != "fetch_model")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_every_flag_and_bad_flags_are_one_line(verb, capsys):
+  module = importlib.import_module(f"experiments.{verb}")
+  with pytest.raises(SystemExit) as stop:
+    module.main([verb, "--help"])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0
+  assert text.startswith(module.__doc__) and f"python -m experiments.{verb}" in text
+  assert text.count("  --") >= 2
+  for bad in ("--no_such_flag=1", "stray"):
+    assert module.main([verb, bad]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{verb}: ") and bad.strip("-").partition("=")[0] in error
+    assert len(error.splitlines()) == 1
+
+
+def test_flags_are_read_afresh_and_needed_ones_named():
+  values = flags.FlagValues()
+  flags.DEFINE_multi_string("text", [], "Files.", flag_values=values)
+  flags.DEFINE_string("model", None, "A folder.", flag_values=values)
+  for _ in range(2):
+    _command.parse(values, ["x", "--text=a", "--text=b", "--model=m"], "doc", ("text", "model"))
+    assert values.text == ["a", "b"]
+  with pytest.raises(ValueError, match="--text: found none"):
+    _command.parse(values, ["x", "--model=m"], "doc", ("text", "model"))
+  with pytest.raises(ValueError, match="--model: found none"):
+    _command.parse(values, ["x", "--text=a"], "doc", ("text", "model"))
+
+
+def test_status_is_that_of_the_work(capsys):
+  assert _command.guard("a/b.py", lambda: None) == 0
+  assert _command.guard("a/b.py", lambda: 3) == 3
+
+  def bad():
+    raise ValueError("field: found 1, expected 2")
+
+  def broken():
+    raise RuntimeError("a bug")
+
+  def interrupted():
+    raise KeyboardInterrupt
+
+  assert _command.guard("a/b.py", bad) == 1
+  assert capsys.readouterr().err == "b: field: found 1, expected 2\n"
+  assert _command.guard("a/b.py", interrupted) == 130
+  with pytest.raises(RuntimeError, match="a bug"):
+    _command.guard("a/b.py", broken)
