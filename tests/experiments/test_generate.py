@@ -122,7 +122,7 @@ def test_an_overlong_turn_ends_the_answer_and_not_the_chat(written, capfd, monke
 def test_bad_flags(flags, text, capfd):
   assert run(*flags) == 1
   out, err = capfd.readouterr()
-  assert err.startswith("error: ")
+  assert err.startswith("generate: ")
   assert text in err
   assert not out
 
