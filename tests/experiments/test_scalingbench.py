@@ -53,7 +53,7 @@ def test_five_models_give_losses_and_a_sigmoid(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
   "flags, match",
   [
-    (("--items=x.jsonl",), "--model are needed"),
+    (("--items=x.jsonl",), "--model: found none"),
     (("--items=missing.jsonl", "--model=x"), "missing.jsonl"),
   ],
 )
