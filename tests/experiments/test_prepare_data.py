@@ -92,7 +92,7 @@ def test_it_feeds_the_iterator(prepared):
   "args, message",
   [
     (["--input=x.jsonl", "--output=o"], "expected exactly one of them"),
-    (["--output=o"], "--input and --output are needed"),
+    (["--output=o"], "--input: found none"),
     (["--input=nowhere", "--output=o", "--train_tokenizer_vocab=300"], "nowhere: no such file"),
     (["--input=bad.jsonl", "--output=o", "--train_tokenizer_vocab=300"], "bad.jsonl: line 2: not"),
     (["--input=e.jsonl", "--output=o", "--train_tokenizer_vocab=300"], "corpus is empty"),

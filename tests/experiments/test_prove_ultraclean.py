@@ -23,4 +23,4 @@ def test_no_article_is_on_two_sides(shared_dir, tmp_path):
 
 def test_bad_flags(capsys):
   assert prove_ultraclean.main(["prove_ultraclean", "--shared=x"]) == 1
-  assert "--shared and --workdir are needed" in capsys.readouterr().err
+  assert "--workdir: found none" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
 @pytest.mark.parametrize(
   "more, match",
   [
-    ((), "--model and --output are needed"),
+    ((), "--output: found none"),
     (("--output=x", "--method=gptq"), "--text: gptq needs calibration text"),
     (("--output=x", "--method=rtn", "--group_size=48"), "group_size: found 48"),
     (("--output=x", "--method=gptq", "--text=nothing.txt"), "found no such file"),

@@ -57,7 +57,7 @@ def test_verdict_from_the_shell(tmp_path, capsys):
 @pytest.mark.parametrize(
   "argv, message",
   [
-    ([], "--checkpoint and --workdir are needed"),
+    ([], "--checkpoint: found none"),
     (["--checkpoint=a@1", "--workdir=w"], "--candidate: found None, expected NAME:PATH"),
     (["--checkpoint=a@1", "--workdir=w", "--candidate=x:y"], "--tokenizer: found none in a"),
     (["--checkpoint=a@1", "--workdir=w", "--decide_by=luck"], "decide_by"),
