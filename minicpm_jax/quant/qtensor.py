@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
-from minicpm_jax.core import types
+from minicpm_jax.core import mesh, types
 from minicpm_jax.quant import schemes
+from pallas_kernels.ternary_gemm import api as ternary_api
+from pallas_kernels.w4a16_gemm import api as w4a16_api
 
 
 @flax.struct.dataclass
@@ -242,11 +244,16 @@ def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[types.AnyArray, "
   return (codes * scale).astype(dtype).reshape(*qt.lead, *qt.shape)
 
 
+_PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul}
+
+
 def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
   """x [*rows, *in] times the kernel, in x's dtype.
 
-  One scale an output channel and no zero point: y = (x @ T) s, exact codes in the product and the
-  scale after it; groups: dequantised in float32, cast, multiplied.
+  Packed int4 and ternary codes in consecutive groups go through the packed matmuls of
+  `pallas_kernels` (auto; on a mesh of several devices the XLA form, which is partitioned). Others:
+  with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
+  the scale after it; groups dequantised in float32, cast, multiplied.
   """
   width, rows = qt.in_size, x.shape[: x.ndim - qt.num_in]
   if qt.lead:
@@ -255,9 +262,25 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
     raise ValueError(f"x: found shape {x.shape}, expected [..., *{qt.shape[: qt.num_in]}]")
   x_MK = x.reshape(-1, width)
   rule = schemes.get(qt.scheme)
-  if qt.num_groups == 1 and qt.zero is None and not rule.offset:
+  if has_packed_matmul(qt):
+    y_MN = _packed_matmul(x_MK, qt)
+  elif qt.num_groups == 1 and qt.zero is None and not rule.offset:
     codes_KN = unpack(qt).codes.astype(jnp.int8).reshape(width, -1).astype(x.dtype)
     y_MN = jnp.matmul(x_MK, codes_KN) * qt.scale.reshape(1, -1).astype(jnp.float32)
   else:
     y_MN = jnp.matmul(x_MK, dequantize(qt, x.dtype).reshape(width, -1))
   return y_MN.astype(x.dtype).reshape(*rows, *qt.out_shape)
+
+
+def has_packed_matmul(qt: QTensor) -> bool:
+  """True where an op of `pallas_kernels` takes the codes as they are stored."""
+  is_symmetric = qt.zero is None or qt.scheme == "int4"
+  return qt.is_packed and qt.scheme in _PACKED and qt.g_idx is None and is_symmetric
+
+
+def _packed_matmul(x_MK: Float[types.AnyArray, "M K"], qt: QTensor) -> Float[types.AnyArray, "M N"]:
+  arrays = [a.reshape(a.shape[0], -1) for a in (qt.codes, qt.scale, qt.zero) if a is not None]
+  # Several devices: a Triton call would gather all its arrays onto each of them.
+  implementation = "xla" if mesh.is_sharded() else "auto"
+  op = _PACKED[qt.scheme]
+  return op(x_MK, *arrays, group_size=qt.group_size, implementation=implementation)

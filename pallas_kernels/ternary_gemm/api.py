@@ -4,10 +4,10 @@ The bodies are those of `w4a16_gemm` with two bits a code (quantization.md secti
 """
 
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import packed, ref, triton, xla
+from pallas_kernels.w4a16_gemm import api, triton
 
 OP = "ternary_gemm"
-BITS, LOW = 2, -1
+CODE = dict(bits=2, low=-1)
 
 
 def matmul(
@@ -26,22 +26,10 @@ def matmul(
 
   codes_RN: uint8 [ceil(K / 4), N]; byte r holds inputs 4r .. 4r + 3, the first in its lowest two
     bits, each as code + 1. The value 3 is no code and is not looked for here.
-  scale_QN: floats [1, N], or [K / g, N] for groups of g consecutive inputs, each scaled after its
-    own sum.
+  scale_QN: floats [1, N], or [K / g, N] for groups of g consecutive inputs.
 
-  Errors, `config` and `interpret` as `w4a16_gemm.api.matmul`; triton serves groups of a multiple
-  of 64. Inference only. At few rows bound by the K N / 4 bytes of codes.
+  Errors, gradients, `config` and `interpret` as `w4a16_gemm.api.matmul`; triton serves groups of a
+  multiple of 64. At few rows bound by the K N / 4 bytes of codes.
   """
-  packed.check(OP, BITS, x_MK, codes_RN, scale_QN, None, group_size)
-  if interpret:
-    raise NotImplementedError(f"{OP}: interpret = True, expected None: no Pallas implementation")
-  args, code = (x_MK, codes_RN, scale_QN), dict(bits=BITS, low=LOW)
-  return spec.dispatch(
-    OP,
-    implementation,
-    {
-      "ref": lambda: ref.matmul_ref(*args, **code),
-      "xla": lambda: xla.matmul_xla(*args, **code),
-      "triton": lambda: triton.matmul_triton(*args, **code, config=config, op=OP),
-    },
-  )
+  options = dict(group_size=group_size, config=config, interpret=interpret)
+  return api.serve(OP, CODE, (x_MK, codes_RN, scale_QN, None), implementation, **options)

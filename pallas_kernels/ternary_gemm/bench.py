@@ -11,7 +11,7 @@ from pallas_kernels.w4a16_gemm import bench
 TERNARY = bench.Op(
   name=api.OP,
   matmul=api.matmul,
-  bits=api.BITS,
+  bits=2,
   low=-1,
   high=1,
   scale_of=lambda size: jnp.mean(size, axis=1, keepdims=True),

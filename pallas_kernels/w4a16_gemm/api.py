@@ -1,9 +1,12 @@
 """Activations times packed 4-bit weights behind one function; see `matmul`."""
 
+import functools
+
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import packed, ref, triton, xla
+from pallas_kernels.w4a16_gemm import packed, ref, triton, vjp, xla
 
 OP = "w4a16_gemm"
+CODE = dict(bits=4, low=-8)
 
 
 def matmul(
@@ -30,19 +33,27 @@ def matmul(
   implementation that does not serve the call (`triton`: a CUDA device, float types, groups of a
   multiple of 32); `auto` takes the next. `config` is of triton. `interpret` is of Pallas
   implementations, of which this op has none: True is refused (Triton has no interpreter inside a
-  JAX process). Inference only: triton has no gradient. 2 M N K FLOPs; at few rows bound by the
+  JAX process). Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
   K N / 2 bytes of codes (quantization.md section 10).
   """
-  packed.check(OP, 4, x_MK, codes_RN, scale_QN, zero_QN, group_size)
+  options = dict(group_size=group_size, config=config, interpret=interpret)
+  return serve(OP, CODE, (x_MK, codes_RN, scale_QN, zero_QN), implementation, **options)
+
+
+def serve(
+  op: str, code: dict, arrays: tuple, implementation: str, *, group_size, config, interpret
+):
+  """The call of an op whose codes are of `code`: checks, then the implementation asked for."""
+  packed.check(op, code["bits"], *arrays, group_size)
   if interpret:
-    raise NotImplementedError(f"{OP}: interpret = True, expected None: no Pallas implementation")
-  args = (x_MK, codes_RN, scale_QN, zero_QN)
+    raise NotImplementedError(f"{op}: interpret = True, expected None: no Pallas implementation")
+  on_triton = functools.partial(triton.matmul_triton, config=config, op=op, **code)
   return spec.dispatch(
-    OP,
+    op,
     implementation,
     {
-      "ref": lambda: ref.matmul_ref(*args),
-      "xla": lambda: xla.matmul_xla(*args),
-      "triton": lambda: triton.matmul_triton(*args, config=config),
+      "ref": lambda: ref.matmul_ref(*arrays, **code),
+      "xla": lambda: xla.matmul_xla(*arrays, **code),
+      "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),
     },
   )

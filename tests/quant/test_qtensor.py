@@ -14,6 +14,7 @@ from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.nn import functional
 from minicpm_jax.quant import qtensor, schemes, tree
+from pallas_kernels.common import gpu, spec
 from tests.models import common
 
 RNG = np.random.default_rng(0)
@@ -267,6 +268,43 @@ def test_linear_in_bfloat16_multiplies_by_exact_codes():
   exact = np.asarray(x, np.float64) @ np.asarray(qtensor.dequantize(qt), np.float64)
   found = np.asarray(functional.linear(x, qt), np.float64)
   np.testing.assert_allclose(found, exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize("scheme, g", [("ternary", -1), ("ternary", 16), ("int4", 16)])
+def test_packed_kernels_are_multiplied_by_their_op(scheme, g, monkeypatch):
+  """By the op of the scheme, as `auto` (the XLA form on a mesh), and with the float64 values."""
+  calls, dispatch = [], spec.dispatch
+
+  def recorded(op, implementation, servers):
+    calls.append((op, implementation))
+    return dispatch(op, implementation, servers)
+
+  monkeypatch.setattr(spec, "dispatch", recorded)
+  w = jnp.asarray(RNG.normal(size=(8, 8, 3, 2)).astype(np.float32))
+  x = jnp.asarray(RNG.normal(size=(2, 5, 8, 8)).astype(np.float32))
+  qt = qtensor.pack(qtensor.quantize(w, scheme, g, num_in=2))
+  exact = np.einsum(
+    "btij,ijno->btno", np.asarray(x, np.float64), np.asarray(qtensor.dequantize(qt), np.float64)
+  )
+  np.testing.assert_allclose(functional.linear(x, qt, 2), exact, rtol=1e-5, atol=1e-5)
+  with jax.set_mesh(mesh_lib.make_mesh(MeshConfig(dp=2, tp=4))):
+    found = jax.jit(lambda x, qt: functional.linear(x, qt, 2))(x, qt)
+  np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+  op = {"ternary": "ternary_gemm", "int4": "w4a16_gemm"}[scheme]
+  assert calls == [(op, "auto"), (op, "xla")]
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "int4"])
+def test_on_a_gpu_a_packed_kernel_is_one_triton_call(scheme, monkeypatch):
+  pytest.importorskip("jax_triton", reason="jax-triton needs jax's CUDA plugin (make test)")
+  launch = gpu.launch
+  monkeypatch.setattr(gpu, "launch", lambda *a, **k: launch(*a, **k | {"compute_capability": 90}))
+  monkeypatch.setattr(gpu, "check_cuda", lambda *_: None)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  qt = qtensor.pack(qtensor.quantize(jnp.ones((256, 64)), scheme))
+  x = jax.ShapeDtypeStruct((3, 256), jnp.bfloat16)
+  lowered = jax.jit(functional.linear).trace(x, qt).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("triton_kernel_call") == 1
 
 
 def test_recipe_text_round_trip():
