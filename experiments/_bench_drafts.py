@@ -1,6 +1,5 @@
 """Rows of `bench_drafts`: mean accept length, tokens a second and draft time of each drafter."""
 
-import gzip
 import json
 import pathlib
 import time
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _bench_train, _distill_draft
+from experiments import _bench_train, _regenerate
 from minicpm_jax import ckpt, config
 from minicpm_jax.core import extras
 from minicpm_jax.data import shards, sources
@@ -24,23 +23,11 @@ Drafter = tuple[Any, Any]
 
 def prompts_of(path: str, tok: Any, num: int, max_tokens: int) -> list[list[int]]:
   """Beginnings of held-out token documents, or prompts of a JSONL file (turns, prompt or text)."""
-  folder = pathlib.Path(path)
-  if (folder / shards.INDEX_FILE).exists():
-    return list(_distill_draft.beginnings([path], num, seed=2))
-  opener = gzip.open if folder.suffix == ".gz" else open
-  found = []
-  with opener(folder, "rt", encoding="utf-8") as lines:
-    rows = [json.loads(line) for line in lines]
-  for row in rows[:: max(1, len(rows) // num)][:num]:
-    text = row["turns"][0] if "turns" in row else row.get("prompt", row.get("text", ""))
-    if tok.chat_template:
-      from minicpm_jax.text import chat
-
-      ids = chat.encode_chat(tok, [{"role": "user", "content": text}])
-    else:
-      ids = tok.encode(text, add_bos=tok.add_bos)
-    found.append(list(ids)[:max_tokens])
-  return found
+  if (pathlib.Path(path) / shards.INDEX_FILE).exists():
+    return list(_regenerate.beginnings([path], num, seed=2))
+  texts = _regenerate.prompt_texts(path)
+  spread = texts[:: max(1, len(texts) // num)][:num]
+  return [_regenerate.encode_prompt(tok, text)[:max_tokens] for text in spread]
 
 
 def fr_index(path: str, share: float, vocab_size: int, stop_ids: Sequence[int]) -> np.ndarray:

@@ -7,7 +7,9 @@
 --target is a Hugging Face folder, a run folder[@step] or a GGUF file, --data as for pretrain.
 --kind=eagle3 with --draft_vocab=25% has a head for the most frequent tokens. --from_mtp starts from
 the target's own MTP module. --regenerate=DOCS first lets the target continue the beginnings of DOCS
-training documents, and trains on that (advised where the target's own text differs from the data).
+training documents, and trains on that (advised where the target's own text differs from the data);
+with --prompts=FILE.jsonl[.gz] it answers those prompts in its chat template instead, and --data may
+be left out.
 --int4=GROUP trains with int4 fake quantisation (start it with --init_from=FOLDER/draft). The draft
 is written to WORKDIR/draft, acceptance curves to acceptance.json and .png. Losses, batch, clip and
 betas default to EAGLE's recipes; their learning rate is for long runs (800k steps).
@@ -20,6 +22,7 @@ from absl import flags
 
 from experiments import _command
 from experiments import _distill_draft as lib
+from experiments import _regenerate
 from minicpm_jax import config
 from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import host_memory
@@ -40,6 +43,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("window", 0, "Tokens that a draft row sees; 0 is all.", **define)
   flags.DEFINE_integer("int4", 0, "Fake-quantise with this group size; 0 is off.", **define)
   flags.DEFINE_integer("regenerate", 0, "Documents that the target writes itself.", **define)
+  flags.DEFINE_multi_string("prompts", [], "JSONL for --regenerate; repeatable.", **define)
   flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **define)
   flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **define)
   flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config.", **define)
@@ -59,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
   target = draft_run.load_target(values.target)
   cfg = lib.make_config(values, target[0].cfg)
   if values.regenerate:
-    cfg = lib.regenerate(cfg, target, workdir, values)
+    cfg = _regenerate.regenerate(cfg, target, workdir, values)
   cfg = config.overrides(cfg, values["set"].value)
   draft_run.train(dataclasses.replace(cfg, name=workdir.name), workdir, target=target)
 

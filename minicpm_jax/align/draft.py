@@ -1,8 +1,8 @@
 """Training objectives of drafts: EAGLE-1/2 and EAGLE-3 (inference.md section 17).
 
-The frozen target runs inside the step. Parameters are {"draft": ..., "target": ...}; only the first
-is trained (`make_optimizer`). A row t of the draft sees feature t and token t + 1 and is measured
-against the target's distribution after token t + 1:
+The frozen target runs inside the step, or did before (`align.draft_features`). Parameters are
+{"draft": ..., "target": ...}; only the first is trained (`make_optimizer`). A row t of the draft
+sees feature t and token t + 1 and is measured against the target's distribution after token t + 1:
 
   eagle, minicpm   w_f SmoothL1(g_t, f_{t+1}) + w_ce CE(p_{t+1}, q(g_t)), features with noise
   eagle3           sum_i decay^i CE(p_{t+1+i} on the draft's vocabulary, q_i); step i reads its
@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from minicpm_jax import config
+from minicpm_jax.align import draft_steps
 from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import rng, trees, types
 from minicpm_jax.models import draft as draft_lib
@@ -32,6 +33,7 @@ from minicpm_jax.train import step as step_lib
 
 Batch = dict[str, Any]  # of [B, T] arrays, as data.iterator makes them
 FakeQuant = Callable[[types.Params], types.Params]
+Ids = Int[np.ndarray, "R"] | None
 NOISE_LENGTH = 512  # the noise is noise * NOISE_LENGTH / T wide (EAGLE's data loader)
 
 
@@ -40,12 +42,11 @@ NOISE_LENGTH = 512  # the noise is noise * NOISE_LENGTH / T wide (EAGLE's data l
 
 @dataclasses.dataclass
 class Observed:
-  """The target's side of a batch; `logp_BTR` is normalised over the draft's vocabulary."""
+  """The target's side of a batch, nothing of it differentiable."""
 
   features_BTF: Any  # what the draft reads
-  logp_BTR: Any  # float32
+  hidden_BTD: Any  # output of the final norm: the target's distribution is its head on this
   best_BT: Any  # the target's own choice, full token id
-  is_known_BT: Any  # bool: that choice is in the draft's vocabulary
 
 
 def observe(
@@ -53,112 +54,68 @@ def observe(
   params: types.Params,
   batch: Batch,
   cfg: config.DraftConfig,
-  ids_R: Int[np.ndarray, "R"] | None,
+  chunk: int = 0,
 ) -> Observed:
-  """One forward of the target over packed rows, nothing of it differentiable."""
+  """One forward of the target over packed rows; or what the batch holds of an earlier one."""
+  if "hidden" in batch:
+    dtype = types.dtype_of(cfg.layer.dtype)
+    hidden_BTD = batch["hidden"].astype(dtype)
+    features_BTF = batch["features"].astype(dtype) if cfg.feature_layers else hidden_BTD
+    return Observed(features_BTF, hidden_BTD, batch["best"])
   inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
   params = jax.lax.stop_gradient(params)
-  out = target.apply({"params": params}, *inputs, tap_layers=cfg.feature_layers)
-  logits_BTV = out.logits
-  best_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
-  is_known_BT = jnp.ones(best_BT.shape, bool)
-  if ids_R is not None:
-    is_in_V = np.zeros(cfg.layer.vocab_size, bool)
-    is_in_V[ids_R] = True
-    is_known_BT = jnp.asarray(is_in_V)[best_BT]
-    logits_BTV = logits_BTV[..., ids_R]
-  features = out.taps if cfg.feature_layers else out.hidden
-  logp_BTR = jax.nn.log_softmax(logits_BTV, axis=-1)
-  return Observed(*jax.lax.stop_gradient((features, logp_BTR, best_BT, is_known_BT)))
+  variables = {"params": params}
+  out = target.apply(variables, *inputs, tap_layers=cfg.feature_layers, return_logits=False)
+
+  def choice(hidden_BCD):
+    logits_BCV = target.apply(variables, hidden_BCD, method="unembed")
+    return jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+
+  best_BT = by_columns(choice, chunk, out.hidden)
+  features_BTF = out.taps if cfg.feature_layers else out.hidden
+  return Observed(*jax.lax.stop_gradient((features_BTF, out.hidden, best_BT)))
+
+
+def by_columns(fn: Callable[..., Any], chunk: int, *arrays: Any) -> Any:
+  """fn(*arrays) of [B, T, ...], `chunk` columns at a time (0: all), recomputed in the backward.
+
+  So the logits of a large vocabulary exist for `chunk` columns only.
+  """
+  B, T = arrays[0].shape[:2]
+  if not chunk or chunk >= T:
+    return fn(*arrays)
+  if T % chunk:
+    raise ValueError(f"loss_chunk: found {chunk}, expected a divisor of {T} tokens a row")
+  cut = [jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0) for x in arrays]
+  out = jax.lax.map(jax.checkpoint(lambda parts: fn(*parts)), tuple(cut))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), out)
+
+
+def target_logp(
+  cfg: config.ModelConfig, params: types.Params, hidden_BTD: Any, ids_R: Ids
+) -> Float[Array, "B T R"]:
+  """The target's log-probabilities, renormalised over `ids_R` (None: the whole vocabulary)."""
+  head_DR = target_head(cfg, params, ids_R)
+  equation = "BTD,DR->BTR"
+  x_BTR = jnp.einsum(equation, hidden_BTD, head_DR, preferred_element_type=jnp.float32)
+  return jax.lax.stop_gradient(jax.nn.log_softmax(x_BTR / cfg.logit_divisor, axis=-1))
+
+
+def target_head(cfg: config.ModelConfig, params: types.Params, ids_R: Ids) -> Float[Array, "D R"]:
+  """Columns `ids_R` of the target's head, not differentiable."""
+  if cfg.tie_embeddings:
+    table_VD = params["embed"]["embedding"]
+    head_DR = (table_VD[: cfg.vocab_size] if ids_R is None else table_VD[ids_R]).T
+  else:
+    head_DV = params["lm_head"]["kernel"]
+    head_DR = head_DV[:, : cfg.vocab_size] if ids_R is None else head_DV[:, ids_R]
+  return jax.lax.stop_gradient(head_DR).astype(types.dtype_of(cfg.dtype))
 
 
 def embed(target: transformer.Transformer, params: types.Params, tokens_BT: Array) -> Array:
   """The target's embeddings, scaled as in its forward."""
   variables = {"params": jax.lax.stop_gradient(params)}
   return target.apply(variables, tokens_BT, method="embed")
-
-
-# --- Rows and steps ------------------------------------------------------------------------------
-
-
-def shifted(x_BT: Any, by: Any, num_extra: int) -> Array:
-  """Column t becomes column t + by; `by` may be traced, at most num_extra; zeros come in."""
-  T = x_BT.shape[1]
-  padded = jnp.pad(jnp.asarray(x_BT), [(0, 0), (0, num_extra)] + [(0, 0)] * (x_BT.ndim - 2))
-  return jax.lax.dynamic_slice_in_dim(padded, by, T, axis=1)
-
-
-def step_weights(batch: Batch, step: Any, num_steps: int) -> Float[Array, "B T"]:
-  """Weight of row t at step i: the loss mask of position t + 1 + i, inside t's document."""
-  by = step + 1
-  weights_BT = shifted(batch["loss_mask"], by, num_steps)
-  is_same_BT = shifted(batch["segment_ids"], by, num_steps) == batch["segment_ids"]
-  return weights_BT * is_same_BT.astype(weights_BT.dtype)
-
-
-def own_mask(batch: Batch, cfg: config.DraftConfig) -> Bool[Array, "B T T"]:
-  """Rows of one document, causal, inside the window."""
-  segments_BT, positions_BT = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"])
-  is_same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-  mask_BTT = draft_lib.seen(positions_BT, positions_BT, cfg.window_size)
-  return mask_BTT & is_same_BTT & (segments_BT != 0)[:, :, None]
-
-
-def run_steps(
-  cfg: config.DraftConfig,
-  draft_params: types.Params,
-  embed_shifted: Callable[[Any], Array],
-  feature_BTF: Float[Array, "B T F"],
-  batch: Batch,
-  num_steps: int,
-  use: Callable[[Any, Array, Any], Any],
-  carry: Any = None,
-) -> tuple[Any, Any]:
-  """Training-time test: `num_steps` steps on the draft's own outputs as a scan.
-
-  Step 0 is the plain causal pass. At step i row t reads the embedding of token t + 1 + i and its
-  output of step i - 1, at rotary position t + i; it attends to the keys of step 0 up to row t and
-  to its own row's keys of steps 1..i, which is what it sees when it drafts after row t.
-
-  embed_shifted(by): embeddings of the tokens `by` columns ahead. use(i, hidden_BTD, carry) ->
-  (carry, outputs); returns the last carry and the outputs stacked by step.
-  """
-  model, variables = draft_lib.DraftModel(cfg), {"params": draft_params}
-  positions_BT, causal_BTT = jnp.asarray(batch["positions"]), own_mask(batch, cfg)
-  hidden_BTD = model.apply(variables, feature_BTF, method="fuse")
-  tables = draft_lib.position_tables(cfg, positions_BT)
-  hidden_BTD, first = model.apply(variables, embed_shifted(1), hidden_BTD, tables, (), causal_BTT)
-  carry, out = use(0, hidden_BTD, carry)
-  if num_steps == 1:
-    return carry, jax.tree.map(lambda x: x[None], out)
-  J = num_steps - 1
-  buffers = jax.tree.map(lambda x: jnp.zeros((J, *x.shape), x.dtype), first)
-  before_BTT = own_mask(batch, dataclasses.replace(cfg, window_size=0))
-
-  @jax.checkpoint
-  def one(scanned, i):
-    hidden_BTD, buffers, carry = scanned
-    mask_BTT = before_BTT
-    if cfg.window_size:
-      mask_BTT &= draft_lib.seen(positions_BT + i, positions_BT, cfg.window_size)
-    hidden_BTD, new = model.apply(
-      variables,
-      embed_shifted(i + 1),
-      hidden_BTD,
-      draft_lib.position_tables(cfg, positions_BT + i),
-      ((first, mask_BTT),),
-      None,
-      draft_lib.Diagonals(buffers, jnp.arange(J) < i - 1),
-    )
-    buffers = jax.tree.map(
-      lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, i - 1, 0), buffers, new
-    )
-    carry, out = use(i, hidden_BTD, carry)
-    return (hidden_BTD, buffers, carry), out
-
-  (_, _, carry), later = jax.lax.scan(one, (hidden_BTD, buffers, carry), jnp.arange(1, num_steps))
-  joined = jax.tree.map(lambda x, y: jnp.concatenate((x[None], y)), out, later)
-  return carry, joined
 
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -191,7 +148,7 @@ def make_totals_fn(cfg: config.DistillConfig) -> step_lib.TotalsFn:
   num_steps = cfg.ttt_steps if cfg.draft.kind == "eagle3" else 1
 
   def totals_fn(batch: Batch) -> dict[str, jax.Array]:
-    steps = [jnp.sum(step_weights(batch, i, num_steps)) for i in range(num_steps)]
+    steps = [jnp.sum(draft_steps.step_weights(batch, i, num_steps)) for i in range(num_steps)]
     return {"loss": jnp.maximum(jnp.stack(steps), 1.0)}
 
   return totals_fn
@@ -200,14 +157,15 @@ def make_totals_fn(cfg: config.DistillConfig) -> step_lib.TotalsFn:
 def make_loss_fn(
   cfg: config.DistillConfig,
   target: transformer.Transformer,
-  ids_R: Int[np.ndarray, "R"] | None = None,
+  ids_R: Ids = None,
   fake_quant: FakeQuant | None = None,
 ) -> step_lib.LossFn:
   """`loss_fn(params, batch, ctx)` of the draft's kind, params = {"draft": ..., "target": ...}.
 
   The batch is that of pretraining, and with noise has `row_seed` (`with_row_seeds`). ids_R: token
-  ids of the rows of an EAGLE-3 head. Quantisation-aware training: `cfg.draft.layer.quant`
-  (`models.draft.quantized`), or any `fake_quant` of the draft's parameters.
+  ids of the rows of an EAGLE-3 head, or that the cross entropy of the others is restricted to.
+  Quantisation-aware training: `cfg.draft.layer.quant` (`models.draft.quantized`), or any
+  `fake_quant` of the draft's parameters.
   """
   draft_lib.check_fits(cfg.draft, target.cfg)
   one = _eagle3_loss if cfg.draft.kind == "eagle3" else _eagle_loss
@@ -215,10 +173,10 @@ def make_loss_fn(
   def loss_fn(params: types.Params, batch: Batch, ctx: step_lib.LossContext):
     if fake_quant is not None:
       params = params | {"draft": fake_quant(params["draft"])}
-    seen = observe(target, params["target"], batch, cfg.draft, ids_R)
+    seen = observe(target, params["target"], batch, cfg.draft, cfg.loss_chunk)
 
     def embed_shifted(by: Any) -> Array:
-      tokens_BT = shifted(batch["tokens"], by, cfg.ttt_steps + 1)
+      tokens_BT = draft_steps.shifted(batch["tokens"], by, cfg.ttt_steps + 1)
       return embed(target, params["target"], tokens_BT)
 
     return one(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R)
@@ -226,36 +184,60 @@ def make_loss_fn(
   return loss_fn
 
 
-def _draft_logits(cfg: config.DraftConfig, target: Any, params: Any, hidden_BTD: Any) -> Any:
-  head_DV = None
+def _draft_logits(
+  cfg: config.DraftConfig, target: Any, params: Any, hidden_BTD: Any, ids_R: Ids = None
+) -> Any:
+  """Of EAGLE-3's own head; of the others with the target's, rows `ids_R` of it."""
+  head_DR = None
   if cfg.kind != "eagle3":
-    head_DV = transformer.head_weight(target.cfg, jax.lax.stop_gradient(params["target"]))
-    head_DV = head_DV[:, : target.cfg.vocab_size]
+    head_DR = target_head(target.cfg, params["target"], ids_R)
   variables = {"params": params["draft"]}
-  return draft_lib.DraftModel(cfg).apply(variables, hidden_BTD, head_DV, method="logits")
+  return draft_lib.DraftModel(cfg).apply(variables, hidden_BTD, head_DR, method="logits")
+
+
+def _full_ids(rows_BT: Any, ids_R: Ids) -> Any:
+  return rows_BT if ids_R is None else jnp.asarray(ids_R, jnp.int32)[rows_BT]
+
+
+def _divergence(cfg, target, params, ids_R, teacher_BTX, hidden_BTD):
+  """(soft cross entropy, the draft's choice as full token id), both [B, T].
+
+  teacher_BTX: the target's log-probabilities over ids_R, or with chunks its hidden states.
+  """
+
+  def one(teacher_BCX, hidden_BCD):
+    logp_BCR = teacher_BCX
+    if cfg.loss_chunk:
+      logp_BCR = target_logp(target.cfg, params["target"], teacher_BCX, ids_R)
+    logits_BCR = _draft_logits(cfg.draft, target, params, hidden_BCD, ids_R)
+    logq_BCR = jax.nn.log_softmax(logits_BCR, axis=-1)
+    ce_BC = -jnp.sum(jnp.exp(logp_BCR) * logq_BCR, axis=-1)
+    return ce_BC, _full_ids(jnp.argmax(logits_BCR, axis=-1).astype(jnp.int32), ids_R)
+
+  return by_columns(one, cfg.loss_chunk, teacher_BTX, hidden_BTD)
+
+
+def _teacher(cfg, target, params, seen, ids_R):
+  if cfg.loss_chunk:
+    return seen.hidden_BTD
+  return target_logp(target.cfg, params["target"], seen.hidden_BTD, ids_R)
 
 
 def _eagle_loss(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R):
-  del ids_R  # the head is the target's
   f_BTD = seen.features_BTF
   noisy_BTD = f_BTD
   if cfg.noise:
     if "row_seed" not in batch:
       raise ValueError("batch: found no row_seed, expected one with noise > 0 (with_row_seeds)")
     noisy_BTD += feature_noise(batch["row_seed"], f_BTD.shape, cfg.noise, cfg.seed)
-  weights_BT = step_weights(batch, 0, 1)
-
-  def use(i, hidden_BTD, carry):
-    return carry, (hidden_BTD, _draft_logits(cfg.draft, target, params, hidden_BTD))
-
-  _, (hidden_1BTD, logits_1BTV) = run_steps(
-    cfg.draft, params["draft"], embed_shifted, noisy_BTD, batch, 1, use
+  weights_BT = draft_steps.step_weights(batch, 0, 1)
+  _, hidden_1BTD = draft_steps.run_steps(
+    cfg.draft, params["draft"], embed_shifted, noisy_BTD, batch, 1, lambda i, x, carry: (carry, x)
   )
-  error_BT = jnp.mean(smooth_l1(hidden_1BTD[0], shifted(f_BTD, 1, 1)), axis=-1)
-  logp_BTV = shifted(seen.logp_BTR, 1, 1)
-  logq_BTV = jax.nn.log_softmax(logits_1BTV[0], axis=-1)
-  ce_BT = -jnp.sum(jnp.exp(logp_BTV) * logq_BTV, axis=-1)
-  hit_BT = jnp.argmax(logq_BTV, axis=-1) == shifted(seen.best_BT, 1, 1)
+  error_BT = jnp.mean(smooth_l1(hidden_1BTD[0], draft_steps.shifted(f_BTD, 1, 1)), axis=-1)
+  teacher = draft_steps.shifted(_teacher(cfg, target, params, seen, ids_R), 1, 1)
+  ce_BT, tokens_BT = _divergence(cfg, target, params, ids_R, teacher, hidden_1BTD[0])
+  hit_BT = tokens_BT == draft_steps.shifted(seen.best_BT, 1, 1)
   error, ce, hits = (jnp.sum(weights_BT * x) for x in (error_BT, ce_BT, hit_BT))
   total, weight = cfg.feature_loss_weight * error + cfg.ce_weight * ce, jnp.sum(weights_BT)
   sums = {"loss": total, "feature_loss": error, "ce": ce, "acc_1": hits}
@@ -265,21 +247,23 @@ def _eagle_loss(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R):
 
 def _eagle3_loss(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R):
   num_steps = cfg.ttt_steps
+  teacher_BTX = _teacher(cfg, target, params, seen, ids_R)
+  is_known_BT = jnp.ones(seen.best_BT.shape, jnp.float32)
+  if ids_R is not None:
+    is_in_V = np.zeros(cfg.draft.layer.vocab_size, np.float32)
+    is_in_V[ids_R] = 1
+    is_known_BT = jnp.asarray(is_in_V)[seen.best_BT]
 
   def use(i, hidden_BTD, carry):
-    logits_BTR = _draft_logits(cfg.draft, target, params, hidden_BTD)
-    logq_BTR = jax.nn.log_softmax(logits_BTR, axis=-1)
-    logp_BTR = shifted(seen.logp_BTR, i + 1, num_steps)
-    ce_BT = -jnp.sum(jnp.exp(logp_BTR) * logq_BTR, axis=-1)
-    rows_BT = jnp.argmax(logits_BTR, axis=-1)
-    tokens_BT = rows_BT if ids_R is None else jnp.asarray(ids_R)[rows_BT]
-    is_hit_BT = tokens_BT == shifted(seen.best_BT, i + 1, num_steps)
-    weights_BT = step_weights(batch, i, num_steps)
-    known_BT = weights_BT * shifted(seen.is_known_BT.astype(jnp.float32), i + 1, num_steps)
+    teacher = draft_steps.shifted(teacher_BTX, i + 1, num_steps)
+    ce_BT, tokens_BT = _divergence(cfg, target, params, ids_R, teacher, hidden_BTD)
+    is_hit_BT = tokens_BT == draft_steps.shifted(seen.best_BT, i + 1, num_steps)
+    weights_BT = draft_steps.step_weights(batch, i, num_steps)
+    known_BT = weights_BT * draft_steps.shifted(is_known_BT, i + 1, num_steps)
     sums = (jnp.sum(known_BT * ce_BT), jnp.sum(weights_BT * is_hit_BT), jnp.sum(weights_BT))
     return carry, sums
 
-  _, (ce_I, hits_I, weight_I) = run_steps(
+  _, (ce_I, hits_I, weight_I) = draft_steps.run_steps(
     cfg.draft, params["draft"], embed_shifted, seen.features_BTF, batch, num_steps, use
   )
   decay_I = jnp.asarray(cfg.ttt_decay ** np.arange(num_steps), jnp.float32)
@@ -298,33 +282,37 @@ def _eagle3_loss(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R):
 def make_acceptance_fn(
   cfg: config.DistillConfig,
   target: transformer.Transformer,
-  ids_R: Int[np.ndarray, "R"] | None = None,
+  ids_R: Ids = None,
 ) -> Callable[[types.Params, Batch], step_lib.Metrics]:
   """(params, batch) -> acc_1 .. acc_depth of the draft running free on held-out text.
 
   acc_k: of the rows whose first k - 1 drafts were the target's choices (and the text's tokens, so
   that the text goes on as drafted), the share whose k-th draft is the target's choice too.
+  ids_R: of the rows of an EAGLE-3 head; the others choose from the whole vocabulary.
   """
   depth = cfg.eval_depth
+  ids_R = ids_R if cfg.draft.kind == "eagle3" else None
 
   def acceptance(params: types.Params, batch: Batch) -> step_lib.Metrics:
-    seen = observe(target, params["target"], batch, cfg.draft, ids_R)
+    seen = observe(target, params["target"], batch, cfg.draft, cfg.loss_chunk)
+
+    def choice(hidden_BCD):
+      logits_BCR = _draft_logits(cfg.draft, target, params, hidden_BCD)
+      return _full_ids(jnp.argmax(logits_BCR, axis=-1).astype(jnp.int32), ids_R)
 
     def embed_shifted(by: Any) -> Array:
-      return embed(target, params["target"], shifted(batch["tokens"], by, depth + 1))
+      return embed(target, params["target"], draft_steps.shifted(batch["tokens"], by, depth + 1))
 
     def use(i, hidden_BTD, alive_BT):
-      logits_BTR = _draft_logits(cfg.draft, target, params, hidden_BTD)
-      rows_BT = jnp.argmax(logits_BTR, axis=-1)
-      tokens_BT = rows_BT if ids_R is None else jnp.asarray(ids_R)[rows_BT]
-      weights_BT = alive_BT * step_weights(batch, i, depth)
-      is_hit_BT = tokens_BT == shifted(seen.best_BT, i + 1, depth)
-      is_text_BT = tokens_BT == shifted(batch["tokens"], i + 2, depth + 1)
+      tokens_BT = by_columns(choice, cfg.loss_chunk, hidden_BTD)
+      weights_BT = alive_BT * draft_steps.step_weights(batch, i, depth)
+      is_hit_BT = tokens_BT == draft_steps.shifted(seen.best_BT, i + 1, depth)
+      is_text_BT = tokens_BT == draft_steps.shifted(batch["tokens"], i + 2, depth + 1)
       sums = (jnp.sum(weights_BT * is_hit_BT), jnp.sum(weights_BT))
       return weights_BT * is_hit_BT * is_text_BT, sums
 
     ones_BT = jnp.ones(batch["tokens"].shape, jnp.float32)
-    _, (hits_I, weight_I) = run_steps(
+    _, (hits_I, weight_I) = draft_steps.run_steps(
       cfg.draft, params["draft"], embed_shifted, seen.features_BTF, batch, depth, use, ones_BT
     )
     return {f"acc_{i + 1}": metrics_lib.Metric(hits_I[i], weight_I[i]) for i in range(depth)}

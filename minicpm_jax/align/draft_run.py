@@ -1,11 +1,13 @@
 """One run that trains a draft for a frozen target: resumable, sharded, with acceptance curves.
 
 A workdir holds config.py, checkpoints/ (the draft and its optimiser; the target is read anew),
-metrics.jsonl, vocab_ids.npy (EAGLE-3's reduced vocabulary), acceptance.json and .png, and at the
-end draft/ under released names. Starting it again goes on from the newest checkpoint.
+metrics.jsonl, vocab_ids.npy (the reduced vocabulary of EAGLE-3's head or of the loss), features/
+(`align.draft_features`, with stored_rows), acceptance.json and .png, and at the end draft/ under
+released names. Starting it again goes on from the newest checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +20,7 @@ import numpy as np
 
 from minicpm_jax import ckpt, config
 from minicpm_jax.align import draft as draft_loss
+from minicpm_jax.align import draft_features
 from minicpm_jax.ckpt import draft_io, orbax_io, run_config
 from minicpm_jax.core import extras, rng, types
 from minicpm_jax.core import logging as logging_lib
@@ -64,8 +67,8 @@ def train(
 
 
 def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
-  """Sorted ids of the most frequent training tokens, or None where the head has all."""
-  size = cfg.draft.draft_vocab_size
+  """Sorted ids of the most frequent training tokens, or None where head and loss have all."""
+  size = cfg.draft.draft_vocab_size or cfg.loss_vocab_size
   if size is None:
     return None
   counts_V = np.zeros(cfg.draft.layer.vocab_size, np.int64)
@@ -98,16 +101,21 @@ class _Run:
     self.model, params, _ = load_target(cfg.target) if target is None else target
     draft_lib.check_fits(cfg.draft, self.model.cfg)
     self.ids = self._vocab_ids()
+    self.batches = stack.enter_context(contextlib.closing(_open_data(cfg, self.mesh)))
+    self.stored: dict[str, draft_features.Rows] = {}
+    if cfg.stored_rows:
+      self._store_features(params)
 
     # --- State -----------------------------------------------------------------------------------
     shapes, specs = draft_lib.abstract_params(cfg.draft)
     target_shapes, target_specs = transformer.abstract_params(self.model)
+    if cfg.stored_rows:
+      target_shapes, target_specs = map(draft_features.head_params, (target_shapes, target_specs))
     both = {"draft": shapes, "target": target_shapes}
     places = mesh_lib.tree_shardings(self.mesh, {"draft": specs, "target": target_specs}, both)
     optimizer = draft_loss.make_optimizer(cfg, both)
     self.abstract = _abstract_state(optimizer, both, places, self.mesh)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
-    self.batches = stack.enter_context(contextlib.closing(_open_data(cfg, self.mesh)))
     self.state, self.step, self.tokens = self._begin(optimizer, params)
 
     # --- Step functions --------------------------------------------------------------------------
@@ -172,10 +180,10 @@ class _Run:
 
   def _vocab_ids(self) -> np.ndarray | None:
     path = self.workdir / "vocab_ids.npy"
-    if self.cfg.draft.draft_vocab_size is None:
+    if (self.cfg.draft.draft_vocab_size or self.cfg.loss_vocab_size) is None:
       return None
     if not path.exists():
-      if self.cfg.init_from is not None:
+      if self.cfg.init_from is not None and self.cfg.draft.kind == "eagle3":
         ids = draft_io.load_draft(self.cfg.init_from, self.model.cfg).ids
       else:
         ids = draft_vocab(self.cfg)
@@ -187,13 +195,26 @@ class _Run:
       partial.replace(path)
     return np.load(path)
 
+  def _store_features(self, params: types.Params) -> None:
+    """Runs the target over the training and held-out rows, where this is not done yet."""
+    cfg, (index, count) = self.cfg, mesh_lib.data_process(self.mesh)
+    folder = self.workdir / "features" / f"process{index}of{count}"
+    size = cfg.data.batch_size // count
+    write = functools.partial(draft_features.write, cfg=cfg, model=self.model, params=params)
+    rows = write(folder / "train", self.batches, cfg.stored_rows // count)
+    for name in cfg.eval_sources:
+      self.stored[name] = write(folder / f"eval-{name}", self._eval_batches(name), None)
+    self.batches.close()
+    self.batches = draft_features.Epochs(rows, size, cfg.seed)
+
   def _begin(self, optimizer: Any, target_params: types.Params) -> Any:
     """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
     cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
     target_params = jax.device_get(target_params)  # may lie on one device of the mesh
     # Copies: the state is donated, what the caller holds must live on.
     put = lambda x, place: jax.device_put(np.array(x), place)  # noqa: E731
-    target = jax.tree.map(put, target_params, places.params["target"])
+    held = draft_features.head_params(target_params) if cfg.stored_rows else target_params
+    target = jax.tree.map(put, held, places.params["target"])
     newest = self.store.latest_step()
     if newest is not None:
       state = step_lib.TrainState(
@@ -240,14 +261,21 @@ class _Run:
       meta={"tokens": self.tokens, "config_hash": orbax_io.config_hash(self.cfg)},
     )
 
-  def _evaluate(self) -> None:
+  def _eval_batches(self, name: str) -> Any:
+    """This host's rows of the held-out source."""
     index, count = mesh_lib.data_process(self.mesh)
     rows = self.cfg.data.batch_size // count
+    for batch in iterator.make_eval_iterator(self.cfg.data, name, self.cfg.eval_batches or None):
+      yield {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
+
+  def _evaluate(self) -> None:
+    _, count = mesh_lib.data_process(self.mesh)
     for name in self.cfg.eval_sources:
       total: dict[str, metrics_lib.Metric] = {}
-      for batch in iterator.make_eval_iterator(self.cfg.data, name, self.cfg.eval_batches or None):
-        mine = {key: x[index * rows : (index + 1) * rows] for key, x in batch.items()}
-        sharded = mesh_lib.shard_batch(self.mesh, mine)
+      rows = self.cfg.data.batch_size // count
+      stored = self.stored.get(name)
+      for batch in self._eval_batches(name) if stored is None else stored.in_order(rows):
+        sharded = mesh_lib.shard_batch(self.mesh, batch)
         total = metrics_lib.add(total, self.eval_step(self.state.params, sharded))
       means = metrics_lib.means(total)
       self.writer.write(self.step, {f"eval/{name}/{key}": x for key, x in means.items()})
@@ -255,7 +283,8 @@ class _Run:
       self.bar.message(f"step {self.step}: {name}: {spelled}")
 
   def _export(self) -> draft_lib.Draft:
-    draft = draft_lib.Draft(self.cfg.draft, jax.device_get(self.state.params["draft"]), self.ids)
+    ids = self.ids if self.cfg.draft.kind == "eagle3" else None  # the others' head is the target's
+    draft = draft_lib.Draft(self.cfg.draft, jax.device_get(self.state.params["draft"]), ids)
     if mesh_lib.is_main_process():
       draft_io.save_draft(self.workdir / "draft", draft, self.model.cfg)
       write_curves(self.workdir, self.cfg)

@@ -86,6 +86,10 @@ class DistillConfig:
   ttt_decay: float = 0.8  # eagle3: weight of step i is ttt_decay ** i
   feature_loss_weight: float = 1.0  # eagle, minicpm: SmoothL1 on features
   ce_weight: float = 0.1  # eagle, minicpm: soft cross entropy
+  loss_vocab_size: int | None = None  # eagle, minicpm: CE over the most frequent tokens only
+  loss_chunk: int = 0  # columns whose logits exist together (large vocabularies); 0 = all
+  stored_rows: int = 0  # rows gone over again and again, the target run over them once; 0 = never
+  stored_dtype: str = "bf16"  # of their features on disk
   noise: float = 0.2  # eagle, minicpm: width of the uniform feature noise, times 512 / T
   grad_clip_value: float = 0.5  # elementwise; 0 = off
   log_every: int = 10
@@ -99,6 +103,18 @@ class DistillConfig:
       require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
     for name in ("feature_loss_weight", "ce_weight", "noise", "grad_clip_value"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    for name in ("loss_chunk", "stored_rows"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    ok = not self.loss_chunk or self.data.seq_len % self.loss_chunk == 0
+    require(ok, "loss_chunk", self.loss_chunk, f"a divisor of data.seq_len {self.data.seq_len}")
+    types = ("bf16", "f32")
+    require(self.stored_dtype in types, "stored_dtype", self.stored_dtype, f"one of {types}")
+    ok = not self.stored_rows or self.stored_rows >= self.data.batch_size
+    require(ok, "stored_rows", self.stored_rows, f"0 or >= data.batch_size {self.data.batch_size}")
+    if self.loss_vocab_size is not None:
+      ok = self.draft.kind != "eagle3" and 0 < self.loss_vocab_size <= self.draft.layer.vocab_size
+      expected = f"None for eagle3 (draft.draft_vocab_size), 1..{self.draft.layer.vocab_size} else"
+      require(ok, "loss_vocab_size", self.loss_vocab_size, expected)
     require(0 < self.ttt_decay <= 1, "ttt_decay", self.ttt_decay, "in (0, 1]")
     require(
       self.data.batch_size % self.grad_accum == 0,

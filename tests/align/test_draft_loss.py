@@ -34,7 +34,13 @@ def setup(kind, window=0):
   changes |= {"draft_vocab_size": 100} if kind == "eagle3" else {}
   draft = draft_lib.for_target(target()[0].cfg, kind, **changes)
   cfg = config.DistillConfig(
-    target="x", draft=draft, optim=config.OptimConfig(), ttt_steps=STEPS, noise=0.0, ce_weight=0.3
+    target="x",
+    draft=draft,
+    optim=config.OptimConfig(),
+    data=config.DataConfig(seq_len=T),
+    ttt_steps=STEPS,
+    noise=0.0,
+    ce_weight=0.3,
   )
   rng = np.random.default_rng(0)
 
@@ -118,8 +124,9 @@ def weight(kind, b, t, i):
   return float(batch["loss_mask"][b, at]) if at < T and segment[at] == segment[t] else 0.0
 
 
-def run(kind, window=0, **changes):
-  cfg, params, ids, batch = setup(kind, window)
+def run(kind, window=0, ids=None, **changes):
+  cfg, params, own_ids, batch = setup(kind, window)
+  ids = own_ids if ids is None else ids
   cfg = dataclasses.replace(cfg, **changes)
   model, target_params = target()
   both = {"draft": params, "target": target_params}
@@ -156,6 +163,32 @@ def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind):
   assert (float(metrics["acc_1"].sum), float(metrics["acc_1"].weight)) == (hits, weights)
   assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads["target"])) == 0.0
   assert min(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads["draft"])) > 0.0
+
+
+def test_a_restricted_loss_renormalises_both_sides_and_chunks_change_nothing():
+  """FR-Spec's list in the loss: p and q over its tokens only. The feature loss is untouched."""
+  cfg, _, _, _ = setup("minicpm")
+  _, logits, _ = seen("minicpm")
+  model, params = target()
+  ids = np.sort(np.random.default_rng(4).choice(V, 60, replace=False))
+  head = np.asarray(transformer.head_weight(model.cfg, params), np.float64)[:, ids]
+  ce, hits = 0.0, 0.0
+  for (b, t, i), g in free_run("minicpm").items():
+    if i == 0:
+      q = log_softmax(g.astype(np.float64) @ head / model.cfg.logit_divisor)
+      p = log_softmax(logits[b, t + 1][ids])
+      ce += weight("minicpm", b, t, 0) * -np.sum(np.exp(p) * q)
+      hits += weight("minicpm", b, t, 0) * (ids[q.argmax()] == logits[b, t + 1].argmax())
+  whole = run("minicpm", ids=ids)
+  np.testing.assert_allclose(float(whole[1]["ce"].sum), ce, rtol=1e-5)
+  assert float(whole[1]["acc_1"].sum) == hits
+  np.testing.assert_allclose(whole[1]["feature_loss"].sum, run("minicpm")[1]["feature_loss"].sum)
+  for kind, more in (("minicpm", {"ids": ids}), ("eagle3", {})):
+    parts, full = run(kind, loss_chunk=7, **more), run(kind, **more)
+    np.testing.assert_allclose(parts[0], full[0], rtol=1e-6)
+    common.assert_trees_close(parts[2]["draft"], full[2]["draft"], atol=1e-6)
+  with pytest.raises(ValueError, match="loss_chunk: found 4, expected a divisor of data.seq_len"):
+    run("minicpm", loss_chunk=4)
 
 
 @pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 4])

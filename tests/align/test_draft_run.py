@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _distill_draft, distill_draft
+from experiments import _regenerate, distill_draft
 from minicpm_jax import ckpt, config
 from minicpm_jax.align import draft_run
 from minicpm_jax.data import documents, shards
@@ -22,7 +22,7 @@ SIZE = 40
 def source(folder, name, seed):
   rng = np.random.default_rng(seed)
   texts = [" ".join(map(str, rng.integers(0, 256, 40) ** 2 // 256)) for _ in range(20)]
-  docs, ids = documents.from_texts(texts), _distill_draft._Ids(256)
+  docs, ids = documents.from_texts(texts), _regenerate.Ids(256)
   shards.prepare(docs, folder / name, name=name, tokenizer=ids, add_eos=False)
   return config.SourceConfig(name=name, path=str(folder / name))
 
