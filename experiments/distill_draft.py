@@ -20,9 +20,8 @@ import sys
 
 from absl import flags
 
-from experiments import _command
+from experiments import _command, _regenerate
 from experiments import _distill_draft as lib
-from experiments import _regenerate
 from minicpm_jax import config
 from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import host_memory
