@@ -49,7 +49,7 @@ class Result:
 
 def spec_data(spec: plan.RunSpec) -> dict[str, Any]:
   """The spec as JSON data, for the file of a run and for telling runs apart."""
-  return json.loads(json.dumps(dataclasses.asdict(spec)))
+  return _json_data(spec)
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
@@ -119,13 +119,56 @@ def check_past(trunk: plan.RunSpec, branch: plan.RunSpec) -> None:
 
 
 def check_same(path: pathlib.Path, found: Any, expected: Any) -> None:
-  different = [k for k in expected if found.get(k) != expected[k]]
-  if different:
-    name = different[0]
-    raise PlanError(
-      f"{path}: is of a run with {name} {str(found.get(name))[:200]}, expected "
-      f"{str(expected[name])[:200]}; use another workdir or another run name"
-    )
+  """PlanError where a file's data differ from `expected`; names the first field that does."""
+  if found == expected:
+    return
+  name, there, here = _first_difference(found, expected)
+  raise PlanError(
+    f"{path}: is of a run with {name} {str(there)[:200]}, expected "
+    f"{str(here)[:200]}; use another workdir or another run name"
+  )
+
+
+def check_spec(path: pathlib.Path, found: dict[str, Any], spec: plan.RunSpec) -> None:
+  """`check_same` for a spec, whose file may be older than a field of its configs.
+
+  A field that the file lacks counts as having its default, which is how the run was made if the
+  field changes nothing at its default. Fields that the file has and the configs no longer have are
+  differences.
+  """
+  check_same(path, _with_defaults(found, spec), spec_data(spec))
+
+
+def _with_defaults(data: Any, like: Any) -> Any:
+  """`data` with the defaults of the fields that it lacks, by the dataclasses inside `like`."""
+  if dataclasses.is_dataclass(like) and isinstance(data, dict):
+    filled = {name: _with_defaults(x, getattr(like, name, None)) for name, x in data.items()}
+    for field in dataclasses.fields(like):
+      default = field.default
+      if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+      if field.name not in data and default is not dataclasses.MISSING:
+        filled[field.name] = _json_data(default)
+    return filled
+  if isinstance(like, list | tuple) and isinstance(data, list) and len(data) == len(like):
+    return [_with_defaults(x, y) for x, y in zip(data, like, strict=True)]
+  return data
+
+
+def _json_data(value: Any) -> Any:
+  """`value` as it comes back from a JSON file."""
+  return json.loads(json.dumps({"x": value}, default=dataclasses.asdict))["x"]
+
+
+def _first_difference(found: Any, expected: Any, name: str = "") -> tuple[str, Any, Any]:
+  """(dotted name, found, expected) of the first field that differs; "nothing" where one lacks."""
+  if not (isinstance(found, dict) and isinstance(expected, dict)):
+    return name, found, expected
+  for key in dict.fromkeys([*expected, *found]):
+    there, here = found.get(key, "nothing"), expected.get(key, "nothing")
+    if there != here:
+      return _first_difference(there, here, f"{name}.{key}".lstrip("."))
+  raise AssertionError("no difference")  # callers have found one
 
 
 def restore(path: pathlib.Path, like: engine.State, file: Any) -> engine.State:

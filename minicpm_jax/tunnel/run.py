@@ -70,7 +70,7 @@ class Runner:
     if not path.exists():
       return None
     data = json.loads(path.read_text())
-    records.check_same(path, data["spec"], records.spec_data(spec))
+    records.check_spec(path, data["spec"], spec)
     return records.result_of(data["result"])
 
   def save_state(self, spec: plan.RunSpec, state: engine.State, result: records.Result) -> None:
@@ -212,7 +212,7 @@ class _Lane:
       if path.exists() and runner._result_path(spec.name).exists() is False:
         with np.load(path) as file:
           about = json.loads(str(file["__about__"]))
-        records.check_same(path, about["spec"], records.spec_data(spec))
+        records.check_spec(path, about["spec"], spec)
         result = records.result_of(about["result"])
         result.is_resumed = True
         return runner.load_state(spec, spec.name, step), result

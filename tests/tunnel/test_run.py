@@ -149,6 +149,47 @@ def test_other_runs_under_the_same_name_are_refused(done, text):
     r.run([dataclasses.replace(trunk, seed=1)])
 
 
+def edited(path, change) -> None:
+  """The run's file as an older or newer version of the configs would have written it."""
+  data = json.loads(path.read_text())
+  change(data["spec"])
+  path.write_text(json.dumps(data))
+
+
+def test_files_older_than_a_field_are_read_where_the_run_has_its_default(text, tmp_path):
+  one, two = spec("one"), spec("two", seed=2)
+  runner(text, tmp_path).run([one, two])
+
+  def age(data):  # fields of four dataclasses that these runs leave at their defaults
+    for place, name in ((data, "save_steps"), (data["model"], "sparse")):
+      del place[name]
+    del data["optim"]["clip_norm"], data["optim"]["schedule"]["decay_shape"]
+    del data["phases"][0]["start_step"]
+
+  edited(tmp_path / "runs" / "one.json", age)
+  r = runner(text, tmp_path, log=lambda line: pytest.fail(f"ran again: {line}"))
+  assert math.isfinite(r.run([one])["one"].loss())
+  edited(tmp_path / "runs" / "two.json", lambda data: data.pop("seed"))  # its seed was 2
+  with pytest.raises(records.PlanError, match="is of a run with seed 0, expected 2"):
+    r.run([two])
+
+
+@pytest.mark.parametrize(
+  "change, match",
+  [
+    (lambda d: d["model"].pop("model_dim"), "model.model_dim nothing, expected 16"),  # no default
+    (lambda d: d["optim"].update(magic=3), "optim.magic 3, expected nothing"),  # no such field now
+    (lambda d: d["phases"][0].update(start_step=4), "with phases"),
+  ],
+)
+def test_other_fields_of_a_file_are_refused(text, tmp_path, change, match):
+  one = spec("one", steps=4)
+  runner(text, tmp_path).run([one])
+  edited(tmp_path / "runs" / "one.json", change)
+  with pytest.raises(records.PlanError, match=match):
+    runner(text, tmp_path).run([one])
+
+
 @pytest.mark.parametrize(
   "change, match",
   [
