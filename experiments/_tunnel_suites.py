@@ -1,12 +1,13 @@
 """The list of suites of `experiments.tunnel` and the report's first paragraph."""
 
+import json
 import platform
 from collections.abc import Callable, Sequence
 
 import jax
 
 from experiments import _tunnel, _tunnel_law, _tunnel_mup, _tunnel_stages, _tunnel_wsd
-from minicpm_jax.tunnel import report
+from minicpm_jax.tunnel import records, report
 
 SUITES: dict[str, Callable[[_tunnel.Context], report.Section]] = {
   "mup": _tunnel_mup.mup,
@@ -42,5 +43,35 @@ def intro(ctx: _tunnel.Context, scale: str, names: Sequence[str]) -> str:
     f"{corpus.vocab_size}, rows of {_tunnel.SEQ_LEN} bytes. {device.platform} "
     f"{device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}. Losses are "
     "compared within a seed. An effect counts as shown only if it holds for every seed that was "
-    "run; CPU seconds are of the runs alone, without compilation."
+    "run; CPU seconds in a suite's text are of its runs alone, without compilation; the last table "
+    "counts everything."
   )
+
+
+# --- Cost ----------------------------------------------------------------------------------------
+
+
+def note_cost(ctx: _tunnel.Context, suite: str, wall: float, cpu: float) -> dict[str, float]:
+  """Adds the seconds of one start of a suite to WORKDIR/SCALE/seconds.json; its sums so far."""
+  path = ctx.workdir / "seconds.json"
+  known = json.loads(path.read_text()) if path.exists() else {}
+  sums = known.setdefault(suite, {"cpu": 0.0, "wall": 0.0, "starts": 0})
+  for name, value in (("cpu", cpu), ("wall", wall), ("starts", 1)):
+    sums[name] += value
+  records.write_json(path, known)
+  return sums
+
+
+def cost(ctx: _tunnel.Context) -> report.Section:
+  """Seconds of every suite that was finished in this workdir, all starts together."""
+  known = json.loads((ctx.workdir / "seconds.json").read_text())
+  section = report.Section("What it cost")
+  section.text(
+    "Seconds of one process, compilation, scoring and plots included, summed over all starts of a",
+    "suite in this workdir (a start that was cut off is not counted). Wall time is that of a",
+    "machine which may have been shared.",
+  )
+  rows = [(name, f"{x['cpu']:.0f}", f"{x['wall']:.0f}", x["starts"]) for name, x in known.items()]
+  total = [f"{sum(x[kind] for x in known.values()):.0f}" for kind in ("cpu", "wall")]
+  section.table(("suite", "CPU s", "wall s", "starts"), [*rows, ("all", *total, "")])
+  return section

@@ -48,14 +48,17 @@ def _run() -> None:
   for name in names:
     wall, cpu = time.perf_counter(), time.process_time()
     section = _tunnel_suites.SUITES[name](ctx)
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    section.data |= {"suite": name, "seconds": seconds}
-    print(f"suite {name}: {seconds['wall']:.0f} s, {seconds['cpu']:.0f} s CPU")
+    spent = (time.perf_counter() - wall, time.process_time() - cpu)
+    section.data |= {"suite": name, "seconds": _tunnel_suites.note_cost(ctx, name, *spent)}
+    print(f"suite {name}: {spent[0]:.0f} s, {spent[1]:.0f} s CPU")
     for claim in section.claims:
       print(f"  {'shown    ' if claim.is_shown else 'NOT SHOWN'} {claim.text}: {claim.numbers}")
     sections.append(section)
     path = report.write(
-      workdir / "report", "Model wind tunnel", _tunnel_suites.intro(ctx, scale, names), sections
+      workdir / "report",
+      "Model wind tunnel",
+      _tunnel_suites.intro(ctx, scale, names),
+      [*sections, _tunnel_suites.cost(ctx)],
     )
   print(f"report: {path}")
 

@@ -29,7 +29,8 @@ def test_stages_suite_writes_a_report_and_resumes(tmp_path, one_device, monkeypa
   monkeypatch.setenv("XLA_FLAGS", "")
   assert run(tmp_path, "stages") == 0
   data = json.loads((tmp_path / "report" / "report.json").read_text())
-  (section,) = data["sections"]
+  section, cost = data["sections"]
+  assert cost["title"] == "What it cost"
   assert len(section["claims"]) == 3 and section["data"]["suite"] == "stages"
   page = (tmp_path / "report" / "report.md").read_text()
   assert all(claim["text"] in page for claim in section["claims"])
@@ -39,6 +40,8 @@ def test_stages_suite_writes_a_report_and_resumes(tmp_path, one_device, monkeypa
   capsys.readouterr()
   assert run(tmp_path, "stages") == 0
   assert [path.stat().st_mtime_ns for path in runs] == before
+  seconds = json.loads((tmp_path / "tiny" / "seconds.json").read_text())["stages"]
+  assert seconds["starts"] == 2 and seconds["cpu"] > section["data"]["seconds"]["cpu"] > 0
   assert (
     json.loads((tmp_path / "report" / "report.json").read_text())["sections"][0]["claims"]
     == (section["claims"])
@@ -51,7 +54,8 @@ def test_every_suite_runs(tmp_path, one_device, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")
   assert run(tmp_path, "paper") == 0
   data = json.loads((tmp_path / "report" / "report.json").read_text())
-  assert [s["data"]["suite"] for s in data["sections"]] == list(_tunnel_suites.SUITES)
+  suites = [s["data"].get("suite") for s in data["sections"]]
+  assert suites == [*_tunnel_suites.SUITES, None]  # the last is the cost
   assert (tmp_path / "tiny" / "large_run" / "config.py").exists()
 
 
