@@ -28,6 +28,7 @@ class Scale:
   law_widths: tuple[int, ...]
   law_lengths: tuple[int, ...]
   law_seeds: int
+  bench_lengths: tuple[int, ...]  # shorter runs that only ScalingBench scores
   batch_widths: tuple[int, ...]
   batch_rows: tuple[int, ...]
   batch_tokens: int
@@ -50,8 +51,9 @@ SCALES = {
     law_widths=(32, 48, 64, 96),
     law_lengths=(400, 800, 1600, 3200),
     law_seeds=2,
+    bench_lengths=(12, 25, 50, 100, 200),
     batch_widths=(32, 48, 64),
-    batch_rows=(4, 8, 16, 32, 64),
+    batch_rows=(1, 2, 4, 8, 16, 32),
     batch_tokens=1_000_000,
     table_widths=(32, 64),
     table_lengths=(400, 1600),
@@ -70,8 +72,9 @@ SCALES = {
     law_widths=(16, 32, 48, 64),
     law_lengths=(200, 400, 800, 1600),
     law_seeds=1,
+    bench_lengths=(12, 25, 50, 100),
     batch_widths=(16, 32),
-    batch_rows=(4, 8, 16, 32, 64),
+    batch_rows=(1, 2, 4, 8, 16, 32),
     batch_tokens=400_000,
     table_widths=(32, 64),
     table_lengths=(200, 400),
@@ -90,6 +93,7 @@ SCALES = {
     law_widths=(16, 32, 48),
     law_lengths=(30, 40, 50),
     law_seeds=1,
+    bench_lengths=(8,),
     batch_widths=(16,),
     batch_rows=(4, 8, 16),
     batch_tokens=16_384,

@@ -17,7 +17,7 @@ def step_law(ctx: _tunnel.Context) -> report.Section:
   """MiniCPM4 table 3 at toy size: vanilla with StepLaw's rate and batch against muP."""
   scale, section = ctx.scale, report.Section("StepLaw beside muP")
   runner = ctx.runner("steplaw")
-  base, items = min(scale.table_widths), _tunnel_law._items(ctx)
+  base, items = min(scale.table_widths), _tunnel_law.items_of(ctx, "continuation")
   lrs = plan.log_grid(0.016, 2.0, 5)
   search_steps = min(scale.table_lengths)
 

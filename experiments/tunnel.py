@@ -25,14 +25,26 @@ flags.DEFINE_enum("scale", "toy", ("toy", "quick", "tiny"), "How much is run.", 
 flags.DEFINE_bool("quick", False, "Short for --scale=quick.", flag_values=VALUES)
 flags.DEFINE_string("workdir", "runs/tunnel", "Folder of runs and report.", flag_values=VALUES)
 flags.DEFINE_string("data", None, "Folder of text; default: Python's source.", flag_values=VALUES)
-flags.DEFINE_integer("threads", 1, "CPU threads; 1 is enough here.", flag_values=VALUES)
+flags.DEFINE_integer(
+  "jobs", None, "Runs at a time on a CPU; default: its cores, at most 4.", flag_values=VALUES
+)
+
+
+def _set_xla_flags(jobs: int) -> None:
+  """As many CPU devices as jobs: the runner spreads the runs of a program over devices.
+
+  One run is too small for two threads. Other accelerators do not look at these flags.
+  """
+  if jobs < 1:
+    raise ValueError(f"--jobs: found {jobs}, expected at least 1")
+  found = os.environ.get("XLA_FLAGS", "")
+  if "host_platform_device_count" not in found:
+    found += f" --xla_force_host_platform_device_count={jobs}"
+  os.environ["XLA_FLAGS"] = f"{found} --xla_cpu_multi_thread_eigen=false"
 
 
 def _run() -> None:
-  if VALUES.threads == 1:
-    os.environ["XLA_FLAGS"] = (
-      f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-    )
+  _set_xla_flags(min(4, os.cpu_count() or 1) if VALUES.jobs is None else VALUES.jobs)
   from experiments import _tunnel, _tunnel_suites
   from minicpm_jax.core import host_memory
   from minicpm_jax.core import logging as logging_lib

@@ -205,6 +205,7 @@ class Extrapolation:
   sigmoid: np.ndarray
   line: np.ndarray
   fitted: Sigmoid
+  line_coefficients: tuple[float, float]  # slope, intercept
 
   @property
   def sigmoid_error(self) -> float:
@@ -230,4 +231,5 @@ def extrapolate(
     raise ValueError("is_heldout: found no held-out model, expected at least the largest")
   fitted = fit_sigmoid(ls[~held], accs[~held], chance=chance, num_items=num_items)
   slope, intercept = np.polyfit(ls[~held], accs[~held], 1)
-  return Extrapolation(accs[held], fitted(ls[held]), slope * ls[held] + intercept, fitted)
+  line = (float(slope), float(intercept))
+  return Extrapolation(accs[held], fitted(ls[held]), slope * ls[held] + intercept, fitted, line)
