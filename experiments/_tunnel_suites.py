@@ -42,9 +42,9 @@ def intro(ctx: _tunnel.Context, scale: str, names: Sequence[str]) -> str:
     f"Scale {scale}, suites {', '.join(names)}. Training bytes: {sizes}; vocabulary "
     f"{corpus.vocab_size}, rows of {_tunnel.SEQ_LEN} bytes. {device.platform} "
     f"{device.device_kind}, jax {jax.__version__}, Python {platform.python_version()}. Losses are "
-    "compared within a seed. An effect counts as shown only if it holds for every seed that was "
-    "run; CPU seconds in a suite's text are of its runs alone, without compilation; the last table "
-    "counts everything."
+    "compared within a seed, and an effect counts as shown only if it holds for every seed that "
+    "was run (except in the suite mup, which says why). CPU seconds in a suite's text are of its "
+    "runs alone, without compilation; the last table counts everything."
   )
 
 

@@ -1,11 +1,18 @@
 """`experiments.tunnel` at tiny scale: reports are written, runs are read back, input is checked."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from experiments import _tunnel, _tunnel_stages, _tunnel_suites, tunnel
+from experiments import _flags, _tunnel, _tunnel_stages, _tunnel_suites, tunnel
 from minicpm_jax.tunnel import corpus
+from tests import words
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(tmp_path, suite: str) -> int:
@@ -59,12 +66,45 @@ def test_every_suite_runs(tmp_path, one_device, monkeypatch):
   assert (tmp_path / "tiny" / "large_run" / "config.py").exists()
 
 
+def test_the_large_run_is_launched_by_pretrain(tmp_path, monkeypatch):
+  """config.py of the suite "plan", shrunk by flags, on data of two documents' worth."""
+  pytest.importorskip("matplotlib")
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setattr(corpus, "python_source", lambda: corpus.from_texts({"text": ["a"] * 999}, {}))
+  assert run(tmp_path, "plan") == 0
+  path = tmp_path / "tiny" / "large_run" / "config.py"
+  recipe, planned = _flags.load("minicpm4_0p5b"), _flags.load(str(path))
+  assert planned.model == recipe.model and planned.optim.peak_lr == recipe.optim.peak_lr
+  schedule = planned.optim.schedule
+  assert schedule.total_steps == planned.num_steps == -(-100e9 // (976 * 4096))
+  assert planned.data.phases[1].start_step == schedule.decay_start
+  source = words.write_source(tmp_path, "a", [words.text_of(range(2, 64))] * 20)
+  small = {"num_layers": 1, "model_dim": 32, "mlp_dim": 64, "num_heads": 4, "num_kv_heads": 2}
+  small = {f"model.{k}": v for k, v in {**small, "head_dim": 8, "vocab_size": 64}.items()}
+  small |= {"model.mtp": "none", "data.seq_len": 32, "data.batch_size": 8, "num_steps": 2}
+  command = [sys.executable, "-m", "experiments.pretrain", f"--config={path}"]
+  command += [f"--workdir={tmp_path / 'run'}", f"--data=a:{source.path}"]
+  command += [f"--set={k}={v}" for k, v in small.items()]
+  environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "step 2/2" in done.stdout and (tmp_path / "run" / "checkpoints" / "2").exists()
+
+
 def test_bad_flags_are_named(tmp_path, capsys):
   assert run(tmp_path, "everything") == 1
   assert "--suite: found ['everything']" in capsys.readouterr().err
-  tunnel.VALUES.unparse_flags()
-  assert tunnel.main(["tunnel", f"--data={tmp_path / 'none'}", "--suite=plan"]) == 1
-  assert "none" in capsys.readouterr().err
+  for flag, message in ((f"--data={tmp_path / 'none'}", "none"), ("--jobs=0", "--jobs: found 0")):
+    tunnel.VALUES.unparse_flags()
+    assert tunnel.main(["tunnel", flag, "--suite=plan"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_one_device_a_job(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+  tunnel._set_xla_flags(3)
+  found = os.environ["XLA_FLAGS"]
+  assert "--xla_x=1" in found and "--xla_force_host_platform_device_count=3" in found
 
 
 def test_scales_have_what_the_suites_need():

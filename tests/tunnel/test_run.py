@@ -120,6 +120,38 @@ def test_stacked_runs_equal_single_ones(done, text, tmp_path):
   assert len({round(x.loss(), 6) for x in both.values()}) == 3
 
 
+def test_runs_of_one_shape_share_one_compiled_program(text, tmp_path):
+  """Rates, schedules, seeds, muP constants, both readings and the standard parameterisation."""
+  one = spec("one", steps=4)
+
+  def model(mode, **more) -> config.ModelConfig:
+    return plan.small_model(16, mode, head_dim=8, base_width=8, num_layers=1, **more)
+
+  specs = [
+    one,
+    spec("rate", lr=0.05, steps=4),
+    spec("decay", steps=6, decay=2),
+    spec("seed", steps=4, seed=1),
+    dataclasses.replace(one, name="constants", model=model("matrix", init_std=0.2, scale_emb=3.0)),
+    dataclasses.replace(one, name="vector", model=model("vector")),
+    dataclasses.replace(
+      one, name="sp", model=model("sp"), optim=dataclasses.replace(one.optim, mup=False)
+    ),
+  ]
+  r = runner(text, tmp_path)
+  found = r.run(specs)
+  (program,) = r._programs.values()
+  assert program.advance._cache_size() == program.row_nats._cache_size() == 1
+  assert len({result.loss() for result in found.values()}) == len(specs)
+
+
+def test_runs_are_spread_over_devices(done, text, tmp_path):
+  """Two devices give what one gives; `experiments.tunnel --jobs` makes CPU devices."""
+  _, specs, results = done
+  found = runner(text, tmp_path, devices=jax.devices()[:2]).run(specs)
+  assert {n: x.losses for n, x in found.items()} == {n: x.losses for n, x in results.items()}
+
+
 def test_a_diverged_run_is_infinite_and_does_not_stop_the_others(text, tmp_path):
   specs = [spec("wild", lr=1e30), spec("tame", lr=0.02)]
   found = runner(text, tmp_path).run(specs)
