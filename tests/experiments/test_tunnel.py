@@ -20,6 +20,12 @@ def run(tmp_path, suite: str) -> int:
   return tunnel.main(["tunnel", f"--suite={suite}", "--scale=tiny", f"--workdir={tmp_path}"])
 
 
+@pytest.fixture(autouse=True)
+def flags_of_this_process(monkeypatch):
+  """The command writes XLA_FLAGS; later tests start processes with them."""
+  monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+
+
 @pytest.fixture
 def one_device(monkeypatch):
   """The test session has 8 host devices; each would compile for itself."""
