@@ -1,0 +1,128 @@
+"""Layers of draft models: attention over several sets of keys, the fc, one decoder layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from minicpm_jax.config import DraftConfig, ModelConfig
+from minicpm_jax.core import mesh, types
+from minicpm_jax.nn import functional, layers, rope
+
+
+def attend(
+  q_BTNH: Float[Array, "B T N H"],
+  parts: list[tuple[Array, Array, Array]],
+  own: tuple[Array, Array] | None = None,
+  diagonals: tuple[Array, Array, Array] | None = None,
+) -> Float[Array, "B T N H"]:
+  """One softmax over several sets of keys, none of them copied; 0 where a row sees nothing.
+
+  parts: (k_BSKH, v_BSKH, mask_BTS). own: (k_BTKH, v_BTKH), row t sees its own. diagonals:
+  (k_JBTKH, v_JBTKH, is_on_J), row t sees row t of each set that is on.
+  """
+  B, T, N, H = q_BTNH.shape
+  K = parts[0][0].shape[2]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  if own is not None:
+    one = jnp.ones((1,), bool)
+    k_J, v_J, is_on_J = diagonals or (own[0][:0], own[1][:0], one[:0])
+    if diagonals is None:
+      diagonals = (own[0][None], own[1][None], one)
+    else:
+      diagonals = (
+        jnp.concatenate((k_J, own[0][None])),
+        jnp.concatenate((v_J, own[1][None])),
+        jnp.concatenate((is_on_J, one)),
+      )
+  scores, masks = [], []
+  for k_BSKH, _, mask_BTS in parts:
+    scores.append(jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, k_BSKH.astype(q_BTNH.dtype)))
+    masks.append(jnp.broadcast_to(mask_BTS[:, :, None, None, :], (B, T, 1, 1, k_BSKH.shape[1])))
+  if diagonals is not None:
+    k_JBTKH, _, is_on_J = diagonals
+    scores.append(jnp.einsum("BTKGH,JBTKH->BTKGJ", q_BTKGH, k_JBTKH))
+    on = is_on_J[None, None, None, None, :]
+    masks.append(jnp.broadcast_to(on, (B, T, 1, 1, is_on_J.shape[0])))
+  sizes = [s.shape[-1] for s in scores]
+  scores_all = jnp.concatenate(scores, axis=-1).astype(jnp.float32) * H**-0.5
+  mask_all = jnp.concatenate(masks, axis=-1)
+  scores_all = jnp.where(mask_all, scores_all, -1e30)
+  weights = jnp.where(mask_all, jax.nn.softmax(scores_all, axis=-1), 0.0).astype(q_BTNH.dtype)
+  split = jnp.split(weights, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+  out_BTKGH = jnp.zeros_like(q_BTKGH)
+  for weight, (_, v_BSKH, _) in zip(split, parts, strict=False):
+    out_BTKGH += jnp.einsum("BTKGS,BSKH->BTKGH", weight, v_BSKH.astype(q_BTNH.dtype))
+  if diagonals is not None:
+    out_BTKGH += jnp.einsum("BTKGJ,JBTKH->BTKGH", split[-1], diagonals[1])
+  return out_BTKGH.reshape(B, T, N, H)
+
+
+class Fuse(nn.Module):
+  """The fc: [features] -> D, with a bias where the checkpoint has one."""
+
+  cfg: DraftConfig
+  num_in: int
+
+  @nn.compact
+  def __call__(self, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    cfg, D = self.cfg.layer, self.cfg.layer.model_dim
+    shape, std = (self.num_in * D, D), layers.matrix_std(cfg)
+    x_BTD = functional.linear(x_BTF, layers.kernel_leaf(self, cfg, shape, ("embed", None), std))
+    if self.cfg.fc_bias:
+      dtype = types.dtype_of(cfg.param_dtype)
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+      x_BTD = x_BTD + self.param("bias", zeros, (D,), dtype).astype(x_BTD.dtype)[None, None, :]
+    return x_BTD
+
+
+class DraftAttention(nn.Module):
+  """q, k, v of `x` (D or 2D wide), rotated; `attend` over what the caller says it sees."""
+
+  cfg: ModelConfig
+  in_dim: int
+
+  @nn.compact
+  def __call__(
+    self, x: Array, tables: rope.RopeTables, past: Any, own_mask: Any, diagonals: Any
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    cfg, N, K, H = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
+    kv_axes = ("embed", "kv_heads", "head_dim")
+    q_axes = ("embed", "heads", "head_dim")
+    q_BTNH = layers.Linear(cfg, (self.in_dim, N, H), q_axes, name="q")(x)
+    k_BTKH = layers.Linear(cfg, (self.in_dim, K, H), kv_axes, name="k")(x)
+    v_BTKH = layers.Linear(cfg, (self.in_dim, K, H), kv_axes, name="v")(x)
+    q_BTNH, k_BTKH = rope.apply_rope(q_BTNH, tables), rope.apply_rope(k_BTKH, tables)
+    q_BTNH = mesh.constrain(q_BTNH, "act_batch", "act_seq", "act_heads", None)
+    parts = list(past)
+    if own_mask is not None:
+      parts.append((k_BTKH, v_BTKH, own_mask))
+    own = (k_BTKH, v_BTKH) if own_mask is None else None
+    out_BTNH = attend(q_BTNH, parts, own, diagonals)
+    o_axes = ("heads", "head_dim", "embed")
+    out_BTD = layers.Linear(cfg, (N, H, cfg.model_dim), o_axes, num_in=2, name="o")(out_BTNH)
+    return out_BTD, (k_BTKH, v_BTKH)
+
+
+class DraftLayer(nn.Module):
+  """One decoder layer; without `attn_norm` its input goes to q, k, v as it is."""
+
+  cfg: DraftConfig
+  has_attn_norm: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, inputs: Any, tables: rope.RopeTables, past: Any, own_mask: Any, diag: Any
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    cfg, s = self.cfg.layer, self.cfg.residual_scale
+    if inputs is None:
+      inputs = layers.RMSNorm(cfg, name="attn_norm")(x_BTD) if self.has_attn_norm else x_BTD
+    attn = DraftAttention(cfg, inputs.shape[-1], name="attn")
+    branch, new = attn(inputs, tables, past, own_mask, diag)
+    x_BTD = functional.add_branch(x_BTD, branch, s)
+    normed = layers.RMSNorm(cfg, name="mlp_norm")(x_BTD)
+    x_BTD = functional.add_branch(x_BTD, layers.MLP(cfg, name="mlp")(normed), s)
+    return mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed"), new
