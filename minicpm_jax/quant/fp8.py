@@ -1,12 +1,11 @@
-"""Block-wise FP8 matmul for training (MiniCPM4 section 2.3.2, quantization.md 9), reference form.
+"""Block-wise FP8 matmul for training (MiniCPM4 section 2.3.2, quantization.md 9).
 
   forward   Y  = sum_kb sx[m, kb] sw[kb, nb] (Xq Wq)   X in tiles 1 x 128 along K, W in 128 x 128
   dgrad     dX = sum_nb sd[m, nb] sw[kb, nb] (Dq Wq^T) dY in tiles 1 x 128 along N, the same Wq
   wgrad     dW = X^T dY                                bf16 inputs, float32 sums, nothing quantised
 
 s = amax / 448 (E4M3), 1 where that is 0; q = cast(clip(x / s)): a cast above 464 would give NaN.
-Products are of the dequantised values in float32, which is what tensor cores with float32
-promotion compute; `block_matmul` spells the sum over blocks out. Edges are padded with zeros.
+Products are those of `pallas_kernels.fp8_gemm` with float32 sums; edges are padded with zeros.
 """
 
 import functools
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minicpm_jax.config import FP8Config
-from minicpm_jax.core import types
+from minicpm_jax.core import mesh, types
+from pallas_kernels.fp8_gemm import api, xla
 
-BLOCK = 128
+BLOCK = api.BLOCK
 FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0)}
 
 
@@ -77,20 +77,7 @@ def quantize_blocks(
   return codes.reshape(*lead, rows * BLOCK, cols * BLOCK)[..., :K, :N], scale
 
 
-def dequantize_rows(
-  q_MK: Float[types.AnyArray, "M K"], scale_MQ: Float[types.AnyArray, "M Q"]
-) -> Array:
-  """float32 values of `quantize_rows`."""
-  return q_MK.astype(jnp.float32) * jnp.repeat(scale_MQ, BLOCK, axis=1)[:, : q_MK.shape[1]]
-
-
-def dequantize_blocks(
-  q_KN: Float[types.AnyArray, "K N"], scale_PQ: Float[types.AnyArray, "P Q"]
-) -> Array:
-  """float32 values of `quantize_blocks`."""
-  K, N = q_KN.shape
-  scale_KN = jnp.repeat(jnp.repeat(scale_PQ, BLOCK, axis=0)[:K], BLOCK, axis=1)[:, :N]
-  return q_KN.astype(jnp.float32) * scale_KN
+dequantize_rows, dequantize_blocks = xla.dequantize_rows, xla.dequantize_blocks
 
 
 def matmul(
@@ -98,24 +85,14 @@ def matmul(
   xs_MQ: Float[types.AnyArray, "M Q"],
   wq_KN: Float[types.AnyArray, "K N"],
   ws_QP: Float[types.AnyArray, "Q P"],
+  dtype: Any = jnp.float32,
 ) -> Float[types.AnyArray, "M N"]:
-  """float32 product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks."""
-  return dequantize_rows(xq_MK, xs_MQ) @ dequantize_blocks(wq_KN, ws_QP)
+  """Product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks, float32 sums.
 
-
-def block_matmul(
-  xq_MK: Float[types.AnyArray, "M K"],
-  xs_MQ: Float[types.AnyArray, "M Q"],
-  wq_KN: Float[types.AnyArray, "K N"],
-  ws_QP: Float[types.AnyArray, "Q P"],
-) -> Float[types.AnyArray, "M N"]:
-  """The same as a sum over blocks of K: unscaled products, then their two scales, in float32."""
-  y_MN, N = 0.0, wq_KN.shape[1]
-  for b in range(ws_QP.shape[0]):
-    part = slice(b * BLOCK, (b + 1) * BLOCK)
-    product = xq_MK[:, part].astype(jnp.float32) @ wq_KN[part].astype(jnp.float32)
-    y_MN += product * xs_MQ[:, b : b + 1] * jnp.repeat(ws_QP[b : b + 1], BLOCK, axis=1)[:, :N]
-  return y_MN
+  On a mesh of several devices the XLA form: a kernel would gather its arrays onto each of them.
+  """
+  implementation = "xla" if mesh.is_sharded() else "auto"
+  return api.matmul(xq_MK, xs_MQ, wq_KN, ws_QP, out_dtype=dtype, implementation=implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -134,14 +111,14 @@ def linear(
 
 
 def _forward(x_MK: Any, latent_KN: Any, wq_KN: Any, ws_PQ: Any, cfg: FP8Config) -> Any:
-  y_MN = matmul(*quantize_rows(x_MK, cfg), wq_KN, ws_PQ).astype(x_MK.dtype)
+  y_MN = matmul(*quantize_rows(x_MK, cfg), wq_KN, ws_PQ, x_MK.dtype)
   kept = x_MK.astype(types.dtype_of(cfg.wgrad_dtype))
   return y_MN, (kept, wq_KN, ws_PQ, jnp.zeros((), x_MK.dtype), jnp.zeros((), latent_KN.dtype))
 
 
 def _backward(cfg: FP8Config, saved: Any, dy_MN: Any) -> Any:
   x_MK, wq_KN, ws_PQ, like_x, like_w = saved
-  dx_MK = matmul(*quantize_rows(dy_MN, cfg), wq_KN.T, ws_PQ.T).astype(like_x.dtype)
+  dx_MK = matmul(*quantize_rows(dy_MN, cfg), wq_KN.T, ws_PQ.T, like_x.dtype)
   dy_low = dy_MN.astype(x_MK.dtype)
   dw_KN = jnp.matmul(x_MK.T, dy_low, preferred_element_type=jnp.float32).astype(like_w.dtype)
   return dx_MK, dw_KN, None, None

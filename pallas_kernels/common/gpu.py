@@ -13,19 +13,26 @@ import jax
 FLOATS = ("bfloat16", "float16", "float32")
 
 
-def check_cuda(op: str, compute_capability: int | None) -> None:
+def check_cuda(
+  op: str, compute_capability: int | None, *, least: int = 80, reason: str | None = None
+) -> None:
   """Raises NotImplementedError unless a kernel can be compiled for the device in use.
 
   `compute_capability` (80, 90, ...) named in a config lowers for that device from any machine.
+  `least` is the first that serves the op, and `reason` says why.
   """
-  if compute_capability is None:
+  found = compute_capability
+  if found is None:
     if jax.default_backend() != "gpu":
       raise NotImplementedError(
         f"{op}: triton needs a CUDA device, the default backend is {jax.default_backend()}"
       )
-    capability = float(jax.devices()[0].compute_capability)
-    if capability < 8.0:
-      raise NotImplementedError(f"{op}: triton needs compute capability 8.0, found {capability}")
+    found = round(10 * float(jax.devices()[0].compute_capability))
+  if found < least:
+    why = f" ({reason})" if reason else ""
+    raise NotImplementedError(
+      f"{op}: triton needs compute capability {least / 10}, found {found / 10}{why}"
+    )
   try:
     importlib.import_module("jax_triton")
   except ImportError as error:

@@ -1,0 +1,36 @@
+"""Values of the FP8 kernel. Run by its test in a process with TRITON_INTERPRET=1."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.common import gpu
+from pallas_kernels.fp8_gemm import cases, triton
+
+
+def load(name):
+  path = pathlib.Path(__file__).with_name(f"{name}.py")
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+host, suite = load("triton_host"), load("fp8_suite")
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+  monkeypatch.setattr(gpu, "launch", host.launch)
+  monkeypatch.setattr(gpu, "check_cuda", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("block_n", [32, 128])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("name", cases.TINY)
+def test_fp8(name, dtype, block_n):
+  config = triton.TritonConfig(block_m=16, block_n=block_n)
+  suite.check(functools.partial(triton.matmul_triton, config=config), cases.TINY[name], dtype)
