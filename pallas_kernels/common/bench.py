@@ -34,6 +34,7 @@ class Row:
   flops: float
   bytes: float
   dense_seconds: float | None = None
+  peak_factor: float = 1.0  # peak FLOP/s of the products' type over that of 16 bits
 
   def printed(self) -> str:
     flops, bandwidth = peaks()
@@ -42,7 +43,7 @@ class Row:
     )
     roof = "roofline n/a"
     if flops:
-      floor = max(self.flops / flops, self.bytes / bandwidth)
+      floor = max(self.flops / (flops * self.peak_factor), self.bytes / bandwidth)
       roof = f"{100 * floor / self.seconds:5.1f} % of roofline"
     dense = "dense n/a"
     if self.dense_seconds is not None:

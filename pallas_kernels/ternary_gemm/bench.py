@@ -3,6 +3,8 @@
 Timed as `w4a16_gemm.bench` says.
 """
 
+import functools
+
 import jax.numpy as jnp
 
 from pallas_kernels.ternary_gemm import api, cases
@@ -17,5 +19,7 @@ TERNARY = bench.Op(
   scale_of=lambda size: jnp.mean(size, axis=1, keepdims=True),
 )
 
+main = functools.partial(bench.main, op=TERNARY, shapes=cases.REAL)
+
 if __name__ == "__main__":
-  bench.main(TERNARY, cases.REAL)
+  main()

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import bench, tune
+from pallas_kernels.fp8_gemm import bench as fp8_bench
+from pallas_kernels.fp8_gemm import cases as fp8_cases
 from pallas_kernels.sparse_attention import bench as attention_bench
 from pallas_kernels.sparse_attention import triton
 from pallas_kernels.sparse_decode import bench as decode_bench
 from pallas_kernels.sparse_topk import bench as topk_bench
 from pallas_kernels.sparse_topk import rule as rules
+from pallas_kernels.ternary_gemm import bench as ternary_bench
+from pallas_kernels.ternary_gemm import cases as ternary_cases
+from pallas_kernels.w4a16_gemm import bench as packed_bench
+from pallas_kernels.w4a16_gemm import cases as packed_cases
 
 
 def test_a_saved_config_is_found_and_another_shape_is_a_miss(tmp_path, monkeypatch):
@@ -46,6 +52,27 @@ def test_benches_refuse_a_cpu(module, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     module.main()
   assert "no accelerator" in capsys.readouterr().err
+
+
+GEMMS = {
+  "w4a16_gemm": (packed_bench.main, packed_cases.TINY["tiny_groups"]),
+  "ternary_gemm": (ternary_bench.main, ternary_cases.TINY["tiny_groups"]),
+  "fp8_gemm": (fp8_bench.main, fp8_cases.TINY["tiny_whole"]),
+}
+
+
+@pytest.mark.parametrize("op", GEMMS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_matmul_benches_print_and_write_a_row_a_case(op, device, tmp_path, monkeypatch, capsys):
+  main, case = GEMMS[op]
+  implementation = "xla" if device == "cpu" else "auto"
+  flags = [f"--implementation={implementation}", "--repeats=1", f"--json={tmp_path / 'rows'}"]
+  monkeypatch.setattr(sys, "argv", ["bench", *flags])
+  main(shapes={"one": case, "two": case})
+  printed = capsys.readouterr().out.splitlines()
+  assert [line.split()[:3] for line in printed] == [[op, x, implementation] for x in ("one", "two")]
+  rows = json.loads((tmp_path / "rows").read_text())["rows"]
+  assert [row["case"] for row in rows] == ["one", "two"] and all(r["seconds"] > 0 for r in rows)
 
 
 def test_attention_work_counts_the_visible_tokens_of_random_lists():

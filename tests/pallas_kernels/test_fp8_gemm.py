@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import gpu
-from pallas_kernels.fp8_gemm import api, cases, ref, triton, xla
+from pallas_kernels.fp8_gemm import api, bench, cases, ref, triton, xla
 
 
 def load(name):
@@ -158,9 +158,21 @@ def test_compiles_to_cubins_without_spills(name, triton_installed):
   for row in rows:
     assert row.spills == 0, row
     assert row.shared <= (99 if row.arch == 89 else 227) * 1024, row
+    assert len(row.products) == 1 and row.products[0].endswith(("e4m3.e4m3", "e4m3.e4m3.f32")), row
 
 
-# --- Device --------------------------------------------------------------------------------------
+# --- Bench and device ----------------------------------------------------------------------------
+
+
+def test_bench_inputs_are_codes_of_its_plain_values():
+  case = cases.Case(rows=6, num_in=256, num_out=384)
+  (xq, xs, wq, ws), (x, w) = bench.inputs(case, jnp.float32)
+  y = suite.product(*map(np.asarray, (xq, xs, wq, ws)))
+  exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+  assert np.linalg.norm(y - exact) < 0.045 * np.linalg.norm(exact)  # 3.7% (quantization.md 9)
+  flops, size = bench.work(case, itemsize=2)
+  assert flops == 2 * 6 * 256 * 384
+  assert size == 6 * 256 + 256 * 384 + 4 * (6 * 2 + 2 * 3) + 2 * 6 * 384
 
 
 @pytest.mark.gpu

@@ -28,6 +28,7 @@ class Usage:
   registers: int
   spills: int  # bytes of stack a thread
   shared: int  # bytes a program
+  products: tuple[str, ...]  # tensor-core instructions, of PTX
 
 
 def launches_of(function, *avals) -> list[Launch]:
@@ -81,7 +82,8 @@ def usage(launch: Launch, arch: int) -> Usage:
     ).stdout
   registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", out).groups())
   shared = compiled.metadata.shared
-  return Usage(launch.kernel.__name__, arch, registers, stack, shared)
+  products = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync[\w.]+", compiled.asm["ptx"])))
+  return Usage(launch.kernel.__name__, arch, registers, stack, shared, tuple(products))
 
 
 def table(function, *avals, archs=(80, 90)) -> list[Usage]:
@@ -90,6 +92,6 @@ def table(function, *avals, archs=(80, 90)) -> list[Usage]:
   for r in rows:
     print(
       f"{r.name:20s} sm_{r.arch}  {r.registers:4d} registers  {r.spills:4d} B spilled  "
-      f"{r.shared / 1024:6.1f} KiB shared"
+      f"{r.shared / 1024:6.1f} KiB shared  {', '.join(r.products)}"
     )
   return rows

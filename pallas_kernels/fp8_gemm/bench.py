@@ -1,0 +1,87 @@
+"""FP8 products of MiniCPM4's feed-forward shapes: `python -m pallas_kernels.fp8_gemm.bench`.
+
+The product alone, from codes: quantising activations is the caller's. `x dense` is against the
+product of the same values in bf16 (float32 on a CPU); the bar of quantization.md section 9 is 1.3
+with at least 4096 rows of 4096 x 16384 on an H200, quantising included.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import bench, tune
+from pallas_kernels.fp8_gemm import api, cases, ref, triton
+
+
+def quantize(x_MK, rows: int):
+  """(codes, scales) of normal values in blocks of `rows` x 128."""
+  M, K = x_MK.shape
+  blocks = x_MK.astype(jnp.float32).reshape(M // rows, rows, K // ref.BLOCK, ref.BLOCK)
+  scale = jnp.max(jnp.abs(blocks), axis=(1, 3), keepdims=True) / 448
+  return (blocks / scale).astype(jnp.float8_e4m3fn).reshape(M, K), scale[:, 0, :, 0]
+
+
+def inputs(case: cases.Case, dtype):
+  """(xq, xs, wq, ws) and the values they were taken of, (x [M, K], w [K, N]) in `dtype`."""
+  keys = jax.random.split(jax.random.key(0))
+  x = jax.random.normal(keys[0], (case.rows, case.num_in), dtype)
+  w = jax.random.normal(keys[1], (case.num_in, case.num_out), dtype) * case.num_in**-0.5
+  return (*quantize(x, 1), *quantize(w, ref.BLOCK)), (x, w.astype(dtype))
+
+
+def work(case: cases.Case, itemsize: int) -> tuple[float, float]:
+  """(FLOPs, bytes) of one product: codes of a byte, float32 scales, y of `itemsize` bytes."""
+  M, K, N = case.rows, case.num_in, case.num_out
+  scales = 4 * (M + N / ref.BLOCK) * K / ref.BLOCK
+  return 2.0 * M * K * N, K * (M + N) + scales + itemsize * M * N
+
+
+def candidates():
+  for block_m, block_n, warps, stages in itertools.product(
+    (64, 128), (64, 128), (4, 8), (2, 3, 4, 5)
+  ):
+    yield triton.TritonConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
+
+
+def main(shapes: dict[str, cases.Case] = cases.REAL):
+  args = bench.arguments(api.OP, shapes)
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  rows = []
+  for name in args.cases:
+    case = shapes[name]
+    arrays, plain = inputs(case, dtype)
+    run = functools.partial(api.matmul, out_dtype=dtype)
+    if args.tune:
+      best = tune.search(
+        candidates(),
+        lambda c, arrays=arrays, run=run: bench.seconds(
+          functools.partial(run, implementation="triton", config=c), *arrays, repeats=20
+        ),
+      )
+      shape = (case.rows, case.num_out, case.num_in)
+      print(tune.save(api.OP, triton.key(*shape, arrays[0].dtype), best))
+    run = functools.partial(run, implementation=args.implementation)
+    found = jax.jit(run)(*arrays).astype(jnp.float32)
+    expected = jax.jit(ref.matmul_ref)(*arrays)
+    flops, size = work(case, jnp.dtype(dtype).itemsize)
+    rows.append(
+      bench.Row(
+        op=api.OP,
+        case=name,
+        implementation=args.implementation,
+        seconds=bench.seconds(run, *arrays, repeats=args.repeats),
+        flops=flops,
+        bytes=size,
+        dense_seconds=bench.seconds(jnp.matmul, *plain, repeats=args.repeats),
+        peak_factor=2.0,
+      )
+    )
+    error = float(jnp.max(jnp.abs(found - expected)))
+    print(f"{rows[-1].printed()}  max error {error:.1e}", flush=True)
+  bench.report(rows, args.json)
+
+
+if __name__ == "__main__":
+  main()
