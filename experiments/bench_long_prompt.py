@@ -1,4 +1,4 @@
-"""A long prompt on this machine: time to the first token, decode speed and memory, sparse and dense.
+"""A long prompt here: time to the first token, decode speed and memory, sparse and dense.
 
   python -m experiments.bench_long_prompt                        32k tokens, the 135M model
   python -m experiments.bench_long_prompt --tokens=8192 --sides=sparse
@@ -6,7 +6,7 @@
 The weights are those of --model (default: fetch_model's), read with InfLLM v2's sizes of MiniCPM4
 (sparse) and without (dense); neither was trained for such lengths, so the text means nothing and
 only cost counts. The prompt is prose repeated, chunked prefill as in the engine. Every side is a
-process of its own, so that its peak resident memory is its own. Writes OUTPUT/bench_long_prompt.json
+process of its own (peak resident memory). Writes OUTPUT/bench_long_prompt.json
 after every side; rows recorded there for the same model, chunk, machine and jax stay.
 """
 
