@@ -15,7 +15,7 @@ PYTEST_PARALLEL ?= -n 2 --dist=loadfile
 ARGS ?=
 
 .PHONY: quickstart test test-slow test-gpu smoke-py312 lint format notebooks clean \
-  tpu-compile
+  tpu-compile mosaic-compile
 
 quickstart: $(VENV)/.quickstart
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -63,6 +63,14 @@ tpu-compile: $(VENV)/.dev
 	  $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu libtpu
 	@TPU_LIBRARY_PATH=$(VENV)/libtpu/libtpu/libtpu.so PYTHONPATH=. \
 	  $(BIN)/python tests/pallas_kernels/tpu_compile.py $(ARGS)
+
+# The Mosaic GPU kernels to machine code for an H100, without one (installs jax's CUDA compiler,
+# 130 MB, beside .venv): registers and spills of each.
+mosaic-compile: $(VENV)/.dev
+	@test -d $(VENV)/pjrt || $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps \
+	  --target $(VENV)/pjrt \
+	  "jax-cuda13-pjrt==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
+	@PYTHONPATH=$(VENV)/pjrt:. $(BIN)/python tests/pallas_kernels/mosaic_compile.py $(ARGS)
 
 # The same code on Python 3.12 with the newest jax, in an environment of its own.
 # Without a 3.12 interpreter it says so and does nothing (CI calls it everywhere).

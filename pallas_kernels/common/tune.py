@@ -26,8 +26,10 @@ def _table(op: str) -> dict:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def key(group: int, head_dim: int, dtype) -> str:
-  return f"G{group}_H{head_dim}_{dtype}"
+def key(group: int, head_dim: int, dtype, implementation: str = "triton") -> str:
+  """Entries of Triton have no prefix."""
+  prefix = "" if implementation == "triton" else f"{implementation}_"
+  return f"{prefix}G{group}_H{head_dim}_{dtype}"
 
 
 def lookup(op: str, config_class: type[Config], name: str) -> Config | None:

@@ -5,10 +5,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.sparse_attention import gather, mosaic_tpu, triton, vjp, xla
+from pallas_kernels.sparse_attention import gather, mosaic_gpu, mosaic_tpu, triton, vjp, xla
 from pallas_kernels.sparse_topk import rule as rules
 
 Implementation = Literal[spec.Implementation, "gather"]
+Config = xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | mosaic_gpu.MosaicGpuConfig
 FEW = 16  # queries for which gathering their blocks is the better form
 
 
@@ -26,7 +27,7 @@ def attend_blocks(
   start_BT=None,
   base_B=None,
   implementation: Implementation = "auto",
-  config: xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | None = None,
+  config: Config | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
 
@@ -40,8 +41,9 @@ def attend_blocks(
   base_B: slot of position 0 of each row (`gather` only).
 
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
-  `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else `triton` on
-  CUDA and `mosaic_tpu` on TPU, else `xla`. `config` is of the named implementation.
+  `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
+  `mosaic_gpu` (Hopper, 16-bit floats) or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of
+  the named implementation.
   """
   del counts_BKT
   B, T = q_BTNH.shape[:2]
@@ -64,6 +66,7 @@ def attend_blocks(
     implementation,
     {
       "xla": lambda: vjp.attend_xla(*args, **sizes),
+      "mosaic_gpu": lambda: mosaic_gpu.attend_mosaic_gpu(*args, **sizes),
       "triton": lambda: triton.attend_triton(*args, **sizes),
       "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes),
     },

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import bench, tune
-from pallas_kernels.sparse_attention import api, cases, triton
+from pallas_kernels.sparse_attention import api, cases, mosaic_gpu, triton
 from pallas_kernels.sparse_topk import rule as rules
 
 CASES = {
@@ -88,8 +88,11 @@ def dense_step(q, k, v):
   return vjp(out)
 
 
-def candidates():
+def candidates(implementation: str):
   """Tiles worth trying on a GPU."""
+  if implementation == "mosaic_gpu":
+    yield from (mosaic_gpu.MosaicGpuConfig(num_stages=n) for n in (1, 2, 3, 4))
+    return
   for warps, stages, kv_rows, kv_warps in itertools.product((2, 4), (2, 3), (32, 64, 128), (4, 8)):
     yield triton.TritonConfig(
       list_warps=warps, list_stages=stages, kv_rows=kv_rows, kv_warps=kv_warps
@@ -106,14 +109,15 @@ def main():
     case = CASES[name]
     arrays = inputs(case, dtype)
     if args.tune:
+      tuned = "mosaic_gpu" if args.implementation == "mosaic_gpu" else "triton"
       best = tune.search(
-        candidates(),
-        lambda c, case=case, arrays=arrays: bench.seconds(
-          program("triton", case.rule, True, c), *arrays, repeats=3
+        candidates(tuned),
+        lambda c, case=case, arrays=arrays, tuned=tuned: bench.seconds(
+          program(tuned, case.rule, True, c), *arrays, repeats=3
         ),
       )
-      group = case.num_heads // case.num_kv_heads
-      print(tune.save("sparse_attention", tune.key(group, case.head_dim, "bfloat16"), best))
+      key = tune.key(case.num_heads // case.num_kv_heads, case.head_dim, "bfloat16", tuned)
+      print(tune.save("sparse_attention", key, best))
     for has_grad in (False, True):
       flops, size = work(case, jnp.dtype(dtype).itemsize, has_grad)
       run = program(args.implementation, case.rule, has_grad)

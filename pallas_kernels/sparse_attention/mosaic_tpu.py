@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, interpret
+from pallas_kernels.sparse_attention import tiles
 from pallas_kernels.sparse_attention import tpu_kernels as kernels
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -88,45 +89,12 @@ def flat_keys(k_BSKH, block: int):
   return jnp.reshape(k_BSC, (-1, K * H))
 
 
-def union(ids_XQW, num_blocks: int):
-  """(ids [X, U] ascending, members [X, U], counts [X]); member bit t = query t lists the block."""
-  X, Q, W = ids_XQW.shape
-  U = min(num_blocks, Q * W)
-  bit_1Q1 = (1 << jnp.arange(Q, dtype=jnp.int32))[None, :, None]
-  bits_XQW = jnp.where(ids_XQW >= 0, jnp.broadcast_to(bit_1Q1, ids_XQW.shape), 0)
-  spot_XE = jnp.reshape(jnp.maximum(ids_XQW, 0), (X, -1))
-  zeros = jnp.zeros((num_blocks,), jnp.int32)
-  members_XM = jax.vmap(lambda at, bits: zeros.at[at].add(bits))(
-    spot_XE, jnp.reshape(bits_XQW, (X, -1))
-  )
-  order_XU = jnp.argsort(members_XM == 0, axis=-1, stable=True)[:, :U].astype(jnp.int32)
-  counts_X = jnp.sum(members_XM != 0, axis=-1, dtype=jnp.int32)
-  return order_XU, jnp.take_along_axis(members_XM, order_XU, axis=-1), counts_X
-
-
-def _tiles(static: _Static, x_BTNH):
-  """[B, tiles, K, Q*G, H] padded with zeros, flattened to [X, R, H]."""
-  B, T = x_BTNH.shape[:2]
-  Q, K, G = static.queries, static.heads, static.group
-  x = jnp.pad(x_BTNH, ((0, 0), (0, -T % Q)) + ((0, 0),) * (x_BTNH.ndim - 2))
-  x = jnp.reshape(x, (B, -1, Q, K, G, *x_BTNH.shape[3:]))
-  x = jnp.moveaxis(x, 3, 2)  # [B, tiles, K, Q, G, ...]
-  return jnp.reshape(x, (-1, Q * G, *x_BTNH.shape[3:]))
-
-
-def _untile(static: _Static, x_XRH, B: int, T: int):
-  Q, K, G = static.queries, static.heads, static.group
-  x = jnp.reshape(x_XRH, (B, -1, K, Q, G, *x_XRH.shape[2:]))
-  x = jnp.moveaxis(x, 2, 3)
-  return jnp.reshape(x, (B, -1, K * G, *x_XRH.shape[2:]))[:, :T]
-
-
 def _by_tile(static: _Static, x_BT, value: int):
   """[X, R, 1] of a number a query."""
   B, T = x_BT.shape
   x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % static.queries)), constant_values=value)
   x_BTN = jnp.broadcast_to(x_BT[:, :, None], (*x_BT.shape, static.heads * static.group))
-  return _tiles(static, x_BTN)[:, :, None]
+  return tiles.to_tiles(x_BTN, static.queries, static.heads)[:, :, None]
 
 
 def _chunked(static: _Static, x):
@@ -142,14 +110,13 @@ def _prepare(static: _Static, q_BTNH, k_BSKH, ids_BKTW, pos_BT, start_BT):
   """(arrays of tiles, in chunks; [R, 1] member bits): what forward and backward share."""
   B, T, _, H = q_BTNH.shape
   S, K, Q = k_BSKH.shape[1], static.heads, static.queries
-  W, M = ids_BKTW.shape[3], -(-S // static.block)
-  ids = jnp.pad(ids_BKTW, ((0, 0), (0, 0), (0, -T % Q), (0, 0)), constant_values=-1)
-  ids_XQW = jnp.reshape(jnp.moveaxis(jnp.reshape(ids, (B, K, -1, Q, W)), 1, 2), (-1, Q, W))
+  M = -(-S // static.block)
+  ids_XQW = tiles.list_tiles(ids_BKTW, Q)
   X = ids_XQW.shape[0]
   tile_X = jnp.arange(X, dtype=jnp.int32)
   head_X, batch_X = tile_X % K, tile_X // (X // B)
-  tiles = dict(
-    q=embed(_tiles(static, q_BTNH), kernels.lanes(K, H), head_X),
+  arrays = dict(
+    q=embed(tiles.to_tiles(q_BTNH, static.queries, static.heads), kernels.lanes(K, H), head_X),
     pos=_by_tile(static, pos_BT, -1),
     start=_by_tile(static, start_BT, rules.NOWHERE),
     ids=ids_XQW,
@@ -157,7 +124,7 @@ def _prepare(static: _Static, q_BTNH, k_BSKH, ids_BKTW, pos_BT, start_BT):
     first=batch_X * M,
     is_real=jnp.ones((X,), bool),
   )
-  chunks = {name: _chunked(static, x) for name, x in tiles.items()}
+  chunks = {name: _chunked(static, x) for name, x in arrays.items()}
   row = jnp.arange(Q * static.group, dtype=jnp.int32)[:, None]
   is_real = jnp.arange(chunks["is_real"].size) < X
   chunks["is_real"] = jnp.reshape(is_real, chunks["is_real"].shape)
@@ -166,7 +133,7 @@ def _prepare(static: _Static, q_BTNH, k_BSKH, ids_BKTW, pos_BT, start_BT):
 
 def _lists(static: _Static, chunk, num_blocks: int, head_dim: int):
   """(physical, logical, bits, counts, column) of the tiles of a chunk."""
-  logical, bits, counts = union(chunk["ids"], num_blocks)
+  logical, bits, counts = tiles.union(chunk["ids"], num_blocks)
   column = chunk["head"] * head_dim // kernels.lanes(static.heads, head_dim)
   return logical + chunk["first"][:, None], logical, bits, counts, column.astype(jnp.int32)
 
@@ -192,7 +159,9 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
 
   out, lse = jax.lax.map(one, chunks)
   X = B * static.heads * -(-T // static.queries)
-  return tuple(_untile(static, _flat(x, X), B, T) for x in (out, lse))
+  return tuple(
+    tiles.from_tiles(_flat(x, X), B, T, static.queries, static.heads) for x in (out, lse)
+  )
 
 
 def _backward(static: _Static, residuals, cotangents):
@@ -205,10 +174,11 @@ def _backward(static: _Static, residuals, cotangents):
   delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
   delta_BTN = delta_BTN - jnp.where(lse_BTN > -jnp.inf, dlse_BTN, 0.0)
   lse_BTN = jnp.where(lse_BTN > -jnp.inf, lse_BTN, kernels.NOTHING)
+  to_tiles = functools.partial(tiles.to_tiles, queries=static.queries, heads=static.heads)
   chunks |= {
-    "dout": _chunked(static, _tiles(static, dout_BTNH.astype(q_BTNH.dtype))),
-    "lse": _chunked(static, _tiles(static, lse_BTN)[:, :, None]),
-    "delta": _chunked(static, _tiles(static, delta_BTN)[:, :, None]),
+    "dout": _chunked(static, to_tiles(dout_BTNH.astype(q_BTNH.dtype))),
+    "lse": _chunked(static, to_tiles(lse_BTN)[:, :, None]),
+    "delta": _chunked(static, to_tiles(delta_BTN)[:, :, None]),
   }
   sizes = dict(block=static.block, scale=static.scale, interpret=static.interpret)
   k_lanes = kernels.lanes(static.heads, H)
@@ -226,7 +196,8 @@ def _backward(static: _Static, residuals, cotangents):
 
   zeros = (jnp.zeros(k_PC.shape, jnp.float32),) * 2
   shares, dq = jax.lax.scan(one, zeros, chunks)
-  dq_BTNH = _untile(static, _flat(dq, B * static.heads * -(-T // static.queries)), B, T)
+  dq_XRH = _flat(dq, B * static.heads * -(-T // static.queries))
+  dq_BTNH = tiles.from_tiles(dq_XRH, B, T, static.queries, static.heads)
   dk_BSKH, dv_BSKH = (
     jnp.reshape(x, (B, M * static.block, *k_BSKH.shape[2:]))[:, : k_BSKH.shape[1]] for x in shares
   )

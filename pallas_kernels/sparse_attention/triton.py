@@ -75,6 +75,14 @@ def attend_triton(
 
   Positions go up by one along T; lists ascend.
   """
+  config = checked_config(q_BTNH, k_BSKH, v_BSKH, block_size, config)
+  pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)
+  static = _Static(block_size, num_local, config)
+  return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
+
+
+def checked_config(q_BTNH, k_BSKH, v_BSKH, block_size, config=None) -> TritonConfig:
+  """The config to use, or NotImplementedError with the reason why a call is not served."""
   H, V = q_BTNH.shape[-1], v_BSKH.shape[-1]
   config = config or default_config(q_BTNH.shape[2] // k_BSKH.shape[2], H, q_BTNH.dtype)
   gpu.check_cuda("sparse_attention", config.compute_capability)
@@ -82,9 +90,13 @@ def attend_triton(
   gpu.require_power_of_two("sparse_attention", block_size=block_size)
   if H != V or H > 256:
     raise NotImplementedError(f"sparse_attention: head widths {H} and {V}, equal ones up to 256")
-  pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)
-  static = _Static(block_size, num_local, config)
-  return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
+  return config
+
+
+def backward(residuals, cotangents, *, block_size, num_local=0, config=None):
+  """(dq, dk, dv) of another backend's forward. residuals: (q, k, v, ids, pos, start, out, lse)."""
+  config = checked_config(*residuals[:3], block_size, config)
+  return _backward(_Static(block_size, num_local, config), residuals, cotangents)[:3]
 
 
 def _sizes(static: _Static, q_BTNH, k_BSKH) -> dict:

@@ -17,36 +17,67 @@ def attend_xla(
   q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT, *, block_size, num_local=0, config=None
 ):
   """As `api.attend_blocks`; returns (out [B, T, N, V], lse [B, T, N])."""
-  B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  G = N // K
-  config = config or xla.default_config(T, G)
-  static = xla.Static(block_size, num_local, H**-0.5, config)
+  T = q_BTNH.shape[1]
+  static = _static(q_BTNH, k_BSKH, block_size, num_local, config)
+  args = _rows(static, q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT)
+  out_BKTGV, lse_BKTG = _attend(static, *args)
+  lse_BTN = _from_rows(lse_BKTG, T)
+  return _from_rows(out_BKTGV, T), jnp.where(lse_BTN >= xla.NOTHING, -jnp.inf, lse_BTN)
 
-  rows = config.chunk * config.lanes
 
-  def pad(x, axis, multiple, value=0):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths, constant_values=value)
+def backward_xla(residuals, cotangents, *, block_size, num_local=0, config=None):
+  """(dq, dk, dv) of another backend's forward. residuals: (q, k, v, ids, pos, start, out, lse)."""
+  q_BTNH, k_BSKH, v_BSKV, *lists, out_BTNV, lse_BTN = residuals
+  static = _static(q_BTNH, k_BSKH, block_size, num_local, config)
+  lse_BTN = jnp.where(lse_BTN > -jnp.inf, lse_BTN, xla.NOTHING)
+  args = _rows(static, q_BTNH, k_BSKH, v_BSKV, *lists)
+  rows = functools.partial(_to_rows, static, heads=k_BSKH.shape[2])
+  # Rows of padding have no dout, so that any lse of theirs gives 0.
+  residuals = (args, rows(out_BTNV), rows(lse_BTN))
+  dq_BKTGH, dk_BKSH, dv_BKSV = _attend_bwd(static, residuals, [rows(x) for x in cotangents])[:3]
+  dk_BSKH, dv_BSKV = (jnp.moveaxis(x, 1, 2)[:, : k_BSKH.shape[1]] for x in (dk_BKSH, dv_BKSV))
+  return _from_rows(dq_BKTGH, q_BTNH.shape[1]), dk_BSKH, dv_BSKV
 
-  q_BKTGH = jnp.moveaxis(jnp.reshape(q_BTNH, (B, T, K, G, H)), 2, 1)
-  k_BKSH, v_BKSV = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKV, 2, 1)
+
+def _static(q_BTNH, k_BSKH, block_size, num_local, config) -> xla.Static:
+  config = config or xla.default_config(q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2])
+  return xla.Static(block_size, num_local, q_BTNH.shape[-1] ** -0.5, config)
+
+
+def _pad(x, axis, multiple, value=0):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % multiple)
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def _to_rows(static: xla.Static, x_BTN, heads: int):
+  """[B, K, T', G, ...] of [B, T, N, ...], T' whole steps of chunks."""
+  B, T, N = x_BTN.shape[:3]
+  x = jnp.moveaxis(jnp.reshape(x_BTN, (B, T, heads, N // heads, *x_BTN.shape[3:])), 2, 1)
+  return _pad(x, 2, static.config.chunk * static.config.lanes)
+
+
+def _from_rows(x_BKTG, num_queries: int):
+  """[B, T, N, ...] of [B, K, T', G, ...]."""
+  x = jnp.moveaxis(x_BKTG[:, :, :num_queries], 1, 2)
+  return jnp.reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:]))
+
+
+def _rows(static: xla.Static, q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT):
+  """Arguments of `_attend`."""
+  B, T = q_BTNH.shape[:2]
+  rows = static.config.chunk * static.config.lanes
   # Positions of padding go on counting: a tile of the band is one run of positions.
   pos_BT = jnp.broadcast_to(pos_BT, (B, T))
   tail = pos_BT[:, -1:] + jnp.arange(1, -T % rows + 1, dtype=jnp.int32)[None, :]
-  out_BKTGV, lse_BKTG = _attend(
-    static,
-    pad(q_BKTGH, 2, rows),
-    pad(k_BKSH, 2, block_size),
-    pad(v_BKSV, 2, block_size),
+  return (
+    _to_rows(static, q_BTNH, k_BSKH.shape[2]),
+    _pad(jnp.moveaxis(k_BSKH, 2, 1), 2, static.block_size),
+    _pad(jnp.moveaxis(v_BSKV, 2, 1), 2, static.block_size),
     jnp.concatenate((pos_BT, tail), axis=1),
-    pad(start_BT, 1, rows, rules.NOWHERE),
-    pad(ids_BKTW, 2, rows, -1),
+    _pad(start_BT, 1, rows, rules.NOWHERE),
+    _pad(ids_BKTW, 2, rows, -1),
   )
-  out_BTNV = jnp.reshape(jnp.moveaxis(out_BKTGV[:, :, :T], 1, 2), (B, T, N, -1))
-  lse_BTN = jnp.reshape(jnp.moveaxis(lse_BKTG[:, :, :T], 1, 2), (B, T, N))
-  return out_BTNV, jnp.where(lse_BTN >= xla.NOTHING, -jnp.inf, lse_BTN)
 
 
 def _over_rows_and_heads(function, q, k, v, pos_BT, start_BT, ids, *others):

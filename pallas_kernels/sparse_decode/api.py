@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import spec
 from pallas_kernels.sparse_attention import mosaic_tpu as tpu_config
-from pallas_kernels.sparse_decode import mosaic_tpu, ref, triton, xla
+from pallas_kernels.sparse_decode import mosaic_gpu, mosaic_tpu, ref, triton, xla
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -21,7 +21,7 @@ def decode_blocks(
   base_B=None,
   page_table_BM=None,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | tpu_config.TpuConfig | None = None,
+  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | tpu_config.TpuConfig | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks, for a few queries a row.
 
@@ -54,6 +54,9 @@ def decode_blocks(
     {
       "ref": lambda: ref.decode_ref(*args, block_size=block_size),
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
+      "mosaic_gpu": lambda: mosaic_gpu.decode_mosaic_gpu(
+        *args, block_size=block_size, config=config
+      ),
       "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=config),
       "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(*args, block_size=block_size, config=config),
     },

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import bench, tune
-from pallas_kernels.sparse_decode import api, cases, triton
+from pallas_kernels.sparse_decode import api, cases, mosaic_gpu, triton
 
 
 def inputs(case: cases.Case, dtype):
@@ -50,7 +50,11 @@ def program(case: cases.Case, implementation: str, config=None):
   return run
 
 
-def candidates():
+def candidates(implementation: str):
+  if implementation == "mosaic_gpu":
+    for splits, stages in itertools.product((4, 8, 16, 32, 64), (1, 2, 3)):
+      yield mosaic_gpu.MosaicGpuConfig(num_splits=splits, num_stages=stages)
+    return
   for splits, warps, stages in itertools.product((8, 16, 32, 64), (2, 4, 8), (1, 2, 3)):
     yield triton.TritonConfig(num_splits=splits, num_warps=warps, num_stages=stages)
 
@@ -63,14 +67,15 @@ def main():
     case = cases.REAL[name]
     arrays = inputs(case, dtype)
     if args.tune:
+      tuned = "mosaic_gpu" if args.implementation == "mosaic_gpu" else "triton"
       best = tune.search(
-        candidates(),
-        lambda c, case=case, arrays=arrays: bench.seconds(
-          program(case, "triton", c), *arrays, repeats=20
+        candidates(tuned),
+        lambda c, case=case, arrays=arrays, tuned=tuned: bench.seconds(
+          program(case, tuned, c), *arrays, repeats=20
         ),
       )
-      group = case.num_heads // case.num_kv_heads
-      label = f"{tune.key(group, case.head_dim, 'bfloat16')}_rows{case.batch * case.num_kv_heads}"
+      key = tune.key(case.num_heads // case.num_kv_heads, case.head_dim, "bfloat16", tuned)
+      label = f"{key}_rows{case.batch * case.num_kv_heads}"
       print(tune.save("sparse_decode", label, best))
     flops, size = work(case, jnp.dtype(dtype).itemsize)
     dense = None

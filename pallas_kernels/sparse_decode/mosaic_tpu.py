@@ -9,7 +9,7 @@ start at slot 0, or have a page table.
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, interpret
-from pallas_kernels.sparse_attention import mosaic_tpu
+from pallas_kernels.sparse_attention import mosaic_tpu, tiles
 from pallas_kernels.sparse_attention import tpu_kernels as kernels
 
 
@@ -29,7 +29,7 @@ def decode_tpu(
   is_interpreted = interpret.is_interpreted("sparse_decode", config.interpret, "tpu")
   ids_XTW = jnp.reshape(ids_BKTW, (B * K, T, W))
   num_blocks = page_table_BM.shape[1] if page_table_BM is not None else -(-k.shape[1] // block_size)
-  logical_XU, bits_XU, counts_X = mosaic_tpu.union(ids_XTW, num_blocks)
+  logical_XU, bits_XU, counts_X = tiles.union(ids_XTW, num_blocks)
   batch_X, head_X = (x for x in jnp.divmod(jnp.arange(B * K, dtype=jnp.int32), K))
   if page_table_BM is None:
     physical_XU = logical_XU + num_blocks * batch_X[:, None]

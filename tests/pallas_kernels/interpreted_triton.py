@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from pallas_kernels.common import gpu
+from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
 from pallas_kernels.sparse_topk import triton as topk
@@ -49,6 +50,13 @@ def test_attend(num_local):
   config = attention.TritonConfig(run_queries=16, kv_rows=16, band_rows=32, band_keys=32)
   suite.check_attend(
     lambda *a, **kw: attention.attend_triton(*a, config=config, **kw), num_local=num_local
+  )
+
+
+def test_attend_backward_on_residuals_of_mosaic_gpu():
+  config = mosaic_gpu.MosaicGpuConfig(backward="triton")
+  suite.check_attend(
+    lambda *a, **kw: mosaic_gpu.attend_mosaic_gpu(*a, config=config, **kw), num_local=2, T=37, H=16
   )
 
 

@@ -153,10 +153,10 @@ def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=
 LAYOUTS = ("row", "shifted_row", "paged")
 
 
-def decode_inputs(layout: str, dtype=jnp.float32):
+def decode_inputs(layout: str, dtype=jnp.float32, H=8):
   """(q, k, v, ids, pos, start, base, page table) and the row caches k, v that they stand for."""
   rng = np.random.default_rng(3)
-  B, T, K, G, H, W, S = 3, 2, 2, 3, 8, 5, 160
+  B, T, K, G, W, S = 3, 2, 2, 3, 5, 160
   q = normal(rng, B, T, K * G, H, dtype=dtype)
   k, v = normal(rng, B, S, K, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
   pos = np.array([140, 40, 3], np.int32)[:, None] + np.arange(T, dtype=np.int32)[None, :]
@@ -195,9 +195,9 @@ def loop_decode(q, k, v, ids, pos, start):
   return out, lse
 
 
-def check_decode(decode, layout: str, dtype=jnp.float32):
+def check_decode(decode, layout: str, dtype=jnp.float32, H=8):
   """out and lse against a loop over queries and heads in float64."""
-  inputs, (k, v) = decode_inputs(layout, dtype)
+  inputs, (k, v) = decode_inputs(layout, dtype, H)
   found = jax.jit(lambda *a: decode(*a, block_size=BLOCK))(*inputs)
   q, _, _, ids, pos, start, _, _ = inputs
   tolerance = 1e-5 if dtype == jnp.float32 else 2e-2

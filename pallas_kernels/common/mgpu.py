@@ -1,0 +1,92 @@
+"""What every Mosaic GPU backend (Pallas `plgpu.kernel`, Hopper) checks and shares.
+
+The kernels ask for warpgroup semantics on every jax version: layouts of registers and of shared
+memory are inferred, so the same body runs in the interpreter. Only what jax 0.10's interpreter has
+is used: matrix products read both sides from shared memory into a fresh accumulator.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import gpu, interpret
+
+ROWS = 64  # of a warpgroup's matrix product
+MAX_SHARED_BYTES = 227 * 1024  # of one block of threads on Hopper
+
+
+def is_interpreted(op: str, requested: bool | None) -> bool:
+  """Whether to interpret; NotImplementedError where the device in use has no wgmma.
+
+  `requested` None: interpret on a CPU, run on a GPU. False lowers for CUDA from any machine.
+  """
+  interpreted = interpret.is_interpreted(op, requested, "gpu")
+  if not interpreted and jax.default_backend() == "gpu":
+    capability = str(getattr(jax.devices()[0], "compute_capability", "none"))
+    if capability != "9.0":
+      raise NotImplementedError(
+        f"{op}: mosaic_gpu needs compute capability 9.0 (Hopper's wgmma), found {capability}"
+      )
+  return interpreted
+
+
+def check_arrays(op: str, interpreted: bool, **arrays) -> None:
+  """Tensor cores multiply 16-bit floats; float32 is served in the interpreter only, to test it."""
+  gpu.check_arrays(op, **arrays)
+  dtype = next(iter(arrays.values())).dtype
+  if dtype == jnp.float32 and not interpreted:
+    raise NotImplementedError(f"{op}: mosaic_gpu multiplies bfloat16 or float16, found {dtype}")
+
+
+def check_shared_memory(op: str, num_bytes: int, what: str) -> None:
+  if num_bytes > MAX_SHARED_BYTES:
+    raise NotImplementedError(
+      f"{op}: {what} take {num_bytes} bytes of shared memory, a block of threads has "
+      f"{MAX_SHARED_BYTES}"
+    )
+
+
+def check_installed(op: str) -> None:
+  try:
+    from jax.experimental.pallas import mosaic_gpu  # noqa: F401
+  except ImportError as error:
+    raise NotImplementedError(f"{op}: no Mosaic GPU in this jax: {error}") from error
+
+
+def options(interpreted: bool) -> dict:
+  """Keyword arguments of every `plgpu.kernel`."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  params = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+  )
+  return dict(compiler_params=params, interpret=interpret.gpu_params() if interpreted else None)
+
+
+def dot(a_ref, b_ref):
+  """a b of two references in shared memory, float32 [rows, columns]. Waits for the result."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  def run(acc_ref):
+    plgpu.wgmma(acc_ref, a_ref, b_ref)
+    return acc_ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
+
+
+def dot_transposed(a_ref, b_ref, interpreted: bool):
+  """a b^T, as `dot`; b is a part of an array (`.at`).
+
+  Read and multiplied on the host where the interpreter cannot transpose b.
+  """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted and not interpret.has_transposed_references():
+    return jnp.dot(a_ref[...], b_ref[...].T, preferred_element_type=jnp.float32)
+
+  def run(acc_ref):
+    plgpu.wgmma(acc_ref, a_ref, b_ref.transpose((1, 0)))
+    return acc_ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))

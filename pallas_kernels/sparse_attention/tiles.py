@@ -1,0 +1,79 @@
+"""Tiles of a few queries that share the union of their block lists: what the Pallas backends share.
+
+A tile is Q queries times the G heads of one key head; tiles go by row of the batch, then along the
+queries, then by key head: x = (b * tiles + t) * K + h.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_NONE = 2**31 - 1  # sorts behind every entry
+
+
+def union(ids_XQW, num_blocks: int):
+  """(ids [X, U] ascending, members [X, U], counts [X]); member bit t = query t lists the block.
+
+  Q <= 31 lists a tile, -1 = none, in any order; U = min(num_blocks, Q * W). Entries from a tile's
+  count on are block 0 with no member.
+  """
+  X, Q, W = ids_XQW.shape
+  E = Q * W
+  U = min(num_blocks, E)
+  t_1Q1 = jnp.arange(Q, dtype=jnp.int32)[None, :, None]
+  keys_XE = jnp.where(ids_XQW >= 0, ids_XQW * 32 + t_1Q1, _NONE)
+  keys_XE = jnp.sort(jnp.reshape(keys_XE, (X, E)), axis=-1)
+  before_XE = jnp.pad(keys_XE[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  is_entry_XE = (keys_XE < _NONE) & (keys_XE != before_XE)
+  is_first_XE = is_entry_XE & (keys_XE // 32 != before_XE // 32)
+  bits_XE = jnp.where(is_entry_XE, jnp.left_shift(1, keys_XE % 32), 0)
+  sums_XE1 = jnp.pad(jnp.cumsum(bits_XE, axis=-1), ((0, 0), (1, 0)))  # wraps; differences are exact
+  places_XE = jnp.where(is_first_XE, jnp.arange(E, dtype=jnp.int32)[None, :], E)
+  places_XU = jnp.sort(places_XE, axis=-1)[:, :U]
+  next_XU = jnp.pad(places_XU[:, 1:], ((0, 0), (0, 1)), constant_values=E)
+  members_XU = jnp.take_along_axis(sums_XE1, next_XU, axis=-1)
+  members_XU = members_XU - jnp.take_along_axis(sums_XE1, places_XU, axis=-1)
+  ids_XU = jnp.take_along_axis(keys_XE // 32, jnp.minimum(places_XU, E - 1), axis=-1)
+  ids_XU = jnp.where(places_XU < E, ids_XU, 0)
+  return ids_XU, members_XU.astype(jnp.int32), jnp.sum(is_first_XE, axis=-1, dtype=jnp.int32)
+
+
+def to_tiles(x_BTN, queries: int, heads: int):
+  """[X, Q * G, ...] of [B, T, N, ...], padded with zeros along T."""
+  B, T, N = x_BTN.shape[:3]
+  x = jnp.pad(x_BTN, ((0, 0), (0, -T % queries)) + ((0, 0),) * (x_BTN.ndim - 2))
+  x = jnp.reshape(x, (B, -1, queries, heads, N // heads, *x_BTN.shape[3:]))
+  x = jnp.moveaxis(x, 3, 2)  # [B, tiles, K, Q, G, ...]
+  return jnp.reshape(x, (-1, queries * (N // heads), *x_BTN.shape[3:]))
+
+
+def from_tiles(x_XR, batch: int, num_queries: int, queries: int, heads: int):
+  """[B, T, N, ...] of [X, Q * G, ...]."""
+  x = jnp.reshape(x_XR, (batch, -1, heads, queries, x_XR.shape[1] // queries, *x_XR.shape[2:]))
+  x = jnp.moveaxis(x, 2, 3)
+  return jnp.reshape(x, (batch, -1, heads * x.shape[4], *x_XR.shape[2:]))[:, :num_queries]
+
+
+def list_tiles(ids_BKTW, queries: int):
+  """[X, Q, W] of the lists, padded with -1 along T."""
+  B, K, T, W = ids_BKTW.shape
+  ids = jnp.pad(ids_BKTW, ((0, 0), (0, 0), (0, -T % queries), (0, 0)), constant_values=-1)
+  ids = jnp.reshape(ids, (B, K, -1, queries, W))
+  return jnp.reshape(jnp.moveaxis(ids, 1, 2), (-1, queries, W))
+
+
+def blocks(x_BSKH, block: int):
+  """[B * M, s, K, H]: whole blocks, M a row; a view where S is a multiple of the block."""
+  B, S, K, H = x_BSKH.shape
+  x = jnp.pad(x_BSKH, ((0, 0), (0, -S % block), (0, 0), (0, 0)))
+  return jnp.reshape(x, (-1, block, K, H))
+
+
+def union_in_runs(ids_XQW, num_blocks: int, tiles_a_run: int = 4096):
+  """`union` of so many tiles at a time: bounds its temporaries, six integers an entry."""
+  if ids_XQW.shape[0] <= tiles_a_run:
+    return union(ids_XQW, num_blocks)
+
+  def one(ids_QW):
+    return tuple(x[0] for x in union(ids_QW[None], num_blocks))
+
+  return jax.lax.map(one, ids_XQW, batch_size=tiles_a_run)

@@ -1,0 +1,223 @@
+"""The Mosaic GPU backends without a GPU: values in Pallas' interpreter, lowering, refusals.
+
+`make mosaic-compile` goes on to machine code; with a Hopper GPU: `-m gpu`.
+"""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.common import mgpu
+from pallas_kernels.sparse_attention import mosaic_gpu as attention
+from pallas_kernels.sparse_attention import tiles
+from pallas_kernels.sparse_decode import mosaic_gpu as decoding
+
+
+def load(name):
+  if name not in sys.modules:
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+  return sys.modules[name]
+
+
+suite = load("sparse_suite")
+
+
+# --- Lists ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("num_blocks, tiles_a_run", [(200, 3), (9, 4096)])
+def test_union_of_lists_is_that_of_sets(num_blocks, tiles_a_run):
+  rng = np.random.default_rng(0)
+  X, Q, W = 7, 31, 5
+  ids = np.where(rng.random((X, Q, W)) < 0.3, -1, rng.integers(0, num_blocks, (X, Q, W)))
+  ids[2] = -1
+  ids[3, 0, :2] = 4  # twice in one list counts once
+  found = jax.jit(tiles.union_in_runs, static_argnums=(1, 2))(
+    jnp.asarray(ids, jnp.int32), num_blocks, tiles_a_run
+  )
+  union, members, counts = (np.asarray(x) for x in found)
+  for x in range(X):
+    expected = sorted({int(i) for i in ids[x].ravel() if i >= 0})
+    assert counts[x] == len(expected) and union[x, : counts[x]].tolist() == expected
+    for block, bits in zip(expected, members[x], strict=False):
+      assert bits == sum(1 << t for t in range(Q) if block in ids[x, t])
+    assert not members[x, counts[x] :].any()
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_attend_with_gradients():
+  """float32; 21 queries of 3 heads in a tile of 64 rows; the XLA backward on these residuals."""
+  config = attention.MosaicGpuConfig(num_stages=3)
+  suite.check_attend(
+    lambda *a, **kw: attention.attend_mosaic_gpu(*a, config=config, **kw), num_local=2, H=16
+  )
+
+
+@pytest.mark.parametrize("group, queries", [(1, 34), (16, 9)])
+def test_attend_in_bfloat16(group, queries):
+  """31 queries of one head, then 4 of 16: a tile of 64 rows."""
+  suite.check_attend(
+    attention.attend_mosaic_gpu,
+    num_local=0,
+    has_grad=False,
+    dtype=jnp.bfloat16,
+    T=queries + 36,
+    G=group,
+    H=16,
+  )
+
+
+@pytest.mark.parametrize("layout", ["row", "paged"])
+def test_decode(layout):
+  config = decoding.MosaicGpuConfig(num_splits=3)
+  suite.check_decode(
+    lambda *a, **kw: decoding.decode_mosaic_gpu(*a, config=config, **kw), layout, H=16
+  )
+
+
+# --- Programs of real width, short ---------------------------------------------------------------
+
+
+def like(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attend_program(num_heads, head_dim, dtype=jnp.bfloat16):
+  T, K = 4096, 2
+  config = attention.MosaicGpuConfig(interpret=False)
+
+  def run(q, k, v, ids, pos, start):
+    return attention.attend_mosaic_gpu(
+      q, k, v, ids, pos, start, block_size=64, num_local=33, config=config
+    )
+
+  q, k = like(1, T, num_heads, head_dim, dtype=dtype), like(1, T, K, head_dim, dtype=dtype)
+  return run, (q, k, k, like(1, K, T, 96, dtype=jnp.int32), *[like(1, T, dtype=jnp.int32)] * 2)
+
+
+def decode_program(num_heads, head_dim, is_paged, T=1):
+  B, K, S = 2, 2, 131072
+  config = decoding.MosaicGpuConfig(interpret=False)
+
+  def run(q, k, v, ids, pos, start, table):
+    table = table if is_paged else None
+    return decoding.decode_mosaic_gpu(
+      q, k, v, ids, pos, start, None, table, block_size=64, config=config
+    )
+
+  k = like(B * S // 64, 64, K, head_dim) if is_paged else like(B, S, K, head_dim)
+  lists = (like(B, K, T, 96, dtype=jnp.int32), *[like(B, T, dtype=jnp.int32)] * 2)
+  return run, (like(B, T, num_heads, head_dim), k, k, *lists, like(B, S // 64, dtype=jnp.int32))
+
+
+PROGRAMS = {
+  "attend_0p5b": lambda: attend_program(16, 64),
+  "attend_8b": lambda: attend_program(32, 128),
+  "attend_f16": lambda: attend_program(32, 96, jnp.float16),
+  "decode_0p5b": lambda: decode_program(16, 64, False, T=4),
+  "decode_8b": lambda: decode_program(32, 128, True),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_lowers_for_cuda(program):
+  run, avals = PROGRAMS[program]()
+  device = AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu")
+  with use_abstract_mesh(AbstractMesh((1,), ("d",), abstract_device=device)):
+    text = jax.jit(run).trace(*avals).lower(lowering_platforms=("cuda",)).as_text()
+  assert "custom_call @mosaic_gpu_v2" in text, text[:2000]
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "change, reason",
+  [
+    (dict(head_dim=160), "head widths 160 and 160, mosaic_gpu serves equal ones"),
+    (dict(head_dim=24), "head widths 24 and 24"),
+    (dict(block_size=40), "block_size = 40, mosaic_gpu serves multiples of 16"),
+    (dict(heads=130), "65 heads a group"),
+    (dict(v_dtype=jnp.float16), "expected one of"),
+    (dict(dtype=jnp.float32), "multiplies bfloat16 or float16, found float32"),
+    (dict(num_stages=6, head_dim=128), "6 stages of 64 x 128 take .* bytes of shared memory"),
+  ],
+  ids=lambda x: "_".join(x) if isinstance(x, dict) else "",
+)
+def test_calls_that_are_not_served_name_the_reason(change, reason):
+  H, dtype = change.get("head_dim", 64), change.get("dtype", jnp.bfloat16)
+  q, k = jnp.zeros((1, 4, change.get("heads", 4), H), dtype), jnp.zeros((1, 64, 2, H), dtype)
+  v = k.astype(change.get("v_dtype", dtype))
+  ids, pos = jnp.zeros((1, 2, 4, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32)
+  config = attention.MosaicGpuConfig(interpret=False, num_stages=change.get("num_stages", 2))
+  block_size = change.get("block_size", 64)
+  with pytest.raises(NotImplementedError, match=reason):
+    attention.attend_mosaic_gpu(q, k, v, ids, pos, pos, block_size=block_size, config=config)
+
+
+def test_decode_refuses_too_many_rows_and_shifted_rows():
+  q, k = jnp.zeros((1, 5, 32, 64), jnp.bfloat16), jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+  ids, pos = jnp.zeros((1, 2, 5, 1), jnp.int32), jnp.zeros((1, 5), jnp.int32)
+  with pytest.raises(NotImplementedError, match="5 queries of 16 heads a group"):
+    decoding.decode_mosaic_gpu(q, k, k, ids, pos, pos, None, None, block_size=64)
+  args = (q[:, :4], k, k, ids[:, :, :4], pos[:, :4], pos[:, :4])
+  with pytest.raises(NotImplementedError, match="base_B"):
+    decoding.decode_mosaic_gpu(*args, jnp.zeros((1,), jnp.int32), None, block_size=64)
+
+
+@pytest.mark.parametrize("capability, is_served", [("8.0", False), ("9.0", True), ("10.0", False)])
+def test_only_hopper_is_served(capability, is_served, monkeypatch):
+  device = type("Device", (), dict(compute_capability=capability))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  if is_served:
+    assert not mgpu.is_interpreted("op", None)
+    return
+  with pytest.raises(NotImplementedError, match=f"compute capability 9.0 .* found {capability}"):
+    mgpu.is_interpreted("op", None)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: attention.MosaicGpuConfig(num_stages=0), "num_stages: found 0, expected 1 to 8"),
+    (lambda: attention.MosaicGpuConfig(backward="gather"), "backward: found 'gather'"),
+    (lambda: decoding.MosaicGpuConfig(num_splits=129), "num_splits: found 129, expected 1 to 128"),
+  ],
+)
+def test_bad_configs_name_the_field(make, message):
+  with pytest.raises(ValueError, match=f"MosaicGpuConfig.{message}"):
+    make()
+
+
+# --- On a Hopper GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_local", [0, 2])
+@pytest.mark.parametrize("shape", [dict(H=16), dict(T=700, W=12, H=128, G=16)], ids=["tiny", "8b"])
+def test_attend_on_the_device(num_local, shape):
+  arguments = dict(num_local=num_local, dtype=jnp.bfloat16, **shape)
+  first = suite.check_attend(attention.attend_mosaic_gpu, **arguments)
+  again = suite.check_attend(attention.attend_mosaic_gpu, **arguments)
+  for x, y in zip(first, again, strict=True):  # bitwise deterministic
+    assert jnp.array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["row", "paged"])
+def test_decode_on_the_device(layout):
+  suite.check_decode(decoding.decode_mosaic_gpu, layout, dtype=jnp.bfloat16, H=64)
