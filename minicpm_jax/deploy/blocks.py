@@ -1,4 +1,8 @@
-"""One block of the model at a time, with the inputs of its projections: what calibration needs."""
+"""One block of the model at a time, with the inputs of its projections: what calibration needs.
+
+Blocks of every kind: grouped-query or latent attention, one MLP or experts. Behind prefix tokens
+(`quant.prefix`) a block attends to their stored keys and values as well.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,30 +16,61 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
+from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import transformer
-from minicpm_jax.nn import layers, rope, sparse_grid
-from minicpm_jax.quant import calib
+from minicpm_jax.nn import functional, kv, layers, moe, rope, sparse_grid
+from minicpm_jax.quant import calib, prefix
 
-# Projections by the input they share, in the order in which they are quantised (true sequential).
-STAGES = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
-
-
-def check_model(cfg: ModelConfig) -> None:
-  """Calibration is built for dense blocks with grouped-query attention, in float parameters."""
-  if cfg.moe is not None:
-    raise ValueError("model.moe: found experts, expected a dense model (not built for experts)")
-  if cfg.mla is not None:
-    raise ValueError("model.mla: found latent attention, expected grouped-query attention")
+_GQA = (("attn/q", "attn/k", "attn/v"), ("attn/o",))
+_MLA = (("attn/q_a", "attn/kv_a"), ("attn/q_b",), ("attn/kv_b",), ("attn/o",))
+_LATENT_NORM = "attn/kv_a_norm"  # its output is what kv_b multiplies
+KeyValues = tuple[Array, Array]  # of the prefix in one layer: [P, K, H], [P, K, V]
 
 
-def context(cfg: ModelConfig, segment_ids_BT: Int[Array, "B T"]) -> transformer.Context:
+def stages(cfg: ModelConfig) -> tuple[tuple[str, ...], ...]:
+  """Projections by the input they share, in the order of quantisation (true sequential)."""
+  mlp = "mlp" if cfg.moe is None else "moe"
+  attn = _GQA if cfg.mla is None else _MLA
+  return (*attn, (f"{mlp}/gate", f"{mlp}/up"), (f"{mlp}/down",))
+
+
+def context(
+  cfg: ModelConfig, segment_ids_BT: Int[Array, "B T"], prefix_length: int = 0
+) -> transformer.Context:
   """What `Transformer` gives its blocks; attention is sparse only from dense_len on."""
-  positions_BT = calib.positions(segment_ids_BT)
-  (B, T), grid = segment_ids_BT.shape, None
+  P, (B, T), grid = prefix_length, segment_ids_BT.shape, None
+  positions_BT = calib.positions(segment_ids_BT) + P
   tables = rope.tables(cfg.rope, cfg.rotary_dim, cfg.max_position, positions_BT)
-  if cfg.sparse is not None and not sparse_grid.is_always_dense(cfg.sparse, T):
+  if cfg.sparse is not None and not sparse_grid.is_always_dense(cfg.sparse, P + T):
+    if P > 0:
+      raise NotImplementedError(
+        f"prefix: found {P} + {T} tokens, expected less than sparse.dense_len "
+        f"{cfg.sparse.dense_len} (dense attention)"
+      )
     grid = sparse_grid.make_grid(cfg.sparse, T, T, B, segment_ids_BS=segment_ids_BT)
-  return transformer.Context(tables, segment_ids_BT, segment_ids_BT, grid)
+  ids_BS = jnp.pad(segment_ids_BT, ((0, 0), (P, 0)), constant_values=1)
+  return transformer.Context(tables, segment_ids_BT, ids_BS, grid)
+
+
+def layer_prefix(cfg: ModelConfig, found: prefix.Prefix | None, i: int) -> KeyValues | None:
+  """Keys and values of the prefix in layer i."""
+  if found is None:
+    return None
+  prefix.check(found, cfg.num_layers, cache_lib.widths(cfg))
+  return jnp.asarray(found.k[i]), jnp.asarray(found.v[i])
+
+
+def _layer_cache(before: KeyValues | None, shape: tuple[int, int]) -> kv.LayerCache | None:
+  """A cache of one layer that holds the prefix in every row, with room for `shape` new tokens."""
+  if before is None:
+    return None
+  (B, T), P = shape, before[0].shape[0]
+
+  def filled(x_PKH: Array) -> Array:
+    x_BPKH = jnp.broadcast_to(x_PKH[None], (B, *x_PKH.shape))
+    return jnp.pad(x_BPKH, ((0, 0), (0, T), (0, 0), (0, 0)))
+
+  return kv.LayerCache(filled(before[0]), filled(before[1]), jnp.int32(P))
 
 
 def run(
@@ -43,33 +78,56 @@ def run(
   layer: types.Params,
   x_BTD: Float[Array, "B T D"],
   segment_ids_BT: Int[Array, "B T"],
+  before: KeyValues | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, tuple[Array, Array]]]:
-  """(the block's output, {"attn/q": (input, output) of that projection, ...})."""
-  seen: dict[str, tuple[Array, Array]] = {}
+  """(the block's output, {"attn/q": (input, output) of that projection, ...}).
+
+  The input of kv_b is there without an output (None); of experts, "moe" has those of the layer.
+  """
+  seen: dict[str, tuple[Array, Any]] = {}
 
   def watch(call: Callable[..., Any], args: Any, kwargs: Any, where: Any) -> Any:
     out = call(*args, **kwargs)
-    if isinstance(where.module, layers.Linear) and where.method_name == "__call__":
-      seen["/".join(where.module.path)] = (args[0], out)
+    if where.method_name != "__call__":
+      return out
+    name = "/".join(where.module.path)
+    if isinstance(where.module, layers.Linear):
+      seen[name] = (args[0], out)
+    elif name == _LATENT_NORM:
+      seen["attn/kv_b"] = (out, None)
+    elif isinstance(where.module, moe.MoE):
+      seen["moe"] = (args[0], out[0])
     return out
 
   block = transformer.Block(cfg, cfg.residual_scale)
+  cache = _layer_cache(before, segment_ids_BT.shape)
+  ctx = context(cfg, segment_ids_BT, 0 if before is None else before[0].shape[0])
   with nn.intercept_methods(watch):
-    (out_BTD, _), _ = block.apply({"params": layer}, (x_BTD, None), context(cfg, segment_ids_BT))
+    (out_BTD, _), _ = block.apply({"params": layer}, (x_BTD, cache), ctx)
   return out_BTD, seen
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def output(cfg: ModelConfig, layer: Any, x_BTD: Array, segment_ids_BT: Array) -> Array:
-  return run(cfg, layer, x_BTD, segment_ids_BT)[0]
+def output(
+  cfg: ModelConfig, layer: Any, x_BTD: Array, segment_ids_BT: Array, before: Any = None
+) -> Array:
+  return run(cfg, layer, x_BTD, segment_ids_BT, before)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "name"))
 def projection_input(
-  cfg: ModelConfig, name: str, layer: Any, x_BTD: Array, segment_ids_BT: Array
+  cfg: ModelConfig, name: str, layer: Any, x_BTD: Array, segment_ids_BT: Array, before: Any = None
 ) -> Float[Array, "B T I"]:
-  """Input of one projection; what comes after it in the block is not computed."""
-  return calib.flat(run(cfg, layer, x_BTD, segment_ids_BT)[1][name][0])
+  """Input of one projection (not of experts); what comes after it is not computed."""
+  return calib.flat(run(cfg, layer, x_BTD, segment_ids_BT, before)[1][name][0])
+
+
+def _expert_input(cfg: ModelConfig, name: str, experts: types.Params, x_BTD: Array, e: Any):
+  """Input of expert e's projection `name`, of every token."""
+  if name != "moe/down":
+    return x_BTD
+  gate, up = (x_BTD @ experts[part]["kernel"][e].astype(x_BTD.dtype) for part in ("gate", "up"))
+  return functional.gated(gate, up, cfg.act, cfg.act_threshold)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "name"), donate_argnums=5)
@@ -79,18 +137,31 @@ def add_hessian(
   layer: Any,
   x_BTD: Array,
   segment_ids_BT: Array,
-  hessian_II: Float[Array, "I I"],
+  hessian_II: Float[Array, "*E I I"],
   keep_BT: Bool[Array, "B T"],
-) -> Float[Array, "I I"]:
-  """H + X^T X of one projection's input over the kept tokens."""
-  x = run(cfg, layer, x_BTD, segment_ids_BT)[1][name][0]
-  return calib.hessian_update(hessian_II, x, keep_BT)
+  before: Any = None,
+) -> Float[Array, "*E I I"]:
+  """H + X^T X of one projection's input over the kept tokens; of an expert, over its tokens."""
+  seen = run(cfg, layer, x_BTD, segment_ids_BT, before)[1]
+  if not name.startswith("moe/"):
+    return calib.hessian_update(hessian_II, seen[name][0], keep_BT)
+  x_BTD, experts = seen["moe"][0], layer["moe"]
+  index_BTX = moe.route(x_BTD, experts["router"]["kernel"], cfg.moe.experts_per_token)[2]
+
+  def one(args: tuple[Array, Array]) -> Array:
+    e, h_II = args
+    own_BT = keep_BT & jnp.any(index_BTX == e, axis=-1)
+    return calib.hessian_update(h_II, _expert_input(cfg, name, experts, x_BTD, e), own_BT)
+
+  return jax.lax.map(one, (jnp.arange(cfg.moe.num_experts), hessian_II))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def attention_branch(cfg: ModelConfig, layer: Any, x_BTD: Array, segment_ids_BT: Array) -> Array:
+def attention_branch(
+  cfg: ModelConfig, layer: Any, x_BTD: Array, segment_ids_BT: Array, before: Any = None
+) -> Array:
   """Output of the attention branch (before the residual multiplier)."""
-  return run(cfg, layer, x_BTD, segment_ids_BT)[1]["attn/o"][1]
+  return run(cfg, layer, x_BTD, segment_ids_BT, before)[1]["attn/o"][1]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -8,6 +8,11 @@ quantised predecessors, and the next block on the quantised block's output. Meth
   p-gptq    Hessians without the first positions of every document
   s-gptq, s-p-gptq    the same after AWQ smoothing
 
+{q_a,kv_a}, {q_b}, {kv_b} take the place of {q,k,v} in latent attention. Experts have a Hessian each
+over the tokens that the router gives them; an expert that gets none is rounded to nearest. Behind a
+prefix (`deploy.prefix`) all inputs are those of text that follows the prefix, which is not
+quantised and not counted.
+
 The result holds QTensor leaves (int4 codes) where kernels were; norms that smoothing changed stay
 floats. Activations are kept batch by batch on the host; one block's work is on the device.
 """
@@ -24,9 +29,9 @@ from jaxtyping import Array, Float
 
 from minicpm_jax.config import ModelConfig, QuantConfig
 from minicpm_jax.core import trees, types
-from minicpm_jax.deploy import blocks
+from minicpm_jax.deploy import blocks, smooth
 from minicpm_jax.models import transformer
-from minicpm_jax.quant import awq, calib, gptq, qtensor, ternary
+from minicpm_jax.quant import awq, calib, gptq, prefix, qtensor, ternary, tree
 
 Method = Literal["rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq"]
 METHODS = ("rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq")
@@ -64,7 +69,8 @@ class QuantizeConfig:
 
   def skipped(self, name: str) -> int:
     """Positions that the statistics of the projection `name` leave out."""
-    is_masked = "p-gptq" in self.method and (self.p_layers == "all" or name == "mlp/down")
+    is_down = name.endswith("/down")
+    is_masked = "p-gptq" in self.method and (self.p_layers == "all" or is_down)
     return self.skip if is_masked else 0
 
 
@@ -82,23 +88,25 @@ def quantize_model(
   batches: Sequence[Batch],
   cfg: QuantizeConfig,
   *,
+  before: prefix.Prefix | None = None,
   progress: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> Quantized:
-  """Quantises q, k, v, o, gate, up, down of every block; embedding, head and norms stay.
+  """Quantises the projections of every block (experts too); embedding, head, router and norms stay.
 
   Args:
     batches: calibration text, all of one shape; empty for rtn and ternary.
+    before: prefix tokens in front of every row, which then is one document.
     progress: called after each block with its number (from 1) and its mean error.
   """
   model_cfg = model.cfg
-  _check(model_cfg, params, batches, cfg)
-  work = _Work(model_cfg, cfg, batches)
+  _check(model_cfg, params, batches, cfg, before)
+  work = _Work(model_cfg, cfg, batches, before)
   hidden = [np.asarray(blocks.embed(model, params, tokens)) for tokens, _ in batches]
   done, report = [], []
   for i in range(model_cfg.num_layers):
     layer = blocks.layer_params(model_cfg, params, i)
     if not cfg.is_calibrated:
-      layer, rows = _without_data(layer, cfg, i)
+      layer, rows = _without_data(model_cfg, layer, cfg, i)
     else:
       layer, rows = work.block(layer, hidden, i)
     done.append(layer)
@@ -109,9 +117,17 @@ def quantize_model(
 
 
 def _check(
-  model_cfg: ModelConfig, params: types.Params, batches: Sequence[Batch], cfg: QuantizeConfig
+  model_cfg: ModelConfig,
+  params: types.Params,
+  batches: Sequence[Batch],
+  cfg: QuantizeConfig,
+  before: prefix.Prefix | None,
 ) -> None:
-  blocks.check_model(model_cfg)
+  if cfg.is_smoothed and (model_cfg.moe is not None or model_cfg.mla is not None):
+    raise ValueError(
+      f"quantize.method: found {cfg.method} for experts or latent attention, expected no smoothing "
+      "(S- is built for dense blocks with grouped-query attention)"
+    )
   for path, leaf in trees.flatten_paths(params, qtensor.is_qtensor).items():
     if qtensor.is_qtensor(leaf):
       raise ValueError(f"{path}: found a QTensor ({leaf.scheme}), expected floats to quantise")
@@ -120,23 +136,29 @@ def _check(
   shapes = {x.shape for batch in batches for x in batch}
   if len(shapes) > 1:
     raise ValueError(f"batches: found shapes {sorted(shapes)}, expected one (one compilation)")
+  if before is not None and any(np.max(segments) > 1 for _, segments in batches):
+    raise ValueError("batches: found several documents in a row, expected one behind a prefix")
   size = -1 if cfg.method == "ternary" else cfg.solver.group_size
-  widths = {"attn/q": model_cfg.model_dim, "mlp/down": model_cfg.mlp_dim}
-  widths["attn/o"] = model_cfg.num_heads * model_cfg.head_dim
-  for name, width in widths.items():
-    gptq.check_groups(width, size, name)
+  layer = blocks.layer_params(model_cfg, params, 0)
+  for name in (name for stage in blocks.stages(model_cfg) for name in stage):
+    gptq.check_groups(kernel_2d(layer, name).shape[-2], size, name)
   scheme = "ternary" if cfg.method == "ternary" else "int4"
   ternary.check_latent(
     QuantConfig(scheme=scheme, group_size=size), params
   )  # not a fused checkpoint
 
 
-def kernel_2d(layer: types.Params, name: str) -> Float[Array, "I O"]:
-  """The kernel at "attn/o" as [in, out], float32."""
+def _num_in(name: str) -> int:
+  return tree.layout(f"{name}/kernel")[0]
+
+
+def kernel_2d(layer: types.Params, name: str) -> Float[Array, "*E I O"]:
+  """The kernel at "attn/o" as [in, out], that of experts as [experts, in, out], float32."""
   part, kernel = name.split("/")
-  w = layer[part][kernel]["kernel"]
-  num_in = 2 if name == "attn/o" else 1
-  return w.astype(jnp.float32).reshape(int(np.prod(w.shape[:num_in])), -1)
+  w = layer[part][kernel]["kernel"].astype(jnp.float32)
+  if part == "moe":
+    return w
+  return w.reshape(int(np.prod(w.shape[: _num_in(name)])), -1)
 
 
 def put(layer: types.Params, name: str, leaf: Any) -> types.Params:
@@ -148,19 +170,34 @@ def put(layer: types.Params, name: str, leaf: Any) -> types.Params:
   return {**layer, part: {**layer[part], kernel: {"kernel": leaf}}}
 
 
+def _to_leaf(
+  solutions: Sequence[gptq.Solution], cfg: QuantizeConfig, name: str, shape: tuple[int, ...]
+) -> qtensor.QTensor:
+  """The leaf of a kernel of `shape`: one solution, or one an expert."""
+  if not name.startswith("moe/"):
+    return gptq.to_qtensor(solutions[0], cfg.solver, shape, num_in=_num_in(name))
+  leaves = [gptq.to_qtensor(one, cfg.solver, shape[1:]) for one in solutions]
+  return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+
+
 def _without_data(
-  layer: types.Params, cfg: QuantizeConfig, i: int
+  model_cfg: ModelConfig, layer: types.Params, cfg: QuantizeConfig, i: int
 ) -> tuple[types.Params, list[dict[str, Any]]]:
   rows = []
-  for name in (name for stage in blocks.STAGES for name in stage):
+  for name in (name for stage in blocks.stages(model_cfg) for name in stage):
     part, kernel = name.split("/")
-    w = layer[part][kernel]["kernel"]
-    num_in = 2 if name == "attn/o" else 1
+    w, is_moe = layer[part][kernel]["kernel"], part == "moe"
     if cfg.method == "ternary":
-      leaf = qtensor.quantize(w, "ternary", -1, num_in=num_in, scale_dtype=jnp.float16)
+      more = dict(num_in=_num_in(name), num_lead=int(is_moe), scale_dtype=jnp.float16)
+      leaf = qtensor.quantize(w, "ternary", -1, **more)
     else:
-      solution = gptq.round_to_nearest(kernel_2d(layer, name), cfg.solver, name=name)
-      leaf = gptq.to_qtensor(solution, cfg.solver, w.shape, num_in=num_in)
+      kernels = kernel_2d(layer, name)
+      path = f"layers_{i}/{name}"
+      found = [
+        gptq.round_to_nearest(one, cfg.solver, name=path)
+        for one in (kernels if is_moe else [kernels])
+      ]
+      leaf = _to_leaf(found, cfg, name, w.shape)
     off = qtensor.dequantize(leaf) - w.astype(jnp.float32)
     error = jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(w.astype(jnp.float32).ravel())
     rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": float(error)})
@@ -171,11 +208,18 @@ def _without_data(
 class _Work:
   """The state of a calibrated run: masks by document position, timers, compiled steps."""
 
-  def __init__(self, model_cfg: ModelConfig, cfg: QuantizeConfig, batches: Sequence[Batch]):
-    self.model_cfg, self.cfg = model_cfg, cfg
+  def __init__(
+    self,
+    model_cfg: ModelConfig,
+    cfg: QuantizeConfig,
+    batches: Sequence[Batch],
+    before: prefix.Prefix | None = None,
+  ):
+    self.model_cfg, self.cfg, self.before = model_cfg, cfg, before
     self.segments = [jnp.asarray(segments) for _, segments in batches]
+    held = 0 if before is None else before.length  # positions that the prefix has
     self.keep = {
-      skip: [calib.keep_mask(segments, skip) for segments in self.segments]
+      skip: [calib.keep_mask(segments, max(0, skip - held)) for segments in self.segments]
       for skip in {0, cfg.skip}
     }
     if cfg.is_calibrated:
@@ -196,53 +240,71 @@ class _Work:
     self, layer: types.Params, hidden: list[np.ndarray], i: int
   ) -> tuple[types.Params, list[dict[str, Any]]]:
     """The quantised block; `hidden` becomes its outputs."""
+    before = blocks.layer_prefix(self.model_cfg, self.before, i)
+    ratios = {}
     if self.cfg.is_smoothed:
-      layer, ratios = self.timed("smooth", self.smooth, layer, hidden)
-    else:
-      ratios = {}
+      layer, ratios = self.timed("smooth", self.smooth, layer, hidden, before)
     stored, rows = layer, []
-    for stage in blocks.STAGES:
-      hessian = self.timed("hessian", self.hessian, stage[0], layer, hidden)
+    for stage in blocks.stages(self.model_cfg):
+      hessian = self.timed("hessian", self.hessian, stage[0], layer, hidden, before)
       start = time.perf_counter()
-      for name, solution, shape in self.solve(stage, layer, hessian, i):
-        num_in = 2 if name == "attn/o" else 1
-        leaf = gptq.to_qtensor(solution, self.cfg.solver, shape, num_in=num_in)
+      for name, solutions in self.solve(stage, layer, hessian, i).items():
+        part, kernel = name.split("/")
+        leaf = _to_leaf(solutions, self.cfg, name, layer[part][kernel]["kernel"].shape)
         stored = put(stored, name, leaf)
         layer = put(layer, name, qtensor.dequantize(leaf))
         rows.append(
           {
             "layer": i,
             "name": name,
-            "shape": list(shape),
-            "error": float(solution.error),
-            "damp": float(solution.damp),
+            "shape": list(leaf.full_shape),
+            "error": float(np.mean([s.error for s in solutions])),
+            "damp": float(np.max([s.damp for s in solutions])),
           }
           | ({"awq_ratio": ratios[stage[0]]} if stage[0] in ratios else {})
         )
+        if len(solutions) > 1:
+          rows[-1]["errors"] = [float(s.error) for s in solutions]
       self.seconds["solve"] += time.perf_counter() - start
     for b, x in enumerate(hidden):
-      args = (self.model_cfg, layer, jnp.asarray(x), self.segments[b])
+      args = (self.model_cfg, layer, jnp.asarray(x), self.segments[b], before)
       hidden[b] = np.asarray(self.timed("forward", blocks.output, *args))
     return stored, rows
 
-  def hessian(self, name: str, layer: types.Params, hidden: list[np.ndarray]) -> Array:
-    total = calib.hessian_init(kernel_2d(layer, name).shape[0])
+  def hessian(
+    self, name: str, layer: types.Params, hidden: list[np.ndarray], before: Any = None
+  ) -> Float[Array, "*E I I"]:
+    *lead, num_in, _ = kernel_2d(layer, name).shape
+    total = jnp.zeros((*lead, num_in, num_in), jnp.float32)
     keep = self.keep[self.cfg.skipped(name)]
     for b, x in enumerate(hidden):
       args = (self.model_cfg, name, layer, jnp.asarray(x), self.segments[b])
-      total = blocks.add_hessian(*args, total, keep[b])
+      total = blocks.add_hessian(*args, total, keep[b], before)
     return total
 
   def solve(
-    self, stage: tuple[str, ...], layer: types.Params, hessian: Array, i: int
-  ) -> list[tuple[str, gptq.Solution, tuple[int, ...]]]:
+    self, stage: tuple[str, ...], layer: types.Params, hessian: Float[Array, "*E I I"], i: int
+  ) -> dict[str, list[gptq.Solution]]:
+    """Solutions by name, one a kernel or one an expert."""
+    kernels, path = [kernel_2d(layer, name) for name in stage], f"layers_{i}/" + "+".join(stage)
+    if hessian.ndim == 2:
+      solved = [self._solve_joined(kernels, hessian, path)]
+    else:
+      solved = [
+        self._solve_joined([w_EIO[e] for w_EIO in kernels], hessian[e], f"{path}[{e}]")
+        for e in range(hessian.shape[0])
+      ]
+    return {name: [one[n] for one in solved] for n, name in enumerate(stage)}
+
+  def _solve_joined(
+    self, kernels: list[Array], hessian: Float[Array, "I I"], path: str
+  ) -> list[gptq.Solution]:
     """Kernels of one input solved together: outputs are independent of one another."""
-    kernels = [kernel_2d(layer, name) for name in stage]
-    path = f"layers_{i}/" + "+".join(stage)
+    if not bool(jnp.any(jnp.diag(hessian) > 0)):  # an expert without a token
+      return [gptq.round_to_nearest(w_IO, self.cfg.solver, name=path) for w_IO in kernels]
     whole = gptq.solve(jnp.concatenate(kernels, axis=1), hessian, self.cfg.solver, path)
     found, start = [], 0
-    for name, w_IO in zip(stage, kernels, strict=True):
-      part, kernel = name.split("/")
+    for w_IO in kernels:
       out = slice(start, start + w_IO.shape[1])
       start = out.stop
       one = whole._replace(
@@ -251,79 +313,20 @@ class _Work:
         zero_QO=whole.zero_QO[:, out],
       )
       error = gptq.relative_error(gptq.dequantize(one), w_IO, hessian)
-      found.append((name, one._replace(error=error), layer[part][kernel]["kernel"].shape))
+      found.append(one._replace(error=error))
     return found
 
-  # --- smoothing ---------------------------------------------------------------------------------
-
   def smooth(
-    self, layer: types.Params, hidden: list[np.ndarray]
+    self, layer: types.Params, hidden: list[np.ndarray], before: Any = None
   ) -> tuple[types.Params, dict[str, float]]:
     """The layer with the best factors folded in, and the ratio of every stage's first name."""
-    model_cfg, cfg = self.model_cfg, self.cfg
     per_batch = int(np.prod(hidden[0].shape[:2]))
-    count = min(len(hidden), max(1, cfg.awq_tokens // per_batch))
-    xs = [jnp.asarray(x) for x in hidden[:count]]
-    skip = cfg.skip if cfg.awq_skips and "p-gptq" in cfg.method else 0
-    keep = self.keep[skip][:count]
-    segments, ratios = self.segments[:count], {}
-
-    def inputs(name: str) -> list[Array]:
-      pairs = zip(xs, segments, strict=True)
-      return [blocks.projection_input(model_cfg, name, layer, x, s) for x, s in pairs]
-
-    def mean_abs(batches: list[Array]) -> Array:
-      total = (jnp.zeros(batches[0].shape[-1]), jnp.zeros(()))
-      for x, k in zip(batches, keep, strict=True):
-        total = calib.abs_update(total, x, k)
-      return total[0] / jnp.maximum(total[1], 1)
-
-    def square(found: list[Array], wanted: list[Array]) -> Array:
-      parts = zip(found, wanted, keep, strict=True)
-      return sum(
-        jnp.sum(jnp.where(k[..., None], a - b, 0).astype(jnp.float32) ** 2) for a, b, k in parts
-      )
-
-    def replaced(names: tuple[str, ...], t: Array) -> types.Params:
-      changed = layer
-      for name in names:
-        changed = put(changed, name, _rounded(kernel_2d(layer, name), t, cfg.solver))
-      return changed
-
-    def attention(changed: types.Params) -> list[Array]:
-      pairs = zip(xs, segments, strict=True)
-      return [blocks.attention_branch(model_cfg, changed, x, s) for x, s in pairs]
-
-    names, wanted = blocks.STAGES[0], attention(layer)
-    found = awq.search(
-      mean_abs(inputs("attn/q")),
-      lambda t: square(attention(replaced(names, t)), wanted),
-      cfg.awq_ratios,
+    count = min(len(hidden), max(1, self.cfg.awq_tokens // per_batch))
+    skip = self.cfg.skip if self.cfg.awq_skips and "p-gptq" in self.cfg.method else 0
+    text = smooth.Text(
+      [jnp.asarray(x) for x in hidden[:count]],
+      self.segments[:count],
+      self.keep[skip][:count],
+      before,
     )
-    layer, ratios[names[0]] = awq.fold_norm(layer, "attn_norm", names, found.factor_I), found.ratio
-
-    names, normed = blocks.STAGES[2], inputs("mlp/gate")
-    wanted = [blocks.mlp_branch(model_cfg, layer["mlp"], x) for x in normed]
-    found = awq.search(
-      mean_abs(normed),
-      lambda t: square(
-        [blocks.mlp_branch(model_cfg, replaced(names, t)["mlp"], x) for x in normed], wanted
-      ),
-      cfg.awq_ratios,
-    )
-    layer, ratios[names[0]] = awq.fold_norm(layer, "mlp_norm", names, found.factor_I), found.ratio
-
-    inner, w_FD = inputs("mlp/down"), kernel_2d(layer, "mlp/down")
-    total = calib.hessian_init(w_FD.shape[0])
-    for x, k in zip(inner, keep, strict=True):
-      total = calib.hessian_update(total, x, k)
-    found = awq.search(
-      mean_abs(inner),
-      lambda t: gptq.relative_error(_rounded(w_FD, t, cfg.solver), w_FD, total),
-      cfg.awq_ratios,
-    )
-    ratios["mlp/down"] = found.ratio
-    return awq.fold_up_down(layer, found.factor_I), ratios
-
-
-_rounded = jax.jit(awq.rounded, static_argnames="cfg")
+    return smooth.smooth(self.model_cfg, layer, text, self.cfg.solver, self.cfg.awq_ratios)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
 from minicpm_jax.nn import kv, sparse_cache, sparse_grid
+from minicpm_jax.quant import prefix as prefix_lib
 
 
 @flax.struct.dataclass
@@ -105,6 +106,43 @@ def init(
     length=jnp.zeros((batch_size,) if per_row else (), jnp.int32),
     **more,
   )
+
+
+def with_prefix(
+  cfg: ModelConfig,
+  prefix: prefix_lib.Prefix,
+  batch_size: int,
+  capacity: int,
+  dtype: Any = None,
+  *,
+  per_row: bool = False,
+) -> KVCache:
+  """A cache whose rows begin with the prefix's stored keys and values; `capacity` counts them.
+
+  Real tokens follow at positions prefix.length, ...; the prefix is never computed again.
+  """
+  prefix_lib.check(prefix, cfg.num_layers, widths(cfg))
+  P = prefix.length
+  if capacity < P:
+    raise ValueError(f"capacity: found {capacity} slots, expected at least the prefix's {P}")
+  cache = init(cfg, batch_size, capacity, dtype, per_row=per_row)
+  if cache.fine is not None:
+    raise NotImplementedError(
+      f"capacity: found {capacity}, expected less than sparse.dense_len {cfg.sparse.dense_len} "
+      "behind a prefix (compressed keys of it are not stored)"
+    )
+
+  def filled(x: Any, rows: Any) -> Any:
+    """x [*L, B, S, K, H] with rows [*L, P, K, H] in front of every row of the batch."""
+    rows = jnp.broadcast_to(jnp.expand_dims(rows, -4), (*x.shape[:-3], P, *x.shape[-2:]))
+    return x.at[..., :P, :, :].set(rows.astype(x.dtype))
+
+  arrays = {}
+  for name in ("k", "v"):
+    stored, x = jnp.asarray(getattr(prefix, name)), getattr(cache, name)
+    arrays[name] = filled(x, stored) if cfg.scan_layers else tuple(map(filled, x, stored))
+  ids_BS = None if per_row else cache.segment_ids_BS.at[:, :P].set(1)
+  return cache.replace(segment_ids_BS=ids_BS, length=cache.length + P, **arrays)
 
 
 _BY_LAYER = ("k", "v", "k_nope", "fine", "coarse")

@@ -1,0 +1,123 @@
+"""Experts and latent attention: Hessians from a float64 calculation of routing and norms."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minicpm_jax import ckpt
+from minicpm_jax.deploy import blocks, quantize
+from minicpm_jax.quant import gptq, qtensor
+from tests.models import common
+from tests.quant import gptq_oracle as oracle
+
+SOLVER = gptq.GPTQConfig(group_size=8, scale_dtype="f16")
+
+
+def batches(num=2, shape=(4, 24), seed=0):
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(0, 256, shape).astype(np.int32) for _ in range(num)]
+  return [(tokens, np.ones_like(tokens)) for tokens in rows]
+
+
+def run(model, params, method, calibration, **more):
+  cfg = quantize.QuantizeConfig(method=method, solver=SOLVER, **more)
+  return quantize.quantize_model(model, params, calibration, cfg)
+
+
+def check_codes(found, w_IO, x_MI):
+  """The leaf's codes are the oracle's for inputs x."""
+  codes, *_ = oracle.gptq(w_IO.T, x_MI.T @ x_MI, g=8)
+  mine = np.asarray(found.codes, np.int32).reshape(w_IO.shape) + 8
+  assert np.mean(mine.T == codes) > 0.93  # float16 scales move a few codes
+
+
+def test_experts_see_the_tokens_that_the_router_gives_them():
+  model, params = common.build(common.config("minicpm_moe_8x2b", num_layers=1))
+  calibration = batches()
+  done = run(model, params, "gptq", calibration)
+  layer = blocks.layer_params(model.cfg, params, 0)
+  half = {**layer, "attn": blocks.layer_params(model.cfg, done.params, 0)["attn"]}
+  rows = []
+  for tokens, segments in calibration:
+    x = blocks.embed(model, params, tokens)
+    seen = blocks.run(model.cfg, half, x, jnp.asarray(segments))[1]
+    rows.append(np.asarray(seen["moe"][0], np.float64).reshape(-1, model.cfg.model_dim))
+  x_MD = np.concatenate(rows)
+  moe = {k: np.asarray(v["kernel"], np.float64) for k, v in layer["moe"].items()}
+  chosen = np.argsort(-(x_MD @ moe["router"]), axis=-1)[:, : model.cfg.moe.experts_per_token]
+  leaves = done.params["layers"]["moe"]
+  for e in (0, 3):
+    own = x_MD[np.any(chosen == e, axis=1)]
+    assert 0 < len(own) < len(x_MD)
+    one = {
+      name: qtensor.QTensor(
+        leaves[name]["kernel"].codes[0, e],
+        leaves[name]["kernel"].scale[0, e],
+        scheme="int4",
+        group_size=8,
+        shape=leaves[name]["kernel"].shape,
+      )
+      for name in ("gate", "up", "down")
+    }
+    check_codes(one["up"], moe["up"][e], own)
+    gate, up = (own @ np.asarray(qtensor.dequantize(one[n]), np.float64) for n in ("gate", "up"))
+    check_codes(one["down"], moe["down"][e], gate / (1 + np.exp(-gate)) * up)
+  row = next(r for r in done.report if r["name"] == "moe/down")
+  assert len(row["errors"]) == model.cfg.moe.num_experts and row["shape"][0] == len(row["errors"])
+
+
+def test_an_expert_without_tokens_is_rounded():
+  """All router logits 0: the first experts take every token, the others have the codes of RTN."""
+  model, params = common.build(common.config("minicpm_moe_8x2b", num_layers=1))
+  router = params["layers"]["moe"]["router"]
+  router["kernel"] = jnp.zeros_like(router["kernel"])
+  done = run(model, params, "gptq", batches())
+  nearest = run(model, params, "rtn", [])
+  a, b = (m.params["layers"]["moe"]["up"]["kernel"].codes[0] for m in (done, nearest))
+  same = [
+    np.mean(np.asarray(x, np.int8) == np.asarray(y, np.int8)) for x, y in zip(a, b, strict=True)
+  ]
+  busy = model.cfg.moe.experts_per_token
+  assert all(s == 1.0 for s in same[busy:]) and all(s < 1.0 for s in same[:busy])
+
+
+def test_latent_attention():
+  """kv_b's inputs are the normalised latents of the quantised kv_a, in float64."""
+  model, params = common.build(common.config("minicpm3_4b", num_layers=1))
+  cfg, calibration = model.cfg, batches()
+  done = run(model, params, "gptq", calibration)
+  layer, quantised = (blocks.layer_params(cfg, p, 0) for p in (params, done.params))
+
+  def norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(scale, np.float64)
+
+  table = np.asarray(params["embed"]["embedding"], np.float64) * cfg.scale_emb
+  x_MD = np.concatenate([table[tokens].reshape(-1, cfg.model_dim) for tokens, _ in calibration])
+  x_MD = norm(x_MD, layer["attn_norm"]["scale"], cfg.norm_eps)
+  check_codes(
+    quantised["attn"]["kv_a"]["kernel"], np.asarray(layer["attn"]["kv_a"]["kernel"]), x_MD
+  )
+  kv_a = np.asarray(qtensor.dequantize(quantised["attn"]["kv_a"]["kernel"]), np.float64)
+  latent = (x_MD @ kv_a)[:, : cfg.mla.kv_lora_rank]
+  latent = norm(latent, layer["attn"]["kv_a_norm"]["scale"], cfg.mla.latent_norm_eps)
+  kv_b = np.asarray(layer["attn"]["kv_b"]["kernel"])
+  check_codes(quantised["attn"]["kv_b"]["kernel"], kv_b.reshape(kv_b.shape[0], -1), latent)
+
+
+@pytest.mark.parametrize("name", ["minicpm_moe_8x2b", "minicpm3_4b"])
+def test_gptq_beats_rtn_and_goes_through_a_folder(tmp_path, name):
+  model, params = common.build(common.config(name, num_layers=1))
+  tokens = common.tokens((2, 24), seed=5)
+  wanted = np.asarray(common.apply(model, params, tokens).logits)
+  errors = {}
+  for method in ("rtn", "gptq"):
+    done = run(model, params, method, batches(8) if method == "gptq" else [])
+    logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+    errors[method] = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
+  assert errors["gptq"] < errors["rtn"] < 0.6, errors
+  ckpt.save_gptq(tmp_path / "m", model, done.params)
+  loaded, back, _ = ckpt.load_hf(tmp_path / "m")
+  found = loaded.apply({"params": back}, tokens).logits
+  np.testing.assert_allclose(found, logits, atol=1e-4)
+  with pytest.raises(ValueError, match="quantize.method: found s-p-gptq for experts or latent"):
+    run(model, params, "s-p-gptq", batches())
