@@ -136,7 +136,7 @@ def bitcpm4_qat(name: str, dense: str, model: config.ModelConfig) -> config.Trai
     schedule=wsd(decay_start=178_000, decay_steps=44_500, warmup_steps=2000, min_ratio=0.05),
     phases={"stable": MINICPM4_STABLE, "decay": MINICPM4_DECAY},
   )
-  qat = config.QATConfig(share=0.4, peak_lr=5e-3, rewarmup_steps=2000)
+  qat = config.QATConfig(share=0.4, lr_peak=5e-3, rewarmup_steps=2000)
   _, second = config.qat_stages(whole, qat, first_workdir=f"runs/{dense}")
   return dataclasses.replace(second, name=name)
 

@@ -204,7 +204,7 @@ class Study:
     if arm.quant is None:
       return self.size.steps
     qat = config.QATConfig(share=arm.share, rewarmup_steps=0)
-    return qat.start_step(self.size.steps)
+    return qat.switch_step(self.size.steps)
 
   def switch(self, arm: Arm, state, start: int, *, seed: int):
     """(state, result, {metric: values a step}) of the arm's own stage from step `start` on."""
@@ -212,7 +212,7 @@ class Study:
     qat = config.QATConfig(
       quant=arm.quant,
       share=arm.share,
-      peak_lr=arm.peak_lr,
+      lr_peak=arm.peak_lr,
       rewarmup_steps=round(arm.rewarmup * self.size.steps),
       keep_moments=arm.keep_moments,
     )

@@ -16,7 +16,7 @@ from minicpm_jax.config.model import (
 )
 from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.override import as_python, override, overrides
-from minicpm_jax.config.qat import QATConfig, qat_stages
+from minicpm_jax.config.qat import QATConfig, int4_stages, qat_stages
 from minicpm_jax.config.quant import FP8Config, QuantConfig
 from minicpm_jax.config.serve import ServerConfig
 from minicpm_jax.config.train import CheckpointConfig, TrainConfig
@@ -49,5 +49,6 @@ __all__ = [
   "as_python",
   "override",
   "overrides",
+  "int4_stages",
   "qat_stages",
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from minicpm_jax.config.optim import ScheduleConfig
-from minicpm_jax.config.quant import QuantConfig
+from minicpm_jax.config.quant import QuantConfig, SchemeName
 from minicpm_jax.config.train import TrainConfig
 from minicpm_jax.config.validate import require
 
@@ -16,20 +16,49 @@ class QATConfig:
   moments survive the switch is not stated; they start from zero unless `keep_moments`.
   """
 
-  quant: QuantConfig = QuantConfig()
+  scheme: SchemeName = "ternary"
+  g: int = -1  # input channels that share a scale; -1 = one scale per output channel
+  quant: QuantConfig | None = None  # instead of scheme and g, with everything else
   share: float = 0.4  # of the run's steps, (0, 1]
-  peak_lr: float = 5e-3  # base rate of the quantised stage (BitCPM-CANN found 1e-2 better)
+  start_step: int | None = None  # steps of the first stage, instead of `share`
+  lr_peak: float = 5e-3  # base rate of the quantised stage (BitCPM-CANN found 1e-2 better)
   rewarmup_steps: int = 100  # linear from 0 at the switch, which the paper calls critical; 0 = none
+  decay_start: int | None = None  # step of the whole run; None = where its schedule has it
   keep_moments: bool = False
 
   def __post_init__(self):
     require(0 < self.share <= 1, "qat.share", self.share, "in (0, 1]")
-    require(self.peak_lr > 0, "qat.peak_lr", self.peak_lr, "> 0")
+    require(self.lr_peak > 0, "qat.lr_peak", self.lr_peak, "> 0")
     require(self.rewarmup_steps >= 0, "qat.rewarmup_steps", self.rewarmup_steps, "steps >= 0")
+    for name in ("start_step", "decay_start"):
+      value = getattr(self, name)
+      require(value is None or value >= 0, f"qat.{name}", value, "None or a step >= 0")
+    own = (self.scheme, self.g)
+    require(self.quant is None or own == ("ternary", -1), "qat.scheme, qat.g", own, "none by quant")
+    self.weights  # noqa: B018  (refuses scheme and g)
 
-  def start_step(self, num_steps: int) -> int:
-    """Steps of the first stage."""
-    return num_steps - max(1, round(self.share * num_steps))
+  @property
+  def weights(self) -> QuantConfig:
+    """What the second stage trains under."""
+    return self.quant or QuantConfig(scheme=self.scheme, group_size=self.g)
+
+  def switch_step(self, num_steps: int) -> int:
+    """Steps of the first stage of a run of `num_steps`."""
+    if self.start_step is None:
+      return num_steps - max(1, round(self.share * num_steps))
+    ok = self.start_step < num_steps
+    require(ok, "qat.start_step", self.start_step, f"a step below the run's {num_steps}")
+    return self.start_step
+
+  def whole_schedule(self, schedule: ScheduleConfig, num_steps: int) -> ScheduleConfig:
+    """The schedule of both stages together, with `decay_start` applied."""
+    if self.decay_start is None:
+      return schedule
+    warmup = schedule.warmup_steps
+    ok = warmup <= self.decay_start <= num_steps
+    require(ok, "qat.decay_start", self.decay_start, f"a step in {warmup}..{num_steps}")
+    lengths = dict(stable_steps=self.decay_start - warmup, decay_steps=num_steps - self.decay_start)
+    return dataclasses.replace(schedule, **lengths)
 
 
 def qat_stages(
@@ -42,20 +71,22 @@ def qat_stages(
   stable stage, the decay. Where the switch lies inside the decay, the second goes on from the
   fraction that the decay had reached. Its data are drawn in another order (data.seed + 1).
   """
-  start = qat.start_step(cfg.num_steps)
+  start = qat.switch_step(cfg.num_steps)
   require(start > 0, "qat.share", qat.share, "less than 1 for two stages (train cfg itself)")
+  whole = qat.whole_schedule(cfg.optim.schedule, cfg.num_steps)
   first = dataclasses.replace(
     cfg,
     name=f"{cfg.name}_dense",
     num_steps=start,
+    optim=dataclasses.replace(cfg.optim, schedule=whole),
     checkpoint=dataclasses.replace(cfg.checkpoint, keep_steps=(start,)),
   )
   schedule, ratio = second_schedule(cfg.optim.schedule, qat, cfg.num_steps)
   second = dataclasses.replace(
     cfg,
-    name=f"{cfg.name}_{qat.quant.scheme}",
-    model=dataclasses.replace(cfg.model, quant=qat.quant),
-    optim=dataclasses.replace(cfg.optim, peak_lr=qat.peak_lr * ratio, schedule=schedule),
+    name=f"{cfg.name}_{qat.weights.scheme}",
+    model=dataclasses.replace(cfg.model, quant=qat.weights),
+    optim=dataclasses.replace(cfg.optim, peak_lr=qat.lr_peak * ratio, schedule=schedule),
     data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1, phases=_shifted(cfg, start)),
     checkpoint=dataclasses.replace(
       cfg.checkpoint, keep_steps=(schedule.decay_start,) if schedule.decay_start else ()
@@ -72,7 +103,7 @@ def second_schedule(
 ) -> tuple[ScheduleConfig, float]:
   """(schedule of the quantised stage, factor of its peak rate) for a WSD run of `num_steps`."""
   require(whole.kind == "wsd", "optim.schedule.kind", whole.kind, "wsd")
-  start = qat.start_step(num_steps)
+  whole, start = qat.whole_schedule(whole, num_steps), qat.switch_step(num_steps)
   left = num_steps - start
   warmup = qat.rewarmup_steps if start > 0 else whole.warmup_steps
   require(warmup <= left, "qat.rewarmup_steps", warmup, f"at most the stage's {left} steps")
@@ -91,6 +122,58 @@ def second_schedule(
     min_ratio=min_ratio,
   )
   return schedule, ratio
+
+
+def int4_stages(
+  cfg: TrainConfig,
+  *,
+  first_workdir: str,
+  group_size: int = 128,
+  decay_share: float = 0.02,
+  export_ready_step: int = 0,
+) -> tuple[TrainConfig, ...]:
+  """(first stage, int4 stage) of the WSD run `cfg`, or with (.., int4 stage, export-ready stage).
+
+  4-bit weights need little training (quantization.md 3; no recipe is published): the last
+  `decay_share` of the decay's steps, at a tenth of the stable stage's rate, flat, moments fresh.
+  From `export_ready_step` of them on, scales are rounded to float16 before codes are taken, so that
+  a GPTQ file holds what was trained; 0 = from the switch.
+  """
+  whole = cfg.optim.schedule
+  require(whole.kind == "wsd", "optim.schedule.kind", whole.kind, "wsd")
+  require(0 < decay_share <= 1, "decay_share", decay_share, "in (0, 1]")
+  require(whole.decay_steps > 0, "optim.schedule.decay_steps", whole.decay_steps, "a decay")
+  steps = max(1, round(decay_share * whole.decay_steps))
+  ok = 0 <= export_ready_step < steps
+  require(ok, "export_ready_step", export_ready_step, f"a step below the int4 stage's {steps}")
+  start = cfg.num_steps - steps
+  first, second = qat_stages(
+    cfg, QATConfig(start_step=start, rewarmup_steps=0), first_workdir=first_workdir
+  )
+  flat = dataclasses.replace(
+    cfg.optim,
+    peak_lr=cfg.optim.peak_lr / 10,
+    schedule=ScheduleConfig(kind="constant", warmup_steps=0, stable_steps=steps),
+  )
+
+  def stage(name: str, scale_dtype: str, **more) -> TrainConfig:
+    quant = QuantConfig(scheme="int4", group_size=group_size, scale_dtype=scale_dtype)
+    model = dataclasses.replace(cfg.model, quant=quant)
+    name = f"{cfg.name}_{name}"
+    checkpoint = dataclasses.replace(second.checkpoint, keep_steps=())
+    more = dict(optim=flat, checkpoint=checkpoint) | more
+    return dataclasses.replace(second, name=name, model=model, **more)
+
+  if export_ready_step == 0:
+    return first, stage("int4", "f16", num_steps=steps)
+  free = stage("int4", "f32", num_steps=export_ready_step)
+  free = dataclasses.replace(
+    free, checkpoint=dataclasses.replace(free.checkpoint, keep_steps=(export_ready_step,))
+  )
+  at = f"{first_workdir}_int4@{export_ready_step}"
+  ready = stage("int4_export", "f16", num_steps=steps - export_ready_step, init_from=at)
+  data = dataclasses.replace(ready.data, seed=ready.data.seed + 1)
+  return first, free, dataclasses.replace(ready, keep_moments=True, data=data)
 
 
 def _shifted(cfg: TrainConfig, start: int) -> tuple:

@@ -81,6 +81,7 @@ def solve(
       f"{name}: hessian: found shape {hessian_II.shape}, expected {(w_IO.shape[0],) * 2}"
     )
   solution = _solve(w_IO, hessian_II.astype(w_IO.dtype), cfg)
+  _check_range(solution, w_IO, cfg, name)
   if not bool(jnp.isfinite(solution.error)):
     raise ValueError(
       f"{name}: found a Hessian or weights that are not finite, or a Hessian that stays indefinite "
@@ -94,7 +95,21 @@ def round_to_nearest(
 ) -> Solution:
   """Every weight to the nearest code of its group's range: the baseline, no Hessian needed."""
   check_groups(w_IO.shape[0], cfg.group_size, name)
-  return _nearest(_wide(w_IO), hessian_II, cfg)
+  w_IO = _wide(w_IO)
+  solution = _nearest(w_IO, hessian_II, cfg)
+  _check_range(solution, w_IO, cfg, name)
+  return solution
+
+
+def _check_range(s: Solution, w_IO: Array, cfg: GPTQConfig, name: str) -> None:
+  """Refuses finite weights whose scales are beyond float16 (outside jit)."""
+  if cfg.scale_dtype == "f16" and not isinstance(w_IO, jax.core.Tracer):
+    if bool(jnp.all(jnp.isfinite(w_IO))) and bool(jnp.any(s.scale_QO > 65504)):
+      high = float(jnp.max(jnp.abs(w_IO)))
+      raise ValueError(
+        f"{name}: found weights up to {high:.4g}, expected group scales within float16 (65504); "
+        "scale_dtype='f32' keeps them"
+      )
 
 
 def _wide(w_IO: Float[Array, "I O"]) -> Float[Array, "I O"]:

@@ -47,31 +47,64 @@ def hadamard(width: int) -> Float[np.ndarray, "W W"] | None:
 
 
 def _paley(size: int) -> Float[np.ndarray, "W W"] | None:
-  """Paley's constructions for prime q: size q + 1 (q = 3 mod 4) and 2 (q + 1) (q = 1 mod 4)."""
+  """Paley, of a prime power q: size q + 1 (q = 3 mod 4) and 2 (q + 1) (q = 1 mod 4)."""
   if size % 4:
     return None
-  q = size - 1
-  if _is_prime(q):  # q = 3 mod 4
+  field = _prime_power(size - 1)  # q = 3 mod 4
+  if field is not None:
     skew = np.zeros((size, size))
-    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, _jacobsthal(q)
+    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, _jacobsthal(*field)
     return skew + np.eye(size)
   q = size // 2 - 1
-  if q % 4 != 1 or not _is_prime(q):
+  field = _prime_power(q)
+  if q % 4 != 1 or field is None:
     return None
   sym = np.zeros((q + 1, q + 1))
-  sym[0, 1:], sym[1:, 0], sym[1:, 1:] = 1, 1, _jacobsthal(q)
+  sym[0, 1:], sym[1:, 0], sym[1:, 1:] = 1, 1, _jacobsthal(*field)
   plus, minus = np.array([[1.0, 1], [1, -1]]), np.array([[1.0, -1], [-1, -1]])
   return np.kron(sym, plus) + np.kron(np.eye(q + 1), minus)
 
 
-def _jacobsthal(q: int) -> Float[np.ndarray, "q q"]:
-  squares = {x * x % q for x in range(1, q)}
-  symbol = np.array([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)])
-  return symbol[(np.arange(q)[:, None] - np.arange(q)[None]) % q]
+def _jacobsthal(p: int, k: int) -> Float[np.ndarray, "q q"]:
+  """chi(a - b) over GF(p^k): 1 for squares, -1 for others, 0 for 0; k is at most 3."""
+  q = p**k
+  digits_qk = np.stack([np.arange(q) // p**i % p for i in range(k)], axis=1)
+  squares_qk = _square(digits_qk, p, _irreducible(p, k))
+  weights_k = p ** np.arange(k)
+  symbol_q = np.full(q, -1.0)
+  symbol_q[squares_qk @ weights_k] = 1
+  symbol_q[0] = 0
+  return symbol_q[(digits_qk[:, None] - digits_qk[None]) % p @ weights_k]
 
 
-def _is_prime(q: int) -> bool:
-  return q > 1 and all(q % p for p in range(2, int(q**0.5) + 1))
+def _square(a_qk: np.ndarray, p: int, low_k: np.ndarray) -> np.ndarray:
+  """Squares of polynomials of degree below k, modulo x^k + low (coefficients, lowest first)."""
+  k = a_qk.shape[1]
+  full = np.zeros((len(a_qk), 2 * k - 1), np.int64)
+  for i in range(k):
+    full[:, i : i + k] += a_qk[:, i : i + 1] * a_qk
+  for top in range(2 * k - 2, k - 1, -1):
+    full[:, top - k : top] -= full[:, top : top + 1] * low_k
+  return full[:, :k] % p
+
+
+def _irreducible(p: int, k: int) -> np.ndarray:
+  """Coefficients below x^k of a monic polynomial of degree k <= 3 without a root modulo p."""
+  x = np.arange(p)
+  for number in range(p**k):
+    low_k = np.array([number // p**i % p for i in range(k)])
+    if k == 1 or np.all((x**k + sum(c * x**i for i, c in enumerate(low_k))) % p):
+      return low_k
+  raise AssertionError(f"no irreducible polynomial of degree {k} modulo {p}")
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+  """(p, k) with q = p^k, p prime, k <= 3 (for larger k a polynomial without roots may factor)."""
+  for k in (1, 2, 3):
+    p = round(q ** (1 / k))
+    if p**k == q and p > 1 and all(p % d for d in range(2, int(p**0.5) + 1)):
+      return p, k
+  return None
 
 
 def rotate(

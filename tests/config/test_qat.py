@@ -18,10 +18,10 @@ def rates(schedule, peak, steps):
 
 
 def test_switch_in_the_stable_stage():
-  qat = config.QATConfig(share=0.4, peak_lr=0.005, rewarmup_steps=5)
+  qat = config.QATConfig(share=0.4, lr_peak=0.005, rewarmup_steps=5)
   schedule, ratio = qat_lib.second_schedule(WSD, qat, 100)
   assert (schedule.warmup_steps, schedule.stable_steps, schedule.decay_steps) == (5, 15, 20)
-  found = rates(schedule, qat.peak_lr * ratio, 40)
+  found = rates(schedule, qat.lr_peak * ratio, 40)
   np.testing.assert_allclose(found[:5], 0.005 * np.arange(1, 6) / 5, rtol=1e-6)
   np.testing.assert_allclose(found[4:20], 0.005, rtol=1e-6)
   np.testing.assert_allclose(found[20:], 0.005 * 0.1 ** (np.arange(1, 21) / 20), rtol=1e-5)
@@ -29,10 +29,10 @@ def test_switch_in_the_stable_stage():
 
 def test_switch_inside_the_decay_goes_on_from_its_fraction():
   """Share 10% of 100 steps: half of the decay is done, 10^-1/2 of it is left to fall."""
-  qat = config.QATConfig(share=0.1, peak_lr=0.005, rewarmup_steps=2)
+  qat = config.QATConfig(share=0.1, lr_peak=0.005, rewarmup_steps=2)
   schedule, ratio = qat_lib.second_schedule(WSD, qat, 100)
   assert (schedule.warmup_steps, schedule.stable_steps, schedule.decay_steps) == (2, 0, 8)
-  found = rates(schedule, qat.peak_lr * ratio, 10)
+  found = rates(schedule, qat.lr_peak * ratio, 10)
   np.testing.assert_allclose(found[1], 0.005 * 0.1**0.5, rtol=1e-5)
   np.testing.assert_allclose(found[-1], 0.005 * 0.1, rtol=1e-5)
 
@@ -79,9 +79,54 @@ def test_stages_of_a_run():
   assert [p.name for p in second.data.phases] == ["decay"]
 
 
+def test_the_names_of_the_specification():
+  qat = config.QATConfig(
+    start_step=60, scheme="five", g=32, lr_peak=0.01, rewarmup_steps=5, decay_start=90
+  )
+  assert qat.weights == config.QuantConfig(scheme="five", group_size=32)
+  schedule, ratio = qat_lib.second_schedule(WSD, qat, 100)
+  assert (schedule.warmup_steps, schedule.stable_steps, schedule.decay_steps) == (5, 25, 10)
+  assert ratio == 1.0 and qat.switch_step(100) == 60
+  whole = qat.whole_schedule(WSD, 100)
+  assert (whole.decay_start, whole.total_steps) == (90, 100)
+
+
+def test_int4_stages():
+  """100 steps, 20 of decay, a fifth of them in int4 at a tenth of the peak rate."""
+  model = config.ModelConfig(
+    vocab_size=8,
+    model_dim=8,
+    mlp_dim=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=8,
+  )
+  optim = config.OptimConfig(schedule=WSD, peak_lr=0.01)
+  whole = config.TrainConfig(model=model, optim=optim, num_steps=100, name="run")
+  first, int4 = config.int4_stages(whole, first_workdir="runs/a", group_size=8, decay_share=0.2)
+  assert (first.num_steps, int4.num_steps, int4.init_from) == (96, 4, "runs/a@96")
+  assert first.optim == whole.optim and first.model.quant is None
+  assert int4.model.quant == config.QuantConfig(scheme="int4", group_size=8, scale_dtype="f16")
+  np.testing.assert_allclose(rates(int4.optim.schedule, int4.optim.peak_lr, 4), 0.001, rtol=1e-6)
+  more = dict(first_workdir="runs/a", decay_share=0.2, export_ready_step=3)
+  _, free, ready = config.int4_stages(whole, **more)
+  assert (free.num_steps, ready.num_steps) == (3, 1)
+  assert (free.model.quant.scale_dtype, ready.model.quant.scale_dtype) == ("f32", "f16")
+  assert ready.init_from == "runs/a_int4@3" and ready.keep_moments
+  assert free.checkpoint.keep_steps == (3,)
+  assert ready.optim == free.optim
+  with pytest.raises(ValueError, match="export_ready_step: found 4, expected a step below"):
+    config.int4_stages(whole, first_workdir="a", decay_share=0.2, export_ready_step=4)
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
+    ({"start_step": 100}, "qat.start_step: found 100, expected a step below the run's 100"),
+    ({"decay_start": 5}, "qat.decay_start: found 5"),
+    ({"scheme": "int4", "quant": config.QuantConfig()}, "qat.scheme, qat.g: found"),
     ({"share": 0.0}, "qat.share: found 0.0"),
     ({"share": 0.4, "rewarmup_steps": 41}, "qat.rewarmup_steps: found 41, expected at most"),
   ],

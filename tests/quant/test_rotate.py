@@ -9,7 +9,7 @@ from minicpm_jax.quant import rotate
 from tests.models import common
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 12, 16, 20, 28, 36, 60, 64, 128, 576, 1536])
+@pytest.mark.parametrize("width", [1, 2, 4, 12, 20, 28, 36, 52, 60, 64, 100, 128, 244, 576, 1536])
 def test_hadamard(width):
   h = rotate.hadamard(width)
   assert set(np.unique(h)) <= {-1.0, 1.0}

@@ -21,7 +21,7 @@ from minicpm_jax.train import step as step_lib
 def stages(train_config, tmp_path_factory):
   """(workdir of the first stage after 3 of 6 steps, config of the second)."""
   folder = tmp_path_factory.mktemp("stages")
-  qat = config.QATConfig(share=0.5, peak_lr=0.01, rewarmup_steps=2)
+  qat = config.QATConfig(share=0.5, lr_peak=0.01, rewarmup_steps=2)
   first, second = config.qat_stages(train_config, qat, first_workdir=str(folder / "dense"))
   result = loop.train(first, folder / "dense")
   assert result.step == 3
