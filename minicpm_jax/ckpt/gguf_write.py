@@ -23,7 +23,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import errors, gguf_vocab, hf_names
 from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
-from minicpm_jax.models import transformer
+from minicpm_jax.models import joined, transformer
 from minicpm_jax.nn import rope
 from minicpm_jax.quant import gguf_types, qtensor
 from minicpm_jax.text import tokenizer
@@ -103,7 +103,8 @@ def save_gguf(
   _check_model(cfg)
   if embedding_kind is None:
     embedding_kind = kind if kind in ("f32", "bf16") else "f16"
-  leaves = trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor)
+  params = joined.split_projections(cfg, nn.unbox(params))
+  leaves = trees.flatten_paths(params, qtensor.is_qtensor)
   if dropped := [p for p in leaves if p.startswith("mtp/")]:
     logging.info("save_gguf: %d leaves of the MTP head left out (no GGUF form)", len(dropped))
   tensors = list(_tensors(cfg, kind, embedding_kind))

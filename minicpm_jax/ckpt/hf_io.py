@@ -27,7 +27,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import errors, hf_config, hf_names, hf_tensors, safetensors_file
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
-from minicpm_jax.models import transformer
+from minicpm_jax.models import joined, transformer
 from minicpm_jax.quant import qtensor, ternary
 from minicpm_jax.text import tokenizer
 
@@ -120,7 +120,8 @@ def save_hf(
     dtype: stored dtype, default that of the parameters (a cast rounds to nearest even).
   """
   cfg, folder = model.cfg, pathlib.Path(path).absolute()
-  leaves = _check_params(cfg, trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor))
+  params = joined.split_projections(cfg, nn.unbox(params))
+  leaves = _check_params(cfg, trees.flatten_paths(params, qtensor.is_qtensor))
   to = None if dtype is None else types.dtype_of(hf_tensors.dtype_name(dtype))
   tensors = Tensors(cfg, leaves, to)
   hf = hf_config.to_hf(cfg, hf_tensors.dtype_name(tensors.main_dtype))

@@ -13,7 +13,7 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.ckpt import errors, hf_config, hf_io, hf_names, hf_tensors, quant_io
 from minicpm_jax.core import trees, types
-from minicpm_jax.models import transformer
+from minicpm_jax.models import joined, transformer
 from minicpm_jax.quant import gptq_format, marlin, qtensor
 
 
@@ -92,7 +92,8 @@ class _GPTQTensors:
 
   def __init__(self, cfg: config.ModelConfig, params: types.Params, version: str, dtype: Any):
     self.version = version
-    flat = trees.flatten_paths(nn.unbox(params), qtensor.is_qtensor)
+    params = joined.split_projections(cfg, nn.unbox(params))
+    flat = trees.flatten_paths(params, qtensor.is_qtensor)
     flat = {path: x for path, x in flat.items() if not path.startswith("mtp/")}
     self.low = {path: qtensor.unpack(x) for path, x in flat.items() if qtensor.is_qtensor(x)}
     plain_cfg = dataclasses.replace(cfg, quant=None)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.core import types
+from minicpm_jax.core import huge_pages, types
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.drafters import base
-from minicpm_jax.models import convert, transformer
+from minicpm_jax.models import convert, joined, transformer
 
 MAX_ROUNDS = 16  # rounds in the answer of one dispatch
 NO_TOKEN = engine_lib.NO_TOKEN  # what a finished row emits
@@ -38,11 +38,12 @@ class Chunk:
 def for_decoding(
   model: transformer.Transformer, params: types.Params
 ) -> tuple[transformer.Transformer, types.Params]:
-  """The form that decodes fastest here; call once. On CPU: unrolled layers, float32.
+  """The form that decodes fastest here; call once. Elsewhere than on a CPU nothing changes.
 
-  Unrolled is 1.3 to 2 times faster than the scan on CPU, and bfloat16 matrix-vector products are 5
-  to 16 times slower than float32 (environment.md section 8). Elsewhere nothing changes; neither do
-  integer leaves (quantised weights).
+  On a CPU: layers unrolled (1.3 to 2 times faster than the scan), floats as float32 (bfloat16
+  matrix-vector products are 5 to 16 times slower; environment.md section 8), projections of one
+  input joined (`models.joined`), and the weights in memory of large pages (`core.huge_pages`).
+  Integers (quantised weights) keep their type.
   """
   if jax.default_backend() != "cpu":
     return model, params
@@ -51,6 +52,7 @@ def for_decoding(
     cfg, params = convert.unstack_layers(cfg, params)
   widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
   params = jax.tree.map(lambda x: widen(jnp.asarray(x)), params)
+  params = huge_pages.place(joined.join_projections(cfg, params))
   cfg = dataclasses.replace(cfg, dtype="f32", param_dtype="f32", remat="none")
   return transformer.Transformer(cfg), params
 

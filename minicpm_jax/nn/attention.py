@@ -22,6 +22,8 @@ from minicpm_jax.nn import (
 )
 from pallas_kernels.flash import api as flash
 
+MAX_JOINED = 16  # T * K up to which attention of few queries joins the heads on a CPU
+
 
 def attend(
   cfg: ModelConfig,
@@ -67,11 +69,43 @@ def attend_masked(
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BTKGH = jnp.reshape(q_BTNH, (B, T, K, N // K, H))
-  scores = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  is_joined = jax.default_backend() == "cpu" and T * K <= MAX_JOINED
+  if is_joined:
+    scores = _scores_of_joined_heads(q_BTKGH, k_BSKH)
+  else:
+    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
   scores = jnp.where(mask_BTS[:, None, :, None, :], scale * scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKV.dtype)
-  out_BTKGV = jnp.einsum("BKTGS,BSKV->BTKGV", probs, v_BSKV, preferred_element_type=jnp.float32)
+  if is_joined:
+    out_BTKGV = _values_of_joined_heads(probs, v_BSKV)
+  else:
+    out_BTKGV = jnp.einsum("BKTGS,BSKV->BTKGV", probs, v_BSKV, preferred_element_type=jnp.float32)
   return jnp.reshape(out_BTKGV, (B, T, N, -1)).astype(v_BSKV.dtype)
+
+
+def _scores_of_joined_heads(q_BTKGH, k_BSKH):
+  """q k^T [B, K, T, G, S] as one product over all heads, each query zero outside its own head.
+
+  K times the arithmetic, but the cache is read as it lies: XLA on CPU copies and transposes it for
+  a product with the head as batch axis, which takes two to three times as long for few queries.
+  """
+  B, T, K, G, H = q_BTKGH.shape
+  is_own_KJ = jnp.eye(K, dtype=q_BTKGH.dtype)[None, :, None, None, :, None]
+  q_BKTGJH = jnp.swapaxes(q_BTKGH, 1, 2)[:, :, :, :, None, :] * is_own_KJ
+  q_BRJ = jnp.reshape(q_BKTGJH, (B, K * T * G, K * H))
+  k_BSJ = jnp.reshape(k_BSKH, (B, -1, K * H))
+  scores_BRS = jnp.einsum("BRJ,BSJ->BRS", q_BRJ, k_BSJ, preferred_element_type=jnp.float32)
+  return jnp.reshape(scores_BRS, (B, K, T, G, -1))
+
+
+def _values_of_joined_heads(probs_BKTGS, v_BSKV):
+  """probs v [B, T, K, G, V] as one product; of each query only its own head's values are kept."""
+  B, K, T, G, S = probs_BKTGS.shape
+  probs_BRS = jnp.reshape(probs_BKTGS, (B, K * T * G, S))
+  v_BSJ = jnp.reshape(v_BSKV, (B, S, -1))
+  out_BRJ = jnp.einsum("BRS,BSJ->BRJ", probs_BRS, v_BSJ, preferred_element_type=jnp.float32)
+  out_BKTGKV = jnp.reshape(out_BRJ, (B, K, T, G, K, -1))
+  return jnp.stack([out_BKTGKV[:, head, :, :, head] for head in range(K)], axis=2)
 
 
 def attend_sparse(
@@ -110,9 +144,14 @@ class Attention(nn.Module):
     cfg = self.cfg
     D, N, K, H = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     kv_axes = ("embed", "kv_heads", "head_dim")
-    q_BTNH = layers.Linear(cfg, (D, N, H), ("embed", "heads", "head_dim"), name="q")(x_BTD)
-    k_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="k")(x_BTD)
-    v_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="v")(x_BTD)
+    if self.has_variable("params", "qkv"):  # models/joined.py
+      axes = ("embed", "heads", "head_dim")
+      joined = layers.Linear(cfg, (D, N + 2 * K, H), axes, name="qkv")(x_BTD)
+      q_BTNH, k_BSKH, v_BSKH = jnp.split(joined, (N, N + K), axis=2)
+    else:
+      q_BTNH = layers.Linear(cfg, (D, N, H), ("embed", "heads", "head_dim"), name="q")(x_BTD)
+      k_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="k")(x_BTD)
+      v_BSKH = layers.Linear(cfg, (D, K, H), kv_axes, name="v")(x_BTD)
     nope = (q_BTNH, k_BSKH) if grid is not None and cfg.sparse.use_nope else None
     q_BTNH, k_BSKH = rope.apply_rope(q_BTNH, tables), rope.apply_rope(k_BSKH, tables)
     q_offset, before, compressed = 0, cache, None

@@ -144,8 +144,12 @@ class MLP(nn.Module):
   def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     cfg = self.cfg
     D, F = cfg.model_dim, cfg.mlp_dim
-    gate_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="gate")(x_BTD)
-    up_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="up")(x_BTD)
+    if self.has_variable("params", "gate_up"):  # models/joined.py
+      joined = Linear(cfg, (D, 2 * F), ("embed", "mlp"), name="gate_up")(x_BTD)
+      gate_BTF, up_BTF = jnp.split(joined, 2, axis=-1)
+    else:
+      gate_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="gate")(x_BTD)
+      up_BTF = Linear(cfg, (D, F), ("embed", "mlp"), name="up")(x_BTD)
     h_BTF = functional.gated(gate_BTF, up_BTF, cfg.act, cfg.act_threshold)
     h_BTF = mesh.constrain(h_BTF, "act_batch", "act_seq", "act_mlp")
     return Linear(cfg, (F, D), ("mlp", "embed"), name="down")(h_BTF)

@@ -1,0 +1,104 @@
+"""Projections that read the same input as one kernel: q|k|v and gate|up, for decoding.
+
+One matrix-vector product of three widths takes less time than three: on a CPU each product has its
+own start and end on all cores. The function is unchanged. Only the forward pass and the converters
+of `models` know this form; files are written of the split one (`ckpt` splits by itself).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minicpm_jax.config import ModelConfig
+from minicpm_jax.core import types
+from minicpm_jax.quant import qtensor
+
+# block: (joined name, parts, outputs of each part, axis of the outputs from the end)
+_Rule = tuple[str, tuple[str, ...], Callable[[ModelConfig], tuple[int, ...]], int]
+_RULES: dict[str, _Rule] = {
+  "attn": ("qkv", ("q", "k", "v"), lambda c: (c.num_heads, c.num_kv_heads, c.num_kv_heads), -2),
+  "mlp": ("gate_up", ("gate", "up"), lambda c: (c.mlp_dim, c.mlp_dim), -1),
+}
+
+
+def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
+  """The same model with `attn/qkv` and `mlp/gate_up` where its parts can be joined.
+
+  Latent weights that the forward quantises stay apart (their rule goes by path), and so do
+  quantised kernels of different form. Experts and MLA have other projections.
+  """
+  if cfg.quant is not None and cfg.quant.weights == "latent" and cfg.quant.scheme != "none":
+    return dict(params)
+
+  def join(block: types.Params, rule: _Rule) -> types.Params:
+    name, parts, _, axis = rule
+    if not all(part in block for part in parts):
+      return block
+    kernels = [block[part]["kernel"] for part in parts]
+    if not _is_alike(kernels):
+      return block
+    rest = {n: leaf for n, leaf in block.items() if n not in parts}
+    joined = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
+    return {**rest, name: {"kernel": _changed(joined, axis, *kernels)}}
+
+  return _map_blocks(join, params)
+
+
+def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
+  """Inverse of `join_projections`; parameters of the split form are returned as they are."""
+
+  def split(block: types.Params, rule: _Rule) -> types.Params:
+    name, parts, sizes, axis = rule
+    if name not in block:
+      return block
+    rest = {n: leaf for n, leaf in block.items() if n != name}
+    start, kernel = 0, block[name]["kernel"]
+    for part, size in zip(parts, sizes(cfg), strict=True):
+      cut = lambda x, a=start, b=start + size: jax.lax.slice_in_dim(x, a, b, axis=axis)  # noqa: E731
+      rest[part] = {"kernel": _changed(cut, axis, kernel)}
+      start += size
+    return rest
+
+  return _map_blocks(split, params)
+
+
+def _map_blocks(
+  change: Callable[[types.Params, _Rule], types.Params], params: types.Params
+) -> types.Params:
+  """`change` of attention and MLP of every layer, stacked or one subtree a layer."""
+
+  def layer(tree: types.Params) -> types.Params:
+    changed = {n: change(tree[n], rule) for n, rule in _RULES.items() if n in tree}
+    return {**tree, **changed}
+
+  return {n: layer(tree) if n.startswith("layers") else tree for n, tree in params.items()}
+
+
+def _is_alike(kernels: list[Any]) -> bool:
+  """Whether arrays of these kernels can be laid side by side along their outputs."""
+  if not any(map(qtensor.is_qtensor, kernels)):
+    return len({jnp.dtype(k.dtype) for k in kernels}) == 1
+  if not all(map(qtensor.is_qtensor, kernels)) or any(k.g_idx is not None for k in kernels):
+    return False
+  forms = {
+    (k.scheme, k.group_size, k.is_packed, k.zero is None, k.num_groups, jnp.dtype(k.scale.dtype))
+    for k in kernels
+  }
+  return len(forms) == 1
+
+
+def _changed(change: Callable[..., Any], axis: int, *kernels: Any) -> Any:
+  """change(arrays) of floats, or of every array of QTensors with its shape put right."""
+  if not qtensor.is_qtensor(kernels[0]):
+    return change(*map(jnp.asarray, kernels))
+  first = kernels[0]
+  arrays = {
+    name: change(*(jnp.asarray(getattr(k, name)) for k in kernels))
+    for name in ("codes", "scale", "zero")
+    if getattr(first, name) is not None
+  }
+  shape = list(first.shape)
+  shape[axis] = arrays["scale"].shape[axis]
+  return first.replace(**arrays, shape=tuple(shape))

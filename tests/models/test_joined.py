@@ -1,0 +1,87 @@
+"""Joined projections: the same logits, the same files, and the way back."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from minicpm_jax import ckpt
+from minicpm_jax.config import QuantConfig
+from minicpm_jax.core import trees
+from minicpm_jax.models import convert, joined, transformer
+from minicpm_jax.quant import qtensor
+from tests.models import common
+
+TOKENS = common.tokens((2, 24))
+
+
+def logits(cfg, params):
+  model = transformer.Transformer(cfg)
+  return np.asarray(jax.jit(lambda p: model.apply({"params": p}, TOKENS).logits)(params))
+
+
+@pytest.fixture(scope="module")
+def dense():
+  """Two query heads a key head, so that q, k and v differ in width."""
+  cfg, params = convert.unstack_layers(*(common.config(), common.build(common.config())[1]))
+  return cfg, params, logits(cfg, params)
+
+
+def test_joined_model_gives_equal_logits_and_splits_back_bit_for_bit(dense):
+  cfg, params, expected = dense
+  new = joined.join_projections(cfg, params)
+  assert set(new["layers_0"]["attn"]) == {"qkv", "o"}
+  assert set(new["layers_0"]["mlp"]) == {"gate_up", "down"}
+  heads = cfg.num_heads + 2 * cfg.num_kv_heads
+  assert new["layers_1"]["attn"]["qkv"]["kernel"].shape == (cfg.model_dim, heads, cfg.head_dim)
+  np.testing.assert_allclose(logits(cfg, new), expected, atol=1e-5)
+  back = joined.split_projections(cfg, new)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  assert joined.split_projections(cfg, params).keys() == params.keys()
+
+
+def test_stacked_layers_are_joined_too(dense):
+  cfg, params, expected = dense
+  cfg, params = convert.stack_layers(cfg, params)
+  new = joined.join_projections(cfg, params)
+  assert new["layers"]["mlp"]["gate_up"]["kernel"].shape[0] == cfg.num_layers
+  np.testing.assert_allclose(logits(cfg, new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["codes", "packed"])
+@pytest.mark.parametrize("scheme,size", [("int4", 16), ("ternary", -1), ("int8", -1)])
+def test_quantised_kernels_join_as_codes(dense, scheme, size, form):
+  cfg = dataclasses.replace(dense[0], quant=QuantConfig(scheme=scheme, group_size=size))
+  cfg, params = convert.to_codes(cfg, dense[1], form)
+  new = joined.join_projections(cfg, params)
+  kernel = new["layers_0"]["attn"]["qkv"]["kernel"]
+  assert isinstance(kernel, qtensor.QTensor) and kernel.is_packed == (form == "packed")
+  parts = [params["layers_0"]["attn"][name]["kernel"] for name in "qkv"]
+  whole = np.concatenate([np.asarray(qtensor.dequantize(p)) for p in parts], axis=1)
+  np.testing.assert_array_equal(qtensor.dequantize(kernel), whole)
+  np.testing.assert_allclose(logits(cfg, new), logits(cfg, params), atol=1e-5)
+  back = trees.flatten_paths(joined.split_projections(cfg, new))
+  for path, leaf in trees.flatten_paths(params).items():
+    np.testing.assert_array_equal(back[path], leaf, err_msg=path)
+
+
+def test_latent_weights_and_unlike_kernels_stay_apart(dense):
+  cfg, params, _ = dense
+  latent = dataclasses.replace(cfg, quant=QuantConfig(scheme="ternary"))
+  assert "qkv" not in joined.join_projections(latent, params)["layers_0"]["attn"]
+  mixed = jax.tree.map(lambda x: x, params)
+  kernel = mixed["layers_0"]["attn"]["q"]["kernel"]
+  mixed["layers_0"]["attn"]["q"]["kernel"] = qtensor.quantize(kernel, "int8")
+  new = joined.join_projections(cfg, mixed)
+  assert "q" in new["layers_0"]["attn"] and "qkv" in new["layers_1"]["attn"]
+
+
+def test_files_are_written_of_the_split_form(dense, tmp_path):
+  cfg, params, _ = dense
+  model = transformer.Transformer(cfg)
+  ckpt.save_hf(tmp_path / "split", model, params)
+  ckpt.save_hf(tmp_path / "joined", model, joined.join_projections(cfg, params))
+  one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("split", "joined"))
+  assert one == other
