@@ -64,13 +64,13 @@ def regenerate(
   write_generated(made, target, train, sampling)
   write_generated(tested, target, test, sampling)
   entries = {"generated": made, "generated_heldout": tested}
+  weights, others = (("generated", 1.0),), held_out
+  if values.prompts:  # documents were not begun: they stay in the mixture as they are
+    weights += tuple(pair for phase in cfg.data.phases for pair in phase.weights)
+    others = list(cfg.data.sources)
+  own = [config.SourceConfig(name=name, path=str(path)) for name, path in entries.items()]
   data = dataclasses.replace(
-    cfg.data,
-    sources=(
-      *held_out,
-      *(config.SourceConfig(name=name, path=str(path)) for name, path in entries.items()),
-    ),
-    phases=(config.PhaseConfig(weights=(("generated", 1.0),)),),
+    cfg.data, sources=(*others, *own), phases=(config.PhaseConfig(weights=weights),)
   )
   return dataclasses.replace(cfg, data=data, eval_sources=(*cfg.eval_sources, "generated_heldout"))
 

@@ -8,8 +8,8 @@
 --kind=eagle3 with --draft_vocab=25% has a head for the most frequent tokens. --from_mtp starts from
 the target's own MTP module. --regenerate=DOCS first lets the target continue the beginnings of DOCS
 training documents, and trains on that (advised where the target's own text differs from the data);
-with --prompts=FILE.jsonl[.gz] it answers those prompts in its chat template instead, and --data may
-be left out.
+with --prompts=FILE.jsonl[.gz] it answers those prompts in its chat template instead, sources of
+--data then add to the mixture by their weights (the answers have 1) and may be left out.
 --int4=GROUP trains with int4 fake quantisation (start it with --init_from=FOLDER/draft). The draft
 is written to WORKDIR/draft, acceptance curves to acceptance.json and .png. Losses, batch, clip and
 betas default to EAGLE's recipes; their learning rate is for long runs (800k steps).

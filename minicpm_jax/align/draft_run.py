@@ -7,6 +7,7 @@ released names. Starting it again goes on from the newest checkpoint.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from minicpm_jax.infer import frspec
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.optim import build, schedules
+from minicpm_jax.quant import tree as quant_tree
 from minicpm_jax.train import start, stop, window
 from minicpm_jax.train import step as step_lib
 
@@ -287,8 +289,21 @@ class _Run:
     draft = draft_lib.Draft(self.cfg.draft, jax.device_get(self.state.params["draft"]), ids)
     if mesh_lib.is_main_process():
       draft_io.save_draft(self.workdir / "draft", draft, self.model.cfg)
+      quant = self.cfg.draft.layer.quant
+      if quant is not None:
+        draft_io.save_draft(self.workdir / "draft_int4", as_int4(draft), self.model.cfg)
       write_curves(self.workdir, self.cfg)
     return draft
+
+
+def as_int4(draft: draft_lib.Draft) -> draft_lib.Draft:
+  """A draft that was trained with fake quantisation in the form that runs, same values."""
+  quant = draft.cfg.layer.quant
+  if quant is None or quant.scheme != "int4" or quant.weights != "latent":
+    raise ValueError(f"draft.layer.quant: found {quant!r}, expected latent int4 weights")
+  quant = dataclasses.replace(quant, weights="codes")
+  cfg = dataclasses.replace(draft.cfg, layer=dataclasses.replace(draft.cfg.layer, quant=quant))
+  return draft_lib.Draft(cfg, quant_tree.quantize_params(quant, draft.params), draft.ids)
 
 
 def _head_of(

@@ -8,7 +8,7 @@
 
 A prefix "model." and vLLM's "eagle_layers" are accepted. `embed_tokens` is the target's and is
 ignored, as is the head of the first two kinds and the norm that vLLM declares for `minicpm` without
-calling it. Row i of an EAGLE-3 head is token i + d2t[i]. Quantised files are refused.
+calling it. Row i of an EAGLE-3 head is token i + d2t[i]. int4 drafts: `draft_quant`.
 """
 
 import dataclasses
@@ -26,10 +26,12 @@ import numpy as np
 from jaxtyping import Int
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, hf_names, hf_tensors, safetensors_file
+from minicpm_jax.ckpt import draft_quant, errors, hf_names, hf_tensors, quant_io, safetensors_file
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.quant import qtensor
 
+Source = draft_quant.Source
 _OURS = "minicpm_jax"  # our fields in config.json, which no release has
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8}
 _IGNORED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\..*|t2d")
@@ -94,12 +96,6 @@ def load_draft(
     raise errors.MissingFileError(f"{folder}: found no such folder, expected a draft checkpoint")
   raw = hf_tensors.read_json(folder / "config.json")
   source = _strip(hf_tensors.open_tensors(folder), folder)
-  quantized = [name for name in source if hf_names.is_quantized(name)]
-  if quantized:
-    raise errors.QuantizedCheckpointError(
-      f"{folder}: found quantised tensors ({hf_tensors.listed(quantized[:3])} ...), expected plain "
-      "weights"
-    )
   cfg = _config(raw, source, target, folder)
   if is_plain:
     cfg = draft_lib.plain(cfg)
@@ -111,21 +107,27 @@ def load_draft(
     draft_lib.check_fits(cfg, target)
   except ValueError as error:
     raise errors.ConfigError(f"{folder}: {error}") from error
-  _check(cfg, source, folder)
-  stored = _majority(cfg, source)
+  low = draft_quant.find(folder, names(cfg), source)
+  settings = quant_io.read_settings(folder, raw) if low else None
+  _check(cfg, source, folder, low)
+  stored = _majority(cfg, source, low)
   chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)
   layer = dataclasses.replace(cfg.layer, dtype=chosen, param_dtype=chosen)
   cfg = dataclasses.replace(cfg, layer=layer)
   shapes = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
   leaves = {}
+  if settings is not None:
+    cfg = draft_lib.quantized(cfg, settings.group_size, "codes", has_fc="fc/kernel" in low)
   for ours, (name, rule) in names(cfg).items():
+    if ours in low:
+      leaves[ours] = draft_quant.load_leaf(
+        ours, name, rule, shapes[ours].shape, source, settings, folder
+      )
+      continue
     reader, full_name = source[name]
     x = hf_names.to_ours(rule, reader.read(full_name), shapes[ours].shape)
     leaves[ours] = jnp.asarray(np.ascontiguousarray(x), types.dtype_of(chosen))
   return draft_lib.Draft(cfg, trees.unflatten(leaves), _ids(cfg, source, folder))
-
-
-Source = dict[str, tuple[safetensors_file.Reader, str]]  # released name -> (file, name in it)
 
 
 def _strip(readers: Mapping[str, safetensors_file.Reader], folder: pathlib.Path) -> Source:
@@ -196,17 +198,28 @@ def _config(
     raise errors.ConfigError(f"{folder}/config.json: {error}") from error
 
 
-def _check(cfg: config.DraftConfig, source: Source, folder: pathlib.Path) -> None:
+def _check(
+  cfg: config.DraftConfig, source: Source, folder: pathlib.Path, low: Mapping[str, list[str]]
+) -> None:
   shapes = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
-  wanted = {name: hf_names.hf_shape(r, shapes[p].shape) for p, (name, r) in names(cfg).items()}
+  wanted = {
+    name: hf_names.hf_shape(rule, shapes[path].shape)
+    for path, (name, rule) in names(cfg).items()
+    if path not in low
+  }
+  codes = [name for parts in low.values() for name in parts]  # their shapes: quant_io
   also = {"d2t"} if cfg.kind == "eagle3" else {"lm_head.weight", "norm.weight"}
-  missing = [name for name in wanted if name not in source]
+  also |= {f"{name.rpartition('.')[0]}.{part}" for name in codes for part in ("g_idx", "bias")}
+  missing = [name for name in (*wanted, *codes) if name not in source]
   if cfg.kind == "eagle3" and cfg.head_size < cfg.layer.vocab_size and "d2t" not in source:
     missing.append("d2t")
   unexpected = [
     full
     for name, (_, full) in source.items()
-    if name not in wanted and name not in also and not _IGNORED.fullmatch(name)
+    if name not in wanted
+    and name not in codes
+    and name not in also
+    and not _IGNORED.fullmatch(name)
   ]
   if missing or unexpected:
     raise errors.CheckpointError(
@@ -228,9 +241,11 @@ def _check(cfg: config.DraftConfig, source: Source, folder: pathlib.Path) -> Non
       )
 
 
-def _majority(cfg: config.DraftConfig, source: Source) -> config.DTypeName:
+def _majority(cfg: config.DraftConfig, source: Source, low: Mapping[str, Any]) -> config.DTypeName:
   counts: dict[str, int] = {}
-  for name, _ in names(cfg).values():
+  for path, (name, _) in names(cfg).items():
+    if path in low:
+      continue
     reader, full = source[name]
     info = reader.tensors[full]
     counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
@@ -280,17 +295,25 @@ def save_draft(
 ) -> None:
   """Writes config.json and model.safetensors under released names; scales go beside them.
 
+  int4 QTensors (`cfg.layer.quant` of weights "codes") become GPTQ tensors, scales in float16.
   The folder appears, or has its two files replaced, when all is written.
   """
   cfg, folder = draft.cfg, pathlib.Path(path).absolute()
   draft_lib.check_fits(cfg, target)
-  leaves = trees.flatten_paths(draft.params)
-  wanted = trees.flatten_paths(draft_lib.abstract_params(cfg)[0])
+  leaves, wanted = (
+    trees.flatten_paths(x, qtensor.is_qtensor)
+    for x in (draft.params, draft_lib.abstract_params(cfg)[0])
+  )
   for name in sorted(set(leaves) | set(wanted)):
     a, b = (list(tree[name].shape) if name in tree else "none" for tree in (leaves, wanted))
     if a != b:
       raise errors.CheckpointError(f"draft.params: {name}: found {a}, expected {b}")
-  tensors = {name: hf_names.to_hf(r, np.asarray(leaves[p])) for p, (name, r) in names(cfg).items()}
+  tensors: dict[str, np.ndarray] = {}
+  for path, (name, rule) in names(cfg).items():
+    if qtensor.is_qtensor(leaves[path]):
+      tensors |= draft_quant.gptq_tensors(quant_io.base_name(name), qtensor.unpack(leaves[path]))
+    else:
+      tensors[name] = hf_names.to_hf(rule, np.asarray(leaves[path]))
   if cfg.kind == "eagle3":
     ids = np.arange(cfg.head_size) if draft.ids is None else np.asarray(draft.ids, np.int64)
     t2d = np.zeros(cfg.layer.vocab_size, bool)
@@ -334,6 +357,8 @@ def _to_json(cfg: config.DraftConfig, target: config.ModelConfig) -> dict[str, A
   if target.scale_depth is not None:
     raw |= {"scale_emb": target.scale_emb, "scale_depth": target.scale_depth}
     raw["dim_model_base"] = target.dim_model_base
+  if layer.quant is not None and layer.quant.weights != "latent":
+    raw["quantization_config"] = draft_quant.settings_json(layer.quant.group_size)
   fields = ("residual_scale", "draft_logit_scale", "feature_scale", "window_size")
   raw[_OURS] = {name: getattr(cfg, name) for name in fields}
   raw[_OURS]["feature_layers"] = list(cfg.feature_layers)

@@ -140,7 +140,7 @@ def load_quantized(
       shape = abstract[path].shape
       params[path] = hf_tensors.load_leaf(leaf, shape, blocks, source, to, place)
     else:
-      qt = _load_leaf(leaf, abstract[path].shape, source, settings, folder)
+      qt = load_leaf(leaf, abstract[path].shape, source, settings, folder)
       params[path] = qt if mesh is None else _placed(qt, names, mesh, path)
   model = transformer.Transformer(dataclasses.replace(cfg, quant=quant))
   return model, trees.unflatten(params), tokenizer.load_tokenizer(folder)
@@ -217,7 +217,7 @@ def _check_plain(
   return blocks
 
 
-def _load_leaf(
+def load_leaf(
   leaf: hf_names.Leaf,
   shape: tuple[int, ...],
   source: Mapping[str, safetensors_file.Reader],

@@ -85,6 +85,22 @@ def _save(
   hf_io.write_folder(folder, hf, hf_config.generation_to_hf(cfg), tensors, shards, tok)
 
 
+def layer_codes(qt: qtensor.QTensor, at: tuple[int, ...], base: str) -> gptq_format.Codes:
+  """Codes 0..15 of layer `at` of an unpacked int4 QTensor; `base` names it in errors."""
+  width, out, groups = qt.in_size, math.prod(qt.out_shape), qt.num_groups
+  pick = lambda x: np.asarray(x[at] if at else x)  # noqa: E731
+  scale = pick(qt.scale).astype(np.float16).reshape(groups, out)
+  if not np.all(np.isfinite(scale.astype(np.float32))):
+    raise errors.CheckpointError(f"save_gptq: {base}.scales: found beyond float16's range")
+  zero = np.full((groups, out), gptq_format.SYMMETRIC_ZERO, np.uint8)
+  if qt.zero is not None:
+    zero = (pick(qt.zero).astype(np.int16) + 8).astype(np.uint8).reshape(groups, out)
+  size = width // groups
+  index = np.arange(width, dtype=np.int32) // size if qt.g_idx is None else pick(qt.g_idx)
+  codes = (pick(qt.codes).astype(np.int16) + 8).astype(np.uint8).reshape(width, out)
+  return gptq_format.Codes(codes, scale, zero, index.astype(np.int32))
+
+
 class _GPTQTensors:
   """Tensors of the folder by name: dtype, shape and, on demand, values."""
 
@@ -137,19 +153,7 @@ class _GPTQTensors:
   def codes(self, base: str) -> gptq_format.Codes:
     """Codes 0..15 of one layer's projection."""
     path, at = self.where[base]
-    qt = self.low[path]
-    width, out, groups = qt.in_size, math.prod(qt.out_shape), qt.num_groups
-    pick = lambda x: np.asarray(x[at] if at else x)  # noqa: E731
-    scale = pick(qt.scale).astype(np.float16).reshape(groups, out)
-    if not np.all(np.isfinite(scale.astype(np.float32))):
-      raise errors.CheckpointError(f"save_gptq: {base}.scales: found beyond float16's range")
-    zero = np.full((groups, out), gptq_format.SYMMETRIC_ZERO, np.uint8)
-    if qt.zero is not None:
-      zero = (pick(qt.zero).astype(np.int16) + 8).astype(np.uint8).reshape(groups, out)
-    size = width // groups
-    index = np.arange(width, dtype=np.int32) // size if qt.g_idx is None else pick(qt.g_idx)
-    codes = (pick(qt.codes).astype(np.int16) + 8).astype(np.uint8).reshape(width, out)
-    return gptq_format.Codes(codes, scale, zero, index.astype(np.int32))
+    return layer_codes(self.low[path], at, base)
 
   def _encode(self, base: str) -> gptq_format.Tensors:
     return gptq_format.encode(self.codes(base), self.version, base)

@@ -117,13 +117,17 @@ def plain(cfg: DraftConfig) -> DraftConfig:
   return dataclasses.replace(cfg, feature_scale=1.0, residual_scale=1.0)
 
 
-def quantized(cfg: DraftConfig, group_size: int = 128, weights: str = "latent") -> DraftConfig:
+def quantized(
+  cfg: DraftConfig, group_size: int = 128, weights: str = "latent", *, has_fc: bool = True
+) -> DraftConfig:
   """int4 for fc and the layer's seven linears; norms and heads stay (MiniCPM4 §4.1.3).
 
-  "latent" trains with fake quantisation; "codes" or "packed" is the form that runs.
+  "latent" trains with fake quantisation; "codes" or "packed" is the form that runs. Scales are
+  rounded to float16, as GPTQ files hold them. Files of others may leave fc in floats (`has_fc`).
   """
+  include = (PROJECTIONS, r"(^|/)fc/kernel$") if has_fc else (PROJECTIONS,)
   quant = QuantConfig(
-    scheme="int4", group_size=group_size, weights=weights, include=(PROJECTIONS, r"(^|/)fc/kernel$")
+    scheme="int4", group_size=group_size, weights=weights, scale_dtype="f16", include=include
   )
   return dataclasses.replace(cfg, layer=dataclasses.replace(cfg.layer, quant=quant))
 
@@ -134,9 +138,9 @@ def check_fits(cfg: DraftConfig, target: ModelConfig) -> None:
     found, expected = getattr(cfg.layer, name), getattr(target, name)
     if found != expected:
       raise ValueError(f"draft.layer.{name}: found {found}, expected the target's {expected}")
-  if cfg.feature_layers and max(cfg.feature_layers) >= target.num_layers:
+  if cfg.feature_layers and max(cfg.feature_layers) > target.num_layers:
     raise ValueError(
-      f"draft.feature_layers: found {cfg.feature_layers}, expected 0..{target.num_layers - 1}"
+      f"draft.feature_layers: found {cfg.feature_layers}, expected 0..{target.num_layers}"
     )
 
 

@@ -197,7 +197,8 @@ class Transformer(nn.Module):
     rope_length: length that dynamic NTK and LongRoPE scale for, or one a row; default is the
       largest position + 1 of this forward, or the capacity of the cache.
     step: required with a cache that has one length a row; then positions and segments are its own.
-    tap_layers: layers whose input is wanted in `Output.taps` (EAGLE-3).
+    tap_layers: layers whose input is wanted in `Output.taps` (EAGLE-3); num_layers is what the
+      final norm gets.
     """
     cfg = self.cfg
     tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
@@ -232,7 +233,7 @@ class Transformer(nn.Module):
     hidden_BTD = self.final_norm(x_BTD)
     if cfg.mtp is not None and self.is_initializing():
       self.mtp_hidden(hidden_BTD, tokens_BT, positions_BT, segment_ids_BT)
-    taps = [inputs[layer] for layer in tap_layers]
+    taps = [x_BTD if layer == cfg.num_layers else inputs[layer] for layer in tap_layers]
     return Output(
       logits=self.unembed(hidden_BTD) if return_logits else None,
       hidden=hidden_BTD,

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as st
 
 from minicpm_jax import ckpt
+from minicpm_jax.align import draft_run
 from minicpm_jax.ckpt import draft_io, errors
+from minicpm_jax.core import trees
 from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import tree as quant_tree
 from tests.models import common
 from tests.models import test_draft as oracle
 
@@ -174,7 +179,8 @@ def put(name, value):
     ("minicpm", without("input_norm2.weight"), {}, "1 missing tensors: input_norm2.weight"),
     ("eagle", put("extra.weight", np.ones(3, np.float32)), {}, "unexpected tensors: extra.weight"),
     ("eagle", put("fc.weight", np.ones((D, D), np.float32)), {}, r"fc.weight: found \[32, 32\]"),
-    ("eagle", put("fc.qweight", np.ones((4, 4), np.float32)), {}, "quantised tensors"),
+    ("eagle", put("fc.qweight", np.ones((4, 4), np.float32)), {}, "without them: .*attn/q/kernel"),
+    ("eagle", put("lm_head.qweight", np.ones((4, 4), np.float32)), {}, "quantised tensors lm_head"),
     ("eagle3", without("d2t"), {}, "missing tensors: d2t"),
     ("eagle3", put("d2t", np.zeros(R, np.int64) + V), {}, "d2t: found ids"),
     ("eagle3", put("t2d", np.ones(V, bool)), {}, "t2d: found another set"),
@@ -204,3 +210,97 @@ def test_missing_folder_and_pickles(tmp_path, target):
   del params["embed_norm"]
   with pytest.raises(errors.CheckpointError, match="embed_norm/scale: found none"):
     draft_io.save_draft(tmp_path / "d", draft_lib.Draft(cfg, params), target)
+
+
+GROUP = 16
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": GROUP}}
+
+
+def to_gptq(tensors, with_fc=True):
+  """(tensors with every linear of the layers as GPTQ words, the floats that they mean)."""
+  rng, words, floats = np.random.default_rng(5), {}, {}
+  for name, x in tensors.items():
+    base = name.removesuffix(".weight")
+    if not (base.endswith("_proj") or (with_fc and base == "fc")):
+      words[name] = floats[name] = x
+      continue
+    out, width = x.shape
+    codes = rng.integers(0, 16, (width, out))
+    scale = rng.uniform(0.01, 0.1, (width // GROUP, out)).astype(np.float16)
+    floats[name] = ((codes - 8) * np.repeat(scale, GROUP, 0).astype(np.float32)).T
+    packed = np.zeros((width // 8, out), np.uint32)
+    for k in range(width):
+      packed[k // 8] |= codes[k].astype(np.uint32) << np.uint32(4 * (k % 8))
+    words[f"{base}.qweight"] = packed.view(np.int32)
+    words[f"{base}.qzeros"] = np.full((width // GROUP, out // 8), 0x77777777, np.int32)
+    words[f"{base}.scales"] = scale
+    words[f"{base}.g_idx"] = (np.arange(width) // GROUP).astype(np.int32)
+  return words, {name: np.ascontiguousarray(x, np.float32) for name, x in floats.items()}
+
+
+@pytest.mark.parametrize("kind, with_fc", [("minicpm", True), ("eagle", False), ("eagle3", True)])
+def test_gptq_tensors_mean_the_floats_they_stand_for_and_are_written_back(
+  tmp_path, target, kind, with_fc
+):
+  words, floats = to_gptq(released(kind), with_fc)
+  low = ckpt.load_draft(write(tmp_path / "low", kind, words, **GPTQ), target)
+  plain = ckpt.load_draft(write(tmp_path / "plain", kind, floats), target)
+  codes = {p: x for p, x in trees.flatten_paths(low.params, qtensor.is_qtensor).items()}
+  assert sum(map(qtensor.is_qtensor, codes.values())) == 7 + with_fc
+  common.assert_trees_close(quant_tree.dequantize_params(low.params), plain.params, atol=0, rtol=0)
+  rng = np.random.default_rng(1)
+  embedded, feature = (
+    rng.normal(size=(1, 3, n)).astype(np.float32) for n in (D, low.cfg.feature_dim)
+  )
+  found, expected = (
+    draft_lib.extend(
+      x.cfg,
+      x.params,
+      draft_lib.init_cache(x.cfg, 1, 8),
+      embedded,
+      feature,
+      np.arange(3, dtype=np.int32)[None],
+      np.ones((1, 3), bool),
+    )[0]
+    for x in (low, plain)
+  )
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  draft_io.save_draft(tmp_path / "again", low, target)
+  stored = st.load_file(tmp_path / "again" / "model.safetensors")
+  for name, x in words.items():
+    if not name.startswith("embed"):
+      np.testing.assert_array_equal(stored[name], x, err_msg=name)
+  again = ckpt.load_draft(tmp_path / "again", target)
+  common.assert_trees_close(again.params, low.params, atol=0, rtol=0)
+  assert again.cfg.layer.quant == low.cfg.layer.quant
+
+
+def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target):
+  cfg = draft_lib.quantized(draft_lib.for_target(target, "minicpm"), GROUP)
+  trained = draft_lib.Draft(cfg, draft_lib.init_params(cfg, jax.random.key(0)))
+  draft_io.save_draft(tmp_path / "d", draft_run.as_int4(trained), target)
+  found = ckpt.load_draft(tmp_path / "d", target)
+  expected = quant_tree.dequantize_params(
+    quant_tree.quantize_params(
+      dataclasses.replace(cfg.layer.quant, weights="codes"), trained.params
+    )
+  )
+  common.assert_trees_close(quant_tree.dequantize_params(found.params), expected, atol=0, rtol=0)
+  with pytest.raises(ValueError, match="expected latent int4 weights"):
+    draft_run.as_int4(found)
+
+
+@pytest.mark.parametrize(
+  "drop, changes, match",
+  [
+    ("layers.0.mlp.up_proj.qzeros", {}, "1 missing tensors: layers.0.mlp.up_proj.qzeros"),
+    (None, {"quantization_config": {"quant_method": "awq"}}, "quant_method: found 'awq'"),
+    (None, {"quantization_config": {"quant_method": "gptq", "bits": 8}}, "bits: found 8"),
+  ],
+)
+def test_int4_refusals(tmp_path, target, drop, changes, match):
+  words, _ = to_gptq(released("minicpm"))
+  if drop is not None:
+    del words[drop]
+  with pytest.raises(errors.CheckpointError, match=match):
+    ckpt.load_draft(write(tmp_path / "d", "minicpm", words, **{**GPTQ, **changes}), target)
