@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -259,10 +260,8 @@ def test_gptq_tensors_mean_the_floats_they_stand_for_and_are_written_back(
       x.cfg,
       x.params,
       draft_lib.init_cache(x.cfg, 1, 8),
-      embedded,
-      feature,
-      np.arange(3, dtype=np.int32)[None],
-      np.ones((1, 3), bool),
+      *map(jnp.asarray, (embedded, feature, np.arange(3, dtype=np.int32)[None])),
+      jnp.ones((1, 3), bool),
     )[0]
     for x in (low, plain)
   )
