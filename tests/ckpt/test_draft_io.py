@@ -228,7 +228,9 @@ def to_gptq(tensors, with_fc=True):
     out, width = x.shape
     codes = rng.integers(0, 16, (width, out))
     scale = rng.uniform(0.01, 0.1, (width // GROUP, out)).astype(np.float16)
-    floats[name] = ((codes - 8) * np.repeat(scale, GROUP, 0).astype(np.float32)).T
+    floats[name] = ((codes - 8) * np.repeat(scale, GROUP, 0).astype(np.float32)).T.astype(
+      np.float32
+    )
     packed = np.zeros((width // 8, out), np.uint32)
     for k in range(width):
       packed[k // 8] |= codes[k].astype(np.uint32) << np.uint32(4 * (k % 8))
@@ -236,7 +238,7 @@ def to_gptq(tensors, with_fc=True):
     words[f"{base}.qzeros"] = np.full((width // GROUP, out // 8), 0x77777777, np.int32)
     words[f"{base}.scales"] = scale
     words[f"{base}.g_idx"] = (np.arange(width) // GROUP).astype(np.int32)
-  return words, {name: np.ascontiguousarray(x, np.float32) for name, x in floats.items()}
+  return words, {name: np.ascontiguousarray(x) for name, x in floats.items()}
 
 
 @pytest.mark.parametrize("kind, with_fc", [("minicpm", True), ("eagle", False), ("eagle3", True)])
