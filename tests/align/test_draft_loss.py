@@ -274,7 +274,7 @@ def test_int4_training_equals_a_fake_quant_callable_and_the_stored_codes():
   ctx = step_lib.LossContext(draft_loss.make_totals_fn(cfg)(batch))
 
   def rounded(params):
-    return quant_tree.dequantize_params(quant_tree.quantize_params(quant, params))
+    return quant_tree.dequantize_params(quant_tree.quantize_params(quant, params), jnp.float32)
 
   losses = []
   for draft, fake in ((int4, None), (cfg.draft, rounded), (cfg.draft, None)):
