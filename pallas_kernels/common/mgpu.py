@@ -90,3 +90,15 @@ def dot_transposed(a_ref, b_ref, interpreted: bool):
     return acc_ref[...]
 
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
+
+
+def load_bytes(ref, index, interpreted: bool):
+  """[64, columns] of 8-bit values in the registers' layout of a product.
+
+  Named, because the search for layouts does not find it; jax 0.10's interpreter has no such load.
+  """
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted:
+    return ref[index]
+  return plgpu.load(ref, index, layout=plgpu.Layout.WGMMA, optimized=False)

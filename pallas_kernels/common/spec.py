@@ -30,3 +30,8 @@ def dispatch(op: str, implementation: str, servers: dict[str, Callable[[], Resul
       except NotImplementedError:
         continue
   return servers["xla"]()
+
+
+def config_of(config_class: type[Result], config) -> Result | None:
+  """`config` where it is of the class: a server that `auto` tries takes no other's tiles."""
+  return config if isinstance(config, config_class) else None

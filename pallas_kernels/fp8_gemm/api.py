@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.fp8_gemm import ref, triton, xla
+from pallas_kernels.fp8_gemm import mosaic_gpu, ref, triton, xla
 
 OP = "fp8_gemm"
 BLOCK = ref.BLOCK
@@ -18,7 +18,7 @@ def matmul(
   *,
   out_dtype=jnp.float32,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | None = None,
+  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | None = None,
   interpret: bool | None = None,
 ):
   """y [M, N] of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks (MiniCPM4 section 2.3.2).
@@ -33,14 +33,13 @@ def matmul(
   weight that XLA makes, or none where the argument is itself a transpose (the input gradient).
 
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
-  implementation that does not serve the call (`triton`: a CUDA device of compute capability 8.9
-  or later, as older ones have no FP8 tensor cores); `auto` takes the next. `config` is of triton.
-  `interpret` is of Pallas implementations, of which this op has none: True is refused. Not
-  differentiable: quantising is not (quant/fp8.py has the training rule). 2 M N K FLOPs.
+  implementation that does not serve the call (`mosaic_gpu`: Hopper; `triton`: a CUDA device of
+  compute capability 8.9 or later, as older ones have no FP8 tensor cores); `auto` takes the next.
+  `config` is of the implementation of its class, others take their own. `interpret` is of
+  mosaic_gpu: None = on a CPU. Not differentiable: quantising is not (quant/fp8.py has the training
+  rule). 2 M N K FLOPs.
   """
   check(xq_MK, xs_MQ, wq_KN, ws_QP)
-  if interpret:
-    raise NotImplementedError(f"{OP}: interpret = True, expected None: no Pallas implementation")
   args = (xq_MK, xs_MQ, wq_KN, ws_QP, out_dtype)
   return spec.dispatch(
     OP,
@@ -48,7 +47,12 @@ def matmul(
     {
       "ref": lambda: ref.matmul_ref(*args),
       "xla": lambda: xla.matmul_xla(*args),
-      "triton": lambda: triton.matmul_triton(*args, config=config),
+      "mosaic_gpu": lambda: mosaic_gpu.matmul_mosaic_gpu(
+        *args, config=spec.config_of(mosaic_gpu.MosaicGpuConfig, config), interpret=interpret
+      ),
+      "triton": lambda: triton.matmul_triton(
+        *args, config=spec.config_of(triton.TritonConfig, config)
+      ),
     },
   )
 

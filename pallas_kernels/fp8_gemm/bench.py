@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import bench, tune
-from pallas_kernels.fp8_gemm import api, cases, ref, triton
+from pallas_kernels.fp8_gemm import api, cases, mosaic_gpu, ref, triton
 
 
 def quantize(x_MK, rows: int):
@@ -38,10 +38,14 @@ def work(case: cases.Case, itemsize: int) -> tuple[float, float]:
   return 2.0 * M * K * N, K * (M + N) + scales + itemsize * M * N
 
 
-def candidates():
-  for block_m, block_n, warps, stages in itertools.product(
-    (64, 128), (64, 128), (4, 8), (2, 3, 4, 5)
-  ):
+def candidates(implementation: str):
+  """Of the tuner: Triton's tiles, or those of mosaic_gpu where it is asked for by name."""
+  if implementation == "mosaic_gpu":
+    for block_n, stages in itertools.product((64, 128), (2, 3, 4, 5, 6)):
+      yield mosaic_gpu.MosaicGpuConfig(block_n=block_n, num_stages=stages)
+    return
+  sizes = itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4, 5))
+  for block_m, block_n, warps, stages in sizes:
     yield triton.TritonConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
@@ -54,14 +58,17 @@ def main(shapes: dict[str, cases.Case] = cases.REAL):
     arrays, plain = inputs(case, dtype)
     run = functools.partial(api.matmul, out_dtype=dtype)
     if args.tune:
+      tuned, key = "triton", triton.key
+      if args.implementation == "mosaic_gpu":
+        tuned, key = "mosaic_gpu", mosaic_gpu.key
       best = tune.search(
-        candidates(),
-        lambda c, arrays=arrays, run=run: bench.seconds(
-          functools.partial(run, implementation="triton", config=c), *arrays, repeats=20
+        candidates(tuned),
+        lambda c, arrays=arrays, run=run, tuned=tuned: bench.seconds(
+          functools.partial(run, implementation=tuned, config=c), *arrays, repeats=20
         ),
       )
-      shape = (case.rows, case.num_out, case.num_in)
-      print(tune.save(api.OP, triton.key(*shape, arrays[0].dtype), best))
+      name = key(case.rows, case.num_out, case.num_in, arrays[0].dtype)
+      print(tune.save(api.OP, name, best))
     run = functools.partial(run, implementation=args.implementation)
     found = jax.jit(run)(*arrays).astype(jnp.float32)
     expected = jax.jit(ref.matmul_ref)(*arrays)

@@ -4,7 +4,7 @@ The bodies are those of `w4a16_gemm` with two bits a code (quantization.md secti
 """
 
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import api, triton
+from pallas_kernels.w4a16_gemm import api, mosaic_gpu, triton
 
 OP = "ternary_gemm"
 CODE = dict(bits=2, low=-1)
@@ -17,7 +17,7 @@ def matmul(
   *,
   group_size: int = -1,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | None = None,
+  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | None = None,
   interpret: bool | None = None,
 ):
   """x [M, K] times a kernel [K, N] of codes -1, 0, 1, in x's dtype; sums are float32.
@@ -29,7 +29,7 @@ def matmul(
   scale_QN: floats [1, N], or [K / g, N] for groups of g consecutive inputs.
 
   Errors, gradients, `config` and `interpret` as `w4a16_gemm.api.matmul`; triton serves groups of a
-  multiple of 64. At few rows bound by the K N / 4 bytes of codes.
+  multiple of 64, mosaic_gpu of 256. At few rows bound by the K N / 4 bytes of codes.
   """
   options = dict(group_size=group_size, config=config, interpret=interpret)
   return api.serve(OP, CODE, (x_MK, codes_RN, scale_QN, None), implementation, **options)

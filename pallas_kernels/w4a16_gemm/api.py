@@ -3,7 +3,7 @@
 import functools
 
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import packed, ref, triton, vjp, xla
+from pallas_kernels.w4a16_gemm import mosaic_gpu, packed, ref, triton, vjp, xla
 
 OP = "w4a16_gemm"
 CODE = dict(bits=4, low=-8)
@@ -17,7 +17,7 @@ def matmul(
   *,
   group_size: int = 128,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | None = None,
+  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | None = None,
   interpret: bool | None = None,
 ):
   """x [M, K] times a kernel [K, N] of 4-bit codes, in x's dtype; sums are float32.
@@ -30,11 +30,12 @@ def matmul(
   zero_QN: int8 like scale_QN; None = symmetric. Groups are consecutive inputs (no act order).
 
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
-  implementation that does not serve the call (`triton`: a CUDA device, float types, groups of a
-  multiple of 32); `auto` takes the next. `config` is of triton. `interpret` is of Pallas
-  implementations, of which this op has none: True is refused (Triton has no interpreter inside a
-  JAX process). Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
-  K N / 2 bytes of codes (quantization.md section 10).
+  implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
+  multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
+  the next. `config` is of the implementation of its class, others take their own. `interpret` is
+  of mosaic_gpu: None = on a CPU, where it serves float32 too. Differentiable in x and scale
+  (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes (quantization.md
+  section 10).
   """
   options = dict(group_size=group_size, config=config, interpret=interpret)
   return serve(OP, CODE, (x_MK, codes_RN, scale_QN, zero_QN), implementation, **options)
@@ -45,15 +46,19 @@ def serve(
 ):
   """The call of an op whose codes are of `code`: checks, then the implementation asked for."""
   packed.check(op, code["bits"], *arrays, group_size)
-  if interpret:
-    raise NotImplementedError(f"{op}: interpret = True, expected None: no Pallas implementation")
-  on_triton = functools.partial(triton.matmul_triton, config=config, op=op, **code)
+  tiles = functools.partial(spec.config_of, config=config)
+  options = dict(config=tiles(mosaic_gpu.MosaicGpuConfig), interpret=interpret)
+  on_mosaic = functools.partial(mosaic_gpu.matmul_mosaic_gpu, op=op, **options, **code)
+  on_triton = functools.partial(
+    triton.matmul_triton, op=op, config=tiles(triton.TritonConfig), **code
+  )
   return spec.dispatch(
     op,
     implementation,
     {
       "ref": lambda: ref.matmul_ref(*arrays, **code),
       "xla": lambda: xla.matmul_xla(*arrays, **code),
+      "mosaic_gpu": lambda: vjp.matmul(on_mosaic, code["bits"], code["low"], *arrays),
       "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),
     },
   )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import bench, tune
-from pallas_kernels.w4a16_gemm import api, cases, triton
+from pallas_kernels.w4a16_gemm import api, cases, mosaic_gpu, triton
 
 LAYERS = 8
 
@@ -91,9 +91,14 @@ def dense_program(x_MK, w_LKN):
   return jax.lax.scan(lambda acc, w_KN: (acc + x_MK @ w_KN, None), zero_MN, w_LKN)[0]
 
 
-def candidates(rows: int):
-  tall = (16, 32, 64) if rows <= 64 else (64, 128)
+def candidates(implementation: str, rows: int):
+  """Of the tuner: Triton's tiles, or those of mosaic_gpu where it is asked for by name."""
   splits = (1, 2, 4, 8) if rows <= 64 else (1,)
+  if implementation == "mosaic_gpu":
+    for block_n, num_splits, stages in itertools.product((64, 128), splits, (2, 3, 4)):
+      yield mosaic_gpu.MosaicGpuConfig(block_n=block_n, num_splits=num_splits, num_stages=stages)
+    return
+  tall = (16, 32, 64) if rows <= 64 else (64, 128)
   sizes = itertools.product(tall, (32, 64, 128), splits, (4, 8), (2, 3, 4))
   for block_m, block_n, num_splits, warps, stages in sizes:
     if block_m < 2 * rows or block_m == 16 or rows > 64:
@@ -115,13 +120,16 @@ def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
     M, K, N, g = case.rows, case.num_in, case.num_out, case.group_size
     arrays = inputs(op, case, dtype)
     if args.tune:
+      tuned, key = "triton", triton.key
+      if args.implementation == "mosaic_gpu":
+        tuned, key = "mosaic_gpu", mosaic_gpu.key
       best = tune.search(
-        candidates(M),
-        lambda c, g=g, arrays=arrays: bench.seconds(
-          program(op, g, "triton", c), *arrays, repeats=20
+        candidates(tuned, M),
+        lambda c, g=g, arrays=arrays, tuned=tuned: bench.seconds(
+          program(op, g, tuned, c), *arrays, repeats=20
         ),
       )
-      print(tune.save(op.name, triton.key(M, N, K, g, jnp.dtype(dtype)), best))
+      print(tune.save(op.name, key(M, N, K, g, jnp.dtype(dtype)), best))
     x, codes, scale = arrays
     one = functools.partial(op.matmul, group_size=g)
     found = jax.jit(functools.partial(one, implementation=args.implementation))(

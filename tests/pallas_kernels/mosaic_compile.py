@@ -1,4 +1,4 @@
-"""Compiles the programs of test_mosaic_gpu.py to machine code for an H100, without one.
+"""Compiles the programs of the tests in FILES to machine code for an H100, without one.
 
 `make mosaic-compile` (installs jax's CUDA compiler, 130 MB, beside .venv; ptxas comes with triton).
 Prints registers, spills and static shared memory of each kernel; fails on spills. [name ...]
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+FILES = ("test_mosaic_gpu.py", "test_mosaic_gemm.py")
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -33,8 +34,8 @@ def compile_one(name: str) -> None:
   import numpy as np
   from jax.experimental import topologies
 
-  path = pathlib.Path(__file__).with_name("test_mosaic_gpu.py")
-  spec = importlib.util.spec_from_file_location("test_mosaic_gpu", path)
+  path = next(pathlib.Path(__file__).with_name(f) for f in FILES if name in names(f))
+  spec = importlib.util.spec_from_file_location(path.stem, path)
   programs = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(programs)
   run, avals = programs.PROGRAMS[name]()
@@ -48,8 +49,9 @@ def compile_one(name: str) -> None:
   print(f"temporaries {temporary}")
 
 
-def names() -> list[str]:
-  text = pathlib.Path(__file__).with_name("test_mosaic_gpu.py").read_text()
+def names(file: str) -> list[str]:
+  """Programs of a test file, read without importing it."""
+  text = pathlib.Path(__file__).with_name(file).read_text()
   table = text[text.index("PROGRAMS = {") :]
   return re.findall(r'^  "(\w+)": ', table[: table.index("\n}")], flags=re.MULTILINE)
 
@@ -66,7 +68,7 @@ def main(*chosen: str) -> int:
     MOSAIC_GPU_DUMP_PTXAS="1",
   )
   num_failed = 0
-  for name in chosen or names():
+  for name in chosen or [n for file in FILES for n in names(file)]:
     command = [sys.executable, __file__, "--one", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     text = done.stdout + done.stderr

@@ -55,7 +55,6 @@ def test_output_in_bf16_is_rounded_once():
     (dict(xs=jnp.ones((2, 1))), ValueError, r"x scale: found .*expected float32\[2, 2\]"),
     (dict(ws=jnp.ones((2, 2), jnp.bfloat16)), ValueError, r"w scale: .*expected float32\[2, 2\]"),
     (dict(implementation="mosaic_tpu"), NotImplementedError, "no 'mosaic_tpu'"),
-    (dict(interpret=True), NotImplementedError, "fp8_gemm: interpret = True"),
   ],
 )
 def test_bad_calls_name_what_was_found(change, error, reason):

@@ -69,7 +69,6 @@ def test_the_layout_is_that_of_qtensor(group_size):
     (dict(group_size=48), ValueError, "ternary_gemm: group_size: found 48"),
     (dict(group_size=32), ValueError, r"scale: found float32\[1, 8\], expected floats \[2, 8\]"),
     (dict(implementation="mosaic_tpu"), NotImplementedError, "no 'mosaic_tpu'"),
-    (dict(interpret=True), NotImplementedError, "ternary_gemm: interpret = True"),
   ],
 )
 def test_bad_calls_name_what_was_found(change, error, reason):

@@ -90,8 +90,7 @@ def test_the_layout_is_that_of_qtensor(group_size):
     (dict(scale=jnp.zeros((1, 8))), ValueError, r"scale: found .*expected floats \[2, 8\]"),
     (dict(zero=jnp.zeros((2, 8))), ValueError, r"zero: found float32.*expected int8\[2, 8\]"),
     (dict(implementation="metal"), NotImplementedError, "no 'metal', expected auto or"),
-    (dict(implementation="mosaic_gpu"), NotImplementedError, "no 'mosaic_gpu'"),
-    (dict(interpret=True), NotImplementedError, "interpret = True, expected None"),
+    (dict(implementation="mosaic_tpu"), NotImplementedError, "no 'mosaic_tpu'"),
   ],
 )
 def test_bad_calls_name_what_was_found(change, error, reason):

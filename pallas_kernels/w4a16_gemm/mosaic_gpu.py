@@ -1,0 +1,110 @@
+"""Packed matmul on Hopper GPUs through Pallas Mosaic GPU; its gradient is in `vjp.py`.
+
+Rows are padded to whole tiles of 64, outputs and inputs to whole tiles (a copy of the codes where
+their sizes are no multiples). Deterministic: splits are summed in order by XLA. Lowered and checked
+in the interpreter; it has not run on a device.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.common import mgpu, tune
+from pallas_kernels.w4a16_gemm import triton
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicGpuConfig:
+  """A program: 64 rows, `block_n` outputs, 1 / `num_splits` of the inputs; steps in flight."""
+
+  block_n: int = 64
+  num_splits: int = 1
+  num_stages: int = 3
+
+  def __post_init__(self):
+    for name, choices in (
+      ("block_n", (64, 128)),
+      ("num_splits", (1, 2, 4, 8, 16, 32)),
+      ("num_stages", (2, 3, 4, 5, 6)),
+    ):
+      value = getattr(self, name)
+      if value not in choices:
+        raise ValueError(f"MosaicGpuConfig.{name}: found {value}, expected one of {choices}")
+
+
+def default_config(M: int, N: int, K: int, block_k: int) -> MosaicGpuConfig:
+  """Few rows: inputs split until about 256 programs of at least four steps.
+
+  Many: 128 outputs a program with 4 bits; steps of 2 bits are twice as long.
+  """
+  stages = 3 if block_k == 128 else 2
+  if M > mgpu.ROWS:
+    return MosaicGpuConfig(block_n=128 if block_k == 128 else 64, num_stages=stages)
+  programs, steps, splits = -(-N // 64), -(-K // block_k), 1
+  while splits < 32 and splits * programs < 256 and splits * 8 <= steps:
+    splits *= 2
+  return MosaicGpuConfig(num_splits=splits, num_stages=stages)
+
+
+def key(M: int, N: int, K: int, group_size: int, dtype) -> str:
+  """Of tuned.json, beside those of Triton."""
+  return f"mosaic_gpu_{triton.key(M, N, K, group_size, dtype)}"
+
+
+def matmul_mosaic_gpu(
+  x_MK,
+  codes_RN,
+  scale_QN,
+  zero_QN=None,
+  *,
+  bits: int = 4,
+  low: int = -8,
+  config: MosaicGpuConfig | None = None,
+  interpret: bool | None = None,
+  op: str = "w4a16_gemm",
+):
+  """As `api.matmul`, or NotImplementedError with the reason."""
+  (M, K), N, num_groups = x_MK.shape, codes_RN.shape[1], scale_QN.shape[0]
+  mgpu.check_installed(op)
+  interpreted = mgpu.is_interpreted(op, interpret)
+  mgpu.check_arrays(op, interpreted, x=x_MK)
+  from pallas_kernels.w4a16_gemm import mgpu_kernels
+
+  block_k = mgpu_kernels.block_inputs(bits)
+  group_size = -1 if num_groups == 1 else K // num_groups
+  if group_size != -1 and group_size % block_k:
+    raise NotImplementedError(
+      f"{op}: group_size = {group_size}, mosaic_gpu serves -1 and multiples of {block_k}"
+    )
+  config = config or tune.lookup(op, MosaicGpuConfig, key(M, N, K, group_size, x_MK.dtype))
+  config = config or default_config(M, N, K, block_k)
+  block_n, stages = config.block_n, config.num_stages
+  size = mgpu_kernels.shared_bytes(block_n, stages, bits, x_MK.dtype.itemsize)
+  mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {block_n}")
+  if zero_QN is not None:
+    zero_QN = _padded(zero_QN.astype(jnp.int32), 1, block_n)
+  y_sMN = mgpu_kernels.matmul(
+    _in_fields(_padded(x_MK, mgpu.ROWS, block_k), block_k, 8 // bits),
+    _padded(codes_RN, mgpu.ROWS, block_n),
+    _padded(scale_QN.astype(jnp.float32), 1, block_n),
+    zero_QN,
+    bits=bits,
+    low=low,
+    block_n=block_n,
+    splits=config.num_splits,
+    num_stages=stages,
+    interpreted=interpreted,
+  )
+  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
+  return y_MN[:M, :N]
+
+
+def _padded(x, *multiples: int):
+  return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])
+
+
+def _in_fields(x_MK, block_k: int, per_byte: int):
+  """Every step's inputs: those of the lowest bits of its bytes, then those of the next."""
+  M, K = x_MK.shape
+  x = jnp.reshape(x_MK, (M, K // block_k, block_k // per_byte, per_byte))
+  return jnp.reshape(jnp.swapaxes(x, 2, 3), (M, K))
