@@ -51,10 +51,10 @@ def _pad(x, axis, multiple, value=0):
 
 
 def _to_rows(static: xla.Static, x_BTN, heads: int):
-  """[B, K, T', G, ...] of [B, T, N, ...], T' whole steps of chunks."""
+  """[B, K, T', G, ...] of [B, T, N, ...], T' whole chunks."""
   B, T, N = x_BTN.shape[:3]
   x = jnp.moveaxis(jnp.reshape(x_BTN, (B, T, heads, N // heads, *x_BTN.shape[3:])), 2, 1)
-  return _pad(x, 2, static.config.chunk * static.config.lanes)
+  return _pad(x, 2, static.config.chunk)
 
 
 def _from_rows(x_BKTG, num_queries: int):
@@ -66,7 +66,7 @@ def _from_rows(x_BKTG, num_queries: int):
 def _rows(static: xla.Static, q_BTNH, k_BSKH, v_BSKV, ids_BKTW, pos_BT, start_BT):
   """Arguments of `_attend`."""
   B, T = q_BTNH.shape[:2]
-  rows = static.config.chunk * static.config.lanes
+  rows = static.config.chunk
   # Positions of padding go on counting: a tile of the band is one run of positions.
   pos_BT = jnp.broadcast_to(pos_BT, (B, T))
   tail = pos_BT[:, -1:] + jnp.arange(1, -T % rows + 1, dtype=jnp.int32)[None, :]

@@ -5,38 +5,41 @@ moves more bytes than it computes with. So, for a chunk of queries:
 
   local blocks   an ordinary band: tiles of queries against the keys from their first local block;
   other blocks   the (query, block) pairs are sorted by block, `tile` pairs of one block make one
-                 matmul [tile * G, H] x [H, block]; its rows are added to the running softmax of
-                 their queries, which begins with the band's and stays in the cache.
+                 matmul [tile * G, H] x [H, block], whose exp(score - reference) is added to the
+                 sums of its queries; these begin with the band's and stay in the cache.
 
-The backward pass is `xla_backward`. Both are bitwise deterministic: the order of every sum is
-fixed. One batch row and key head at a time; `lanes` chunks are independent loops, which XLA's CPU
-backend may run side by side (on two cores it did not: 1 to 16 lanes took the same time).
+The reference of a query and head is fixed beforehand (`_reference`), so that a tile costs two
+matmuls, one exp and one addition. The backward pass is `xla_backward`. Both are bitwise
+deterministic: the order of every sum is fixed. One batch row, key head and chunk at a time: XLA's
+CPU backend uses several cores inside one matmul of about 1024 rows or more, not for independent
+loops (their buffers overlap) nor for independent small matmuls, hence the sizes of tiles.
 """
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 
-FLOOR = -1e30  # log-sum-exp of nothing while merging
+FLOOR = -1e30  # maximum of nothing
+HIGHEST = 75.0  # of score - reference: sums of exp stay far below float32's largest number
+DEEPEST = 60.0  # of reference - best score: exp still has all its digits
+COPIES = 8  # of a reference, see `_probs`
 NOTHING = 1e30  # lse of a row that sees nothing, so that its probabilities are 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaConfig:
-  """Queries a chunk, chunks a step, pairs a tile, queries and keys of a tile of the band.
+  """Queries a chunk, pairs a tile, queries and keys of a tile of the band.
 
   More queries a chunk fill the tiles of a block better, as long as chunk * G * V numbers stay in
   the cache.
   """
 
-  chunk: int = 512
-  lanes: int = 1
-  tile: int = 16
-  band_queries: int = 32
-  band_keys: int = 4096
+  chunk: int = 1024
+  tile: int = 56
+  band_queries: int = 64
+  band_keys: int = 576
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -51,11 +54,13 @@ class XlaConfig:
 
 
 def default_config(num_queries: int, group: int) -> XlaConfig:
-  """Tiles of about 256 rows that stay in a core's cache, and a lane for each of up to 4 cores."""
-  band = max(1, min(64, 512 // group))
-  chunk = -(-min(num_queries, 512) // band) * band
-  lanes = min(4, os.cpu_count() or 1, -(-num_queries // chunk))
-  return XlaConfig(chunk=chunk, lanes=lanes, tile=max(4, min(64, 256 // group)), band_queries=band)
+  """Tiles of about 900 rows, the least that XLA's CPU matmul gives to two cores; 16384 a chunk.
+
+  A block's last tile is half empty on average: fewer queries make smaller tiles.
+  """
+  band = max(1, min(64, 1024 // group))
+  chunk = -(-min(num_queries, 4096, max(64, 16384 // group)) // band) * band
+  return XlaConfig(chunk=chunk, tile=max(4, min(896 // group, chunk // 18)), band_queries=band)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +156,13 @@ def band_range(static: Static, pos_b, start_b, num_slots: int):
 
 
 def band_scores(static: Static, q_RH, k_kH, first, low_b, pos_b):
+  """[band * G, k]; masked ones are 2 * FLOOR, by a minimum, which XLA fuses into the matmul."""
   size, band = k_kH.shape[0], pos_b.shape[0]
   slots_1k = first + jnp.arange(size, dtype=jnp.int32)[None, :]
   mask_bk = (slots_1k >= low_b[:, None]) & (slots_1k <= pos_b[:, None])
+  most_bk = jnp.where(mask_bk, jnp.finfo(jnp.float32).max, 2 * FLOOR)
   scores = jnp.reshape(static.scale * dot(q_RH, k_kH, (1, 1)), (band, -1, size))
-  return jnp.reshape(jnp.where(mask_bk[:, None, :], scores, 2 * FLOOR), (-1, size))
+  return jnp.reshape(jnp.minimum(scores, most_bk[:, None, :]), (-1, size))
 
 
 def in_tiles(static: Static, *arrays):
@@ -169,38 +176,59 @@ def pad_keys(static: Static, x_SH):
   return jnp.pad(x_SH, ((0, max(0, tiles * size - x_SH.shape[0])), (0, 0)))
 
 
-def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV):
-  """(max, sum [C, G], out [C, G, V] not divided) of the local blocks."""
-  C, G, H = chunk.q_CGH.shape
-  S, V, band = k_SH.shape[0], v_SV.shape[1], static.config.band_queries
-  if static.num_local == 0:
-    zeros = jnp.zeros((C, G), jnp.float32)
-    return zeros + FLOOR, zeros, jnp.zeros((C, G, V), jnp.float32)
+def _over_band(static: Static, chunk: Chunk, k_SH, others, step, init):
+  """[tiles of queries, ...] of step(carry, scores [band * G, k], first key, *others of the tile).
+
+  One call for every tile of keys, from `init` on.
+  """
+  S = k_SH.shape[0]
   tiles, size = band_keys(static, S)
-  k_SH, v_SV = pad_keys(static, k_SH), pad_keys(static, v_SV)
+  k_SH = pad_keys(static, k_SH)
 
   def one(rows):
-    q_bGH, pos_b, start_b = rows
-    q_RH = jnp.reshape(q_bGH, (-1, H))
+    q_bGH, pos_b, start_b, *others = rows
+    q_RH = jnp.reshape(q_bGH, (-1, q_bGH.shape[2]))
     first, low_b = band_range(static, pos_b, start_b, S)
 
-    def step(i, carry):
-      top_R1, sum_R1, out_RV = carry
+    def key_tile(i, carry):
       at = first + i * size
-      k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
-      scores_Rk = band_scores(static, q_RH, k_kH, at, low_b, pos_b)
-      best_R1 = jnp.maximum(top_R1, jnp.max(scores_Rk, axis=1, keepdims=True))
-      probs_Rk = jnp.exp(scores_Rk - best_R1)
-      shrink_R1 = jnp.exp(top_R1 - best_R1)
-      sum_R1 = shrink_R1 * sum_R1 + jnp.sum(probs_Rk, axis=1, keepdims=True)
-      return best_R1, sum_R1, shrink_R1 * out_RV + dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
+      k_kH = jax.lax.dynamic_slice_in_dim(k_SH, at, size)
+      return step(carry, band_scores(static, q_RH, k_kH, at, low_b, pos_b), at, *others)
 
-    zeros_R1 = jnp.zeros((band * G, 1), jnp.float32)
-    init = (zeros_R1 + FLOOR, zeros_R1, jnp.zeros((band * G, V), jnp.float32))
-    return jax.lax.fori_loop(0, tiles, step, init)
+    return key_tile(0, init) if tiles == 1 else jax.lax.fori_loop(0, tiles, key_tile, init)
 
-  top, total, out = jax.lax.map(one, in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C))
-  return jnp.reshape(top, (C, G)), jnp.reshape(total, (C, G)), jnp.reshape(out, (C, G, V))
+  arrays = in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C, *others)
+  return jax.lax.map(one, arrays)
+
+
+def _band_top(static: Static, chunk: Chunk, k_SH):
+  """The maximum [C, G] of the scores of the local blocks."""
+
+  def step(top_R, scores_Rk, first):
+    del first
+    return jnp.maximum(top_R, jnp.max(scores_Rk, axis=1))
+
+  G = chunk.q_CGH.shape[1]
+  init_R = jnp.full((static.config.band_queries * G,), FLOOR)
+  return jnp.reshape(_over_band(static, chunk, k_SH, (), step, init_R), (-1, G))
+
+
+def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV, ref_CGx):
+  """(sum [C, G], out [C, G, V]) of exp(score - reference) over the local blocks."""
+  (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
+  v_SV = pad_keys(static, v_SV)
+
+  def step(carry, scores_Rk, first, ref_bGx):
+    probs_Rk = _probs(scores_Rk, ref_bGx)
+    v_kV = jax.lax.dynamic_slice_in_dim(v_SV, first, probs_Rk.shape[1])
+    sum_R, out_RV = carry
+    out_RV = out_RV + dot(probs_Rk.astype(v_kV.dtype), v_kV, (1, 0))
+    return sum_R + jnp.sum(probs_Rk, axis=1), out_RV
+
+  rows = static.config.band_queries * G
+  init = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, V), jnp.float32)
+  sum_XR, out_XRV = _over_band(static, chunk, k_SH, (ref_CGx,), step, init)
+  return jnp.reshape(sum_XR, (C, G)), jnp.reshape(out_XRV, (C, G, V))
 
 
 # --- The other blocks ----------------------------------------------------------------------------
@@ -237,59 +265,107 @@ def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
   return jnp.reshape(jnp.where(mask_Ps[:, None, :], scores_PGs, 2 * FLOOR), scores_Rs.shape)
 
 
-def _pairs_forward(static: Static, chunk: Chunk, k_MsH, v_MsV, state):
-  """`state`, (max and sum [C, 2, G], out [C, G, V] not divided), with every pair added."""
-  (_, G, H), P = chunk.q_CGH.shape, static.config.tile
-  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
+def _tile_of(chunk: Chunk, at: Layout, i):
+  """(token of each place, C where it is not filled; queries [R, H]) of tile i."""
+  C, _, H = chunk.q_CGH.shape
+  token_P = at.token_IP[i]
+  q_PGH = chunk.q_CGH.at[token_P].get(mode="promise_in_bounds")
+  is_filled_P = jnp.arange(token_P.shape[0]) < at.filled_I[i]
+  return jnp.where(is_filled_P, token_P, C), jnp.reshape(q_PGH, (-1, H))
 
-  def one_tile(i, carry):
-    state, q_PGH = carry
-    token_P, filled = at.token_IP[i], at.filled_I[i]
-    q_PGH = put_rows(q_PGH, chunk.q_CGH, token_P, filled)
-    q_RH = jnp.reshape(q_PGH, (-1, H))
+
+def _pairs_top(static: Static, chunk: Chunk, at: Layout, k_MsH, top_CG):
+  """The maximum [C, G] of `top` and all scores of the pairs."""
+  P, G = static.config.tile, chunk.q_CGH.shape[1]
+
+  def one_tile(i, top_CG):
+    token_P, q_RH = _tile_of(chunk, at, i)
+    scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_MsH[at.block_I[i]])
+    top_PG = jnp.reshape(jnp.max(scores_Rs, axis=1), (P, G))
+    return top_CG.at[token_P].max(top_PG, mode="drop")
+
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, top_CG)
+
+
+def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, ref_CGx, state):
+  """`state`, (sum [C, G], out [C, G, V]) of exp(score - reference), with every pair added."""
+  P, G = static.config.tile, chunk.q_CGH.shape[1]
+
+  def one_tile(i, state):
+    sum_CG, out_CGV = state
+    token_P, q_RH = _tile_of(chunk, at, i)
     k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
     scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH)
-    top_R1 = jnp.maximum(jnp.max(scores_Rs, axis=1, keepdims=True), FLOOR)
-    probs_Rs = jnp.exp(scores_Rs - top_R1)
+    probs_Rs = _probs(scores_Rs, ref_CGx.at[token_P].get(mode="clip"))
+    sum_PG = jnp.reshape(jnp.sum(probs_Rs, axis=1), (P, G))
     out_PGV = jnp.reshape(dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0)), (P, G, -1))
-    top_PG, sum_PG = (jnp.reshape(x, (P, G)) for x in (top_R1, jnp.sum(probs_Rs, axis=1)))
+    return (
+      sum_CG.at[token_P].add(sum_PG, mode="drop"),
+      out_CGV.at[token_P].add(out_PGV, mode="drop"),
+    )
 
-    # The tile's share of the running softmax of its queries; places not filled fall off the end.
-    stats_C2G, out_CGV = state
-    at_P = jnp.where(jnp.arange(P) < filled, token_P, stats_C2G.shape[0])
-    old_P2G = stats_C2G.at[at_P].get(mode="clip")
-    best_PG = jnp.maximum(old_P2G[:, 0], top_PG)
-    old_PG, new_PG = jnp.exp(old_P2G[:, 0] - best_PG), jnp.exp(top_PG - best_PG)
-    stats_P2G = jnp.stack((best_PG, old_PG * old_P2G[:, 1] + new_PG * sum_PG), axis=1)
-    stats_C2G = stats_C2G.at[at_P].set(stats_P2G, mode="drop")
-
-    def add(p, out_CGV):
-      out_GV = jax.lax.dynamic_index_in_dim(out_CGV, token_P[p], keepdims=False)
-      out_GV = old_PG[p][:, None] * out_GV + new_PG[p][:, None] * out_PGV[p]
-      return jax.lax.dynamic_update_index_in_dim(out_CGV, out_GV, token_P[p], axis=0)
-
-    return (stats_C2G, jax.lax.fori_loop(0, filled, add, out_CGV)), q_PGH
-
-  init = (state, jnp.zeros((P, G, H), chunk.q_CGH.dtype))
-  return jax.lax.fori_loop(0, at.num_tiles, one_tile, init)[0]
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, state)
 
 
 def blocks(static: Static, x_SH):
   return jnp.reshape(x_SH, (-1, static.block_size, x_SH.shape[1]))
 
 
-def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV):
-  """(out [C, G, V], lse [C, G])."""
-  top_CG, sum_CG, out_CGV = _band_forward(static, chunk, k_SH, v_SV)
-  if chunk.ids_CW.shape[1]:
-    state = (jnp.stack((top_CG, sum_CG), axis=1), out_CGV)
-    stats_C2G, out_CGV = _pairs_forward(
-      static, chunk, blocks(static, k_SH), blocks(static, v_SV), state
-    )
-    top_CG, sum_CG = stats_C2G[:, 0], stats_C2G[:, 1]
+# --- Both ----------------------------------------------------------------------------------------
+
+
+def _probs(scores_Rs, ref_XGx):
+  """exp(score - reference); x are COPIES of the reference of every row.
+
+  Their maximum is the reference. XLA's CPU backend fuses exp into the matmul where the row's
+  number comes out of a reduction, as in a softmax, and otherwise does not.
+  """
+  ref_R1 = jnp.max(jnp.reshape(ref_XGx, (-1, COPIES)), axis=1, keepdims=True)
+  return jnp.exp(scores_Rs - ref_R1)
+
+
+def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key):
+  """What is subtracted from the scores [C, G] of a query and head before exp.
+
+  Any number gives the same softmax as their maximum does, as long as exp neither overflows nor
+  loses the largest terms. No score is above `bound` (Cauchy-Schwarz), the maximum is not below the
+  score of the query's own key; where these are at most HIGHEST + DEEPEST apart,
+  max(own, bound - HIGHEST) will do. Otherwise the maximum is computed: one matmul a tile more.
+  """
+
+  def exact():
+    top_CG = jnp.full(chunk.q_CGH.shape[:2], FLOOR)
+    if static.num_local:
+      top_CG = _band_top(static, chunk, k_SH)
+    return _pairs_top(static, chunk, at, blocks(static, k_SH), top_CG)
+
+  if not static.num_local or k_SH.dtype == jnp.float16:  # float16 would hold no exp(HIGHEST)
+    return exact()
+  q_CGH = chunk.q_CGH.astype(jnp.float32)
+  own_CH = k_SH.at[chunk.pos_C].get(mode="clip").astype(jnp.float32)
+  own_CG = static.scale * jnp.sum(q_CGH * own_CH[:, None, :], axis=-1)
+  bound_CG = static.scale * longest_key * jnp.linalg.norm(q_CGH, axis=-1)
+  is_near_CG = bound_CG - own_CG <= HIGHEST + DEEPEST
+  sees_nothing_C1 = (chunk.start_C > chunk.pos_C)[:, None]
+  near_CG = jnp.where(sees_nothing_C1, 0.0, jnp.maximum(own_CG, bound_CG - HIGHEST))
+  return jax.lax.cond(jnp.all(is_near_CG | sees_nothing_C1), lambda: near_CG, exact)
+
+
+def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, longest_key):
+  """(out [C, G, V], lse [C, G]); longest_key: the largest length of a key."""
+  (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
+  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_SH.shape[0] // static.block_size, static.config)
+  ref_CG = _reference(static, chunk, at, k_SH, longest_key)
+  ref_CGx = jax.lax.optimization_barrier(jnp.repeat(ref_CG[:, :, None], COPIES, axis=2))
+  if static.num_local:
+    state = _band_forward(static, chunk, k_SH, v_SV, ref_CGx)
+  else:
+    state = jnp.zeros((C, G), jnp.float32), jnp.zeros((C, G, V), jnp.float32)
+  k_MsH, v_MsV = blocks(static, k_SH), blocks(static, v_SV)
+  sum_CG, out_CGV = _pairs_forward(static, chunk, at, k_MsH, v_MsV, ref_CGx, state)
   is_seen_CG = sum_CG > 0
   sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
-  lse_CG = jnp.where(is_seen_CG, top_CG + jnp.log(sum_CG), NOTHING)
+  lse_CG = jnp.where(is_seen_CG, ref_CG + jnp.log(sum_CG), NOTHING)
   return (out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG
 
 
@@ -297,34 +373,29 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV):
 
 
 def in_chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
-  """(Chunk, *others) with two leading axes: steps and lanes."""
+  """(Chunk, *others) with the chunks as leading axis."""
+  is_pair_TW = ids_TW >= 0
   if static.num_local:
-    # Lists ascend and end with the local blocks: these columns hold everything else.
+    # Lists ascend and end with the local blocks: the first columns hold everything else.
     lowest_T = pos_T // static.block_size - static.num_local + 1
-    ids_TW = ids_TW[:, : max(0, ids_TW.shape[1] - static.num_local)]
-    is_pair_TW = (ids_TW >= 0) & (ids_TW < lowest_T[:, None]) & (start_T <= pos_T)[:, None]
-  else:
-    is_pair_TW = ids_TW >= 0
+    ids_TW = ids_TW[:, : max(1, ids_TW.shape[1] - static.num_local)]
+    is_pair_TW = is_pair_TW[:, : ids_TW.shape[1]] & (ids_TW < lowest_T[:, None])
+    is_pair_TW = is_pair_TW & (start_T <= pos_T)[:, None]
   chunk = Chunk(q_TGH, pos_T, start_T, ids_TW, is_pair_TW)
-  lead = (-1, static.config.lanes, static.config.chunk)
+  lead = (q_TGH.shape[0] // static.config.chunk, static.config.chunk)
   return jax.tree.map(lambda x: jnp.reshape(x, (*lead, *x.shape[1:])), (chunk, *others))
 
 
-def by_lane(static: Static, tree):
-  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(static.config.lanes)]
-
-
-def in_order(parts):
-  """Results of the lanes of every step, [steps, C, ...] each, as [T, ...]."""
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *parts)
-  return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[3:])), stacked)
+def in_order(x_XC):
+  """[chunks, C, ...] as [T, ...]."""
+  return jnp.reshape(x_XC, (-1, *x_XC.shape[2:]))
 
 
 def head_forward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW):
-  """(out [T, G, V], lse [T, G]); T is a multiple of lanes * chunk, S of the block."""
+  """(out [T, G, V], lse [T, G]); T is a multiple of the chunk, S of the block."""
+  if q_TGH.dtype == jnp.float32:  # one pass over the queries instead of one over the scores
+    static, q_TGH = dataclasses.replace(static, scale=1.0), static.scale * q_TGH
   (chunks,) = in_chunks(static, q_TGH, pos_T, start_T, ids_TW)
-
-  def step(chunks):
-    return [_chunk_forward(static, chunk, k_SH, v_SV) for chunk in by_lane(static, chunks)]
-
-  return in_order(jax.lax.map(step, chunks))
+  longest_key = jnp.max(jnp.linalg.norm(k_SH.astype(jnp.float32), axis=-1))
+  step = functools.partial(_chunk_forward, static)
+  return jax.tree.map(in_order, jax.lax.map(lambda x: step(x, k_SH, v_SV, longest_key), chunks))

@@ -103,16 +103,10 @@ def head_backward(static: xla.Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW,
   def one(carry, x):
     chunk, *rest = x
     dq, dk, dv = _band_backward(static, chunk, k_SH, v_SV, *rest, *carry)
-    if chunk.ids_CW.shape[1]:
-      dq, dk, dv = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dq, dk, dv)
+    dq, dk, dv = _pairs_backward(static, chunk, k_SH, v_SV, *rest, dq, dk, dv)
     return (dk, dv), dq
 
-  def step(carries, chunks):
-    done = [one(c, x) for c, x in zip(carries, xla.by_lane(static, chunks), strict=True)]
-    return [carry for carry, _ in done], [dq for _, dq in done]
-
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SV))
-  carries, dqs = jax.lax.scan(step, [zeros] * static.config.lanes, chunks)
-  dk, dv = (sum(parts) for parts in zip(*carries, strict=True))
-  dq = xla.in_order(dqs)
+  (dk, dv), dq = jax.lax.scan(one, zeros, chunks)
+  dq = xla.in_order(dq)
   return dq.astype(q_TGH.dtype), dk.astype(k_SH.dtype), dv.astype(v_SV.dtype)

@@ -146,9 +146,13 @@ def select_xla(
       q, pos, start = (
         jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (q_TGH, pos_T, start_T)
       )
+      blocks = rule.num_blocks(visible)
+      if blocks <= rule.num_selected:
+        ids, counts = all_blocks(pos[None], start[None], rule, rule.num_selected)
+        return ids[0], counts[0]
       fine = fine_FH[: rule.num_windows(visible)]
       coarse = coarse_FH[: rule.num_windows(visible, rules.COARSE)]
-      scores = chunk_scores(q, fine, coarse, pos, start, rule, num_blocks)
+      scores = chunk_scores(q, fine, coarse, pos, start, rule, blocks)
       cur, first = pos // rule.block_size, start // rule.block_size
       return ref.choose(scores, cur, rule, first)
 

@@ -17,9 +17,11 @@ from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.nn import sparse_attention, sparse_grid
 from pallas_kernels.flash import api as flash
 from pallas_kernels.sparse_attention import api as attention_api
+from pallas_kernels.sparse_attention import vjp as attention_vjp
 from pallas_kernels.sparse_attention import xla as attention_xla
 from pallas_kernels.sparse_topk import cases, ref, rule, xla
 from tests.nn import sparse_oracle as oracle
+from tests.pallas_kernels import sparse_suite as suite
 
 T = 203  # 13 blocks of 16, budget 5, the last one ragged
 PROPERTY = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -186,15 +188,61 @@ def test_scaling_scores_leaves_the_choice(seed, mode, factor):
 
 
 @pytest.mark.parametrize(
-  "heads", [(1, 1), (4, 2), (16, 1), (32, 1)], ids=["G1", "G2", "G16", "G32"]
+  "heads, width, mode",
+  [
+    ((1, 1), 8, ("joint", "coarse")),
+    ((1, 1), 8, ("split", "exact")),
+    ((4, 2), 8, ("joint", "exact")),
+    ((4, 2), 8, ("split", "coarse")),
+    ((16, 1), 8, ("joint", "exact")),
+    ((32, 2), 128, ("joint", "coarse")),
+    ((32, 2), 128, ("split", "exact")),
+    ((32, 1), 8, ("joint", "coarse")),
+    ((32, 1), 8, ("split", "exact")),
+  ],
+  ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else None,
 )
-def test_attention_over_the_selected_blocks(heads):
+def test_attention_over_the_selected_blocks(heads, width, mode):
+  """Groups of 1, 2, 16, 32; 32 heads of width 128 on 2 key heads are MiniCPM4.1-8B's.
+
+  Queries 40 times as large: no bound on their scores is near, so the maxima are computed.
+  """
   N, K = heads
-  cfg = oracle.small(lse="coarse")
-  q, k, v = oracle.draw(7, T, T, N, K, 8)
-  ids, counts = select(q, k, cfg)
-  oracle.check_select(q[0], k[0], cfg, ids[0], counts[0], rows=range(T - 20, T))
-  expected = oracle.attend_with(q[0], k[0], v[0], cfg, ids[0])
+  cfg = oracle.small(*mode)
+  q, k, v = oracle.draw(7, T, T, N, K, width)
+  for scale, atol in ((1, 2e-5), (40, 2e-4)):
+    ids, counts = select(scale * q, k, cfg)
+    rows = range(T - 20, T, 1 if N < 32 else 6)
+    oracle.check_select(scale * q[0], k[0], cfg, ids[0], counts[0], rows=rows)
+    expected = oracle.attend_with(scale * q[0], k[0], v[0], cfg, ids[0])
+    np.testing.assert_allclose(attend(scale * q, k, v, cfg)[0], expected, atol=atol)
+
+
+def test_the_reference_of_the_softmax_is_computed_where_no_bound_is_near(monkeypatch):
+  """Both branches of `_reference` are taken, and by the queries that need them."""
+  seen = []
+  exact = attention_xla._pairs_top
+
+  def watch(*args):
+    jax.debug.callback(lambda: seen.append(1))
+    return exact(*args)
+
+  monkeypatch.setattr(attention_xla, "_pairs_top", watch)
+  q, k, v = map(jnp.asarray, oracle.draw(30, 48, 48, 1, 1, 8))
+  run = jax.jit(lambda q: sparse_attention.infllm_attention(q, k, v, oracle.small(topk=2)))
+  run(q).block_until_ready()
+  jax.effects_barrier()
+  assert not seen
+  run(40 * q).block_until_ready()
+  jax.effects_barrier()
+  assert seen
+
+
+def test_a_budget_of_local_blocks_only():
+  """No initial block and one place beside the window: lists without any other block."""
+  cfg = oracle.small(init_blocks=0, topk=1)
+  q, k, v = oracle.draw(29, T, T, 4, 2, 8)
+  expected = oracle.attend_with(q[0], k[0], v[0], cfg, select(q, k, cfg)[0][0])
   np.testing.assert_allclose(attend(q, k, v, cfg)[0], expected, atol=2e-5)
 
 
@@ -305,25 +353,53 @@ def analytic_gradients(q_TNH, k_LKH, v_LKV, dout_TNV, cfg, ids_KTW):
   return dq, dk, dv
 
 
-@pytest.mark.parametrize("num_local", ["band", "pairs"])
-def test_gradients_against_the_formula(num_local):
+@functools.partial(jax.jit, static_argnames="form")
+def gradients(q, k, v, ids, dout, form):
+  """dq, dk, dv with the implementation's own selection ("band") or lists without a promise."""
+  if form == "band":
+    run = lambda *x: sparse_attention.infllm_attention(*x, oracle.small())  # noqa: E731
+  else:
+    more = dict(block_size=16, implementation="xla")
+    run = lambda *x: attention_api.attend_blocks(*x, ids, **more)[0]  # noqa: E731
+  return jax.vjp(run, q, k, v)[1](dout)
+
+
+@pytest.mark.parametrize("form", ["band", "pairs"])
+def test_gradients_against_the_formula(form):
   cfg = oracle.small()
   q, k, v = oracle.draw(13, T, T, 4, 2, 8)
   dout, _, _ = oracle.draw(14, T, T, 4, 2, 8)
   ids, _ = select(q, k, cfg)
-  if num_local == "band":
-    run = lambda *x: sparse_attention.infllm_attention(*x, cfg)  # noqa: E731
-  else:
-    run = lambda *x: attention_api.attend_blocks(  # noqa: E731
-      *x, ids, block_size=16, implementation="xla"
-    )[0]
-  both = jax.jit(lambda *x: jax.vjp(run, *x)[1](jnp.asarray(dout)))
-  found, again = both(q, k, v), both(q, k, v)
+  found, again = (gradients(q, k, v, ids, dout, form) for _ in range(2))
   for a, b in zip(found, again, strict=True):
     np.testing.assert_array_equal(a, b)  # bitwise repeatable
   expected = analytic_gradients(q[0], k[0], v[0], dout[0], cfg, np.asarray(ids[0]))
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a[0], b, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_against_finite_differences(name):
+  """Of the float64 definition with the selection held fixed, in one random direction."""
+  cfg = oracle.small()
+  arrays = dict(zip("qkv", oracle.draw(31, T, T, 4, 2, 8), strict=True))
+  dout, _, _ = oracle.draw(32, T, T, 4, 2, 8)
+  ids = np.asarray(select(arrays["q"], arrays["k"], cfg)[0])
+  found = dict(zip("qkv", gradients(*arrays.values(), ids, dout, "band"), strict=True))[name]
+  direction = np.random.default_rng(0).normal(size=found.shape)
+
+  def exact(step):
+    moved = arrays | {name: arrays[name].astype(np.float64) + step * direction}
+    return np.sum(dout[0] * oracle.attend_with(*(x[0] for x in moved.values()), cfg, ids[0]))
+
+  expected = (exact(1e-4) - exact(-1e-4)) / 2e-4
+  np.testing.assert_allclose(np.sum(np.asarray(found, np.float64) * direction), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_bfloat16_gradients(num_local):
+  """Errors of out, lse, dq, dk, dv against 3 times those of plain bf16 attention (section 20)."""
+  suite.check_attend(attention_vjp.attend_xla, num_local=num_local, dtype=jnp.bfloat16)
 
 
 def test_gradient_of_lse():
@@ -367,14 +443,14 @@ def test_no_gradient_through_the_selection():
   assert not np.any(grad[:, 1])
 
 
-def test_lanes_and_chunks_agree():
-  """The chunks of a lane, and tiles of a few pairs, change nothing but rounding."""
+def test_chunks_and_tiles_agree():
+  """Small chunks, tiles of a few pairs and keys change nothing but rounding."""
   q, k, v = oracle.draw(18, 150, 160, 2, 1, 8)
   rules = sparse_grid.rule_of(oracle.small())
   fine = xla.compress(jnp.asarray(k), rules)
   start = jnp.zeros((1, 150), jnp.int32)
   ids, _ = xla.select_xla(jnp.asarray(q), fine, fine, 10, start, rules, 160)
-  tiny = attention_xla.XlaConfig(chunk=16, lanes=3, tile=4, band_queries=8, band_keys=24)
+  tiny = attention_xla.XlaConfig(chunk=16, tile=4, band_queries=8, band_keys=24)
 
   def run(config):
     def f(q, k, v):
