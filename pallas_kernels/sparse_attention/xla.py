@@ -393,9 +393,14 @@ def in_order(x_XC):
 
 def head_forward(static: Static, q_TGH, k_SH, v_SV, pos_T, start_T, ids_TW):
   """(out [T, G, V], lse [T, G]); T is a multiple of the chunk, S of the block."""
-  if q_TGH.dtype == jnp.float32:  # one pass over the queries instead of one over the scores
-    static, q_TGH = dataclasses.replace(static, scale=1.0), static.scale * q_TGH
   (chunks,) = in_chunks(static, q_TGH, pos_T, start_T, ids_TW)
   longest_key = jnp.max(jnp.linalg.norm(k_SH.astype(jnp.float32), axis=-1))
-  step = functools.partial(_chunk_forward, static)
-  return jax.tree.map(in_order, jax.lax.map(lambda x: step(x, k_SH, v_SV, longest_key), chunks))
+  is_scaled = q_TGH.dtype == jnp.float32  # then the scale costs a pass over queries, not scores
+  inner = dataclasses.replace(static, scale=1.0) if is_scaled else static
+
+  def step(chunk):
+    if is_scaled:
+      chunk = dataclasses.replace(chunk, q_CGH=static.scale * chunk.q_CGH)
+    return _chunk_forward(inner, chunk, k_SH, v_SV, longest_key)
+
+  return jax.tree.map(in_order, jax.lax.map(step, chunks))

@@ -18,7 +18,7 @@ from pallas_kernels.sparse_topk import rule as rules
 class XlaConfig:
   """`max_logits` logits of one chunk; at most `max_bands` unrolled numbers of visible windows."""
 
-  max_logits: int = 2**20
+  max_logits: int = 2**21
   max_bands: int = 8
 
 
