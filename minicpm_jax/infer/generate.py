@@ -18,6 +18,7 @@ from minicpm_jax.core import huge_pages, types
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import convert, joined, transformer
+from minicpm_jax.quant import qtensor, tree
 
 MAX_ROUNDS = 16  # rounds in the answer of one dispatch
 NO_TOKEN = engine_lib.NO_TOKEN  # what a finished row emits
@@ -43,7 +44,7 @@ def for_decoding(
   On a CPU: layers unrolled (1.3 to 2 times faster than the scan), floats as float32 (bfloat16
   matrix-vector products are 5 to 16 times slower; environment.md section 8), projections of one
   input joined (`models.joined`), and the weights in memory of large pages (`core.huge_pages`).
-  Integers (quantised weights) keep their type.
+  Quantised weights keep their codes, packed where the packed matmuls serve them.
   """
   if jax.default_backend() != "cpu":
     return model, params
@@ -52,9 +53,16 @@ def for_decoding(
     cfg, params = convert.unstack_layers(cfg, params)
   widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
   params = jax.tree.map(lambda x: widen(jnp.asarray(x)), params)
-  params = huge_pages.place(joined.join_projections(cfg, params))
+  params = tree.map_qtensors(_packed, joined.join_projections(cfg, params))
+  params = huge_pages.place(params)
   cfg = dataclasses.replace(cfg, dtype="f32", param_dtype="f32", remat="none")
   return transformer.Transformer(cfg), params
+
+
+def _packed(qt: qtensor.QTensor) -> qtensor.QTensor:
+  """Packed codes are what the matmuls of few rows read fastest."""
+  is_served = qtensor.has_packed_matmul(qt.replace(is_packed=True))
+  return qtensor.pack(qt) if is_served else qt
 
 
 def bucket(num_tokens: int) -> int:

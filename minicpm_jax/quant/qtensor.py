@@ -23,6 +23,7 @@ from minicpm_jax.core import mesh, types
 from minicpm_jax.quant import schemes
 from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.w4a16_gemm import api as w4a16_api
+from pallas_kernels.w8a16_gemm import api as w8a16_api
 
 
 @flax.struct.dataclass
@@ -259,13 +260,13 @@ def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[types.AnyArray, "
   return (codes * scale).astype(dtype).reshape(*qt.lead, *qt.shape)
 
 
-_PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul}
+_PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul, "int8": w8a16_api.matmul}
 
 
 def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
   """x [*rows, *in] times the kernel, in x's dtype.
 
-  Packed int4 and ternary codes in consecutive groups go through the packed matmuls of
+  Packed int4, int8 and ternary codes in consecutive groups go through the packed matmuls of
   `pallas_kernels` (auto; on a mesh of several devices the XLA form, which is partitioned). Others:
   with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
   the scale after it; groups dequantised in float32, cast, multiplied.

@@ -7,12 +7,14 @@ of it alone, took 1.5 to 3 times as long on a CPU at every shape tried (576 to 4
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.w4a16_gemm import packed, ref
+from pallas_kernels.w4a16_gemm import packed, ref, xla_rows
 
 
 def matmul_xla(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int = 4, low: int = -8):
   """As `api.matmul`. One scale a channel: codes enter the product exactly, the scale comes after
-  it. Groups: values computed in float32, then cast to x's type."""
+  it. Groups: values computed in float32, then cast to x's type. Few rows on a CPU: `xla_rows`."""
+  if xla_rows.serves(x_MK, scale_QN, bits):
+    return xla_rows.matmul_rows(x_MK, codes_RN, scale_QN, zero_QN, bits=bits, low=low)
   K, is_grouped = x_MK.shape[1], scale_QN.shape[0] > 1
   if is_grouped:
     w_KN = ref.dequantize_ref(codes_RN, scale_QN, zero_QN, num_in=K, bits=bits, low=low)

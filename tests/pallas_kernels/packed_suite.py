@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RANGES = {4: (-8, 7), 2: (-1, 1)}
+RANGES = {8: (-127, 127), 4: (-8, 7), 2: (-1, 1)}
 
 
 def pack(codes_KN, bits: int):
