@@ -14,9 +14,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
+import numpy as np
+
 from minicpm_jax import ckpt, config
 from minicpm_jax.infer import engine, generate
 from minicpm_jax.infer.drafters import ngram
+from minicpm_jax.models import joined, transformer, zoo
+from minicpm_jax.quant import tree
 
 # Texts of our own. "prose" repeats itself, long enough for every prompt length; "free" does not;
 # "table" is to be copied, which is what prompt lookup is for.
@@ -46,16 +51,19 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-  """The model of one GGUF file in the forms that the sides want."""
+  """The model of one GGUF file, or a random one, in the forms that the sides want."""
 
-  path: pathlib.Path
+  path: pathlib.Path | None
   model: Any  # ours, in decoding form
   params: Any
-  tok: Any
+  tok: Any  # None: random weights, prompts of random tokens
 
   def prompt(self, num_tokens: int | None, text: str = "prose") -> list[int]:
     if text not in TEXTS:
       raise ValueError(f"--text: found {text!r}, expected one of {sorted(TEXTS)}")
+    if self.tok is None:
+      ids = np.random.default_rng(0).integers(10, self.model.cfg.vocab_size, num_tokens or 128)
+      return ids.tolist()
     ids = self.tok.encode(TEXTS[text])[:num_tokens]
     if num_tokens is not None and len(ids) < num_tokens:
       raise ValueError(f"--prompt_tokens: found {num_tokens}, expected at most {len(ids)}")
@@ -83,6 +91,34 @@ def load(path: pathlib.Path) -> Weights:
   return Weights(path=path, model=model, params=params, tok=tok)
 
 
+def random(shape: str) -> Weights:
+  """Random weights in the shape of a member, as a Llama with plain RoPE and a tied head."""
+  cfg = zoo.ZOO[shape](dtype="f32", param_dtype="f32")
+  plain = dict(scale_emb=1.0, scale_depth=None, dim_model_base=None, mup_denominator=None)
+  cfg = dataclasses.replace(
+    cfg, arch="llama", rope=config.RopeConfig(), tie_embeddings=True, **plain
+  )
+  model = transformer.Transformer(cfg)
+  params = transformer.init_params(model, jax.random.key(0))
+  model, params = generate.for_decoding(model, params)
+  return Weights(path=None, model=model, params=params, tok=None)
+
+
+def quantised(weights: Weights, scheme: str, group_size: int = -1) -> Weights:
+  """Projections rounded to nearest by the scheme's own rule; embedding and head stay float32."""
+  quant = config.QuantConfig(scheme=scheme, group_size=group_size, weights="packed")
+  params = joined.split_projections(weights.model.cfg, weights.params)
+  params = tree.quantize_params(quant, params)
+  model = transformer.Transformer(dataclasses.replace(weights.model.cfg, quant=quant))
+  model, params = generate.for_decoding(model, params)
+  return dataclasses.replace(weights, model=model, params=params)
+
+
+def num_bytes(params: Any) -> int:
+  """Of all arrays that a decode step reads."""
+  return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
 # --- Sides ---------------------------------------------------------------------------------------
 
 
@@ -91,6 +127,7 @@ class Plain:
 
   def __init__(self, weights: Weights, settings: Settings, *, rounds: int):
     self._decoder, self._rounds = (weights.model, weights.params), rounds
+    self.num_bytes = num_bytes(weights.params)
     del settings  # XLA takes the cores of the process
 
   def run(self, prompt: Sequence[int], num_new: int) -> Timing:
@@ -104,6 +141,14 @@ class Plain:
       rest_s=sum(chunk.seconds for chunk in chunks[1:]),
       compile_s=sum(chunk.compile_seconds for chunk in chunks),
     )
+
+
+class LowBit(Plain):
+  """Our jitted loop on codes."""
+
+  def __init__(self, weights: Weights, settings: Settings, *, scheme: str, group_size: int = -1):
+    weights = quantised(weights, scheme, group_size)
+    super().__init__(weights, settings, rounds=generate.MAX_ROUNDS)
 
 
 class NGram:
@@ -156,21 +201,27 @@ class Transformers:
 
 
 class LlamaCpp:
-  """llama.cpp on the GGUF as it is (4-bit weights, activations rounded to 8 bits), or in float32:
-  our export of the same weights, float32 key-value cache."""
+  """llama.cpp on the GGUF as it is (`kind` None: 4-bit weights), or on our export of the same
+  weights; float32 has a float32 key-value cache, others round activations to 8 bits."""
 
-  def __init__(self, weights: Weights, settings: Settings, *, is_float32: bool):
+  def __init__(self, weights: Weights, settings: Settings, *, kind: str | None):
     import llama_cpp
 
     size = len(weights.prompt(settings.num_prompt, settings.text)) + settings.num_new
     more = dict(n_threads=settings.threads, n_threads_batch=settings.threads, verbose=False)
-    if not is_float32:
+    if kind is None:
+      if weights.path is None:
+        raise ValueError("--shape: found random weights, expected --model for the file as it is")
       self._llama = llama_cpp.Llama(str(weights.path), n_ctx=size, **more)
       return
     with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder) / "f32.gguf"
-      ckpt.save_gguf(path, weights.model, weights.params, weights.tok, kind="f32")
-      more |= dict(type_k=0, type_v=0, use_mmap=False)
+      path = pathlib.Path(folder) / "model.gguf"
+      embedding = "f32" if kind == "f32" else "q8_0"
+      arrays = (weights.model, weights.params, weights.tok)
+      ckpt.save_gguf(path, *arrays, kind=kind, embedding_kind=embedding)
+      self.num_bytes = path.stat().st_size
+      more |= dict(use_mmap=False)
+      more |= dict(type_k=0, type_v=0) if kind == "f32" else {}
       self._llama = llama_cpp.Llama(str(path), n_ctx=size, **more)
 
   def run(self, prompt: Sequence[int], num_new: int) -> Timing:
@@ -192,16 +243,33 @@ SIDES = {
   "ours, n-gram of 7": lambda *args: NGram(*args, num_levels=7),
   "ours, n-gram of 15": lambda *args: NGram(*args, num_levels=15),
   "transformers": Transformers,
-  "llama.cpp, float32": lambda *args: LlamaCpp(*args, is_float32=True),
-  "llama.cpp, 4 bits": lambda *args: LlamaCpp(*args, is_float32=False),
+  "llama.cpp, float32": lambda *args: LlamaCpp(*args, kind="f32"),
+  "llama.cpp, 8 bits": lambda *args: LlamaCpp(*args, kind="q8_0"),
+  "llama.cpp, Q4_0": lambda *args: LlamaCpp(*args, kind="q4_0"),
+  "llama.cpp, 4 bits": lambda *args: LlamaCpp(*args, kind=None),
+  "ours, int8": lambda *args: LowBit(*args, scheme="int8"),
+  "ours, int4 in groups of 64": lambda *args: LowBit(*args, scheme="int4", group_size=64),
+  "ours, ternary": lambda *args: LowBit(*args, scheme="ternary"),
 }
+_OURS, _PEERS = "ours, 16 tokens a dispatch", ("transformers", "llama.cpp, float32")
 SUITES = {
-  "plain": tuple(name for name in SIDES if "n-gram" not in name),
-  "speculative": tuple(name for name in SIDES if "16 tokens" not in name),
+  "plain": ("ours, 1 token a dispatch", _OURS, *_PEERS, "llama.cpp, 4 bits"),
+  "speculative": (
+    "ours, 1 token a dispatch",
+    "ours, n-gram of 7",
+    "ours, n-gram of 15",
+    *_PEERS,
+    "llama.cpp, 4 bits",
+  ),
+  "lowbit": (
+    _OURS,
+    *(name for name in SIDES if name.startswith(("ours, int", "ours, ternary"))),
+    *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
+  ),
 }
 _NEEDS = {
   "transformers": ("torch", "transformers"),
-  **dict.fromkeys(("llama.cpp, float32", "llama.cpp, 4 bits"), ("llama_cpp",)),
+  **dict.fromkeys((name for name in SIDES if name.startswith("llama.cpp")), ("llama_cpp",)),
 }
 
 
@@ -247,6 +315,7 @@ def measure(
         "decode tok/s": (settings.num_new - 1) / rest,
         "tokens a round": statistics.median(t.accept for t in timings),
         "compile s": warm[name].compile_s,
+        "weights MB": getattr(sides[name], "num_bytes", 0) / 1e6,
         "equal tokens": same.index(False) if False in same else len(same),
         "load": os.getloadavg()[0],
       }

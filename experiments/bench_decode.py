@@ -2,6 +2,8 @@
 
   python -m experiments.bench_decode --suite=plain            (fetch the model first: fetch_model)
   python -m experiments.bench_decode --suite=speculative      (prompt lookup; table and free text)
+  python -m experiments.bench_decode --suite=lowbit           (int8, int4, ternary against float32)
+  python -m experiments.bench_decode --shape=minicpm4_0p5b    (random weights in that shape)
 
 All sides decode the same prompt greedily, in turn; medians. prefill tok/s and first token: the
 prompt up to the first new token. decode tok/s: the tokens after it. Compilation is apart. "equal
@@ -25,6 +27,9 @@ _SUITE = flags.DEFINE_string(
 _MODEL = flags.DEFINE_string(
   "model", None, "A GGUF; default: the 135M model of fetch_model.", flag_values=VALUES
 )
+_SHAPE = flags.DEFINE_string(
+  "shape", None, "A member of the zoo: random weights instead of --model.", flag_values=VALUES
+)
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", 128, "Tokens of prose.", lower_bound=1, flag_values=VALUES
 )
@@ -46,13 +51,18 @@ def _run() -> None:
   from experiments import _bench_decode as bench
   from experiments import _bench_train as reports
   from minicpm_jax.core import fetch
+  from minicpm_jax.models import zoo
 
   if _SUITE.value not in bench.SUITES:
     raise ValueError(f"--suite: found {_SUITE.value!r}, expected one of {sorted(bench.SUITES)}")
-  path = _MODEL.value or fetch.cached()
-  if path is None:
+  shape, path = _SHAPE.value, _MODEL.value or fetch.cached()
+  if shape is not None and shape not in zoo.ZOO:
+    raise ValueError(f"--shape: found {shape!r}, expected one of {sorted(zoo.ZOO)}")
+  if shape is None and path is None:
     raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
   names, missing = bench.available(bench.SUITES[_SUITE.value])
+  if shape is not None:
+    names = [name for name in names if name != "llama.cpp, 4 bits"]  # of a file
   for name, why in missing.items():
     print(f"left out: {name} ({why})", flush=True)
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -61,12 +71,16 @@ def _run() -> None:
   if _SUITE.value == "speculative":
     whole = dataclasses.replace(settings, num_prompt=None)
     texts = [dataclasses.replace(whole, text=text) for text in ("table", "free")]
-  weights, rows = bench.load(pathlib.Path(path)), []
+  weights = bench.load(pathlib.Path(path)) if shape is None else bench.random(shape)
+  rows = []
   for settings in texts:
     rows += bench.measure(weights, names, settings, _REPEATS.value)
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
-  more = dict(model=pathlib.Path(path).name, threads=threads, repeats=_REPEATS.value)
-  reports.write(folder / f"bench_decode_{_SUITE.value}.json", rows, left_out=missing, **more)
+  model = shape or pathlib.Path(path).name
+  more = dict(model=model, threads=threads, repeats=_REPEATS.value)
+  suffix = f"_{shape}" if shape else ""
+  name = f"bench_decode_{_SUITE.value}{suffix}.json"
+  reports.write(folder / name, rows, left_out=missing, **more)
 
 
 if __name__ == "__main__":

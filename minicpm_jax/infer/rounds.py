@@ -320,7 +320,9 @@ def run(
 
   def body(carry):
     i, state, answer = carry
-    state, tokens, logprobs, is_bad_B = one(state)
+    # Unpacked weights must not become loop invariants: XLA would store them as floats.
+    held, state = jax.lax.optimization_barrier((params, state))
+    state, tokens, logprobs, is_bad_B = _round(model, drafter, held, state, span)
     answer = Answer(
       tokens_BRA=answer.tokens_BRA.at[:, i].set(tokens),
       logprobs_BRA=answer.logprobs_BRA.at[:, i].set(logprobs),

@@ -1,0 +1,66 @@
+"""Decoding on packed codes: the tokens of the model whose kernels are the dequantised floats."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.infer import engine, generate, rounds
+from minicpm_jax.models import convert, transformer
+from minicpm_jax.quant import qtensor
+from tests.models import common
+
+SAMPLING = config.SamplingConfig(max_new_tokens=12, temperature=0.8, seed=3)
+PROMPT = [5, 17, 200, 3, 99]
+
+
+def lowbit(scheme, size):
+  cfg, params = common.config(), common.build(common.config())[1]
+  cfg = dataclasses.replace(cfg, quant=config.QuantConfig(scheme=scheme, group_size=size))
+  return convert.to_codes(cfg, params)
+
+
+@pytest.mark.parametrize("scheme, size", [("int8", -1), ("int4", 16), ("ternary", -1)])
+def test_tokens_are_those_of_the_dequantised_model(scheme, size):
+  cfg, codes = lowbit(scheme, size)
+  model, params = generate.for_decoding(transformer.Transformer(cfg), codes)
+  kernel = params["layers_0"]["mlp"]["gate_up"]["kernel"]
+  assert kernel.is_packed and kernel.codes.dtype == np.uint8
+  plain_cfg, plain = convert.fuse(cfg, codes)
+  other = generate.for_decoding(transformer.Transformer(plain_cfg), plain)
+  assert not qtensor.is_qtensor(other[1]["layers_0"]["mlp"]["gate_up"]["kernel"])
+  found = generate.generate(model, params, [PROMPT], SAMPLING)
+  expected = generate.generate(*other, [PROMPT], SAMPLING)
+  assert found.tokens == expected.tokens
+  np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form for few rows is the CPU's")
+def test_unpacked_codes_do_not_travel_through_the_loop():
+  """XLA moves what a loop does not change in front of it: unpacked codes as integers or floats."""
+  model, params = generate.for_decoding(*_decoder("int4", 16))
+  eng = engine.Engine(model, params, config.EngineConfig(capacity=32, rounds_per_dispatch=2))
+  lowered = rounds.run.lower(model, eng.drafter, eng.params, eng._state, span=48, rounds=2)
+  loops = [line for line in lowered.compile().as_text().splitlines() if " while(" in line]
+  carried = {
+    (kind, math.prod(map(int, dims.split(","))))
+    for line in loops
+    for kind, dims in re.findall(r"\b(f32|s32|u32|u8)\[([\d,]+)\]", line.split(" while(")[0])
+  }
+  codes = [k.codes for k in jax.tree.leaves(params, is_leaf=qtensor.is_qtensor) if _is_low(k)]
+  assert {("u8", c.size) for c in codes} <= carried
+  slices = {c.size // (16 // 2) for c in codes}  # one byte of every block, as the sum reads it
+  assert not {(kind, n) for kind, n in carried if kind in ("s32", "u32") and n in slices}
+
+
+def _decoder(scheme, size):
+  cfg, codes = lowbit(scheme, size)
+  return transformer.Transformer(cfg), codes
+
+
+def _is_low(leaf):
+  return qtensor.is_qtensor(leaf)
