@@ -55,12 +55,22 @@ def drafters(
     if fr_ids is not None:
       found["mtp, fr"] = mtp.make(model, params, fr_ids=fr_ids, **sizes)
   for text in named:
-    name, _, path = text.partition(":")
+    name, path, own = _named(text, sizes)
     draft = ckpt.load_draft(path, model.cfg)
-    found[name] = eagle.make(draft, model, params, **sizes)
+    found[name] = eagle.make(draft, model, params, **own)
     if fr_ids is not None and draft.cfg.kind != "eagle3":
-      found[f"{name}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **sizes)
+      found[f"{name}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **own)
   return found
+
+
+def _named(text: str, sizes: dict[str, int]) -> tuple[str, str, dict[str, int]]:
+  """(name, folder, tree) of NAME:FOLDER or NAME:FOLDER:LEVELS/TOP_K/NODES."""
+  name, _, rest = text.partition(":")
+  path, _, tree = rest.partition(":")
+  numbers = tree.split("/") if tree else [str(n) for n in sizes.values()]
+  if not name or not path or len(numbers) != len(sizes) or not all(n.isdigit() for n in numbers):
+    raise ValueError(f"--draft: found {text!r}, expected NAME:FOLDER[:LEVELS/TOP_K/NODES]")
+  return name, path, dict(zip(sizes, map(int, numbers), strict=True))
 
 
 def draft_ms(drafter: Any, model: Any, params: base.Params, repeats: int = 30) -> float:

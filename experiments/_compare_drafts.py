@@ -20,14 +20,14 @@ BEST_OF = ("acc_1", "acc_2", "acc_3")
 
 
 def variants(texts: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
-  """(name, kind, overrides) of NAME:KIND[:FIELD=VALUE,...]."""
+  """(name, kind, overrides) of NAME:KIND[:FIELD=VALUE+...]."""
   for text in texts:
     name, _, rest = text.partition(":")
     kind, _, changes = rest.partition(":")
     if not name or kind not in _distill_draft.PEAK_LR:
       kinds = "|".join(_distill_draft.PEAK_LR)
-      raise ValueError(f"--variant: found {text!r}, expected NAME:({kinds})[:FIELD=VALUE,...]")
-    yield name, kind, [change for change in changes.split(",") if change]
+      raise ValueError(f"--variant: found {text!r}, expected NAME:({kinds})[:FIELD=VALUE+...]")
+    yield name, kind, [change for change in changes.split("+") if change]
 
 
 class Runs:

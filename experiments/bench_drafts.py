@@ -5,7 +5,8 @@
 
 --target as for generate. --prompts: a prepared shard folder (beginnings of its documents) or JSONL
 with "turns", "prompt" or "text". --fr: a prepared source whose most frequent tokens are kept, or a
-stored index. Every drafter's tokens are compared with plain decoding's.
+stored index. A draft may have a tree of its own: --draft=small:DIR:3/1/4 (levels, top_k, nodes).
+Every drafter's tokens are compared with plain decoding's.
 """
 
 import pathlib
@@ -24,7 +25,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   define = {"flag_values": values}
   flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
   flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
-  flags.DEFINE_multi_string("draft", [], "NAME:FOLDER of a draft; repeatable.", **define)
+  flags.DEFINE_multi_string("draft", [], "NAME:FOLDER[:3/4/12]; repeatable.", **define)
   flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **define)
   flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **define)
   flags.DEFINE_integer("levels", 3, "Levels of the tree.", **define)

@@ -7,7 +7,7 @@
 Every run is one of distill_draft's, on the same text that the target wrote itself, with the
 target's features stored; a stopped comparison goes on. Rates are compared with seed 0 by the mean
 of acc_1 .. acc_3 on held-out generated text, the other seeds run at each kind's best rate.
---variant=NAME:KIND[:FIELD=VALUE,...] adds a kind with other settings of its config.
+--variant=NAME:KIND[:FIELD=VALUE+...] adds a kind with other settings of its config.
 """
 
 import pathlib
