@@ -1,0 +1,87 @@
+"""Text for drafts: prompts out of files, answers that the target writes, resumable."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from experiments import _bench_drafts, _compare_drafts, _regenerate
+from minicpm_jax import config
+from minicpm_jax.data import shards, sources
+from minicpm_jax.infer import generate
+from tests.models import common
+
+
+def jsonl(path, rows):
+  opener = gzip.open if path.suffix == ".gz" else open
+  with opener(path, "wt") as file:
+    file.write("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+class ChatIds(_regenerate.Ids):
+  """Token ids as text, in a template that surrounds a question with 7 and 8."""
+
+  chat_template = "7 {{ messages[0]['content'] }}{% if add_generation_prompt %} 8{% endif %}"
+
+
+def test_prompts_of_every_form_of_row(tmp_path):
+  rows = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"turns": ["c", "d"]},
+    {"question": "e", "text": "f"},
+    {"question": "g"},
+    {"prompt": "h"},
+    {"text": "i"},
+  ]
+  found = _regenerate.prompt_texts(jsonl(tmp_path / "a.jsonl.gz", rows))
+  assert found == ["a", "c", "f\n\ne", "g", "h", "i"]
+  with pytest.raises(ValueError, match=r"row 1: found fields \['x'\], expected messages"):
+    _regenerate.prompt_texts(jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"x": 1}]))
+  with pytest.raises(ValueError, match="found no rows"):
+    _regenerate.prompt_texts(jsonl(tmp_path / "c.jsonl", []))
+
+
+def test_prompts_are_rendered_and_taken_from_the_files_in_turns(tmp_path):
+  one = jsonl(tmp_path / "one.jsonl", [{"text": f"{n}"} for n in range(10, 14)])
+  two = jsonl(tmp_path / "two.jsonl", [{"text": "30"}, {"text": " ".join(["5"] * 300)}])
+  found = _regenerate.chat_prompts([one, two], ChatIds(64), 9)
+  assert all(p[0] == 7 and p[-1] == 8 and len(p) == 3 for p in found)  # the long one is left out
+  middle = [p[1] for p in found]
+  assert sorted(middle) == [10, 11, 12, 13, 30] and 30 in middle[:4]
+  assert _regenerate.chat_prompts([one, two], ChatIds(64), 2) == found[:2]
+  assert _bench_drafts.prompts_of(one, ChatIds(64), 2, 192) == [[7, 10, 8], [7, 12, 8]]
+  assert _bench_drafts.prompts_of(one, _regenerate.Ids(64), 1, 192) == [[10]]
+
+
+def test_answers_are_the_targets_and_a_stopped_call_goes_on(tmp_path, monkeypatch):
+  model, params = common.build(common.config(num_layers=1))
+  monkeypatch.setattr(_regenerate, "PART", 2)
+  prompts = [[int(t) for t in row] for row in np.random.default_rng(0).integers(0, 256, (3, 5))]
+  sampling = config.SamplingConfig(max_new_tokens=6)
+  out = tmp_path / "made"
+  # A call that was stopped in the middle of a line: the first two documents are whole.
+  done = [" ".join(map(str, [*p, 1, 2])) for p in prompts[:2]]
+  log = tmp_path / "made.jsonl"
+  log.write_text("".join(json.dumps(text) + "\n" for text in done) + '"4 5')
+  _regenerate.write_generated(out, (model, params, None), prompts, sampling)
+  assert shards.read_index(out).num_documents == 3
+  source = sources.open_source("made", str(out))
+  stored = [list(map(int, source[i])) for i in range(3)]
+  expected = generate.generate(model, params, prompts[2:], sampling).tokens[0]
+  assert stored == [[*prompts[0], 1, 2], [*prompts[1], 1, 2], [*prompts[2], *expected]]
+
+
+def test_trees_and_variants_are_parsed_or_refused():
+  sizes = {"num_levels": 3, "top_k": 4, "num_nodes": 12}
+  assert _bench_drafts._named("a:dir", sizes) == ("a", "dir", sizes)
+  own = {"num_levels": 3, "top_k": 1, "num_nodes": 4}
+  assert _bench_drafts._named("a:dir:3/1/4", sizes) == ("a", "dir", own)
+  for text in ("a", "a:dir:3/1", "a:dir:3/1/x"):
+    with pytest.raises(ValueError, match="expected NAME:FOLDER"):
+      _bench_drafts._named(text, sizes)
+  found = list(_compare_drafts.variants(["x:eagle3:a.b=1,2+c=3", "eagle:eagle"]))
+  assert found == [("x", "eagle3", ["a.b=1,2", "c=3"]), ("eagle", "eagle", [])]
+  with pytest.raises(ValueError, match="--variant: found 'x:other'"):
+    list(_compare_drafts.variants(["x:other"]))
