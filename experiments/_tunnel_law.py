@@ -318,7 +318,7 @@ def batch(ctx: _tunnel.Context) -> report.Section:
     f"{scale.batch_tokens:,} bytes each, {scale.seeds} seed(s). For every loss level a parabola in",
     "ln(batch) through ln(bytes needed).",
   )
-  optima, rows = [], []
+  optima, rows, needs = [], [], {}
   for width in scale.batch_widths:
     for seed in range(scale.seeds):
       curves = {}
@@ -332,8 +332,11 @@ def batch(ctx: _tunnel.Context) -> report.Section:
       for level in np.linspace(high - 0.1 * (high - low), low, 8):
         needed = {b: fit.tokens_to_loss(*curve, float(level)) for b, curve in curves.items()}
         usable = {b: t for b, t in needed.items() if t is not None}
+        batches = [b * _tunnel.SEQ_LEN for b in usable]
+        if (width, seed) == (scale.batch_widths[0], 0):
+          needs[float(level)] = (batches, list(usable.values()))
         try:
-          best = fit.optimal_batch([b * _tunnel.SEQ_LEN for b in usable], list(usable.values()))
+          best = fit.optimal_batch(batches, list(usable.values()))
         except fit.FitError:
           continue
         optima.append((width, seed, float(level), best.x, best.is_inside))
@@ -361,5 +364,22 @@ def batch(ctx: _tunnel.Context) -> report.Section:
       f"{found.exponent:.2f} (MiniCPM: 1.21e9 / L^6.24 on C4 and its tokens)."
     )
     section.data["law"] = dataclasses.asdict(found)
+  _draw_batch(section, optima, needs)
   section.data["optima"] = optima
   return section
+
+
+def _draw_batch(section: report.Section, optima: list[tuple], needs: dict) -> None:
+  """Bytes needed against the batch for one model, and all minima against the loss."""
+  figure, axes = report.figure(2)
+  for level, (batches, needed) in needs.items():
+    axes[0].plot(batches, needed, "o-", label=f"loss {level:.2f}")
+  axes[0].set(xscale="log", yscale="log", xlabel="batch, bytes", ylabel="bytes needed")
+  axes[0].legend(fontsize=7)
+  for width in sorted({width for width, *_ in optima}):
+    mine = [(level, x) for w, _, level, x, is_inside in optima if w == width and is_inside]
+    if mine:
+      axes[1].plot(*zip(*mine, strict=True), "o", label=f"width {width}")
+  axes[1].set(xscale="log", yscale="log", xlabel="loss", ylabel="optimal batch, bytes")
+  axes[1].legend()
+  section.picture("batch", figure, "Bytes to a loss for the first model; minima inside the batches")

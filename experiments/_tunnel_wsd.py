@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import _tunnel
 from minicpm_jax.optim import probe
-from minicpm_jax.tunnel import fit, knobs, plan, report
+from minicpm_jax.tunnel import fit, knobs, plan, records, report
 
 LR, FLOOR = 0.02, 0.03  # base rate; end of decay / peak
 DECAYS = {
@@ -69,7 +69,15 @@ def _plan(ctx: _tunnel.Context, seed: int) -> list[plan.RunSpec]:
         eval_steps=(),
       )
     )
+  for length in _fresh_lengths(ctx):
+    branch = next(s for s in specs if s.name == f"s{seed}-trunk-{_label('10%')}-{length}")
+    specs.append(dataclasses.replace(branch, name=f"s{seed}-fresh{length}", branch_from=None))
   return specs
+
+
+def _fresh_lengths(ctx: _tunnel.Context) -> tuple[int, ...]:
+  """Horizons whose branch is also run from step 0 (training.md 13.3: S, 2S, 4S)."""
+  return ctx.scale.wsd_lengths[:-1] or ctx.scale.wsd_lengths
 
 
 def wsd(ctx: _tunnel.Context) -> report.Section:
@@ -112,6 +120,7 @@ def wsd(ctx: _tunnel.Context) -> report.Section:
     ],
   )
   _claims(section, found)
+  _branches_are_fresh_runs(ctx, section, results)
   _horizon_curve(section, found, lengths)
   section.data["losses"] = found
   return section
@@ -164,6 +173,23 @@ def _claims(section: report.Section, found: dict) -> None:
     every("WSD 10%", "Cosine(S)", found, lambda g: g <= MAX_BEHIND),
     over("WSD 10%", "Cosine(S)", found),
     "Cosine(S/2) carried on to S, minus Cosine(S): " + over("Cosine(S/2)", "Cosine(S)", found),
+  )
+
+
+def _branches_are_fresh_runs(
+  ctx: _tunnel.Context, section: report.Section, results: dict[str, records.Result]
+) -> None:
+  pairs = []
+  for length in _fresh_lengths(ctx):
+    for seed in range(ctx.scale.wsd_seeds):
+      branch = results[f"s{seed}-trunk-{_label('10%')}-{length}"]
+      pairs.append((length, branch, results[f"s{seed}-fresh{length}"]))
+  section.claim(
+    "a branch of the stable run ends with the very loss of a fresh run of its schedule",
+    all(branch.loss() == fresh.loss() for _, branch, fresh in pairs),
+    "branch - fresh: " + ", ".join(f"S={n}: {b.loss() - f.loss():g}" for n, b, f in pairs),
+    "steps of branch and fresh run: "
+    + ", ".join(f"{b.steps_run}/{f.steps_run}" for _, b, f in pairs),
   )
 
 
