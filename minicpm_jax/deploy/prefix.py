@@ -10,7 +10,7 @@ of every projection: static (one scale a projection, from calibration text) or o
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from minicpm_jax.nn import layers
 from minicpm_jax.quant import prefix, qat
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens [B, T], segment ids [B, T] (0 = padding)
-Scales = dict[str, float]  # "layers_3/mlp/down" -> scale of its input
+Scales = list[dict[str, float]]  # by layer: "mlp/down" -> scale of its input
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -111,58 +111,72 @@ def activation_scales(
   """max |input| / 127 of every projection over the calibration text (the prefix not counted)."""
   if not batches:
     raise ValueError("batches: found none, expected calibration text")
-  high: Scales = {}
+  high: Scales = [{} for _ in range(model.cfg.num_layers)]
   for tokens, segments in batches:
     keep_BT = np.asarray(segments) != 0
     for i, layer in enumerate(input_sizes(model, params, (tokens, segments), before)):
       for name, size_BT in layer.items():
-        path = f"layers_{i}/{name}"
-        high[path] = max(high.get(path, 0.0), float(np.max(size_BT[keep_BT], initial=0.0)))
-  return {path: size / 127 if size > 0 else 1.0 for path, size in high.items()}
+        size = float(np.max(size_BT[keep_BT], initial=0.0))
+        high[i][name] = max(high[i].get(name, 0.0), size)
+  return [{n: size / 127 if size > 0 else 1.0 for n, size in layer.items()} for layer in high]
 
 
-def fake_inputs(scales: Scales | None) -> Callable[..., Any]:
-  """An interceptor (`nn.intercept_methods`) that rounds inputs of projections to 8 bits.
-
-  Static scales, one a projection (values beyond them are clipped), or None: absmax of every token.
-  """
+def _fake_inputs(scales: dict[str, Any] | None) -> Callable[..., Any]:
+  """An interceptor (`nn.intercept_methods`) that rounds the inputs of projections to 8 bits."""
 
   def rounded(call: Callable[..., Any], args: Any, kwargs: Any, where: Any) -> Any:
     if not isinstance(where.module, layers.Linear) or where.method_name != "__call__":
       return call(*args, **kwargs)
-    path, x = "/".join(where.module.path), args[0]
+    name, x = "/".join(where.module.path), args[0]
     if scales is None:
       flat = x.reshape(-1, int(np.prod(where.module.shape[: where.module.num_in])))
       return call(qat.fake_rows(flat).reshape(x.shape), *args[1:], **kwargs)
-    if path not in scales:
-      raise ValueError(
-        f"scales: found none for {path}, expected one a projection of an unrolled model "
-        "(models.convert.unstack_layers)"
-      )
-    x32 = x.astype(jnp.float32) / scales[path]
-    x8 = (jnp.clip(jnp.round(x32), -127, 127) * scales[path]).astype(x.dtype)
-    return call(x8, *args[1:], **kwargs)
+    if name not in scales:
+      raise ValueError(f"act: found no scale for {name}, expected one a projection and layer")
+    codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scales[name]), -127, 127)
+    return call((codes * scales[name]).astype(x.dtype), *args[1:], **kwargs)
 
   return rounded
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "is_rounded"))
+def _rounded_block(
+  cfg: ModelConfig, layer: Any, x_BTD: Array, ids_BT: Array, before: Any, scales: Any, is_rounded
+) -> Array:
+  if not is_rounded:
+    return blocks.run(cfg, layer, x_BTD, ids_BT, before)[0]
+  with nn.intercept_methods(_fake_inputs(scales)):
+    return blocks.run(cfg, layer, x_BTD, ids_BT, before)[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _head(model: transformer.Transformer, params: types.Params, x_BTD: Array) -> Array:
+  return nn.apply(lambda m, x: m.unembed(m.final_norm(x)), model)({"params": params}, x_BTD)
 
 
 def forward(
   model: transformer.Transformer,
   params: types.Params,
-  tokens_BT: Any,
+  batch: Batch,
   *,
   before: prefix.Prefix | None = None,
-  act: Scales | None | bool = False,
+  act: Scales | Literal["off", "token"] = "off",
 ) -> Float[Array, "B T V"]:
-  """Logits of rows that follow the prefix; act: static scales, None = 8 bits a token, False = off.
+  """Logits of rows that follow the prefix, block by block, with inputs of projections rounded.
 
-  Static scales need the unrolled form of the model.
+  act: static 8-bit scales (values beyond them are clipped), or "token" = absmax of every token.
   """
-  more = {}
-  if before is not None:
-    B, T = tokens_BT.shape
-    more["cache"] = cache_lib.with_prefix(model.cfg, before, B, before.length + T)
-  if act is False:
-    return model.apply({"params": params}, tokens_BT, **more).logits
-  with nn.intercept_methods(fake_inputs(act)):
-    return model.apply({"params": params}, tokens_BT, **more).logits
+  if not isinstance(act, list) and act not in ("off", "token"):
+    raise ValueError(f"act: found {act!r}, expected off, token or scales by layer")
+  if isinstance(act, list) and len(act) != model.cfg.num_layers:
+    raise ValueError(f"act: found scales of {len(act)} layers, expected {model.cfg.num_layers}")
+  tokens, segments = batch
+  x_BTD, ids_BT = blocks.embed(model, params, tokens), jnp.asarray(segments)
+  for i in range(model.cfg.num_layers):
+    layer = blocks.layer_params(model.cfg, params, i)
+    at = blocks.layer_prefix(model.cfg, before, i)
+    scales = act[i] if isinstance(act, list) else None
+    args = (model.cfg, layer, x_BTD, ids_BT, at, scales)
+    x_BTD = _rounded_block(*args, is_rounded=act != "off")
+  rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers")}
+  return _head(model, rest, x_BTD)

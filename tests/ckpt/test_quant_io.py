@@ -237,3 +237,36 @@ def test_only_quantised_trees_are_written(tmp_path):
   ternary = quantize.quantize_model(model, params, [], quant).params
   with pytest.raises(errors.CheckpointError, match="ternary.*expected one kind, scheme int4"):
     ckpt.save_gptq(tmp_path / "m", model, ternary)
+
+
+@pytest.mark.oracle
+def test_a_folder_read_by_the_format_runs_in_transformers(tmp_path):
+  """transformers' own GPTQ loader needs gptqmodel (no wheel): the float64 reader stands for it, the
+  rest (config, names, arithmetic) is transformers'. Act order, asymmetric, in the Llama form."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  model, params = common.build(common.config("minicpm5_1b", num_layers=2))
+  cfg = gptq.GPTQConfig(group_size=16, scale_dtype="f16", act_order=True, symmetric=False)
+  tokens = np.random.default_rng(0).integers(0, 256, (4, 24)).astype(np.int32)
+  quant = quantize.QuantizeConfig(method="gptq", solver=cfg)
+  params = quantize.quantize_model(model, params, [(tokens, np.ones_like(tokens))], quant).params
+  ckpt.save_gptq(tmp_path / "m", model, params)
+  hf = json.loads((tmp_path / "m/config.json").read_text())
+  assert hf.pop("quantization_config")["desc_act"]
+  (tmp_path / "plain").mkdir()
+  (tmp_path / "plain/config.json").write_text(json.dumps(hf))
+  module = transformers.AutoModelForCausalLM.from_config(
+    transformers.AutoConfig.from_pretrained(tmp_path / "plain"), dtype=torch.float32
+  )
+  stored, state = load_file(tmp_path / "m/model.safetensors"), {}
+  for name, x in stored.items():
+    base, _, part = name.rpartition(".")
+    if part == "qweight":
+      state[f"{base}.weight"] = float64_kernel(stored, base, "gptq").T.astype(np.float32)
+    elif part == "weight":
+      state[name] = np.asarray(x, np.float32)
+  module.load_state_dict({n: torch.from_numpy(x.copy()) for n, x in state.items()})
+  loaded, back, _ = ckpt.load_hf(tmp_path / "m")
+  with torch.no_grad():
+    theirs = module.eval()(torch.from_numpy(tokens).long()).logits.numpy()
+  for m, p in ((model, params), (loaded, back)):
+    np.testing.assert_allclose(m.apply({"params": p}, tokens).logits, theirs, atol=1e-4)

@@ -70,43 +70,36 @@ def test_behind_the_stored_keys_is_behind_the_tokens(kind, scan):
   before = prefix.key_values(model, params, (COMMA, BOS))
   whole = np.concatenate([np.tile([[COMMA, BOS]], (2, 1)), tokens], axis=1)
   wanted = model.apply({"params": params}, whole).logits[:, 2:]
+  batch = (tokens, np.ones_like(tokens))
+  np.testing.assert_allclose(prefix.forward(model, params, batch, before=before), wanted, atol=1e-4)
+  cache = cache_lib.with_prefix(model.cfg, before, 2, 12)
   np.testing.assert_allclose(
-    prefix.forward(model, params, tokens, before=before), wanted, atol=1e-4
+    model.apply({"params": params}, tokens, cache=cache).logits, wanted, atol=1e-4
   )
   cache = cache_lib.with_prefix(model.cfg, before, 2, 16, per_row=True)
   found = model.apply({"params": params}, tokens, cache=cache)
   np.testing.assert_allclose(found.logits, wanted, atol=1e-4)
   np.testing.assert_array_equal(found.cache.length, [12, 12])
-  x, ids = blocks.embed(model, params, tokens), jnp.ones_like(tokens)
-  for i in range(2):
-    at = blocks.layer_prefix(model.cfg, before, i)
-    x = blocks.output(model.cfg, blocks.layer_params(model.cfg, params, i), x, ids, at)
-  hidden = model.apply({"params": params}, whole).hidden[:, 2:]
-  x = np.asarray(x)
-  normed = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + model.cfg.norm_eps)
-  np.testing.assert_allclose(normed * np.asarray(params["final_norm"]["scale"]), hidden, atol=1e-4)
 
 
 def test_static_8_bit_activations_need_the_prefix():
   """The outliers take the static range; behind the prefix they are not there, and a token's own
   scale never needed it."""
   model, params = planted()
-  cfg, params = convert.unstack_layers(model.cfg, params)
-  model, (batch,) = model.clone(cfg=cfg), text(commas=False)
-  tokens = batch[0]
-  later = tokens[:, 1:]
+  (batch,) = text(commas=False)
+  later = (batch[0][:, 1:], batch[1][:, 1:])
   before = prefix.key_values(model, params, (BOS,))
-  wanted = np.asarray(model.apply({"params": params}, tokens).logits[:, 1:])
+  wanted = np.asarray(model.apply({"params": params}, batch[0]).logits[:, 1:])
 
   def error(found):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
   scales = prefix.activation_scales(model, params, [batch])
-  behind = prefix.activation_scales(model, params, [(later, np.ones_like(later))], before)
-  assert scales["layers_0/mlp/down"] > 64 * behind["layers_0/mlp/down"]
-  without = error(prefix.forward(model, params, tokens, act=scales)[:, 1:])
+  behind = prefix.activation_scales(model, params, [later], before)
+  assert scales[0]["mlp/down"] > 64 * behind[0]["mlp/down"]
+  without = error(prefix.forward(model, params, batch, act=scales)[:, 1:])
   static = error(prefix.forward(model, params, later, before=before, act=behind))
-  by_token = error(prefix.forward(model, params, tokens, act=None)[:, 1:])
+  by_token = error(prefix.forward(model, params, batch, act="token")[:, 1:])
   assert static < 0.5 * without and static < 0.05 and by_token < 0.05, (static, without, by_token)
   assert error(prefix.forward(model, params, later, before=before)) < 1e-5
 
@@ -149,5 +142,7 @@ def test_refusals():
   before = prefix.key_values(model, params, (1, 2))
   with pytest.raises(ValueError, match="capacity: found 1 slots"):
     cache_lib.with_prefix(model.cfg, before, 1, 1)
-  with pytest.raises(ValueError, match="scales: found none for layers/attn/q"):
-    prefix.forward(model, params, text()[0][0], act={})
+  with pytest.raises(ValueError, match="act: found no scale for attn/q"):
+    prefix.forward(model, params, text()[0], act=[{}, {}])
+  with pytest.raises(ValueError, match="act: found scales of 1 layers, expected 2"):
+    prefix.forward(model, params, text()[0], act=[{}])

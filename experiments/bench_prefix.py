@@ -1,0 +1,116 @@
+"""Perplexity with 8-bit activations, with and without prefix tokens in full precision.
+
+  python -m experiments.bench_prefix --text=CALIBRATION --heldout=TEXT --output=benchmarks/results
+
+Weights float and 4-bit (round to nearest); inputs of projections as they are, 8 bits with a scale a
+token, 8 bits with one static scale a projection (largest value of the calibration text). The prefix
+is the one that is found on the calibration text (quantization.md 5.2), its keys and values from the
+float model. Fake quantisation: what is measured is accuracy. Default model: the 135M model.
+"""
+
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import _quantize
+from minicpm_jax import ckpt
+from minicpm_jax.core import fetch
+from minicpm_jax.deploy import prefix, quantize
+from minicpm_jax.quant import gptq, tree
+
+VALUES = flags.FlagValues()
+
+
+def _define(kind, name, default, text):
+  return getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=VALUES)
+
+
+_MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M model.")
+_TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.gz); repeatable.")
+_HELDOUT = _define("string", "heldout", None, "Evaluation text.")
+_OUTPUT = _define("string", "output", "benchmarks/results", "Folder of the JSON.")
+_ROWS = _define("integer", "sequences", 8, "Calibration sequences.")
+_LENGTH = _define("integer", "length", 256, "Tokens of a sequence.")
+_EVAL = _define("integer", "eval_sequences", 32, "Evaluation sequences.")
+_GROUP = _define("integer", "group_size", 64, "Inputs that share a weight's scale.")
+
+
+@jax.jit
+def _loss(logits, tokens_BT, ids_BT):
+  logprobs = jax.nn.log_softmax(logits[:, :-1])
+  picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+  return -jnp.sum(picked * (ids_BT[:, 1:] != 0))
+
+
+def _perplexity(model, params, rows, **how):
+  loss = sum(
+    float(_loss(prefix.forward(model, params, (tokens, ids), **how), tokens, ids))
+    for tokens, ids in _quantize.batches(rows, 4)
+  )
+  return float(np.exp(loss / (len(rows) * (rows.shape[1] - 1))))
+
+
+def _run():
+  path = _MODEL.value or fetch.cached()
+  if path is None or not _TEXT.value or not _HELDOUT.value:
+    raise ValueError("--text, --heldout and a model (python -m experiments.fetch_model) needed")
+  load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
+  model, params, tok = load(path, dtype="f32")
+  stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
+  heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
+  rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
+  batches = _quantize.batches(_quantize.windows(stream, _ROWS.value, _LENGTH.value, 0), 4)
+  tokens = prefix.find(model, params, batches)
+  result = {
+    "model": pathlib.Path(path).name,
+    "group_size": _GROUP.value,
+    "prefixed_tokens": list(tokens),
+    "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
+    "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
+    "device": platform.processor() or platform.machine(),
+    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "perplexity": {},
+  }
+  print(f"prefix tokens {tokens}: {[tok.decode([t]) for t in tokens]}", flush=True)
+  prefixes = {"no prefix": None}
+  if tokens:
+    prefixes["prefix"] = prefix.key_values(model, params, tokens)
+  solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
+  nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
+  int4 = tree.dequantize_params(
+    quantize.quantize_model(model, params, [], nearest).params, jnp.float32
+  )
+  for weights, chosen in (("f32", params), ("int4", int4)):
+    for where, before in prefixes.items():
+      static = prefix.activation_scales(model, chosen, batches, before)
+      for act, scales in (("f32", "off"), ("8 bits a token", "token"), ("8 bits static", static)):
+        value = _perplexity(model, chosen, rows, before=before, act=scales)
+        result["perplexity"][f"weights {weights}, inputs {act}, {where}"] = value
+        print(f"weights {weights:5s} inputs {act:15s} {where:10s} {value:.3f}", flush=True)
+  folder = pathlib.Path(_OUTPUT.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / ".prefix_ppl.partial"
+  partial.write_text(json.dumps(result, indent=2) + "\n")
+  partial.replace(folder / "prefix_ppl.json")
+
+
+def main(argv: list[str]) -> int:
+  """Status 0, or 1 and one line on stderr for bad input."""
+  try:
+    if rest := VALUES(argv)[1:]:
+      raise ValueError(f"found {rest}, expected flags only")
+    _run()
+  except (ValueError, ImportError, OSError, flags.Error) as error:
+    print(f"bench_prefix: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
