@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.align import distill
 from minicpm_jax.config import qat as qat_config
 from minicpm_jax.data import python_corpus
 from minicpm_jax.models import transformer, zoo
@@ -36,6 +37,7 @@ class Arm:
   peak_lr: float = 5e-3
   rewarmup: float = 0.05  # of the whole run's steps; 0 = none
   keep_moments: bool = False
+  distilled: float = 0.0  # last part of the quantised steps that has the teacher's loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +103,18 @@ def arms_of(suite: str) -> list[Arm]:
   if suite == "fp8":
     none = config.QuantConfig(scheme="none", fp8=config.FP8Config())
     return [full, Arm("fp8 block", 1.0, none, peak_lr=0.01)]
+  if suite == "distill":
+    change = dataclasses.replace
+    return [
+      base,
+      change(base, name="distilled throughout", distilled=1.0),
+      change(base, name="decoupled distillation", distilled=0.5),
+    ]
   raise ValueError(f"suite: found {suite!r}, expected one of {SUITES}")
 
 
-SUITES = ("share", "rewarmup", "group", "scheme", "fp8")
+SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill")
+TEACHER = 2  # times as wide, trained for as many steps in full precision
 
 
 class Study:
@@ -151,35 +161,52 @@ class Study:
       evaluate = step_lib.make_eval_step(model)
 
       @jax.jit
-      def chunk(state, rows, schedule):
-        def one(state, x):
-          state, metrics, _ = step(state, _batch(x), schedule)
-          kept = {k: m.sum / m.weight for k, m in metrics.items()}
-          return state, {k: kept[k] for k in ("loss", "zero_share", "flip_rate") if k in kept}
-
-        return jax.lax.scan(one, state, rows)
-
-      @jax.jit
       def heldout(params, rows):
         total = jax.lax.map(lambda x: evaluate(params, _batch(x))["loss"], rows)
         return jnp.sum(total.sum) / jnp.sum(total.weight)
 
-      self._compiled[quant] = model, optimizer, chunk, heldout
+      self._compiled[quant] = model, optimizer, _chunk(step), heldout
     return self._compiled[quant]
+
+  def _distilling(self, quant: config.QuantConfig):
+    """The compiled chunk whose loss is half the data's and half the teacher's (last argument)."""
+    key = ("distill", quant)
+    if key not in self._compiled:
+      student, optimizer, *_ = self._functions(quant)
+      teacher = transformer.Transformer(self._teachers_size.model(None))
+      self._compiled[key] = _chunk(distill.make_step(student, teacher, optimizer))
+    return self._compiled[key]
+
+  @property
+  def _teachers_size(self) -> Size:
+    return dataclasses.replace(self.size, dim=TEACHER * self.size.dim)
+
+  def teacher(self, seed: int) -> tuple[Any, float]:
+    """(parameters, held-out loss) of the wider model after the whole run in full precision."""
+    if ("teacher", seed) not in self._compiled:
+      study = Study(self._teachers_size)
+      whole = schedules.schedule_arrays(self.cfg.optim.schedule, self.cfg.optim.peak_lr)
+      run = dict(seed=seed, first=0, steps=self.size.steps)
+      params = study.train(study.initial(seed), None, whole, **run)[0].params
+      self._compiled["teacher", seed] = params, study.heldout_loss(params, None)
+    return self._compiled["teacher", seed]
 
   def initial(self, seed: int) -> step_lib.TrainState:
     model, optimizer, *_ = self._functions(None)
     params = transformer.init_params(model, jax.random.key(seed))
     return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
 
-  def train(self, state, quant, schedule, *, seed: int, first: int, steps: int):
+  def train(self, state, quant, schedule, *, seed: int, first: int, steps: int, teacher=None):
     """(state, {metric: values a step}) after `steps` more steps on rows first, first + 1, ..."""
     *_, chunk, _ = self._functions(quant)
+    more = () if teacher is None else (teacher,)
+    if teacher is not None:
+      chunk = self._distilling(quant)
     logs, done = [], 0
     while done < steps:
       n = min(CHUNK, steps - done)
       rows = self.rows(seed, first + done, first + done + n)
-      state, log = chunk(state, rows, schedule)
+      state, log = chunk(state, rows, schedule, *more)
       logs.append(jax.device_get(log))
       done += n
     return state, {k: np.concatenate([log[k] for log in logs]) for k in (logs[0] if logs else {})}
@@ -222,7 +249,14 @@ class Study:
     state = step_lib.TrainState(jnp.int32(0), state.params, moments)
     result["loss_at_switch"] = self.heldout_loss(state.params, arm.quant)
     arrays = schedules.schedule_arrays(schedule, arm.peak_lr * ratio)
-    state, log = self.train(state, arm.quant, arrays, seed=seed, first=start, steps=left)
+    taught = round(arm.distilled * left)
+    stage = dict(seed=seed, first=start, steps=left - taught)
+    state, log = self.train(state, arm.quant, arrays, **stage)
+    if taught:
+      teacher, result["teacher"] = self.teacher(seed)
+      stage = dict(seed=seed, first=start + left - taught, steps=taught)
+      state, more = self.train(state, arm.quant, arrays, **stage, teacher=teacher)
+      log = {k: np.concatenate([log.get(k, []), more[k]]) for k in more}
     result["heldout"] = self.heldout_loss(state.params, arm.quant)
     return state, result, log
 
@@ -234,6 +268,21 @@ class Study:
       _, result, log = self.switch(arm, state, start, seed=seed)
       result |= {name: _thin(values) for name, values in log.items()}
     return result | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def _chunk(step: Any) -> Any:
+  """chunk(state, rows [steps, B, T + 1], schedule, *more) -> (state, {metric: values a step})."""
+
+  @jax.jit
+  def chunk(state, rows, schedule, *more):
+    def one(state, x):
+      state, metrics, *_ = step(state, _batch(x), schedule, *more)
+      kept = {k: m.sum / m.weight for k, m in metrics.items()}
+      return state, {k: kept[k] for k in ("loss", "zero_share", "flip_rate") if k in kept}
+
+    return jax.lax.scan(one, state, rows)
+
+  return chunk
 
 
 def _batch(rows: jax.Array) -> step_lib.Batch:

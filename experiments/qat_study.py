@@ -4,8 +4,10 @@
 
 Suites: share (what part of the steps is quantised; MiniCPM4 section 3.3 says 40%), rewarmup (with
 and without, moments reset and kept), group (scales a group against a channel), scheme (the five
-code books of BitCPM-CANN 3.1), fp8 (block-wise FP8 against float32). A model of 0.2M parameters on
-the bytes of Python's own documentation and source; arms that are in the output already are kept.
+code books of BitCPM-CANN 3.1), fp8 (block-wise FP8 against float32), distill (a teacher twice as
+wide for all of the quantised stage, or for its second half: BitCPM-CANN 3.3's "decoupled"). A model
+of 0.2M parameters (--dim=64) on the bytes of Python's own documentation and source; arms that are
+in the output already are kept.
 """
 
 import pathlib
@@ -15,7 +17,7 @@ from absl import flags
 from experiments import _command
 from minicpm_jax.core import host_memory
 
-_SUITES = ("share", "rewarmup", "group", "scheme", "fp8")
+_SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill")
 VALUES = flags.FlagValues()
 _SUITE = flags.DEFINE_list("suite", list(_SUITES), f"Of {', '.join(_SUITES)}.", flag_values=VALUES)
 _OUTPUT = flags.DEFINE_string(
@@ -25,6 +27,8 @@ _SEEDS = flags.DEFINE_integer(
   "seeds", 3, "Seeds 0, 1, ...: initial weights and data order.", flag_values=VALUES
 )
 _STEPS = flags.DEFINE_integer("steps", 400, "Optimiser steps of a whole run.", flag_values=VALUES)
+_DIM = flags.DEFINE_integer("dim", 64, "Width of the model: 32, 64, ...", flag_values=VALUES)
+_LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=VALUES)
 _ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes a step.", flag_values=VALUES)
 
 
@@ -33,7 +37,8 @@ def _run() -> None:
   from experiments import _qat_study as study_lib
 
   path = pathlib.Path(_OUTPUT.value)
-  size = study_lib.Size(steps=_STEPS.value, rows=_ROWS.value)
+  shape = dict(dim=_DIM.value, layers=_LAYERS.value)
+  size = study_lib.Size(steps=_STEPS.value, rows=_ROWS.value, **shape)
   report = study_lib.load(path, size)
   arms = {a.name: a for suite in _SUITE.value for a in study_lib.arms_of(suite)}
   study = study_lib.Study(size)
