@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import _quantize
+from experiments import _command, _quantize
 from minicpm_jax import ckpt
 from minicpm_jax.core import fetch
 from minicpm_jax.deploy import prefix, quantize
@@ -58,8 +58,8 @@ def _perplexity(model, params, rows, **how):
 
 def _run():
   path = _MODEL.value or fetch.cached()
-  if path is None or not _TEXT.value or not _HELDOUT.value:
-    raise ValueError("--text, --heldout and a model (python -m experiments.fetch_model) needed")
+  if path is None:
+    raise ValueError("--model: found none, expected one or python -m experiments.fetch_model first")
   load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
   model, params, tok = load(path, dtype="f32")
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
@@ -100,17 +100,10 @@ def _run():
   partial.replace(folder / "prefix_ppl.json")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  try:
-    if rest := VALUES(argv)[1:]:
-      raise ValueError(f"found {rest}, expected flags only")
-    _run()
-  except (ValueError, ImportError, OSError, flags.Error) as error:
-    print(f"bench_prefix: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return _command.run(_run, VALUES, argv, needed=("text", "heldout"))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -20,9 +20,10 @@ from absl import flags
 from experiments import _command, _quantize
 from minicpm_jax import ckpt
 from minicpm_jax.core import logging
-from minicpm_jax.deploy import quantize
+from minicpm_jax.deploy import prefix, quantize
 from minicpm_jax.models import transformer
 from minicpm_jax.quant import gptq, rotate
+from minicpm_jax.quant import prefix as prefix_lib
 
 VALUES = flags.FlagValues()
 
@@ -44,6 +45,8 @@ _GROUP = _define("integer", "group_size", 128, "Inputs that share a scale; -1 = 
 _SYM = _define("bool", "symmetric", True, "Zero points fixed at 8.")
 _ACT = _define("bool", "act_order", False, "Inputs by falling activation.")
 _SKIP = _define("integer", "skip", 4, "Positions that P- leaves out.")
+_LAYERS = _define("enum", "p_layers", "all", "Projections that P- is for.", ["all", "down"])
+_PREFIX = _define("bool", "prefix", False, "Behind prefix tokens, written beside the output.")
 _ROTATE = _define("bool", "rotate", False, "QuaRot rotations R1 and R2 first.")
 
 
@@ -71,31 +74,38 @@ def _run() -> None:
   if _ROTATE.value:
     cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
     model = transformer.Transformer(cfg)
-  cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, skip=_SKIP.value)
-  batches, tokens, start = [], 0, time.perf_counter()
-  if cfg.is_calibrated:
+  more = {"skip": _SKIP.value, "p_layers": _LAYERS.value}
+  cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, **more)
+  batches, tokens, before, start = [], 0, None, time.perf_counter()
+  if cfg.is_calibrated or _PREFIX.value:
     if not _TEXT.value or tok is None:
       raise ValueError(f"--text: {cfg.method} needs calibration text, and the model a tokenizer")
     stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
     rows = _quantize.windows(stream, _ROWS.value, _LENGTH.value, _SEED.value)
     batches, tokens = _quantize.batches(rows, 4), rows.size
+  if _PREFIX.value and (ids := prefix.find(model, params, batches)):
+    before = prefix.key_values(model, params, ids)
   with logging.progress(model.cfg.num_layers) as bar:
-    done = quantize.quantize_model(model, params, batches, cfg, progress=bar.update)
+    more = {"before": before, "progress": bar.update}
+    done = quantize.quantize_model(model, params, batches, cfg, **more)
   report = {
     "model": _MODEL.value,
     "method": cfg.method,
     "group_size": solver.group_size,
     "is_rotated": _ROTATE.value,
+    "prefixed_tokens": [] if before is None else list(before.tokens),
     "calibration": {"tokens": tokens, "length": _LENGTH.value, "seed": _SEED.value},
     "seconds": {"total": time.perf_counter() - start, **done.seconds},
     "projections": done.report,
   }
-  if tokens:
+  if cfg.is_calibrated and model.cfg.moe is None and model.cfg.mla is None:
     hours = _quantize.cost_of(done, model.cfg, tokens, "minicpm4_8b", 1024 * 2048)
     report |= {"hours_for_minicpm4_8b": hours}
     print(f"MiniCPM4-8B with 1024 x 2048 tokens here: {sum(hours.values()):.1f} h")
   _save(_OUTPUT.value, model, done.params, tok)
   beside = pathlib.Path(_OUTPUT.value.rstrip("/") + ".report.json")
+  if before is not None:
+    prefix_lib.save(beside.with_suffix("").with_suffix(".prefix"), before)
   beside.write_text(json.dumps(report, indent=1) + "\n")
   print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; report in {beside}")
 
