@@ -29,6 +29,7 @@ from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import transformer
+from minicpm_jax.quant import prefix as prefix_lib
 
 NO_TOKEN = rounds_lib.NO_TOKEN
 SMALLEST_CHUNK = 16
@@ -76,6 +77,7 @@ class Engine:
 
   `model` and `params` as they are to run: on a CPU pass them through `generate.for_decoding` first.
   `drafter` with its `draft_params` proposes tokens (infer/drafters); None decodes plainly.
+  `before`: prefix tokens whose stored keys and values every request starts with (quant.prefix).
   """
 
   def __init__(
@@ -87,11 +89,14 @@ class Engine:
     drafter: base.Drafter | None = None,
     draft_params: Any = (),
     stop_ids: Sequence[int] = (),
+    before: prefix_lib.Prefix | None = None,
   ):
     self.model, self.cfg = model, config.EngineConfig() if cfg is None else cfg
     self.drafter = base.NoDrafter() if drafter is None else drafter
     self.params = base.Params(params, draft_params)
-    self.stop_ids = tuple(stop_ids)
+    self.stop_ids, self.before = tuple(stop_ids), before
+    if before is not None:
+      requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
     if self.cfg.capacity <= self.drafter.num_nodes:
       raise ValueError(
@@ -137,6 +142,9 @@ class Engine:
     """Queues a request; its events carry the id. ValueError where it can never be served."""
     prompt = list(map(int, request.prompt))
     check_prompt("prompt", prompt, self.model.cfg.vocab_size)
+    num_own = len(prompt)
+    if self.before is not None:
+      prompt = [*self.before.tokens, *prompt]
     room = self.cfg.capacity - self.drafter.num_nodes
     if len(prompt) > room:
       raise ValueError(
@@ -147,7 +155,7 @@ class Engine:
     if len(stops) > rounds_lib.STOP_SLOTS:
       raise ValueError(f"stop_ids: found {len(stops)}, expected at most {rounds_lib.STOP_SLOTS}")
     job = _Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
-    job.stats.prompt_tokens = len(prompt)
+    job.stats.prompt_tokens = num_own
     job.limit = min(request.sampling.max_new_tokens, self.cfg.capacity - len(prompt) + 1)
     self._waiting.append(job)
     return job.id
@@ -307,11 +315,16 @@ class Engine:
       job = self._waiting.popleft()
       row, source, num = self._choose_row(free, job)
       job.row, job.num_cached, job.started = row, num, time.perf_counter()
-      job.stats.cached_tokens = num
       self._rows[row] = _Row(job, list(job.request.prompt[:num]), self._kind(job))
       if source != row:
         copied = (self.drafter, self._state, np.int32(source), np.int32(row))
         self._state = rounds_lib.copy_row(*copied)
+      if self.before is not None and num < self.before.length:
+        stored = (self.before.k, self.before.v)
+        self._state = rounds_lib.put_prefix(self._state, np.int32(row), *stored)
+        num = job.num_cached = self.before.length
+        self._rows[row].held = list(self.before.tokens)
+      job.stats.cached_tokens = num - (0 if self.before is None else self.before.length)
       self._state = rounds_lib.admit(self._state, np.int32(row), self._settings(job))
 
   def _choose_row(self, free: list[int], job: _Job) -> tuple[int, int, int]:
@@ -340,7 +353,7 @@ class Engine:
     stops_E = np.full(rounds_lib.STOP_SLOTS, NO_TOKEN, np.int32)
     stops_E[: len(job.stops)] = job.stops
     seen_V = np.zeros(self.model.cfg.vocab_size, bool)
-    seen_V[job.request.prompt] = True
+    seen_V[job.request.prompt[0 if self.before is None else self.before.length :]] = True
     one = lambda value, dtype: np.full((1,), value, dtype)  # noqa: E731
     return rounds_lib.RowSettings(
       start=np.int32(job.num_cached),

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.models import cache
+from minicpm_jax.quant import prefix
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -86,6 +88,20 @@ class RequestError(ValueError):
   def __init__(self, uid: int, text: str):
     super().__init__(f"request {uid}: {text}")
     self.id = uid
+
+
+def check_prefix(cfg: config.ModelConfig, drafter: Any, before: prefix.Prefix, room: int) -> None:
+  """ValueError where requests cannot start with the prefix's stored keys and values."""
+  prefix.check(before, cfg.num_layers, cache.widths(cfg))
+  if drafter.num_nodes > 1:
+    raise ValueError("before: found a drafter, expected plain decoding behind prefix tokens")
+  if cfg.rope.kind in ("dynamic", "longrope") or cfg.sparse is not None:
+    raise ValueError(
+      f"before: found rope.kind {cfg.rope.kind!r} and sparse {cfg.sparse is not None}, expected "
+      "keys that do not change with the length, and dense attention (sparse=None)"
+    )
+  if before.length >= room:
+    raise ValueError(f"before: found {before.length} tokens, expected less than capacity {room}")
 
 
 def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:

@@ -108,6 +108,20 @@ def copy_row(drafter: base.Drafter, state: State, source: Any, target: Any) -> S
 
 
 @functools.partial(jax.jit, donate_argnames="state")
+def put_prefix(state: State, row: Any, k: Any, v: Any) -> State:
+  """The first slots of a row become the prefix's keys and values [L, P, K, H]; see `admit`."""
+
+  def put(x: Any, rows_PKH: Any) -> Any:
+    return x.at[..., row, : rows_PKH.shape[-3], :, :].set(rows_PKH.astype(x.dtype))
+
+  def all_layers(x: Any, rows: Any) -> Any:
+    return tuple(map(put, x, rows)) if isinstance(x, tuple) else put(x, rows)
+
+  cache = state.cache
+  return state.replace(cache=cache.replace(k=all_layers(cache.k, k), v=all_layers(cache.v, v)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
 def release(state: State, row: Any) -> State:
   """The row stops decoding; its cache stays for requests that begin alike."""
   return state.replace(is_live_B=state.is_live_B.at[row].set(False))
