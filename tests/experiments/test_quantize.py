@@ -45,6 +45,9 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
   wanted = np.asarray(plain.apply({"params": floats}, tokens).logits)
   assert np.linalg.norm(found - wanted) < 0.6 * np.linalg.norm(wanted)  # unrelated: 1.4
   assert tok.encode("some text") and not model.cfg.tie_embeddings
+  assert run(folder, f"--output={folder / 'b'}", "--method=rtn", "--prefix", text) == 0
+  report = json.loads((folder / "b.report.json").read_text())
+  assert report["prefixed_tokens"] == [] and not (folder / "b.prefix").exists()  # no outliers here
   pytest.importorskip("gguf")
   assert run(folder, f"--output={folder}/m.gguf", "--method=rtn", "--kind=q8_0") == 0
   back = ckpt.load_gguf(folder / "m.gguf")[1]
