@@ -140,18 +140,27 @@ def add_hessian(
   hessian_II: Float[Array, "*E I I"],
   keep_BT: Bool[Array, "B T"],
   before: Any = None,
+  first_BT: Any = None,
 ) -> Float[Array, "*E I I"]:
-  """H + X^T X of one projection's input over the kept tokens; of an expert, over its tokens."""
+  """H + X^T X of one projection's input over the kept tokens; of an expert, over its tokens.
+
+  Tokens of `first_BT` are bounded (`calib.bounded`).
+  """
   seen = run(cfg, layer, x_BTD, segment_ids_BT, before)[1]
+
+  def update(h_II: Array, x: Array, own_BT: Array) -> Array:
+    x = x if first_BT is None else calib.bounded(x, keep_BT, first_BT)
+    return calib.hessian_update(h_II, x, own_BT)
+
   if not name.startswith("moe/"):
-    return calib.hessian_update(hessian_II, seen[name][0], keep_BT)
+    return update(hessian_II, seen[name][0], keep_BT)
   x_BTD, experts = seen["moe"][0], layer["moe"]
   index_BTX = moe.route(x_BTD, experts["router"]["kernel"], cfg.moe.experts_per_token)[2]
 
   def one(args: tuple[Array, Array]) -> Array:
     e, h_II = args
     own_BT = keep_BT & jnp.any(index_BTX == e, axis=-1)
-    return calib.hessian_update(h_II, _expert_input(cfg, name, experts, x_BTD, e), own_BT)
+    return update(h_II, _expert_input(cfg, name, experts, x_BTD, e), own_BT)
 
   return jax.lax.map(one, (jnp.arange(cfg.moe.num_experts), hessian_II))
 

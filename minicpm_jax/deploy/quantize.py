@@ -46,6 +46,7 @@ class QuantizeConfig:
   solver: gptq.GPTQConfig = gptq.GPTQConfig(static_groups=True, scale_dtype="f16")
   skip: int = 4  # first positions of a document that P- leaves out of the statistics
   p_layers: Literal["all", "down"] = "all"  # projections whose Hessian leaves them out
+  p_first: Literal["drop", "bound"] = "drop"  # bound: they count, but no more than other tokens
   awq_tokens: int = 4096  # tokens (whole batches) of the smoothing search
   awq_ratios: int = awq.NUM_RATIOS
   awq_skips: bool = False  # S-P-: the search leaves the first positions out as well
@@ -55,6 +56,8 @@ class QuantizeConfig:
       raise ValueError(f"quantize.method: found {self.method!r}, expected one of {METHODS}")
     if self.p_layers not in ("all", "down"):
       raise ValueError(f"quantize.p_layers: found {self.p_layers!r}, expected all or down")
+    if self.p_first not in ("drop", "bound"):
+      raise ValueError(f"quantize.p_first: found {self.p_first!r}, expected drop or bound")
     for name, least in (("skip", 0), ("awq_tokens", 1), ("awq_ratios", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"quantize.{name}: found {getattr(self, name)}, expected >= {least}")
@@ -276,10 +279,13 @@ class _Work:
   ) -> Float[Array, "*E I I"]:
     *lead, num_in, _ = kernel_2d(layer, name).shape
     total = jnp.zeros((*lead, num_in, num_in), jnp.float32)
-    keep = self.keep[self.cfg.skipped(name)]
+    keep, first = self.keep[self.cfg.skipped(name)], [None] * len(hidden)
+    if self.cfg.p_first == "bound" and self.cfg.skipped(name):
+      first = [a & ~b for a, b in zip(self.keep[0], keep, strict=True)]
+      keep = self.keep[0]
     for b, x in enumerate(hidden):
       args = (self.model_cfg, name, layer, jnp.asarray(x), self.segments[b])
-      total = blocks.add_hessian(*args, total, keep[b], before)
+      total = blocks.add_hessian(*args, total, keep[b], before, first[b])
     return total
 
   def solve(

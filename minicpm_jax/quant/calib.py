@@ -35,6 +35,21 @@ def flat(x_BTK: Float[Array, "B T *K"]) -> Float[Array, "B T I"]:
   return x_BTK.reshape(*x_BTK.shape[:2], math.prod(x_BTK.shape[2:]))
 
 
+def bounded(
+  x_BTK: Float[Array, "B T *K"], keep_BT: Bool[Array, "B T"], first_BT: Bool[Array, "B T"]
+) -> Float[Array, "B T I"]:
+  """Tokens of `first_BT` scaled down to the median norm of the other kept tokens, where larger.
+
+  The middle way between counting and leaving out: a first token 2,000 times larger than the others
+  would be the whole of H, and without it nothing holds what the model makes of that token.
+  """
+  x_BTI = flat(x_BTK)
+  norm_BT = jnp.linalg.norm(x_BTI.astype(jnp.float32), axis=-1)
+  median = jnp.nanmedian(jnp.where(keep_BT & ~first_BT, norm_BT, jnp.nan))
+  factor_BT = jnp.where(first_BT & (norm_BT > median), median / norm_BT, 1.0)
+  return x_BTI * factor_BT[..., None].astype(x_BTI.dtype)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def hessian_update(
   hessian_II: Float[Array, "I I"],

@@ -164,6 +164,30 @@ def test_planted_outliers():
   assert min(gains) > 0.03, gains
 
 
+def test_first_positions_can_be_bounded():
+  """H of the first projection in numpy: the first four count with the others' median norm."""
+  model, params = make(num_layers=1)
+  batches = calibration(1)
+  layer = blocks.layer_params(model.cfg, params, 0)
+  cfg = quantize.QuantizeConfig(method="p-gptq", p_first="bound", solver=SOLVER)
+  work = quantize._Work(model.cfg, cfg, batches)
+  hidden = [np.asarray(blocks.embed(model, params, batches[0][0]))]
+  x = np.asarray(blocks.projection_input(model.cfg, "mlp/down", layer, hidden[0], work.segments[0]))
+  x, (tokens, ids) = x.astype(np.float64), batches[0]
+  first = np.zeros(tokens.shape, bool)
+  first[0, :4] = first[1, :4] = first[1, 10:14] = True
+  keep = ids != 0
+  norm = np.linalg.norm(x, axis=-1)
+  limit = np.median(norm[keep & ~first])
+  x *= np.where(first, np.minimum(1, limit / norm), 1)[..., None]
+  rows = x[keep]
+  assert np.any(norm[first] > limit)
+  found = work.hessian("mlp/down", layer, hidden)
+  np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-4, atol=1e-4 * np.max(rows.T @ rows))
+  with pytest.raises(ValueError, match="quantize.p_first: found 'keep'"):
+    quantize.QuantizeConfig(p_first="keep")
+
+
 @pytest.mark.parametrize(
   "changes, kwargs, match",
   [
