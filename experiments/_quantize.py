@@ -175,6 +175,18 @@ def _plot(path: pathlib.Path, result: dict[str, Any]) -> None:
   figure.savefig(path, dpi=120)
 
 
+def read_perplexity(folder: pathlib.Path, setting: dict[str, Any]) -> dict[str, Any]:
+  """The JSON so far, or an empty one of this setting; that of another is refused."""
+  path = folder / "quantize_ppl.json"
+  if not path.exists():
+    return {**setting, "perplexity": {}, "seconds": {}}
+  found = json.loads(path.read_text())
+  for name, wanted in setting.items():
+    if found.get(name) != wanted:
+      raise ValueError(f"{path}: {name}: found {found.get(name)}, expected {wanted}")
+  return found
+
+
 def write_perplexity(folder: pathlib.Path, result: dict[str, Any]) -> None:
   """JSON (renamed into place) and plot of the values so far."""
   folder.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
   python -m experiments.bench_quantize --text=CALIBRATION --heldout=TEXT --output=benchmarks/results
 
-Full precision, RTN and the GGUF types once; GPTQ, P-GPTQ and S-P-GPTQ for every calibration seed.
-The order to expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity. The
-JSON is written after every run, so that a stopped one keeps what it has. Default model: the 135M
+Full precision, RTN and the GGUF types once; GPTQ, P-GPTQ and S-P-GPTQ for every calibration seed;
+METHOD:bound is P- with first positions bounded instead of left out (quantize.p_first). The order to
+expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity. The JSON is
+written after every value, and what it has of the same setting is kept. Default model: the 135M
 model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
 """
 
@@ -34,8 +35,7 @@ _MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M
 _TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.gz); repeatable.")
 _HELDOUT = _define("string", "heldout", None, "Evaluation text.")
 _OUTPUT = _define("string", "output", "benchmarks/results", "Folder of JSON and PNG.")
-_SEEDS = _define("integer", "seeds", 3, "Calibration seeds.")
-_FIRST = _define("integer", "first_seed", 0, "The first of them.")
+_SEEDS = _define("integer", "seeds", 3, "Calibration seeds 0, 1, ...")
 _ROWS = _define("integer", "sequences", 16, "Calibration sequences.")
 _LENGTH = _define("integer", "length", 512, "Tokens of a sequence.")
 _EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
@@ -53,16 +53,26 @@ def _run() -> None:
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
   heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
   rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
-  result = {
+  setting = {
     "model": pathlib.Path(path).name,
     "group_size": _GROUP.value,
-    "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
-    "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
-    "device": platform.processor() or platform.machine(),
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
-    "perplexity": {},
-    "seconds": {},
+    "calibration": {
+      "sequences": _ROWS.value,
+      "length": _LENGTH.value,
+      "text": [pathlib.Path(p).name for p in _TEXT.value],
+    },
+    "evaluation": {
+      "sequences": len(rows),
+      "length": _LENGTH.value,
+      "text": pathlib.Path(_HELDOUT.value).name,
+    },
   }
+  result = _quantize.read_perplexity(pathlib.Path(_OUTPUT.value), setting)
+  result["device"] = platform.processor() or platform.machine()
+  result["versions"] = {"jax": jax.__version__, "python": platform.python_version()}
+
+  def has(name, seed=0):
+    return len(result["perplexity"].get(name, ())) > seed
 
   def record(name, params, seconds=None):
     value = _quantize.perplexity(model, params, rows)
@@ -73,19 +83,26 @@ def _run() -> None:
     print(f"{name:10s} perplexity {value:.4f}", flush=True)
     _quantize.write_perplexity(pathlib.Path(_OUTPUT.value), result)
 
-  record("f32", params)
+  if not has("f32"):
+    record("f32", params)
   solver = gptq.GPTQConfig(group_size=_GROUP.value, static_groups=True, scale_dtype="f16")
   nearest = quantize.QuantizeConfig(method="rtn", solver=solver)
-  record("rtn", quantize.quantize_model(model, params, [], nearest).params)
-  for seed in range(_FIRST.value, _FIRST.value + _SEEDS.value):
+  if not has("rtn"):
+    record("rtn", quantize.quantize_model(model, params, [], nearest).params)
+  for seed in range(_SEEDS.value):
     chosen = _quantize.windows(stream, _ROWS.value, _LENGTH.value, seed)
-    for method in _METHODS.value:
-      cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024)
+    for name in _METHODS.value:
+      if has(name, seed):
+        continue
+      method, _, first = name.partition(":")
+      more = {"p_first": first} if first else {}
+      cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024, **more)
       start = time.perf_counter()
       done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
-      record(method, done.params, {"total": time.perf_counter() - start, **done.seconds})
+      record(name, done.params, {"total": time.perf_counter() - start, **done.seconds})
   for kind in _KINDS.value:
-    record(kind, _quantize.through_gguf(params, kind))
+    if not has(kind):
+      record(kind, _quantize.through_gguf(params, kind))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,7 +49,7 @@ class QuantizeConfig:
   p_first: Literal["drop", "bound"] = "drop"  # bound: they count, but no more than other tokens
   awq_tokens: int = 4096  # tokens (whole batches) of the smoothing search
   awq_ratios: int = awq.NUM_RATIOS
-  awq_skips: bool = False  # S-P-: the search leaves the first positions out as well
+  awq_skips: bool = True  # S-P-: the search leaves the first positions out as well
 
   def __post_init__(self):
     if self.method not in METHODS:
