@@ -5,7 +5,8 @@
   python -m experiments.quantize --model=DIR --output=OUT --method=rtn --group_size=64
 
 Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
-QAT); --rotate applies QuaRot's rotations first (the model gets untied). Calibration text is .txt or
+QAT); --rotate applies QuaRot's rotations first (the model gets untied). P- of the report leaves the
+first positions out (--p_first=drop); bounding them is the default: it keeps attention sinks. Calibration text is .txt or
 .jsonl (.gz). JSON beside the output: every projection's relative output error, seconds, the cost at
 the 8B shape. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
 """
@@ -44,8 +45,9 @@ _SEED = _define("integer", "seed", 0, "Of the choice of text and of the rotation
 _GROUP = _define("integer", "group_size", 128, "Inputs that share a scale; -1 = all.")
 _SYM = _define("bool", "symmetric", True, "Zero points fixed at 8.")
 _ACT = _define("bool", "act_order", False, "Inputs by falling activation.")
-_SKIP = _define("integer", "skip", 4, "Positions that P- leaves out.")
+_SKIP = _define("integer", "skip", 4, "First positions that P- is about.")
 _LAYERS = _define("enum", "p_layers", "all", "Projections that P- is for.", ["all", "down"])
+_FIRST = _define("enum", "p_first", "bound", "What P- does to them.", ["bound", "drop"])
 _PREFIX = _define("bool", "prefix", False, "Behind prefix tokens, written beside the output.")
 _ROTATE = _define("bool", "rotate", False, "QuaRot rotations R1 and R2 first.")
 
@@ -74,7 +76,7 @@ def _run() -> None:
   if _ROTATE.value:
     cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
     model = transformer.Transformer(cfg)
-  more = {"skip": _SKIP.value, "p_layers": _LAYERS.value}
+  more = {"skip": _SKIP.value, "p_layers": _LAYERS.value, "p_first": _FIRST.value}
   cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, **more)
   batches, tokens, before, start = [], 0, None, time.perf_counter()
   if cfg.is_calibrated or _PREFIX.value:

@@ -5,7 +5,9 @@ quantised predecessors, and the next block on the quantised block's output. Meth
 
   rtn       nearest code, no calibration         gptq      Hessians over all tokens
   ternary   absmean, no calibration (a start for QAT; useless without it)
-  p-gptq    Hessians without the first positions of every document
+  p-gptq    Hessians without the first positions of every document, or (p_first="bound") with them
+            counting no more than other tokens: a first token that is an attention sink, 1,000 times
+            larger, is lost when it is left out where it is made
   s-gptq, s-p-gptq    the same after AWQ smoothing
 
 {q_a,kv_a}, {q_b}, {kv_b} take the place of {q,k,v} in latent attention. Experts have a Hessian each
