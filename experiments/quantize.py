@@ -6,9 +6,9 @@
 
 Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
 QAT); --rotate applies QuaRot's rotations first (the model gets untied). P- of the report leaves the
-first positions out (--p_first=drop); bounding them is the default: it keeps attention sinks. Calibration text is .txt or
-.jsonl (.gz). JSON beside the output: every projection's relative output error, seconds, the cost at
-the 8B shape. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
+first positions out (--p_first=drop); bounding them, the default, keeps attention sinks. Calibration
+text is .txt or .jsonl (.gz). JSON beside the output: every projection's relative output error,
+seconds, the cost at the 8B shape. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
 """
 
 import json
