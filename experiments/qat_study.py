@@ -11,6 +11,7 @@ in the output already are kept.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 

@@ -2,13 +2,12 @@
 
   python -m experiments.quantize --model=DIR --output=OUT --method=s-p-gptq --text=calibration.txt
   python -m experiments.quantize --model=model.gguf --output=out.gguf --kind=q4_0
-  python -m experiments.quantize --model=DIR --output=OUT --method=rtn --group_size=64
 
 Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
 QAT); --rotate applies QuaRot's rotations first (the model gets untied). P- of the report leaves the
 first positions out (--p_first=drop); bounding them, the default, keeps attention sinks. Calibration
 text is .txt or .jsonl (.gz). JSON beside the output: every projection's relative output error,
-seconds, the cost at the 8B shape. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
+seconds, the cost at 8B. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
 """
 
 import json
@@ -69,8 +68,8 @@ def _run() -> None:
     static_groups=True,
     scale_dtype="f16",
   )
-  where = {"format": _FORMAT.value, "kind": _KIND.value}
-  _quantize.check_output(_OUTPUT.value, _METHOD.value, solver, **where)
+  check = (_OUTPUT.value, _METHOD.value, solver)
+  _quantize.check_output(*check, format=_FORMAT.value, kind=_KIND.value)
   load = ckpt.load_gguf if _MODEL.value.endswith(".gguf") else ckpt.load_hf
   model, params, tok = load(_MODEL.value, dtype="f32")
   if _ROTATE.value:
@@ -88,8 +87,8 @@ def _run() -> None:
   if _PREFIX.value and (ids := prefix.find(model, params, batches)):
     before = prefix.key_values(model, params, ids)
   with logging.progress(model.cfg.num_layers) as bar:
-    more = {"before": before, "progress": bar.update}
-    done = quantize.quantize_model(model, params, batches, cfg, **more)
+    args = (model, params, batches, cfg)
+    done = quantize.quantize_model(*args, before=before, progress=bar.update)
   report = {
     "model": _MODEL.value,
     "method": cfg.method,
@@ -102,14 +101,14 @@ def _run() -> None:
   }
   if cfg.is_calibrated and model.cfg.moe is None and model.cfg.mla is None:
     hours = _quantize.cost_of(done, model.cfg, tokens, "minicpm4_8b", 1024 * 2048)
-    report |= {"hours_for_minicpm4_8b": hours}
+    report["hours_for_minicpm4_8b"] = hours
     print(f"MiniCPM4-8B with 1024 x 2048 tokens here: {sum(hours.values()):.1f} h")
   _save(_OUTPUT.value, model, done.params, tok)
   beside = pathlib.Path(_OUTPUT.value.rstrip("/") + ".report.json")
   if before is not None:
     prefix_lib.save(beside.with_suffix("").with_suffix(".prefix"), before)
   beside.write_text(json.dumps(report, indent=1) + "\n")
-  print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; report in {beside}")
+  print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; {beside}")
 
 
 def main(argv: list[str] | None = None) -> int:
