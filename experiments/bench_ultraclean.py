@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import sys
 import time
 
 from absl import flags

@@ -10,6 +10,7 @@ network. Starting it again continues or repeats only what is missing.
   python -m experiments.quickstart --steps=5000 --set model.model_dim=256 --set model.mlp_dim=768
 """
 
+import sys
 import time
 
 from absl import flags
