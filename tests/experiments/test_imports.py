@@ -1,4 +1,4 @@
-"""Standard modules are imported where they are used: ruff cannot tell (F821 is off for jaxtyping)."""
+"""Standard modules are imported where they are used (F821 is off, for jaxtyping)."""
 
 import ast
 import pathlib
