@@ -1,25 +1,14 @@
 """Values of the FP8 kernel. Run by its test in a process with TRITON_INTERPRET=1."""
 
 import functools
-import importlib.util
-import pathlib
 
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.common import gpu
 from pallas_kernels.fp8_gemm import cases, triton
-
-
-def load(name):
-  path = pathlib.Path(__file__).with_name(f"{name}.py")
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-host, suite = load("triton_host"), load("fp8_suite")
+from tests.pallas_kernels import fp8_suite as suite
+from tests.pallas_kernels import triton_host as host
 
 
 @pytest.fixture(autouse=True)

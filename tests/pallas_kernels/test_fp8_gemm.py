@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +10,10 @@ import pytest
 
 from pallas_kernels.common import gpu
 from pallas_kernels.fp8_gemm import api, bench, cases, ref, triton, xla
+from tests.pallas_kernels import fp8_suite as suite
+from tests.pallas_kernels import triton_cubin as cubin
+from tests.pallas_kernels import triton_host as host
 
-
-def load(name):
-  if name not in sys.modules:
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-  return sys.modules[name]
-
-
-host, cubin, suite = load("triton_host"), load("triton_cubin"), load("fp8_suite")
 NAMES = pytest.mark.parametrize("name", cases.TINY)
 TYPES = pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=["e4m3", "e5m2"])
 

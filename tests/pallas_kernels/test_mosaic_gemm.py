@@ -4,9 +4,6 @@
 """
 
 import functools
-import importlib.util
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +20,7 @@ from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.w4a16_gemm import api as w4a16_api
 from pallas_kernels.w4a16_gemm import cases, mosaic_gpu
 from pallas_kernels.w4a16_gemm import mgpu_kernels as packed_kernels
-
-
-def load(name):
-  if name not in sys.modules:
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-  return sys.modules[name]
-
-
-packed_suite, fp8_suite = load("packed_suite"), load("fp8_suite")
-
+from tests.pallas_kernels import fp8_suite, packed_suite
 
 # --- Values --------------------------------------------------------------------------------------
 
