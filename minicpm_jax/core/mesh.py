@@ -10,8 +10,9 @@ Two kinds of use, two policies for a dimension that its mesh axes do not divide:
 The global batch is checked once, by `check_batch`.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -152,6 +153,25 @@ def constrain(x: Shaped[types.Array, "..."], *names: str | None) -> Shaped[types
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   spec = partition_spec(names, sizes=sizes, shape=x.shape, tensor="act", is_hint=True)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def by_rows(op: Callable[..., Any], rows: tuple[Any, ...], whole: tuple[Any, ...]) -> Any:
+  """op(*rows, *whole, implementation=...) of a `pallas_kernels` product, also on a mesh.
+
+  XLA cannot partition a kernel: on a mesh that cuts the batch alone, every device runs it on its
+  own rows (dimension 0 of `rows` and of the result) with all of `whole`; on another mesh, or where
+  the rows do not divide, the op's XLA form is used, which is partitioned.
+  """
+  if not is_sharded():
+    return op(*rows, *whole, implementation="auto")
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  cut = partition_spec(("act_batch",), sizes=sizes, shape=rows[0].shape[:1], is_hint=True)
+  axes = (cut[0],) if isinstance(cut[0], str) else cut[0] or ()
+  if math.prod(sizes[a] for a in axes) != math.prod(sizes.values()):
+    return op(*rows, *whole, implementation="xla")
+  specs = (cut,) * len(rows) + (PartitionSpec(),) * len(whole)
+  local = functools.partial(op, implementation="auto")
+  return jax.shard_map(local, in_specs=specs, out_specs=cut, check_vma=False)(*rows, *whole)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -87,12 +87,9 @@ def matmul(
   ws_QP: Float[types.AnyArray, "Q P"],
   dtype: Any = jnp.float32,
 ) -> Float[types.AnyArray, "M N"]:
-  """Product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks, float32 sums.
-
-  On a mesh of several devices the XLA form: a kernel would gather its arrays onto each of them.
-  """
-  implementation = "xla" if mesh.is_sharded() else "auto"
-  return api.matmul(xq_MK, xs_MQ, wq_KN, ws_QP, out_dtype=dtype, implementation=implementation)
+  """Product of rows in 1 x 128 tiles and a matrix in 128 x 128 blocks, float32 sums."""
+  op = functools.partial(api.matmul, out_dtype=dtype)
+  return mesh.by_rows(op, (xq_MK, xs_MQ), (wq_KN, ws_QP))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -11,6 +11,7 @@ the inputs: byte r holds inputs r*f .. r*f+f-1, the first in its lowest bits, as
 code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -267,7 +268,7 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
   """x [*rows, *in] times the kernel, in x's dtype.
 
   Packed int4, int8 and ternary codes in consecutive groups go through the packed matmuls of
-  `pallas_kernels` (auto; on a mesh of several devices the XLA form, which is partitioned). Others:
+  `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others:
   with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
   the scale after it; groups dequantised in float32, cast, multiplied.
   """
@@ -296,7 +297,5 @@ def has_packed_matmul(qt: QTensor) -> bool:
 
 def _packed_matmul(x_MK: Float[types.AnyArray, "M K"], qt: QTensor) -> Float[types.AnyArray, "M N"]:
   arrays = [a.reshape(a.shape[0], -1) for a in (qt.codes, qt.scale, qt.zero) if a is not None]
-  # Several devices: a Triton call would gather all its arrays onto each of them.
-  implementation = "xla" if mesh.is_sharded() else "auto"
-  op = _PACKED[qt.scheme]
-  return op(x_MK, *arrays, group_size=qt.group_size, implementation=implementation)
+  op = functools.partial(_PACKED[qt.scheme], group_size=qt.group_size)
+  return mesh.by_rows(op, (x_MK,), tuple(arrays))

@@ -6,8 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minicpm_jax.config import FP8Config
+from minicpm_jax.config import FP8Config, MeshConfig
+from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.quant import fp8
+from pallas_kernels.common import spec
 
 RNG = np.random.default_rng(0)
 CFG, TENSOR = FP8Config(), FP8Config(granularity="tensor")
@@ -90,6 +92,36 @@ def test_prepared_once_equals_quantised_on_the_spot():
     return (a, *pull_a(a)), (b, *pull_b(b))
 
   jax.tree.map(np.testing.assert_array_equal, *both(x, w))
+
+
+def test_every_device_multiplies_its_own_rows_and_gradients_are_those_of_one():
+  """dp 2 x fsdp 4: kernels see 2 of 16 rows; 12 rows, or tp: the XLA form on the whole."""
+  w = jnp.asarray(normal(256, 130))
+  seen = []
+
+  def recorded(op, implementation, servers):
+    seen.append((implementation, jax.typeof(servers["xla"]()).shape[0]))
+    return servers["xla"]()
+
+  @jax.jit
+  def run(x, w):
+    y, pull = jax.vjp(lambda x, w: fp8.linear_of(x, w, CFG), x, w)
+    return y, *pull(y)
+
+  for rows, sizes, expected in (
+    (16, MeshConfig(dp=2, fsdp=4), ("auto", 2)),
+    (12, MeshConfig(dp=2, fsdp=4), ("xla", 12)),
+    (16, MeshConfig(fsdp=4, tp=2), ("xla", 16)),
+  ):
+    x = jnp.asarray(normal(rows, 256))
+    one = run(x, w)
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_lib.make_mesh(sizes)):
+      patch.setattr(spec, "dispatch", recorded)
+      found = run(x, w)
+    for a, b in zip(found, one, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+    assert seen == [expected, expected]  # forward, input gradient
+    seen.clear()
 
 
 @pytest.mark.parametrize("cfg", [CFG, FP8Config(power_of_two_scales=True)], ids=["f32", "pow2"])

@@ -272,7 +272,7 @@ def test_linear_in_bfloat16_multiplies_by_exact_codes():
 
 @pytest.mark.parametrize("scheme, g", [("ternary", -1), ("ternary", 16), ("int4", 16)])
 def test_packed_kernels_are_multiplied_by_their_op(scheme, g, monkeypatch):
-  """By the op of the scheme, as `auto` (the XLA form on a mesh), and with the float64 values."""
+  """By the op of the scheme, as `auto` (the XLA form on a mesh with tp), with float64 values."""
   calls, dispatch = [], spec.dispatch
 
   def recorded(op, implementation, servers):
@@ -281,17 +281,18 @@ def test_packed_kernels_are_multiplied_by_their_op(scheme, g, monkeypatch):
 
   monkeypatch.setattr(spec, "dispatch", recorded)
   w = jnp.asarray(RNG.normal(size=(8, 8, 3, 2)).astype(np.float32))
-  x = jnp.asarray(RNG.normal(size=(2, 5, 8, 8)).astype(np.float32))
+  x = jnp.asarray(RNG.normal(size=(4, 2, 8, 8)).astype(np.float32))
   qt = qtensor.pack(qtensor.quantize(w, scheme, g, num_in=2))
   exact = np.einsum(
     "btij,ijno->btno", np.asarray(x, np.float64), np.asarray(qtensor.dequantize(qt), np.float64)
   )
   np.testing.assert_allclose(functional.linear(x, qt, 2), exact, rtol=1e-5, atol=1e-5)
-  with jax.set_mesh(mesh_lib.make_mesh(MeshConfig(dp=2, tp=4))):
-    found = jax.jit(lambda x, qt: functional.linear(x, qt, 2))(x, qt)
-  np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+  for sizes in (MeshConfig(dp=2, tp=4), MeshConfig(dp=2, fsdp=4)):
+    with jax.set_mesh(mesh_lib.make_mesh(sizes)):
+      found = jax.jit(lambda x, qt: functional.linear(x, qt, 2))(x, qt)
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
   op = {"ternary": "ternary_gemm", "int4": "w4a16_gemm"}[scheme]
-  assert calls == [(op, "auto"), (op, "xla")]
+  assert calls == [(op, "auto"), (op, "xla"), (op, "auto")]
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "int4"])
