@@ -12,11 +12,12 @@ import numpy as np
 
 from experiments import _bench_train, _regenerate
 from minicpm_jax import ckpt, config
+from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import extras
 from minicpm_jax.data import shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import frspec
-from minicpm_jax.infer.drafters import base, eagle, mtp, ngram
+from minicpm_jax.infer.drafters import base, bita, eagle, mtp, ngram
 
 Drafter = tuple[Any, Any]
 
@@ -56,6 +57,9 @@ def drafters(
       found["mtp, fr"] = mtp.make(model, params, fr_ids=fr_ids, **sizes)
   for text in named:
     name, path, own = _named(text, sizes)
+    if bita_io.is_bita(path):
+      found[name] = bita.make(ckpt.load_bita(path, model.cfg), model, params)
+      continue
     draft = ckpt.load_draft(path, model.cfg)
     found[name] = eagle.make(draft, model, params, **own)
     if fr_ids is not None and draft.cfg.kind != "eagle3":

@@ -9,10 +9,12 @@ from absl import flags
 
 from experiments import build_fr_index
 from minicpm_jax import config
+from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import convert
 from minicpm_jax.models import draft as draft_lib
 
 PEAK_LR = {"eagle": 3e-5, "minicpm": 3e-5, "eagle3": 5e-5}  # EAGLE's, for 800k steps
+PEAK_LR["bita"] = 3e-2  # BiTA's, cosine, batches of 128 x 2048 tokens
 
 
 def folder(path: str) -> pathlib.Path:
@@ -54,22 +56,35 @@ def distill_config(
 
   needs_data: whether `data` must name a source to train on (else one is put in later).
   """
+  if kind == "bita" and (draft_vocab is not None or from_mtp or window or int4):
+    raise ValueError(
+      "--draft_vocab, --from_mtp, --window, --int4: found one with --kind=bita, which has no layer"
+    )
   changes: dict[str, Any] = {"window_size": window}
   if draft_vocab is not None:
     changes["draft_vocab_size"] = build_fr_index.size_of(draft_vocab, target.vocab_size)
-  if from_mtp:
+  if kind == "bita":
+    draft = bita_lib.for_target(target)
+  elif from_mtp:
     draft = dataclasses.replace(convert.mtp_draft_config(target), **changes)
   else:
     draft = draft_lib.for_target(target, kind, **changes)
   if int4:
     draft = draft_lib.quantized(draft, int4)
   warmup = min(max(steps // 400, 20), max(steps // 4, 1))
+  is_bita = kind == "bita"
   schedule = config.ScheduleConfig(
-    warmup_steps=warmup, decay_steps=steps - warmup, decay_shape="linear_to", min_ratio=0.0
+    kind="cosine" if is_bita else "wsd",
+    warmup_steps=warmup,
+    decay_steps=steps - warmup,
+    decay_shape="linear_to",
+    min_ratio=0.0,
   )
+  clip_norm = 1.0 if is_bita else 0.0  # the others are clipped element by element
   optim = config.OptimConfig(
-    peak_lr=PEAK_LR[kind], schedule=schedule, clip_norm=0.0, weight_decay=0.0, mup=False
+    peak_lr=PEAK_LR[kind], schedule=schedule, clip_norm=clip_norm, weight_decay=0.0, mup=False
   )
+  more = dict(grad_clip_value=0.0, eval_depth=draft.num_masks) if is_bita else {}
   found, weights, held_out = [], [], []
   for text in data:
     name, sep, rest = text.partition(":")
@@ -100,4 +115,5 @@ def distill_config(
     eval_every=max(steps // 10, 1),
     eval_sources=tuple(held_out),
     checkpoint=config.CheckpointConfig(every_steps=max(steps // 5, 1)),
+    **more,
   )

@@ -19,8 +19,10 @@ from absl import flags
 
 from experiments import _flags, _models
 from minicpm_jax import ckpt, config
+from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import types
 from minicpm_jax.infer import chat, constrained, detokenize, engine, generate
+from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache, transformer
 from minicpm_jax.nn import rope
 from minicpm_jax.text import tokenizer
@@ -36,6 +38,7 @@ class Loaded:
   engine: engine.Engine
   tok: tokenizer.Tokenizer
   stop_ids: tuple[int, ...]
+  is_fast: bool = False  # --fast_forward
 
 
 def define(values: flags.FlagValues, leave_out: Sequence[str]) -> None:
@@ -106,8 +109,8 @@ def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = No
   model, params, tok = _models.load(cfg.model_path)
   model, params = _as_asked(cfg, model, params)
   drafter, draft_params = _draft(cfg, model, params)
-  nodes = 1 if drafter is None else drafter.num_nodes
-  capacity = context_length(cfg, model.cfg, params, max_batch)
+  nodes = 1 if drafter is None else base.num_rows(drafter)
+  capacity = context_length(cfg, model.cfg, params, max_batch, draft=(drafter, draft_params))
   if num_tokens is not None:
     capacity = min(capacity, generate.bucket(num_tokens + nodes))
   sizes = config.EngineConfig(
@@ -118,18 +121,27 @@ def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = No
   )
   stops = () if cfg.ignore_eos else chat.stop_ids(model.cfg, tok)
   more = {"drafter": drafter, "draft_params": draft_params, "stop_ids": stops}
-  return Loaded(engine.Engine(model, params, sizes, **more), tok, stops)
+  return Loaded(engine.Engine(model, params, sizes, **more), tok, stops, cfg.fast_forward)
 
 
 def context_length(
-  cfg: config.InferConfig, model: config.ModelConfig, params: types.Params, max_batch: int
+  cfg: config.InferConfig,
+  model: config.ModelConfig,
+  params: types.Params,
+  max_batch: int,
+  *,
+  draft: tuple[base.Drafter | None, Any] = (None, ()),
 ) -> int:
-  """Tokens a row: the model's, less where max_context or the memory say so (inference.md 2)."""
+  """Tokens a row: the model's, less where max_context or the memory say so (inference.md 2).
+
+  draft: the drafter and its parameters, whose weights and caches take their share.
+  """
   limit = cfg.max_context or model.max_position
-  loaded = sum(x.nbytes for x in jax.tree.leaves(params))
+  leaves = {id(x): x for x in jax.tree.leaves((params, draft[1]))}  # shared ones count once
+  loaded = sum(x.nbytes for x in leaves.values())
   spare = memory_bytes(loaded) * cfg.memory_limit - loaded
   small, large = (
-    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_cache_shapes(model, n)))
+    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_cache_shapes(model, n, params, draft)))
     for n in (1024, 2048)
   )
   room = int(spare // (max_batch * (large - small) / 1024))
@@ -140,8 +152,18 @@ def context_length(
   return min(limit, room)
 
 
-def _cache_shapes(model: config.ModelConfig, capacity: int) -> Any:
-  return jax.eval_shape(lambda: cache.init(model, 1, capacity, per_row=True))
+def _cache_shapes(model: config.ModelConfig, capacity: int, params: Any, draft: Any) -> Any:
+  """Shapes of one row's cache and of the drafter's state for it."""
+  drafter, draft_params = draft
+
+  def made() -> Any:
+    own = cache.init(model, 1, capacity, per_row=True)
+    if drafter is None:
+      return own
+    both = base.Params(params, draft_params)
+    return own, drafter.init_state(transformer.Transformer(model), both, 1, capacity)
+
+  return jax.eval_shape(made)
 
 
 def memory_bytes(loaded: int) -> int:
@@ -211,6 +233,8 @@ def draft_kind(cfg: config.InferConfig) -> str:
     return cfg.draft_kind
   if cfg.draft_model_path is None:
     return "none"
+  if bita_io.is_bita(cfg.draft_model_path):
+    return "bita"
   return "eagle3" if cfg.use_eagle3 else "eagle"
 
 
@@ -221,7 +245,7 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
     raise ValueError(
       f"--draft_model_path: found with --draft_kind={kind}, which has no draft model"
     )
-  if kind in ("eagle", "eagle3", "chain") and cfg.draft_model_path is None:
+  if kind in ("eagle", "eagle3", "chain", "hier", "bita") and cfg.draft_model_path is None:
     raise ValueError(f"--draft_model_path: found none, expected a draft for --draft_kind={kind}")
   if kind == "none":
     return None, ()
@@ -234,20 +258,38 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
 
     small, small_params, _ = _models.load(cfg.draft_model_path)
     return chain.ChainDrafter(small, num_levels=max(1, cfg.spec_num_iter)), small_params
+  if kind == "hier":
+    return _hierarchical(cfg)
+  if kind == "bita":
+    from minicpm_jax.infer.drafters import bita
+
+    draft = ckpt.load_bita(cfg.draft_model_path, model.cfg)
+    return bita.make(draft, model, params, width=cfg.bita_width)
+  return _eagle(cfg, kind, model, params)
+
+
+def _hierarchical(cfg: config.InferConfig) -> Any:
+  """The small model of --draft_model_path, and its own drafter: --hier_draft_path or n-grams."""
+  from minicpm_jax.infer.drafters import hierarchical, ngram
+
+  small, small_params, _ = _models.load(cfg.draft_model_path)
+  inner: tuple[Any, Any] = (ngram.NGramDrafter(num_levels=max(1, cfg.spec_num_iter)), ())
+  if cfg.hier_draft_path is not None:
+    own = dataclasses.replace(cfg, draft_model_path=cfg.hier_draft_path)
+    inner = _eagle(own, "eagle3" if cfg.use_eagle3 else "eagle", small, small_params)
+  drafter = hierarchical.HierarchicalDrafter(small, inner[0], cfg.hier_min_length)
+  return drafter, (small_params, inner[1])
+
+
+def _eagle(cfg: config.InferConfig, kind: str, model, params) -> Any:
+  from minicpm_jax.infer import frspec
+  from minicpm_jax.infer.drafters import eagle, mtp
+
   sizes = {
     "num_levels": cfg.spec_num_iter,
     "top_k": cfg.spec_topk_per_iter,
     "num_nodes": cfg.spec_tree_size,
   }
-  if kind in ("eagle", "eagle3", "mtp"):
-    return _eagle(cfg, kind, model, params, sizes)
-  raise ValueError(f"--draft_kind: {kind} is not built into this command")
-
-
-def _eagle(cfg: config.InferConfig, kind: str, model, params, sizes: dict[str, int]) -> Any:
-  from minicpm_jax.infer import frspec
-  from minicpm_jax.infer.drafters import eagle, mtp
-
   ids = None
   if cfg.frspec_path is not None:
     ids = frspec.load_index(cfg.frspec_path, cfg.frspec_vocab_size)
@@ -295,7 +337,8 @@ def answer(
 ) -> Generator[str]:
   """Text of one answer piece by piece; its stats are appended (also where it is closed early)."""
   text = detokenize.TextStream(loaded.tok, stop_ids=loaded.stop_ids)
-  request = engine.Request(list(prompt), settings, (), mask)
+  is_fast = mask is not None and loaded.is_fast
+  request = engine.Request(list(prompt), settings, (), mask, fast_forward=is_fast)
   for event in loaded.engine.stream([request]):
     if event.finish_reason is not None:
       stats.append(event.stats)

@@ -1,4 +1,4 @@
-"""Trains a draft (EAGLE, MiniCPM4's EAGLE, EAGLE-3) for a target; starting it again resumes.
+"""Trains a draft (EAGLE, MiniCPM4's EAGLE, EAGLE-3, BiTA) for a target; a second start resumes.
 
   python -m experiments.distill_draft --target=runs/a --workdir=runs/a_eagle --kind=minicpm \\
     --data=text:data/text --data=held:data/held:eval --steps=2000 --set optim.peak_lr=1e-3
@@ -33,7 +33,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
   define = {"flag_values": values}
   flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **define)
   flags.DEFINE_string("workdir", None, "Folder of this run.", **define)
-  flags.DEFINE_enum("kind", "minicpm", ["eagle", "minicpm", "eagle3"], "Of draft.", **define)
+  flags.DEFINE_enum(
+    "kind", "minicpm", ["eagle", "minicpm", "eagle3", "bita"], "Of draft.", **define
+  )
   flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT|:eval]; repeatable.", **define)
   flags.DEFINE_integer("steps", 2000, "Optimiser steps.", **define)
   flags.DEFINE_string("draft_vocab", None, "eagle3: head rows, or a share (25%).", **define)

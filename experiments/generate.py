@@ -20,7 +20,9 @@ import sys
 from absl import flags
 
 from experiments import _command, _infer, _talk
+from minicpm_jax import config
 from minicpm_jax.config import cpmcu
+from minicpm_jax.core import compilation_cache
 
 CHAT_CONTEXT = 8192  # tokens of a chat, where model and memory have as many
 ALIASES = {"model": "model_path", "prompt": "prompt_text", "seed": "random_seed"}
@@ -47,6 +49,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def run(values: flags.FlagValues) -> None:
   cfg = _infer.read(values)
+  with compilation_cache.use(cfg.compilation_cache):
+    _answer(values, cfg)
+
+
+def _answer(values: flags.FlagValues, cfg: config.InferConfig) -> None:
   text = cfg.prompt_text
   if cfg.prompt_file is not None:
     text = pathlib.Path(cfg.prompt_file).read_text()

@@ -19,6 +19,7 @@ from absl import flags
 from experiments import _command, _infer
 from minicpm_jax import config
 from minicpm_jax.config import cpmcu
+from minicpm_jax.core import compilation_cache
 from minicpm_jax.infer import chat as chat_lib
 from minicpm_jax.infer.server import app, service
 
@@ -59,10 +60,11 @@ def make(values: flags.FlagValues) -> service.ChatService:
 
 
 def run(values: flags.FlagValues) -> None:
-  chat = make(values)
-  cfg, capacity = chat.cfg, chat.models()["data"][0]["max_model_len"]
-  print(f"{chat.name}: {capacity} tokens a row, http://{cfg.host}:{cfg.port}", file=sys.stderr)
-  app.make_server(chat).run()
+  with compilation_cache.use(_infer.read(values).compilation_cache):
+    chat = make(values)
+    cfg, capacity = chat.cfg, chat.models()["data"][0]["max_model_len"]
+    print(f"{chat.name}: {capacity} tokens a row, http://{cfg.host}:{cfg.port}", file=sys.stderr)
+    app.make_server(chat).run()
 
 
 def main(argv: list[str] | None = None) -> int:

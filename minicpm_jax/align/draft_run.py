@@ -20,15 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import ckpt, config
+from minicpm_jax.align import bita as bita_loss
 from minicpm_jax.align import draft as draft_loss
 from minicpm_jax.align import draft_features
-from minicpm_jax.ckpt import draft_io, orbax_io, run_config
+from minicpm_jax.ckpt import bita_io, draft_io, orbax_io, run_config
 from minicpm_jax.core import extras, rng, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.infer import frspec
+from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.optim import build, schedules
@@ -59,7 +61,7 @@ def load_target(path: str, *, mesh: jax.sharding.Mesh | None = None) -> Target:
 
 def train(
   cfg: config.DistillConfig, workdir: str | os.PathLike[str], *, target: Target | None = None
-) -> draft_lib.Draft:
+) -> draft_lib.Draft | bita_lib.Bita:
   """Trains to `cfg.num_steps` or goes on from where the workdir stands; returns the draft.
 
   target: what `cfg.target` names, where the caller has it in memory already.
@@ -70,7 +72,7 @@ def train(
 
 def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
   """Sorted ids of the most frequent training tokens, or None where head and loss have all."""
-  size = cfg.draft.draft_vocab_size or cfg.loss_vocab_size
+  size = _vocab_size(cfg)
   if size is None:
     return None
   counts_V = np.zeros(cfg.draft.layer.vocab_size, np.int64)
@@ -80,6 +82,10 @@ def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
       documents = (source[i] for i in range(min(len(source), VOCAB_DOCUMENTS)))
       counts_V += frspec.count_tokens(documents, counts_V.size)
   return np.sort(frspec.build_index(counts_V, size, cfg.draft.layer.stop_ids))
+
+
+def _vocab_size(cfg: config.DistillConfig) -> int | None:
+  return None if cfg.draft.kind == "bita" else cfg.draft.draft_vocab_size or cfg.loss_vocab_size
 
 
 class _Run:
@@ -94,6 +100,8 @@ class _Run:
   ):
     self.cfg, self.workdir = cfg, workdir
     _check_workdir(cfg, workdir)
+    self.is_bita = cfg.draft.kind == "bita"
+    draft_model, objective = (bita_lib, bita_loss) if self.is_bita else (draft_lib, draft_loss)
 
     # --- Mesh and target -------------------------------------------------------------------------
     self.mesh = mesh_lib.make_mesh(cfg.mesh)
@@ -101,7 +109,7 @@ class _Run:
     mesh_lib.check_batch(self.mesh, **rows, grad_accum=cfg.grad_accum)
     stack.enter_context(jax.set_mesh(self.mesh))
     self.model, params, _ = load_target(cfg.target) if target is None else target
-    draft_lib.check_fits(cfg.draft, self.model.cfg)
+    draft_model.check_fits(cfg.draft, self.model.cfg)
     self.ids = self._vocab_ids()
     self.batches = stack.enter_context(contextlib.closing(_open_data(cfg, self.mesh)))
     self.stored: dict[str, draft_features.Rows] = {}
@@ -109,24 +117,24 @@ class _Run:
       self._store_features(params)
 
     # --- State -----------------------------------------------------------------------------------
-    shapes, specs = draft_lib.abstract_params(cfg.draft)
+    shapes, specs = draft_model.abstract_params(cfg.draft)
     target_shapes, target_specs = transformer.abstract_params(self.model)
     if cfg.stored_rows:
       target_shapes, target_specs = map(draft_features.head_params, (target_shapes, target_specs))
     both = {"draft": shapes, "target": target_shapes}
     places = mesh_lib.tree_shardings(self.mesh, {"draft": specs, "target": target_specs}, both)
-    optimizer = draft_loss.make_optimizer(cfg, both)
+    optimizer = objective.make_optimizer(cfg, both)
     self.abstract = _abstract_state(optimizer, both, places, self.mesh)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
     self.state, self.step, self.tokens = self._begin(optimizer, params)
 
     # --- Step functions --------------------------------------------------------------------------
-    loss_fn = draft_loss.make_loss_fn(cfg, self.model, self.ids)
+    loss_fn = objective.make_loss_fn(cfg, self.model, self.ids)
     step_fn = step_lib.make_train_step(
-      loss_fn, draft_loss.make_totals_fn(cfg), optimizer, grad_accum=cfg.grad_accum
+      loss_fn, objective.make_totals_fn(cfg), optimizer, grad_accum=cfg.grad_accum
     )
     self.train_step = step_lib.jit_train_step(step_fn, self.abstract, self.mesh)
-    acceptance = draft_loss.make_acceptance_fn(cfg, self.model, self.ids)
+    acceptance = objective.make_acceptance_fn(cfg, self.model, self.ids)
     self.eval_step = step_lib.jit_eval_step(acceptance, self.abstract, self.mesh)
     self.schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
 
@@ -138,7 +146,7 @@ class _Run:
     self.bar = stack.enter_context(logging_lib.progress(cfg.num_steps, start=self.step))
     self.stop = stack.enter_context(stop.StopOnSigterm(self.store))
 
-  def train(self) -> draft_lib.Draft:
+  def train(self) -> draft_lib.Draft | bita_lib.Bita:
     cfg, pending, sums, last_loss = self.cfg, None, {}, None
     if self.step == 0:
       self._evaluate()
@@ -182,7 +190,7 @@ class _Run:
 
   def _vocab_ids(self) -> np.ndarray | None:
     path = self.workdir / "vocab_ids.npy"
-    if (self.cfg.draft.draft_vocab_size or self.cfg.loss_vocab_size) is None:
+    if _vocab_size(self.cfg) is None:
       return None
     if not path.exists():
       if self.cfg.init_from is not None and self.cfg.draft.kind == "eagle3":
@@ -230,7 +238,10 @@ class _Run:
       self.batches.set_state(self.store.data(newest))
       return state, newest, int(self.store.meta(newest)["tokens"])
     if cfg.init_from is not None:
-      draft = draft_io.load_draft(cfg.init_from, self.model.cfg).params
+      load = bita_io.load_bita if self.is_bita else draft_io.load_draft
+      draft = load(cfg.init_from, self.model.cfg).params
+    elif self.is_bita:
+      draft = bita_lib.init_params(cfg.draft, self.model.cfg, rng.key(cfg.seed, "draft_init"))
     elif cfg.from_mtp:
       _, draft = convert.mtp_to_eagle(self.model.cfg, target_params)
     else:
@@ -284,14 +295,21 @@ class _Run:
       spelled = ", ".join(f"{key} {x:.3f}" for key, x in means.items())
       self.bar.message(f"step {self.step}: {name}: {spelled}")
 
-  def _export(self) -> draft_lib.Draft:
-    ids = self.ids if self.cfg.draft.kind == "eagle3" else None  # the others' head is the target's
-    draft = draft_lib.Draft(self.cfg.draft, jax.device_get(self.state.params["draft"]), ids)
+  def _export(self) -> draft_lib.Draft | bita_lib.Bita:
+    params, folder = jax.device_get(self.state.params["draft"]), self.workdir / "draft"
+    if self.is_bita:
+      draft = bita_lib.Bita(self.cfg.draft, params)
+    else:
+      # The head of the other kinds is the target's.
+      ids = self.ids if self.cfg.draft.kind == "eagle3" else None
+      draft = draft_lib.Draft(self.cfg.draft, params, ids)
     if mesh_lib.is_main_process():
-      draft_io.save_draft(self.workdir / "draft", draft, self.model.cfg)
-      quant = self.cfg.draft.layer.quant
-      if quant is not None:
-        draft_io.save_draft(self.workdir / "draft_int4", as_int4(draft), self.model.cfg)
+      if self.is_bita:
+        bita_io.save_bita(folder, draft)
+      else:
+        draft_io.save_draft(folder, draft, self.model.cfg)
+        if self.cfg.draft.layer.quant is not None:
+          draft_io.save_draft(folder.with_name("draft_int4"), as_int4(draft), self.model.cfg)
       write_curves(self.workdir, self.cfg)
     return draft
 
@@ -365,7 +383,7 @@ def _open_data(cfg: config.DistillConfig, mesh: jax.sharding.Mesh) -> iterator.B
   batches = iterator.make_iterator(
     cfg.data, batch_size_per_host=rows, process_index=index, process_count=count
   )
-  vocab = cfg.draft.layer.vocab_size
+  vocab = cfg.draft.vocab_size if cfg.draft.kind == "bita" else cfg.draft.layer.vocab_size
   if (batches.vocab_size or 0) > vocab:
     raise ValueError(f"data: found a vocabulary of {batches.vocab_size}, expected at most {vocab}")
   return batches

@@ -12,6 +12,8 @@ _FUNCTIONS = {
   "save_marlin": "quant_write",
   "load_draft": "draft_io",
   "save_draft": "draft_io",
+  "load_bita": "bita_io",
+  "save_bita": "bita_io",
 }
 
 __all__ = list(_FUNCTIONS)

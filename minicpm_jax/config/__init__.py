@@ -2,7 +2,7 @@
 
 from minicpm_jax.config.cpmcu import InferConfig
 from minicpm_jax.config.data import DataConfig, PhaseConfig, SourceConfig
-from minicpm_jax.config.draft import DistillConfig, DraftConfig
+from minicpm_jax.config.draft import BitaConfig, DistillConfig, DraftConfig
 from minicpm_jax.config.dtypes import DTypeName
 from minicpm_jax.config.infer import EngineConfig, SamplingConfig
 from minicpm_jax.config.mesh import MeshConfig
@@ -22,6 +22,7 @@ from minicpm_jax.config.serve import ServerConfig
 from minicpm_jax.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
+  "BitaConfig",
   "CheckpointConfig",
   "DTypeName",
   "DataConfig",

@@ -49,14 +49,19 @@ class InferConfig:
   repetition_penalty: float = 1.0
   # Ours
   draft_kind: Literal["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"] | None = (
-    None  # None: eagle, eagle3 or chain with a draft model, else none
+    None  # None: bita, eagle3 or eagle as the draft folder is, else none
   )
   draft_logit_scale: float = 1.0
+  hier_draft_path: str | None = None  # hier: EAGLE draft of the small model; None = n-grams
+  hier_min_length: int = 6  # hier: tokens of a chain at least
+  bita_width: int = 5  # bita: candidates of the first level
   rounds_per_dispatch: int = 1
   max_batch: int = 4  # rows that decode together (server)
   max_context: int = 0  # tokens of prompt and answer; 0 = what model and memory allow
   json_schema: str | None = None  # file with a schema that every answer must satisfy
   grammar_file: str | None = None  # file with a Lark grammar
+  fast_forward: bool = False  # append what the constraint forces; other cuts of it never come
+  compilation_cache: str | None = None  # folder of compiled programs for later starts
   backend: Literal["jax"] = "jax"
   # generate
   prompt_file: str | None = None
@@ -76,7 +81,8 @@ class InferConfig:
     kinds = (None, *DRAFT_KINDS)
     require(self.draft_kind in kinds, "draft_kind", self.draft_kind, f"one of {DRAFT_KINDS}")
     require(self.backend == "jax", "backend", self.backend, "jax")
-    for name in ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch"):
+    counts = ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch", "bita_width")
+    for name in (*counts, "hier_min_length"):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     for name in ("spec_window_size", "max_context", "sparse_switch"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -86,6 +92,7 @@ class InferConfig:
 
 SERVE_ONLY = ("host", "port")
 GENERATE_ONLY = (
+  "fast_forward",
   "prompt_file",
   "prompt_text",
   "use_chat_template",

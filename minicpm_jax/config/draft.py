@@ -63,6 +63,31 @@ class DraftConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BitaConfig:
+  """Mask tokens and soft prompts of BiTA: a target drafts for itself (inference.md 15).
+
+  The shapes are the target's. Defaults are the paper's.
+  """
+
+  vocab_size: int
+  model_dim: int
+  num_layers: int
+  num_kv_heads: int
+  head_dim: int
+  num_masks: int = 3  # mask i asks for the token 1 + i ahead
+  num_prompts: int = 16  # soft prompts, seen by mask tokens alone
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value >= 1, f"draft.{field.name}", value, ">= 1")
+
+  @property
+  def kind(self) -> str:
+    return "bita"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
   """Training of one draft for one frozen target; `workdir/config.py` rebuilds it.
 
@@ -71,7 +96,7 @@ class DistillConfig:
 
   name: str = "draft"
   target: str  # HF folder, GGUF file or run folder[@step]
-  draft: DraftConfig
+  draft: DraftConfig | BitaConfig
   optim: OptimConfig
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
@@ -90,6 +115,7 @@ class DistillConfig:
   loss_chunk: int = 0  # columns whose logits exist together (large vocabularies); 0 = all
   stored_rows: int = 0  # rows gone over again and again, the target run over them once; 0 = never
   stored_dtype: str = "bf16"  # of their features on disk
+  num_groups: int = 64  # bita: groups of mask tokens in a row, at consecutive places
   noise: float = 0.2  # eagle, minicpm: width of the uniform feature noise, times 512 / T
   grad_clip_value: float = 0.5  # elementwise; 0 = off
   log_every: int = 10
@@ -99,7 +125,8 @@ class DistillConfig:
   eval_depth: int = 5  # acc_1 .. acc_depth
 
   def __post_init__(self):
-    for name in ("num_steps", "grad_accum", "ttt_steps", "log_every", "eval_every", "eval_depth"):
+    counts = ("num_steps", "grad_accum", "ttt_steps", "log_every", "eval_every", "eval_depth")
+    for name in (*counts, "num_groups"):
       require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
     for name in ("feature_loss_weight", "ce_weight", "noise", "grad_clip_value"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -125,5 +152,10 @@ class DistillConfig:
     names = [s.name for s in self.data.sources]
     for name in self.eval_sources:
       require(name in names, "eval_sources", name, f"one of {names}")
+    if self.draft.kind == "bita":
+      found, most = self.eval_depth, self.draft.num_masks
+      require(found <= most, "eval_depth", found, f"at most {most}, the mask tokens")
+      for name, off in (("loss_vocab_size", None), ("stored_rows", 0), ("loss_chunk", 0)):
+        require(getattr(self, name) == off, name, getattr(self, name), f"{off} for bita")
     ok = not self.from_mtp or (self.draft.kind == "minicpm" and self.init_from is None)
     require(ok, "from_mtp", self.from_mtp, "False unless draft.kind is minicpm without init_from")

@@ -8,6 +8,7 @@ test can enumerate; `generate` draws it by absolute position.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -183,7 +184,8 @@ class Pair:
     seeds = [sampling.seed] * len(prompts) if seeds is None else list(seeds)
     settings = tuple(sampling_lib.sampling_state(c, seeds) for c in (sampling, draft_sampling))
     longest = max(map(len, prompts))
-    capacity = longest + sampling.max_new_tokens + self.num_drafted + 1
+    unit = math.lcm(*(1 if m.cfg.sparse is None else m.cfg.sparse.block_size for m in self.models))
+    capacity = -(-(longest + sampling.max_new_tokens + self.num_drafted + 1) // unit) * unit
     tokens_BT = np.zeros((len(prompts), longest), np.int32)
     for b, prompt in enumerate(prompts):
       tokens_BT[b, : len(prompt)] = prompt
@@ -217,12 +219,12 @@ def _take(row: list[int], new_A: np.ndarray, stop_ids: Sequence[int], limit: int
   return None
 
 
-def _forward(model, params, tokens_BT, cache, num_new_B=None):
+def _forward(model, params, tokens_BT, cache, step=None):
   """(logits, cache with tokens_BT in it)."""
   rope_length = None
   if model.cfg.rope.kind in ("dynamic", "longrope"):
     rope_length = jnp.full(tokens_BT.shape[:1], cache.capacity, jnp.int32)
-  step = cache_lib.Step(num_new_B=num_new_B)
+  step = cache_lib.Step() if step is None else step
   out = model.apply({"params": params}, tokens_BT, cache=cache, step=step, rope_length=rope_length)
   return out.logits, out.cache
 
@@ -234,7 +236,9 @@ def _prefill(models, params, tokens_BT, lengths_B, *, capacity: int) -> _State:
   caches = []
   for model, p in zip(models, params, strict=True):
     cache = cache_lib.init(model.cfg, B, capacity, per_row=True)
-    caches.append(_forward(model, p, tokens_BT, cache, lengths_B - 1)[1])
+    # A sparse model decides by the whole prompt of each row, not by the padded width.
+    step = cache_lib.Step(num_new_B=lengths_B - 1, total_B=lengths_B)
+    caches.append(_forward(model, p, tokens_BT, cache, step)[1])
   root_B = jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
   return _State(*caches, root_B)
 
@@ -255,7 +259,11 @@ def _round(models, params, state: _State, settings, num_drafted: int):
   # One step more than is drafted, so that the draft's cache never lacks an accepted token.
   carry = (state.draft, state.root_B)
   (draft, _), (q_ABV, fed_AB) = jax.lax.scan(draft_one, carry, noise_BA3[:, :, 0].T)
-  logits_BAV, target = _forward(models[0], params[0], fed_AB.T, state.target)
+  # A tree of one chain: each token attends as if it were decoded alone (sparse targets).
+  path_BA = jnp.broadcast_to(jnp.arange(L + 1, dtype=jnp.int32)[None], (B, L + 1))
+  anc_BAA = jnp.broadcast_to(jnp.tril(jnp.ones((L + 1, L + 1), bool))[None], (B, L + 1, L + 1))
+  step = cache_lib.Step(anc_BTT=anc_BAA, depth_BT=path_BA)
+  logits_BAV, target = _forward(models[0], params[0], fed_AB.T, state.target, step)
   p_NV = sampling_lib.distribution(
     jnp.reshape(logits_BAV, (B * (L + 1), -1)), settings[0].rows(L + 1)
   )
@@ -267,9 +275,8 @@ def _round(models, params, state: _State, settings, num_drafted: int):
     noise_BA3[:, :, 2],
   )
   root_B = jnp.take_along_axis(new_BA, num_B[:, None] - 1, axis=1)[:, 0]
-  state = _State(
-    target.replace(length=length_B + num_B), draft.replace(length=length_B + num_B), root_B
-  )
+  target = cache_lib.commit(models[0].cfg, target, path_BA, num_B)
+  state = _State(target, draft.replace(length=length_B + num_B), root_B)
   return state, num_B, new_BA
 
 

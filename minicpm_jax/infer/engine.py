@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,57 +22,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.core import rng, types
-from minicpm_jax.infer import requests
+from minicpm_jax.core import types
+from minicpm_jax.infer import answers, requests
+from minicpm_jax.infer import driver as driver_lib
 from minicpm_jax.infer import rounds as rounds_lib
-from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import rows as rows_lib
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import transformer
 from minicpm_jax.quant import prefix as prefix_lib
 
 NO_TOKEN = rounds_lib.NO_TOKEN
-SMALLEST_CHUNK = 16
 TokenConstraint, Request, Stats = requests.TokenConstraint, requests.Request, requests.Stats
 Event, Generation, RequestError = requests.Event, requests.Generation, requests.RequestError
+Top = requests.Top
 FinishReason, check_prompt = requests.FinishReason, requests.check_prompt
-
-
-@dataclasses.dataclass
-class _Job:
-  """A request on its way."""
-
-  id: int
-  request: Request
-  stops: tuple[int, ...]
-  stats: Stats
-  row: int = -1
-  num_cached: int = 0  # prompt tokens in the cache
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  finish_reason: FinishReason | None = None
-  started: float = 0.0
-  limit: int = 0
-  promised: int = 0  # tokens that rounds under way will bring at least
-
-
-@dataclasses.dataclass
-class _Row:
-  """What the host knows of a row of the cache."""
-
-  job: _Job | None = None
-  held: list[int] = dataclasses.field(default_factory=list)  # tokens whose keys are in the cache
-  kind: Any = None  # rotation and dense/sparse mode that these keys were made in
 
 
 class _Answer(NamedTuple):
   """An answer under way: what it holds of which request of each row."""
 
-  answer: rounds_lib.Answer
-  jobs: list[_Job | None]
+  answer: answers.Answer
+  jobs: list[rows_lib.Job | None]
   rounds: int  # 0 = the first token, out of the prefill
 
 
-class Engine:
+class Engine(driver_lib.Driver):
   """Continuous batching over `cfg.max_batch` rows; see the module docstring.
 
   `model` and `params` as they are to run: on a CPU pass them through `generate.for_decoding` first.
@@ -97,22 +72,24 @@ class Engine:
     self.stop_ids, self.before = tuple(stop_ids), before
     if before is not None:
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
+    requests.check_stops(self.stop_ids, rounds_lib.STOP_SLOTS, model.cfg.vocab_size)
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
-    if self.cfg.capacity <= self.drafter.num_nodes:
+    self._num_rows = base.num_rows(self.drafter)
+    if self.cfg.capacity <= self._num_rows:
       raise ValueError(
         f"engine.capacity: found {self.cfg.capacity} tokens, expected more than the "
-        f"{self.drafter.num_nodes} nodes of a draft tree"
+        f"{self._num_rows} nodes of a draft tree"
       )
     self.drafter.check(model, self.params)
-    extra = max(SMALLEST_CHUNK, self.drafter.num_nodes)
+    extra = max(rows_lib.SMALLEST_CHUNK, self._num_rows)
     unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
     # A padded chunk and a tree always fit behind.
     self._num_slots = -(-(self.cfg.capacity + extra) // unit) * unit
     self._state = rounds_lib.init_state(
       model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
     )
-    self._rows = [_Row() for _ in range(self.cfg.max_batch)]
-    self._waiting: collections.deque[_Job] = collections.deque()
+    self._rows = [rows_lib.Row() for _ in range(self.cfg.max_batch)]
+    self._waiting: collections.deque[rows_lib.Job] = collections.deque()
     self._pending: collections.deque[_Answer] = collections.deque()
     self._outbox: list[Event] = []
     self._errors: collections.deque[RequestError] = collections.deque()  # one a step is raised
@@ -145,32 +122,20 @@ class Engine:
     num_own = len(prompt)
     if self.before is not None:
       prompt = [*self.before.tokens, *prompt]
-    room = self.cfg.capacity - self.drafter.num_nodes
+    room = self.cfg.capacity - self._num_rows
     if len(prompt) > room:
       raise ValueError(
         f"prompt: found {len(prompt)} tokens, expected at most {room}: the cache's "
-        f"{self.cfg.capacity} less a tree of {self.drafter.num_nodes}"
+        f"{self.cfg.capacity} less a tree of {self._num_rows}"
       )
     stops = tuple(dict.fromkeys((*self.stop_ids, *map(int, request.stop_ids))))
-    if len(stops) > rounds_lib.STOP_SLOTS:
-      raise ValueError(f"stop_ids: found {len(stops)}, expected at most {rounds_lib.STOP_SLOTS}")
-    job = _Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
+    requests.check_stops(stops, rounds_lib.STOP_SLOTS, self.model.cfg.vocab_size)
+    requests.check_options(request)
+    job = rows_lib.Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
     job.stats.prompt_tokens = num_own
     job.limit = min(request.sampling.max_new_tokens, self.cfg.capacity - len(prompt) + 1)
     self._waiting.append(job)
     return job.id
-
-  def add_all(self, requests: Sequence[Request]) -> list[int]:
-    """Queues all of them, or none where one can never be served."""
-    uids = []
-    try:
-      for request in requests:
-        uids.append(self.add(request))
-    except BaseException:
-      for uid in uids:
-        self.cancel(uid)
-      raise
-    return uids
 
   def cancel(self, uid: int) -> Event | None:
     """Ends a request now; its last event, or None where it is unknown or has ended."""
@@ -197,9 +162,12 @@ class Engine:
       raise self._errors.popleft()
     num_before = len(self._pending)
     self._fill_one()
-    live = [row.job for row in self._rows if row.job is not None and not self._is_filling(row.job)]
+    live = [row.job for row in self._rows if row.job is not None and not row.job.is_filling]
     if any(job.request.constraint is not None for job in live):
       self._read(len(self._pending))
+      for job in live:
+        if job.request.fast_forward and job.finish_reason is None:
+          self._fast_forward(job)
       live = [job for job in live if job.finish_reason is None]
       if live:
         self._constrained_round(live)
@@ -217,179 +185,47 @@ class Engine:
     while self._fill_one():
       pass
 
-  def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
-    """Events of these requests as they come; ids count from the first request's (the iterator
-    closed early cancels what is left)."""
-    uids = set(self.add_all(requests))
-    try:
-      while uids:
-        for event in self.step():
-          if event.id in uids:
-            if event.finish_reason is not None:
-              uids.discard(event.id)
-            yield event
-    finally:
-      for uid in uids:
-        self.cancel(uid)
-
-  def generate(
-    self,
-    prompts: Sequence[Sequence[int]],
-    sampling: config.SamplingConfig | None = None,
-    *,
-    stop_ids: Sequence[int] = (),
-    seeds: Sequence[int] | None = None,
-    want_logprobs: bool = False,
-  ) -> Generation:
-    """Decodes prompts to the end. `seeds` gives every prompt its own noise."""
-    sampling = config.SamplingConfig() if sampling is None else sampling
-    seeds = [sampling.seed] * len(prompts) if seeds is None else list(seeds)
-    if len(seeds) != len(prompts):
-      raise ValueError(
-        f"seeds: found {len(seeds)}, expected one for each of {len(prompts)} prompts"
-      )
-    requests = [
-      Request(prompt, dataclasses.replace(sampling, seed=seed), stop_ids, None, want_logprobs)
-      for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
-    return self.collect(requests)
-
-  def collect(self, requests: Sequence[Request]) -> Generation:
-    """Runs requests to the end, in their order; where one fails, all of them are cancelled."""
-    uids = self.add_all(requests)
-    tokens = {uid: [] for uid in uids}
-    logprobs = {uid: [] for uid in uids}
-    ends: dict[int, Event] = {}
-    try:
-      while len(ends) < len(uids):
-        for event in self.step():
-          if event.id in tokens:
-            tokens[event.id] += event.tokens
-            logprobs[event.id] += event.logprobs
-            if event.finish_reason is not None:
-              ends[event.id] = event
-    finally:
-      for uid in uids:
-        self.cancel(uid)  # nothing where it has ended
-    return Generation(
-      tokens=[tokens[uid] for uid in uids],
-      logprobs=[logprobs[uid] for uid in uids],
-      finish_reason=[ends[uid].finish_reason for uid in uids],
-      stats=[ends[uid].stats for uid in uids],
-    )
-
   # --- Inside -------------------------------------------------------------------------------------
 
   def _fill_one(self) -> bool:
     """Prefills a chunk of the first prompt that waits for one."""
     self._admit()
-    job = next((row.job for row in self._rows if self._is_filling(row.job)), None)
+    jobs = (row.job for row in self._rows if row.job is not None)
+    job = next((job for job in jobs if job.is_filling), None)
     if job is not None:
       self._prefill_chunk(job)
     return job is not None
 
-  @staticmethod
-  def _is_filling(job: _Job | None) -> bool:
-    return job is not None and job.num_cached < len(job.request.prompt)
-
-  def _kind(self, job: _Job) -> Any:
-    """Keys are reused only where they were made with the same rotation and attention."""
-    cfg, total = self.model.cfg, len(job.request.prompt)
-    rotation = None
-    if cfg.rope.kind == "longrope":
-      rotation = self._rope_length(job) > cfg.rope.original_max_position
-    elif cfg.rope.kind == "dynamic":
-      rotation = max(self._rope_length(job), cfg.max_position)
-    return rotation, cfg.sparse is not None and total >= cfg.sparse.dense_len
-
-  @staticmethod
-  def _rope_length(job: _Job) -> int:
-    return len(job.request.prompt) + job.request.sampling.max_new_tokens
-
   def _admit(self) -> None:
     """Waiting requests take free rows, those whose cache begins alike first."""
     while self._waiting:
-      free = [i for i, row in enumerate(self._rows) if row.job is None]
-      if not free:
+      if all(row.job is not None for row in self._rows):
         return
       job = self._waiting.popleft()
-      row, source, num = self._choose_row(free, job)
+      kind, reuse = rows_lib.kind_of(self.model.cfg, job), self.drafter.reuses_prefix
+      row, source, num = rows_lib.choose_row(self._rows, job, kind, self.cfg.min_prefix, reuse)
       job.row, job.num_cached, job.started = row, num, time.perf_counter()
-      self._rows[row] = _Row(job, list(job.request.prompt[:num]), self._kind(job))
+      self._rows[row] = rows_lib.Row(job, list(job.request.prompt[:num]), kind)
       if source != row:
         copied = (self.drafter, self._state, np.int32(source), np.int32(row))
         self._state = rounds_lib.copy_row(*copied)
-      if self.before is not None and num < self.before.length:
+      num_before = 0 if self.before is None else self.before.length
+      if num < num_before:
         stored = (self.before.k, self.before.v)
         self._state = rounds_lib.put_prefix(self._state, np.int32(row), *stored)
-        num = job.num_cached = self.before.length
+        num = job.num_cached = num_before
         self._rows[row].held = list(self.before.tokens)
-      job.stats.cached_tokens = num - (0 if self.before is None else self.before.length)
-      self._state = rounds_lib.admit(self._state, np.int32(row), self._settings(job))
-
-  def _choose_row(self, free: list[int], job: _Job) -> tuple[int, int, int]:
-    """(row, row to continue, tokens of it). One token less than the common prefix is reused: the
-    state of a draft at the last one depends on the token that follows."""
-    prompt, kind = job.request.prompt, self._kind(job)
-
-    def common(index: int) -> int:
-      row = self._rows[index]
-      if self.cfg.min_prefix < 0 or row.kind != kind or not self.drafter.reuses_prefix:
-        return 0
-      pairs = zip(row.held, prompt, strict=False)
-      num = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.held), len(prompt)))
-      return max(0, num - 1)
-
-    own = max(free, key=lambda i: (common(i), -len(self._rows[i].held)))
-    best = max(range(len(self._rows)), key=common)
-    if common(best) >= common(own) + max(1, self.cfg.min_prefix):
-      own = min(free, key=lambda i: len(self._rows[i].held))
-      return own, best, common(best)
-    num = common(own)
-    return own, own, num if num >= self.cfg.min_prefix else 0
-
-  def _settings(self, job: _Job) -> rounds_lib.RowSettings:
-    sampling = job.request.sampling
-    stops_E = np.full(rounds_lib.STOP_SLOTS, NO_TOKEN, np.int32)
-    stops_E[: len(job.stops)] = job.stops
-    seen_V = np.zeros(self.model.cfg.vocab_size, bool)
-    seen_V[job.request.prompt[0 if self.before is None else self.before.length :]] = True
-    one = lambda value, dtype: np.full((1,), value, dtype)  # noqa: E731
-    return rounds_lib.RowSettings(
-      start=np.int32(job.num_cached),
-      limit=np.int32(job.limit),
-      stops_E=stops_E,
-      rope_length=np.int32(self._rope_length(job)),
-      seen_V=seen_V,
-      wants_logprobs=np.bool_(job.request.want_logprobs),
-      sampling=sampling_lib.SamplingState(
-        key_B=rng.key(sampling.seed, "sampling")[None],
-        temperature_B=one(sampling.temperature, np.float32),
-        top_k_B=one(sampling.top_k, np.int32),
-        top_p_B=one(sampling.top_p, np.float32),
-        min_p_B=one(sampling.min_p, np.float32),
-        penalty_B=one(sampling.repetition_penalty, np.float32),
-      ),
-    )
+      job.stats.cached_tokens = num - num_before
+      settings = rows_lib.settings(job, self.model.cfg.vocab_size, num_before)
+      self._state = rounds_lib.admit(self._state, np.int32(row), settings)
 
   def _span(self, num_slots: int) -> int:
-    span = self.cfg.min_span
-    while span < num_slots:
-      span *= 2
-    return min(span, self._num_slots)
+    return rows_lib.span_of(num_slots, self.cfg.min_span, self._num_slots)
 
   def _chunk_size(self, start: int, rest: int) -> int:
-    """The largest chunk while the prompt fills it, then the smallest that holds the rest."""
-    size, sizes = self.cfg.chunk_size, []
-    while size >= SMALLEST_CHUNK:
-      sizes.append(size)
-      size //= 4
-    sizes.append(SMALLEST_CHUNK)
-    fitting = [s for s in sizes if start + s <= self._num_slots]
-    holding = [s for s in fitting if s >= rest]
-    return min(holding) if holding else max(fitting)
+    return rows_lib.chunk_of(start, rest, self.cfg.chunk_size, self._num_slots)
 
-  def _prefill_chunk(self, job: _Job) -> None:
+  def _prefill_chunk(self, job: rows_lib.Job) -> None:
     prompt, start = job.request.prompt, job.num_cached
     size = self._chunk_size(start, len(prompt) - start)
     num = min(size, len(prompt) - start)
@@ -411,20 +247,25 @@ class Engine:
     if is_last:
       self._await(_Answer(answer, [job], 0))
 
-  def _dispatch(self, live: list[_Job]) -> None:
+  def _dispatch(self, live: list[rows_lib.Job]) -> None:
     rounds, A = self.cfg.rounds_per_dispatch, self.drafter.num_levels + 1
     # Answers under way may have made a row longer than the host knows.
     ahead = sum(p.rounds for p in self._pending) * A
     length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
-    span = self._span(length + rounds * A + self.drafter.num_nodes)
+    span = self._span(length + rounds * A + self._num_rows)
     answer = self._call(rounds_lib.run, live, span=span, rounds=rounds)
     self._await(_Answer(answer, self._jobs_by_row(live), rounds))
 
-  def _constrained_round(self, live: list[_Job]) -> None:
+  def _constrained_round(self, live: list[rows_lib.Job]) -> None:
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""
     length = max(len(job.request.prompt) + len(job.tokens) for job in live)
-    span = self._span(length + self.drafter.num_nodes)
-    tree, self._state = rounds_lib.draft(self.drafter, self.params, self._state, span=span)
+    span = self._span(length + self._num_rows)
+    root_mask_BW = np.full((self.cfg.max_batch, self._free_mask.shape[1]), -1, np.int32)
+    for job in live:
+      if job.request.constraint is not None:
+        job.request.constraint.fill_mask(root_mask_BW[job.row])
+    args = (self.drafter, self.params, self._state, root_mask_BW)
+    tree, self._state = rounds_lib.draft(*args, span=span)
     tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
     mask_BPW = np.full((*tok_BP.shape, self._free_mask.shape[1]), -1, np.int32)
     for job in live:
@@ -437,17 +278,38 @@ class Engine:
     answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
     self._await(_Answer(answer, self._jobs_by_row(live), 1))
 
+  def _fast_forward(self, job: rows_lib.Job) -> None:
+    """Appends what the constraint forces as one chunk: one forward for all of it."""
+    length = len(job.request.prompt) + len(job.tokens) - 1  # the last token is not in the cache
+    forced = rows_lib.forced_tokens(job, self.model.cfg.sparse)
+    if len(forced) < 2:  # a round brings as much
+      return
+    size = self._chunk_size(length, len(forced))
+    forced = forced[:size]
+    num = len(forced)
+    tokens_1C, forced_C = np.zeros((1, size), np.int32), np.full((size,), NO_TOKEN, np.int32)
+    tokens_1C[0, :num], forced_C[:num] = [job.tokens[-1], *forced[:-1]], forced
+    args = (tokens_1C, np.int32(job.row), np.int32(num), np.int32(length + num))
+    args += (np.int32(forced[-1]), self._free_mask)
+    self._call(rounds_lib.prefill, [job], *args, span=self._span(length + size))
+    so_far = np.int32(len(job.tokens) + num)
+    self._state = rounds_lib.resume(self._state, np.int32(job.row), so_far, forced_C)
+    job.stats.forced_tokens += num
+    event = self._take(job, forced, [], [])
+    if event is not None:
+      self._outbox.append(event)
+
   def _await(self, answer: _Answer) -> None:
     self._pending.append(answer)
     for job in answer.jobs:
       if job is not None:
         job.promised += max(1, answer.rounds)
 
-  def _jobs_by_row(self, live: list[_Job]) -> list[_Job | None]:
+  def _jobs_by_row(self, live: list[rows_lib.Job]) -> list[rows_lib.Job | None]:
     by_row = {job.row: job for job in live}
     return [by_row.get(i) for i in range(len(self._rows))]
 
-  def _call(self, function: Any, jobs: list[_Job], *args: Any, **static: Any) -> Any:
+  def _call(self, function: Any, jobs: list[rows_lib.Job], *args: Any, **static: Any) -> Any:
     """Runs a function of the state; what it compiles first is timed apart."""
     head = (self.model, self.drafter, self.params, self._state)
     shapes = tuple(getattr(x, "shape", None) for x in args)
@@ -470,8 +332,10 @@ class Engine:
     """Waits for the `num` oldest answers and puts their events into the outbox."""
     for _ in range(num):
       answer, jobs, num_rounds = self._pending.popleft()
-      tokens_BRA, logprobs_BRA, is_bad_B = jax.device_get(
-        (answer.tokens_BRA, answer.logprobs_BRA, answer.is_bad_B)
+      wants_top = any(job is not None and job.request.num_top_logprobs for job in jobs)
+      tops = (answer.top_ids_BRAK, answer.top_logprobs_BRAK) if wants_top else ()
+      tokens_BRA, logprobs_BRA, is_bad_B, *tops = jax.device_get(
+        (answer.tokens_BRA, answer.logprobs_BRA, answer.is_bad_B, *tops)
       )
       now = time.perf_counter()
       seconds, self._clock = now - self._clock, now
@@ -487,7 +351,8 @@ class Engine:
         if is_bad_B[b]:
           bad.append(job)
           continue
-        event = self._emit(job, tokens_BRA[b], logprobs_BRA[b], is_prefill=num_rounds == 0)
+        said = (tokens_BRA[b], logprobs_BRA[b], [x[b] for x in tops])
+        event = self._emit(job, *said, is_prefill=num_rounds == 0)
         if event is not None:
           self._outbox.append(event)
       if bad:
@@ -495,26 +360,38 @@ class Engine:
         self._errors += [self._failed(job, text) for job in bad]
         raise self._errors.popleft()
 
-  def _failed(self, job: _Job, text: str) -> "RequestError":
+  def _failed(self, job: rows_lib.Job, text: str) -> "RequestError":
     self._state = rounds_lib.release(self._state, np.int32(job.row))
     self._outbox.append(self._finish(job, "cancelled", [], []))
     return RequestError(job.id, text)
 
-  def _check_mask(self, mask_W: np.ndarray, job: _Job) -> None:
+  def _check_mask(self, mask_W: np.ndarray, job: rows_lib.Job) -> None:
     if not mask_W.any():
       raise self._failed(job, "the constraint allows no token, expected at least one")
 
-  def _emit(self, job: _Job, tokens_RA, logprobs_RA, *, is_prefill: bool) -> Event | None:
+  def _emit(
+    self, job: rows_lib.Job, tokens_RA, logprobs_RA, tops_RAK, *, is_prefill: bool
+  ) -> Event | None:
     is_token_RA = tokens_RA != NO_TOKEN
     counts = is_token_RA.sum(axis=1)
     if not is_prefill:
       job.stats.accepted += [int(n) for n in counts if n]
     tokens = [int(t) for t in tokens_RA[is_token_RA]]
     logprobs = [float(x) for x in logprobs_RA[is_token_RA]] if job.request.want_logprobs else []
+    tops: list[Top] = []
+    if num_top := job.request.num_top_logprobs:
+      ids_NK, best_NK = (x[is_token_RA][:, :num_top].tolist() for x in tops_RAK)
+      tops = [list(zip(*pair, strict=True)) for pair in zip(ids_NK, best_NK, strict=True)]
+    return self._take(job, tokens, logprobs, tops)
+
+  def _take(
+    self, job: rows_lib.Job, tokens: list[int], logprobs: list[float], tops: list[Top]
+  ) -> Event | None:
+    """The event of new tokens, cut where the request ends."""
     reason: FinishReason | None = None
     if job.request.constraint is not None:
-      tokens, is_stopped = _follow(job.request.constraint, tokens, job.stops)
-      logprobs = logprobs[: len(tokens)]
+      tokens, is_stopped = requests.follow(job.request.constraint, tokens, job.stops)
+      logprobs, tops = logprobs[: len(tokens)], tops[: len(tokens)]
       reason = "stop" if is_stopped else None
     if not tokens:
       return None
@@ -525,28 +402,17 @@ class Engine:
     elif reason is None and len(job.tokens) >= job.limit:
       reason = "length"
     if reason is None:
-      return Event(job.id, tokens, logprobs)
+      return Event(job.id, tokens, logprobs, top_logprobs=tops)
     if job.request.constraint is not None:
       self._state = rounds_lib.release(self._state, np.int32(job.row))
-    return self._finish(job, reason, tokens, logprobs)
+    return self._finish(job, reason, tokens, logprobs, tops)
 
-  def _finish(self, job: _Job, reason: FinishReason, tokens, logprobs) -> Event:
+  def _finish(self, job: rows_lib.Job, reason: FinishReason, tokens, logprobs, tops=()) -> Event:
     job.finish_reason = reason
     job.stats.new_tokens = len(job.tokens)
     if job.row >= 0:
       self._rows[job.row].job = None
-    return Event(job.id, tokens, logprobs, reason, job.stats)
+    return Event(job.id, tokens, logprobs, reason, job.stats, list(tops))
 
 
 _COMPILED: set[Any] = set()
-
-
-def _follow(
-  constraint: TokenConstraint, tokens: list[int], stops: tuple[int, ...]
-) -> tuple[list[int], bool]:
-  """(tokens up to the one that ends the constraint, whether it has ended)."""
-  for i, token in enumerate(tokens):
-    constraint.consume(token)
-    if constraint.is_stopped() or token in stops:
-      return tokens[: i + 1], True
-  return tokens, False

@@ -10,12 +10,17 @@ from minicpm_jax import config
 from minicpm_jax.models import cache
 from minicpm_jax.quant import prefix
 
+Top = Sequence[tuple[int, float]]  # the likeliest tokens of a place and their log-probabilities
+MAX_TOP = 20
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @runtime_checkable
 class TokenConstraint(Protocol):
-  """What may be said next; follows one output (infer/constrained.py has llguidance's)."""
+  """What may be said next; follows one output (infer/constrained.py has llguidance's).
+
+  For `Request.fast_forward` it also has `forced_tokens() -> list[int]`, the only way to go on.
+  """
 
   def fill_mask(self, row: np.ndarray) -> None:
     """Writes int32 [ceil(V / 32)]: bit i % 32 of word i // 32 is 1 where token i may follow."""
@@ -34,13 +39,20 @@ class TokenConstraint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One prompt. stop_ids are added to the engine's; `constraint` belongs to this request alone."""
+  """One prompt. stop_ids are added to the engine's; `constraint` belongs to this request alone.
+
+  fast_forward: tokens that the constraint forces are appended as one chunk, without sampling. The
+  law changes where several cuts of the forced text into tokens are allowed, so it is off unless
+  asked for (inference.md 16).
+  """
 
   prompt: Sequence[int]
   sampling: config.SamplingConfig = config.SamplingConfig()
   stop_ids: Sequence[int] = ()
   constraint: TokenConstraint | None = None
   want_logprobs: bool = False
+  num_top_logprobs: int = 0  # with want_logprobs, at most MAX_TOP
+  fast_forward: bool = False
 
 
 @dataclasses.dataclass
@@ -50,6 +62,7 @@ class Stats:
   prompt_tokens: int = 0
   cached_tokens: int = 0  # of the prompt, taken from an earlier request
   new_tokens: int = 0
+  forced_tokens: int = 0  # of the new ones, appended without sampling
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0  # from the first token to the last; other rows decode meanwhile
   compile_seconds: float = 0.0
@@ -70,6 +83,7 @@ class Event:
   logprobs: list[float]
   finish_reason: FinishReason | None = None
   stats: Stats | None = None  # with the last event
+  top_logprobs: list[Top] = dataclasses.field(default_factory=list)  # where asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +94,7 @@ class Generation:
   logprobs: list[list[float]]
   finish_reason: list[FinishReason]
   stats: list[Stats] = dataclasses.field(default_factory=list)
+  top_logprobs: list[list[Top]] = dataclasses.field(default_factory=list)
 
 
 class RequestError(ValueError):
@@ -112,3 +127,39 @@ def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
   if low < 0 or high >= vocab_size:
     found = low if low < 0 else high
     raise ValueError(f"{name}: found token {found}, expected 0..{vocab_size - 1}")
+
+
+def check_stops(stops: Sequence[int], most: int, vocab_size: int) -> None:
+  """ValueError for more stop ids than a row has room for, and for ids that no token can be."""
+  if len(stops) > most:
+    raise ValueError(f"stop_ids: found {len(stops)}, expected at most {most}")
+  for token in stops:
+    if not 0 <= token < vocab_size:
+      raise ValueError(f"stop_ids: found {token}, expected tokens of 0..{vocab_size - 1}")
+
+
+def check_options(request: Request) -> None:
+  """ValueError for options out of range and those that exclude each other."""
+  if not 0 <= request.num_top_logprobs <= (MAX_TOP if request.want_logprobs else 0):
+    raise ValueError(
+      f"num_top_logprobs: found {request.num_top_logprobs}, expected 0..{MAX_TOP}, and 0 without "
+      "want_logprobs"
+    )
+  if request.fast_forward and not hasattr(request.constraint, "forced_tokens"):
+    raise ValueError(
+      "fast_forward: found no constraint that knows what it forces, expected one with "
+      "forced_tokens()"
+    )
+  if request.fast_forward and request.want_logprobs:
+    raise ValueError("fast_forward: found with want_logprobs, but forced tokens are not measured")
+
+
+def follow(
+  constraint: TokenConstraint, tokens: list[int], stops: tuple[int, ...]
+) -> tuple[list[int], bool]:
+  """(tokens up to the one that ends the constraint, whether it has ended)."""
+  for i, token in enumerate(tokens):
+    constraint.consume(token)
+    if constraint.is_stopped() or token in stops:
+      return tokens[: i + 1], True
+  return tokens, False

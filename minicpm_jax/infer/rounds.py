@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from minicpm_jax import config
-from minicpm_jax.infer import constrained
+from minicpm_jax.infer import answers, constrained
 from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
 
-NO_TOKEN = -1  # in an answer: nothing was emitted here
+NO_TOKEN = answers.NO_TOKEN
 STOP_SLOTS = 16  # stop ids a row may have
 
 
@@ -37,6 +37,7 @@ class State:
   rope_length_B: Any  # int32, what LongRoPE and dynamic NTK scale for
   seen_BV: Any  # bool, tokens of prompt and output (repetition penalty)
   wants_logprobs_B: Any  # bool
+  wants_top_B: Any  # bool, the likeliest tokens too
   sampling: sampling_lib.SamplingState
 
 
@@ -50,16 +51,8 @@ class RowSettings:
   rope_length: Any  # int32
   seen_V: Any  # bool
   wants_logprobs: Any  # bool
+  wants_top: Any  # bool
   sampling: sampling_lib.SamplingState  # of one row
-
-
-@flax.struct.dataclass
-class Answer:
-  """What the host reads. tokens_BRA: of each round, `NO_TOKEN` beyond what a row emitted."""
-
-  tokens_BRA: Any  # int32
-  logprobs_BRA: Any  # float32, of the bare model; 0 unless asked for
-  is_bad_B: Any  # bool, logits were not finite
 
 
 def init_state(
@@ -78,6 +71,7 @@ def init_state(
     rope_length_B=jnp.full((B,), capacity, jnp.int32),
     seen_BV=jnp.zeros((B, V), bool),
     wants_logprobs_B=jnp.zeros((B,), bool),
+    wants_top_B=jnp.zeros((B,), bool),
     sampling=no_sampling,
   )
 
@@ -94,6 +88,7 @@ def admit(state: State, row: Any, new: RowSettings) -> State:
     rope_length_B=state.rope_length_B.at[row].set(new.rope_length),
     seen_BV=state.seen_BV.at[row].set(new.seen_V),
     wants_logprobs_B=state.wants_logprobs_B.at[row].set(new.wants_logprobs),
+    wants_top_B=state.wants_top_B.at[row].set(new.wants_top),
     sampling=jax.tree.map(lambda x, y: x.at[row].set(y[0]), state.sampling, new.sampling),
   )
 
@@ -127,6 +122,17 @@ def release(state: State, row: Any) -> State:
   return state.replace(is_live_B=state.is_live_B.at[row].set(False))
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def resume(state: State, row: Any, num_emitted: Any, tokens_C: Any) -> State:
+  """The row decodes on behind tokens that `prefill` appended to it (padded with NO_TOKEN)."""
+  ids_C = jnp.where(tokens_C < 0, state.seen_BV.shape[1], tokens_C)
+  return state.replace(
+    is_live_B=state.is_live_B.at[row].set(True),
+    num_emitted_B=state.num_emitted_B.at[row].set(num_emitted),
+    seen_BV=state.seen_BV.at[row, ids_C].set(True, mode="drop"),
+  )
+
+
 def _rope_length(cfg: config.ModelConfig, length_B: Any) -> Any:
   """None where the model does not ask for it: then the tables need no data."""
   return length_B if cfg.rope.kind in ("dynamic", "longrope") else None
@@ -146,7 +152,7 @@ def prefill(
   mask_1W: Any,
   *,
   span: int,
-) -> tuple[State, Answer]:
+) -> tuple[State, answers.Answer]:
   """One chunk of a prompt of `total` tokens, padded to C; samples the root where next_id < 0.
 
   next_id: the token after this chunk, NO_TOKEN for the last one. mask_1W: bits of the tokens that
@@ -185,6 +191,7 @@ def prefill(
   )
   is_open = is_last & ~jnp.any(root == state.stops_BE[row]) & (state.limit_B[row] > 1)
   logprob_1 = sampling_lib.logprobs(logits_1V, token_1)
+  top_ids_1K, top_1K = answers.likeliest(logits_1V, state.wants_top_B[row] & is_last)
   state = state.replace(
     cache=out.cache,
     draft=drafter.prefill(params._replace(span=span), state.draft, new),
@@ -194,9 +201,11 @@ def prefill(
     seen_BV=state.seen_BV.at[row, root].set(True),
   )
   token = jnp.where(is_last, root, NO_TOKEN)
-  return state, Answer(
+  return state, answers.Answer(
     tokens_BRA=token[None, None, None],
     logprobs_BRA=logprob_1[:, None, None],
+    top_ids_BRAK=top_ids_1K[:, None, None],
+    top_logprobs_BRAK=top_1K[:, None, None],
     is_bad_B=~jnp.all(jnp.isfinite(jnp.max(logits_1V, axis=1, keepdims=True)), axis=1),
   )
 
@@ -208,7 +217,7 @@ def _draft(drafter: base.Drafter, params: base.Params, state: State, span: int):
 
 
 def _round(model, drafter, params, state: State, span):
-  """(state after a round, tokens_BA, logprobs_BA, is_bad_B)."""
+  """(state after a round, its Answer)."""
   tree, state = _draft(drafter, params, state, span)
   D = drafter.num_levels
   if not getattr(drafter, "may_pass", False):
@@ -221,17 +230,15 @@ def _round(model, drafter, params, state: State, span):
       depth_BP=tree.depth_BP[:, :1],
       anc_BPP=tree.anc_BPP[:, :1, :1],
     )
-    state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, root, None, span, 0)
-    tokens = jnp.pad(tokens, ((0, 0), (0, D)), constant_values=NO_TOKEN)
-    return state, tokens, jnp.pad(logprobs, ((0, 0), (0, D))), is_bad_B
+    state, short = _verify(model, drafter, params, state, root, None, span, 0)
+    return state, answers.put(nothing, 0, short)
 
   def whole(state):
     return _verify(model, drafter, params, state, tree, None, span, D)
 
   is_any = jnp.any((tree.tok_BP[:, 1:] >= 0) & state.is_live_B[:, None])
-  B = state.root_B.shape[0]
-  nothing = (jnp.full((B, D + 1), NO_TOKEN, jnp.int32), jnp.zeros((B, D + 1), jnp.float32))
-  out = _if(is_any, whole, (state, *nothing, jnp.zeros((B,), bool)))
+  nothing = answers.no_answer(state.root_B.shape[0], 1, D, model.cfg.vocab_size)
+  out = _if(is_any, whole, (state, nothing))
   return _if(~is_any, plainly, out)
 
 
@@ -246,18 +253,11 @@ def _if(is_wanted: Any, function: Any, given: Any) -> Any:
 
 
 def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, span, num_levels):
-  """(state after the round, tokens_BA, logprobs_BA, is_bad_B)."""
+  """(state after the round, its Answer)."""
   cfg, D = model.cfg, num_levels
   B, P = tree.tok_BP.shape
   length_B = state.cache.length
-  out = model.apply(
-    {"params": params.target},
-    jnp.maximum(tree.tok_BP, 0),
-    cache=state.cache,
-    step=cache_lib.Step(anc_BTT=tree.anc_BPP, depth_BT=tree.depth_BP, span=span),
-    rope_length=_rope_length(cfg, state.rope_length_B),
-    tap_layers=drafter.tap_layers,
-  )
+  out = _forward(model, drafter, params, state, tree, span)
   logits_NV = jnp.reshape(out.logits, (B * P, -1))
   masked_NV = logits_NV
   if mask_BPW is not None:
@@ -274,20 +274,28 @@ def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, spa
   emitted_BA = jnp.where(steps_1A < acc_B[:, None], new_BA, NO_TOKEN)
   last_B = jnp.take_along_axis(new_BA, jnp.maximum(acc_B - 1, 0)[:, None], axis=1)[:, 0]
   features = out.taps if drafter.tap_layers else out.hidden
+  riders_BMD = None
+  if M := base.num_riders(drafter):
+    end_B1 = jnp.take_along_axis(path_BA, jnp.maximum(acc_B - 1, 0)[:, None], axis=1)
+    at_BM = P + M * end_B1 + jnp.arange(M, dtype=jnp.int32)[None, :]
+    riders_BMD = jnp.take_along_axis(out.hidden, at_BM[:, :, None], axis=1)
   new = base.Committed(
     tokens_BT=jnp.take_along_axis(jnp.maximum(tree.tok_BP, 0), path_BA, axis=1),
     next_BT=new_BA,
     features_BTD=jnp.take_along_axis(features, path_BA[:, :, None], axis=1),
     start_B=length_B,
     num_B=acc_B,
+    riders_BMD=riders_BMD,
   )
   path_NA = path_BA + P * jnp.arange(B, dtype=jnp.int32)[:, None]
 
-  def logprobs():
-    rows = jnp.reshape(path_NA, (-1,))
-    return sampling_lib.logprobs(logits_NV[rows], jnp.reshape(new_BA, (-1,)))
+  path_N = jnp.reshape(path_NA, (-1,))
 
-  wanted = jnp.any(state.wants_logprobs_B & state.is_live_B)
+  def logprobs():
+    return sampling_lib.logprobs(logits_NV[path_N], jnp.reshape(new_BA, (-1,)))
+
+  is_running_B = state.is_live_B
+  wanted = jnp.any(state.wants_logprobs_B & is_running_B)
   logprobs_N = jax.lax.cond(wanted, logprobs, lambda: jnp.zeros((B * (D + 1),), jnp.float32))
   rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
   seen_ids_BA = jnp.where(emitted_BA < 0, state.seen_BV.shape[1], emitted_BA)
@@ -301,7 +309,40 @@ def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, spa
     num_emitted_B=state.num_emitted_B + acc_B,
     seen_BV=state.seen_BV.at[rows_B1, seen_ids_BA].set(True, mode="drop"),
   )
-  return state, emitted_BA, jnp.reshape(logprobs_N, (B, D + 1)), is_bad_B
+  is_top_wanted = jnp.any(state.wants_top_B & is_running_B)
+  top_ids_NK, top_NK = answers.likeliest(logits_NV[path_N], is_top_wanted)
+  return state, answers.Answer(
+    tokens_BRA=emitted_BA[:, None],
+    logprobs_BRA=jnp.reshape(logprobs_N, (B, 1, D + 1)),
+    top_ids_BRAK=jnp.reshape(top_ids_NK, (B, 1, D + 1, -1)),
+    top_logprobs_BRAK=jnp.reshape(top_NK, (B, 1, D + 1, -1)),
+    is_bad_B=is_bad_B,
+  )
+
+
+def _forward(model, drafter, params, state: State, tree: base.Tree, span) -> Any:
+  """The target's output at the nodes, `hidden` also at what rides on them."""
+  tokens_BR, more = jnp.maximum(tree.tok_BP, 0), {}
+  anc_BRR, depth_BR, num_riders = tree.anc_BPP, tree.depth_BP, base.num_riders(drafter)
+  if num_riders:
+    P = tokens_BR.shape[1]
+    rows = drafter.ride(params, tree)
+    anc_BRR, depth_BR, more = rows.anc_BRR, rows.depth_BR, {"ahead": rows.ahead}
+    tokens_BR = jnp.pad(tokens_BR, ((0, 0), (0, num_riders * P)))
+  out = model.apply(
+    {"params": params.target},
+    tokens_BR,
+    cache=state.cache,
+    step=cache_lib.Step(anc_BTT=anc_BRR, depth_BT=depth_BR, span=span),
+    rope_length=_rope_length(model.cfg, state.rope_length_B),
+    tap_layers=drafter.tap_layers,
+    return_logits=not num_riders,
+    **more,
+  )
+  if not num_riders:
+    return out
+  logits_BPV = model.apply({"params": params.target}, out.hidden[:, :P], method="unembed")
+  return out.replace(logits=logits_BPV)
 
 
 def _cut(state: State, acc_B, new_BA):
@@ -322,33 +363,24 @@ def _cut(state: State, acc_B, new_BA):
 )
 def run(
   model: Any, drafter: base.Drafter, params: base.Params, state: State, *, span: int, rounds: int
-) -> tuple[State, Answer]:
+) -> tuple[State, answers.Answer]:
   """`rounds` rounds, fewer when no row is live."""
 
   def one(state):
     return _round(model, drafter, params, state, span)
 
   if rounds == 1:
-    state, tokens, logprobs, is_bad_B = one(state)
-    return state, Answer(tokens[:, None], logprobs[:, None], is_bad_B)
+    return one(state)
 
   def body(carry):
     i, state, answer = carry
     # Unpacked weights must not become loop invariants: XLA would store them as floats.
     held, state = jax.lax.optimization_barrier((params, state))
-    state, tokens, logprobs, is_bad_B = _round(model, drafter, held, state, span)
-    answer = Answer(
-      tokens_BRA=answer.tokens_BRA.at[:, i].set(tokens),
-      logprobs_BRA=answer.logprobs_BRA.at[:, i].set(logprobs),
-      is_bad_B=answer.is_bad_B | is_bad_B,
-    )
-    return i + 1, state, answer
+    state, new = _round(model, drafter, held, state, span)
+    return i + 1, state, answers.put(answer, i, new)
 
-  shape = (state.root_B.shape[0], rounds, drafter.num_levels + 1)
-  answer = Answer(
-    tokens_BRA=jnp.full(shape, NO_TOKEN, jnp.int32),
-    logprobs_BRA=jnp.zeros(shape, jnp.float32),
-    is_bad_B=jnp.zeros(shape[:1], bool),
+  answer = answers.no_answer(
+    state.root_B.shape[0], rounds, drafter.num_levels, model.cfg.vocab_size
   )
   first = (jnp.zeros((), jnp.int32), state, answer)
   is_on = lambda carry: (carry[0] < rounds) & jnp.any(carry[1].is_live_B)  # noqa: E731
@@ -358,10 +390,13 @@ def run(
 
 @functools.partial(jax.jit, static_argnames=("drafter", "span"), donate_argnames="state")
 def draft(
-  drafter: base.Drafter, params: base.Params, state: State, *, span: int
+  drafter: base.Drafter, params: base.Params, state: State, root_mask_BW: Any, *, span: int
 ) -> tuple[base.Tree, State]:
-  """First half of a round, for the host to look at the tree (constraints)."""
-  return _draft(drafter, params, state, span)
+  """First half of a round, for the host to look at the tree (constraints).
+
+  root_mask_BW: bits of the tokens that may follow the root, known before the tree is.
+  """
+  return _draft(drafter, params._replace(root_mask_BW=root_mask_BW), state, span)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
@@ -374,8 +409,7 @@ def verify(
   mask_BPW: Any,
   *,
   span: int,
-) -> tuple[State, Answer]:
+) -> tuple[State, answers.Answer]:
   """Second half: mask_BPW holds the bits of the tokens that may follow each node."""
   whole = (tree, mask_BPW, span, drafter.num_levels)
-  state, tokens, logprobs, is_bad_B = _verify(model, drafter, params, state, *whole)
-  return state, Answer(tokens[:, None], logprobs[:, None], is_bad_B)
+  return _verify(model, drafter, params, state, *whole)

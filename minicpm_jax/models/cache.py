@@ -57,8 +57,9 @@ class Step:
   committed slots and node j iff anc[i, j]; positions are length + depth; nothing is committed,
   see `commit`. `row`: the forward has batch 1 and works on that row. `total_B`: sequence length
   that decides between dense and sparse attention (chunks of one prompt: the whole prompt; default:
-  that after this forward, node by node). `span`: a static bound of length + T; slots beyond it are
-  not read.
+  that after this forward, node by node). `sees_BTS`: of a tree on dense attention, which committed
+  slots each node sees (training of mask tokens). `span`: a static bound of length + T; slots beyond
+  it are not read.
   """
 
   num_new_B: Any = None  # int32
@@ -66,6 +67,7 @@ class Step:
   depth_BT: Any = None  # int32, 0 = root
   row: Any = None  # int32 scalar
   total_B: Any = None  # int32
+  sees_BTS: Any = None  # bool
   span: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
@@ -171,14 +173,22 @@ def positions(cache: KVCache, step: Step, num_new: int) -> Any:
   return lengths(cache, step)[:, None] + (steps_1T if step.depth_BT is None else step.depth_BT)
 
 
-def tree_mask(length_B: Any, anc_BTT: Any, span: int) -> Any:
-  """bool [B, T, span]: slots below the length, and ancestors at length + node (inference.md 2)."""
+def tree_mask(length_B: Any, anc_BTT: Any, span: int, sees_BTS: Any = None) -> Any:
+  """bool [B, T, span]: slots below the length, and ancestors at length + node (inference.md 2).
+
+  sees_BTS: bool [B, T, any width]: of the slots below the length only these.
+  """
   T = anc_BTT.shape[-1]
   node_BS = jnp.arange(span, dtype=jnp.int32)[None, :] - length_B[:, None]
   is_node_BS = (node_BS >= 0) & (node_BS < T)
   at_B1S = jnp.clip(node_BS, 0, T - 1)[:, None, :]
   anc_BTS = jnp.take_along_axis(anc_BTT, jnp.broadcast_to(at_B1S, (*anc_BTT.shape[:2], span)), 2)
-  return (node_BS < 0)[:, None, :] | (is_node_BS[:, None, :] & anc_BTS)
+  past_BTS = (node_BS < 0)[:, None, :]
+  if sees_BTS is not None:
+    past_BTS &= jnp.pad(sees_BTS, ((0, 0), (0, 0), (0, max(0, span - sees_BTS.shape[2]))))[
+      ..., :span
+    ]
+  return past_BTS | (is_node_BS[:, None, :] & anc_BTS)
 
 
 def after(

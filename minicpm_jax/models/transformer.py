@@ -24,6 +24,7 @@ from minicpm_jax.nn import (
   functional,
   kv,
   layers,
+  lookahead,
   mla,
   moe,
   mtp,
@@ -56,6 +57,7 @@ class Context:
   kv_segment_ids_BS: Any = None
   grid: Any = None  # sparse_grid.Grid or sparse_tree.TreeGrid where attention may be sparse
   mask_BTS: Any = None  # bool, replaces the causal rule (draft trees)
+  is_mask_BT: Any = None  # bool, rows that see the soft prompts
   keeps_inputs: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -71,7 +73,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, carry: tuple[Float[Array, "B T D"], kv.LayerCache | None], ctx: Context
+    self,
+    carry: tuple[Float[Array, "B T D"], kv.LayerCache | None],
+    ctx: Context,
+    prompts: tuple[Array, Array] | None = None,
   ) -> tuple[tuple[Float[Array, "B T D"], kv.LayerCache | None], tuple[Any, Any]]:
     cfg, (x_BTD, cache) = self.cfg, carry
     x_BTD = checkpoint_name(x_BTD, "block_input")
@@ -79,7 +84,10 @@ class Block(nn.Module):
     normed = layers.RMSNorm(cfg, name="attn_norm")(x_BTD)
     args = (normed, ctx.tables, ctx.segment_ids_BT, ctx.kv_segment_ids_BS, cache)
     if cfg.mla is None:
-      branch, cache = attention.Attention(cfg, name="attn")(*args, ctx.grid, ctx.mask_BTS)
+      if prompts is not None:
+        prompts = lookahead.Prompts(*prompts, ctx.is_mask_BT)
+      args += (ctx.grid, ctx.mask_BTS, prompts)
+      branch, cache = attention.Attention(cfg, name="attn")(*args)
     else:
       branch, cache = mla.MLA(cfg, name="attn")(*args, ctx.mask_BTS)
     x_BTD = functional.add_branch(x_BTD, branch, self.residual_scale)
@@ -164,7 +172,7 @@ class Transformer(nn.Module):
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=cfg.num_layers,
         unroll=min(cfg.scan_unroll, cfg.num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -189,6 +197,7 @@ class Transformer(nn.Module):
     return_logits: bool = True,
     step: cache_lib.Step | None = None,
     tap_layers: tuple[int, ...] = (),
+    ahead: lookahead.Lookahead | None = None,
   ) -> Output:
     """Forward pass.
 
@@ -199,6 +208,7 @@ class Transformer(nn.Module):
     step: required with a cache that has one length a row; then positions and segments are its own.
     tap_layers: layers whose input is wanted in `Output.taps` (EAGLE-3); num_layers is what the
       final norm gets.
+    ahead: mask tokens among the rows and their soft prompts (BiTA); with a tree step alone.
     """
     cfg = self.cfg
     tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
@@ -224,12 +234,17 @@ class Transformer(nn.Module):
       rope_length = cache.capacity
     ctx = self._context(tokens_BT.shape, positions_BT, segment_ids_BT, rope_length)
     ctx = ctx.replace(keeps_inputs=bool(tap_layers))
-    x_BTD = self.embed(tokens_BT)
+    x_BTD, prompts = self.embed(tokens_BT), None
+    if ahead is not None:
+      _check_ahead(cfg, step)
+      x_BTD = lookahead.embedded(x_BTD, ahead, cfg.scale_emb)
+      ctx = ctx.replace(is_mask_BT=ahead.mask_BT > 0)
+      prompts = (ahead.k_LPKH, ahead.v_LPKH)
     if is_stepped:
       ctx = _with_step(cfg, cache, step, tokens_BT.shape, ctx)
     elif cache is not None:
       cache, ctx = _extend(cfg, cache, segment_ids_BT, ctx)
-    x_BTD, cache, losses, inputs = self._run_layers(x_BTD, cache, ctx, step)
+    x_BTD, cache, losses, inputs = self._run_layers(x_BTD, cache, ctx, step, prompts)
     hidden_BTD = self.final_norm(x_BTD)
     if cfg.mtp is not None and self.is_initializing():
       self.mtp_hidden(hidden_BTD, tokens_BT, positions_BT, segment_ids_BT)
@@ -278,19 +293,20 @@ class Transformer(nn.Module):
       grid = sparse_grid.make_grid(cfg.sparse, T, T, B, segment_ids_BS=segment_ids_BT)
     return Context(tables, segment_ids_BT, segment_ids_BT, grid)
 
-  def _run_layers(self, x_BTD, cache, ctx, step=None):
+  def _run_layers(self, x_BTD, cache, ctx, step=None, prompts=None):
     """(output, cache, sum of balance losses or None, inputs of the layers where they are kept)."""
     num_new = x_BTD.shape[1]
     if self.cfg.scan_layers:
       view = None if cache is None else cache_lib.layer_view(cache, None, step)
-      (x_BTD, view), (losses, inputs) = self.layers((x_BTD, view), ctx)
+      (x_BTD, view), (losses, inputs) = self.layers((x_BTD, view), ctx, prompts)
       if cache is not None:
         cache = cache_lib.after(cache, view, num_new, step)
       return x_BTD, cache, None if losses is None else jnp.sum(losses), inputs
     views, total, inputs = [], None, []
     for i, block in enumerate(self.layers):
       view = None if cache is None else cache_lib.layer_view(cache, i, step)
-      (x_BTD, view), (loss, given) = block((x_BTD, view), ctx)
+      own = None if prompts is None else (prompts[0][i], prompts[1][i])
+      (x_BTD, view), (loss, given) = block((x_BTD, view), ctx, own)
       views.append(view)
       inputs.append(given)
       total = loss if total is None else total + loss
@@ -339,7 +355,11 @@ def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Con
       f"({'step.row is set' if step.row is not None else 'rows of the cache'})"
     )
   span = cache.capacity if step.span is None else min(step.span, cache.capacity)
-  mask_BTS = cache_lib.tree_mask(length_B, step.anc_BTT, span) if step.is_tree else None
+  mask_BTS = None
+  if step.is_tree:
+    mask_BTS = cache_lib.tree_mask(length_B, step.anc_BTT, span, step.sees_BTS)
+  if step.sees_BTS is not None and cache.fine is not None:
+    raise ValueError("step.sees_BTS: found with sparse attention, expected a dense model")
   grid = None
   if cache.fine is not None and step.is_tree and T > 1:
     grid = sparse_tree.TreeGrid(length_B, step.depth_BT, step.anc_BTT)
@@ -348,6 +368,13 @@ def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Con
     grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
     grid = grid.replace(is_cached=True)
   return ctx.replace(grid=grid, mask_BTS=mask_BTS)
+
+
+def _check_ahead(cfg: ModelConfig, step: cache_lib.Step | None) -> None:
+  if step is None or not step.is_tree:
+    raise ValueError("ahead: found mask tokens, expected them in a tree step on a cache alone")
+  if cfg.mla is not None:
+    raise ValueError("ahead: found latent attention, expected keys and values by head")
 
 
 def init_params(model: Transformer, key: Key[Array, ""]) -> types.Params:

@@ -14,6 +14,7 @@ from minicpm_jax.core import mesh
 from minicpm_jax.nn import (
   kv,
   layers,
+  lookahead,
   rope,
   sparse_attention,
   sparse_cache,
@@ -140,6 +141,7 @@ class Attention(nn.Module):
     cache: kv.LayerCache | None = None,
     grid: sparse_grid.Grid | sparse_tree.TreeGrid | None = None,
     mask_BTS: Bool[Array, "B T S"] | None = None,
+    prompts: lookahead.Prompts | None = None,
   ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
     cfg = self.cfg
     D, N, K, H = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -169,8 +171,10 @@ class Attention(nn.Module):
       cache = cache.replace(**levels)
 
     def dense(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
-      ids = (segment_ids_BT, kv_segment_ids_BS)
-      return attend(cfg, q_BTNH, k_BSKH, v_BSKH, *ids, q_offset, mask_BTS)
+      ids, mask = (segment_ids_BT, kv_segment_ids_BS), mask_BTS
+      if prompts is not None:
+        (k_BSKH, v_BSKH), mask = prompts.behind(k_BSKH, v_BSKH), prompts.behind_mask(mask_BTS)
+      return attend(cfg, q_BTNH, k_BSKH, v_BSKH, *ids, q_offset, mask)
 
     def sparse(k_BSKH: Array, v_BSKH: Array) -> Float[Array, "B T N H"]:
       return attend_sparse(cfg, q_BTNH, k_BSKH, v_BSKH, grid, compressed, nope)
@@ -179,7 +183,8 @@ class Attention(nn.Module):
       view = cache.replace(layer=before.layer)
       q_score = q_BTNH if nope is None else nope[0]
       named = "xla" if cfg.attention in ("xla", "ref") else "auto"
-      return sparse_tree.attend_tree(q_BTNH, *new, q_score, view, cfg.sparse, grid, named)
+      args = (q_BTNH, *new, q_score, view, cfg.sparse, grid, named)
+      return sparse_tree.attend_tree(*args, prompts=prompts)
 
     if grid is None:
       out_BTNH = dense(k_BSKH, v_BSKH)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minicpm_jax.config import SparseAttentionConfig
-from minicpm_jax.nn import kv, sparse_attention, sparse_cache, sparse_grid
+from minicpm_jax.nn import kv, lookahead, sparse_attention, sparse_cache, sparse_grid
 from pallas_kernels.sparse_decode import api as sparse_decode
 from pallas_kernels.sparse_topk import xla as topk_xla
 
@@ -45,10 +45,13 @@ def attend_tree(
   cfg: SparseAttentionConfig,
   grid: TreeGrid,
   implementation: sparse_attention.Implementation = "auto",
+  *,
+  prompts: lookahead.Prompts | None = None,
 ) -> Float[Array, "B P N H"]:
   """`cache`: the layer's view with the nodes written at length + node; k, v: the nodes' own.
 
-  q_score: the queries that choose blocks (before RoPE with `use_nope`).
+  q_score: the queries that choose blocks (before RoPE with `use_nope`). prompts: soft prompts,
+  which are in no block and so always seen by the nodes that may see them.
   """
   B, P, N, H = q_BPNH.shape
   k_BSKH, v_BSKH = kv.read(cache, cache.k), kv.read(cache, cache.v)
@@ -82,23 +85,26 @@ def attend_tree(
     page_table_BM=jnp.repeat(pages_BM, P, axis=0),
     implementation=implementation,
   )
-  own, lse_own = _among_nodes(q_BPNH, k_BPKH, v_BPKH, grid.anc_BPP)
+  keys, sees_BPS = (k_BPKH, v_BPKH), grid.anc_BPP
+  if prompts is not None:
+    keys, sees_BPS = prompts.behind(*keys), prompts.behind_mask(sees_BPS)
+  own, lse_own = _among_nodes(q_BPNH, *keys, sees_BPS)
   past = jnp.reshape(past, own.shape).astype(jnp.float32)
   lse_past = jnp.reshape(lse_past, lse_own.shape)
   share = jax.nn.sigmoid(lse_own - lse_past)[..., None]  # of the nodes in the whole softmax
   return (share * own + (1 - share) * past).astype(v_BPKH.dtype)
 
 
-def _among_nodes(q_BPNH, k_BPKH, v_BPKH, anc_BPP):
-  """(out [B, P, N, H] float32, lse [B, P, N]) of attention to ancestors and self."""
+def _among_nodes(q_BPNH, k_BSKH, v_BSKH, sees_BPS):
+  """(out [B, P, N, H] float32, lse [B, P, N]) of attention to ancestors and self (and prompts)."""
   B, P, N, H = q_BPNH.shape
-  K = k_BPKH.shape[2]
+  K = k_BSKH.shape[2]
   q_BPKGH = jnp.reshape(q_BPNH, (B, P, K, N // K, H))
-  scores = jnp.einsum("BPKGH,BSKH->BPKGS", q_BPKGH, k_BPKH, preferred_element_type=jnp.float32)
-  scores = jnp.where(anc_BPP[:, :, None, None, :], H**-0.5 * scores, -jnp.inf)
+  scores = jnp.einsum("BPKGH,BSKH->BPKGS", q_BPKGH, k_BSKH, preferred_element_type=jnp.float32)
+  scores = jnp.where(sees_BPS[:, :, None, None, :], H**-0.5 * scores, -jnp.inf)
   lse = jax.nn.logsumexp(scores, axis=-1)
   probs = jnp.exp(scores - lse[..., None])
-  out = jnp.einsum("BPKGS,BSKH->BPKGH", probs, v_BPKH.astype(jnp.float32))
+  out = jnp.einsum("BPKGS,BSKH->BPKGH", probs, v_BSKH.astype(jnp.float32))
   return jnp.reshape(out, (B, P, N, H)), jnp.reshape(lse, (B, P, N))
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import draft_io
 from minicpm_jax.core import trees
 from minicpm_jax.infer import frspec
-from minicpm_jax.infer.drafters import ngram
+from minicpm_jax.infer.drafters import chain, ngram
+from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.text import tokenizer
@@ -148,6 +151,18 @@ def test_the_context_is_what_the_memory_holds(monkeypatch):
   assert _infer.context_length(dataclasses.replace(cfg, max_context=100), shape, params, 2) == 100
   with pytest.raises(ValueError, match="memory_limit: found room for"):
     _infer.context_length(dataclasses.replace(cfg, memory_limit=0.1), shape, params, 2)
+  # A draft model with as wide a cache: its weights and its share of every token go off.
+  small = dataclasses.replace(shape, num_layers=1)
+  own = 2 * small.num_kv_heads * small.head_dim * 4
+  draft = (
+    chain.ChainDrafter(transformer.Transformer(small)),
+    {"w": np.zeros(300 * own // 2, "f4")},
+  )
+  found = _infer.context_length(cfg, shape, params, 2, draft=draft)
+  assert found == (300 * per_token - 300 * own) // (per_token + own) < 300
+  shared = (draft[0], {"w": params["w"]})  # the target's own array is there once
+  found = _infer.context_length(cfg, shape, params, 2, draft=shared)
+  assert found == 300 * per_token // (per_token + own)
 
 
 def test_loaded_weights_are_counted_once():
@@ -230,12 +245,67 @@ def test_drafts_on_disk_give_the_plain_text(folder, tmp_path, capfd, kind):
   assert capfd.readouterr().out == plain
 
 
+@pytest.mark.slow
+def test_a_second_start_finds_all_its_programs_compiled(folder, tmp_path):
+  """Two processes: the second stores nothing, so it compiled nothing that the first had not; both
+  say their compile time beside the rates."""
+  command = [sys.executable, "-m", "experiments.generate", f"--model={folder}", "--raw"]
+  command += [
+    "--prompt=the the",
+    "--num_generate=8",
+    f"--compilation_cache={tmp_path / 'programs'}",
+  ]
+  stored, texts = [], []
+  for _ in range(2):
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"compile time: +[\d.]+ s \(in no rate\)", done.stderr)
+    names = {p.name for p in (tmp_path / "programs").iterdir() if p.name.endswith("-cache")}
+    stored.append(names)
+    texts.append(done.stdout)
+  assert len(stored[0]) >= 3 and stored[0] == stored[1] and texts[0] == texts[1]
+
+
+def test_bita_and_hierarchical_drafts_on_disk_give_the_plain_text(folder, tmp_path, capfd):
+  """The small model of the hierarchy is the target itself: every chain is taken whole."""
+  target = ckpt.load_hf(folder)[0].cfg
+  ckpt.save_bita(
+    tmp_path / "bita",
+    bita_lib.Bita(
+      bita_lib.for_target(target, num_prompts=2),
+      bita_lib.init_params(bita_lib.for_target(target, num_prompts=2), target, jax.random.key(0)),
+    ),
+  )
+  draft = draft_lib.for_target(target, "minicpm")
+  weights = draft_lib.init_params(draft, jax.random.key(1))
+  draft_io.save_draft(tmp_path / "draft", draft_lib.Draft(draft, weights, None), target)
+  common = ["g", f"--model={folder}", "--prompt=the the", "--raw", "--num_generate=16"]
+  assert generate.main(common) == 0
+  plain = capfd.readouterr().out
+  hier = ["--draft_kind=hier", f"--draft_model_path={folder}", "--hier_min_length=3"]
+  sizes = ["--spec_topk_per_iter=3", "--spec_tree_size=6"]
+  for more in (
+    [f"--draft_model_path={tmp_path / 'bita'}", "--bita_width=4"],
+    hier,
+    [*hier, f"--hier_draft_path={tmp_path / 'draft'}", *sizes],
+  ):
+    assert generate.main([*common, *more]) == 0
+    out, err = capfd.readouterr()
+    assert out == plain
+    if more[0] == hier[0]:
+      assert float(re.search(r"mean accept length: +([\d.]+)", err)[1]) > 3
+
+
 @pytest.mark.parametrize(
   "flags_, message",
   [
     (["--draft_kind=chain"], "draft_model_path: found none, expected a draft"),
     (["--draft_kind=ngram", "--draft_model_path=x"], "which has no draft model"),
-    (["--draft_kind=bita"], "bita is not built into this command"),
+    (["--draft_kind=bita"], "draft_model_path: found none, expected a draft"),
+    (["--draft_kind=hier"], "draft_model_path: found none, expected a draft"),
+    (
+      ["--draft_kind=bita", "--draft_model_path=/no"],
+      "found no such folder, expected BiTA weights",
+    ),
   ],
 )
 def test_drafts_that_cannot_be_had(folder, capfd, flags_, message):

@@ -10,6 +10,7 @@ import scipy.stats
 
 from minicpm_jax import config
 from minicpm_jax.infer import chain, generate
+from minicpm_jax.infer import engine as engine_lib
 from tests.infer import small
 
 V = 5
@@ -235,3 +236,19 @@ def test_bad_input():
   with pytest.raises(ValueError, match="q_BLV, p_BAV: found shapes"):
     x = jnp.zeros((1, 2, 3))
     chain.verify_chain(jnp.zeros((1, 2), jnp.int32), x, x, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+
+
+def test_a_sparse_target_attends_as_in_plain_decoding_on_both_sides_of_dense_len():
+  """Greedy: chains that straddle dense_len, rows of unequal length, a sparse draft too."""
+  model, params = small.make(sparse=small.SPARSE)
+  draft, draft_params = small.make(sparse=small.SPARSE, num_layers=1)
+  rng = np.random.default_rng(2)
+  prompts = [rng.integers(0, small.VOCAB, n).tolist() for n in (9, 18, 20, 21, 22, 23, 24, 30)]
+  sampling = config.SamplingConfig(max_new_tokens=16)
+  cfg = config.EngineConfig(capacity=64, max_batch=8, chunk_size=32, min_span=64)
+  expected = engine_lib.Engine(model, params, cfg).generate(prompts, sampling)
+  found = chain.Pair(model, params, draft, draft_params, num_drafted=3).generate(prompts, sampling)
+  assert found.tokens == expected.tokens
+  itself = chain.Pair(model, params, model, params, num_drafted=3).generate(prompts, sampling)
+  assert itself.tokens == expected.tokens
+  assert min(min(s.accepted[:-1]) for s in itself.stats) == 4  # the draft is as sparse as it

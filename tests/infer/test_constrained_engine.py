@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer.drafters import chain, ngram
+from minicpm_jax.infer.drafters import base, chain, eagle, ngram
+from minicpm_jax.models import draft as draft_lib
 from tests.infer import small
 
 CFG = config.EngineConfig(capacity=64, max_batch=2, chunk_size=16, min_span=128)
@@ -88,6 +91,116 @@ def test_trees_equal_the_plain_loop_and_leave_other_rows_alone(name, sampling):
   assert out.tokens[1] == free.tokens[0]
   if name == "self":
     assert max(out.stats[0].accepted) > 1
+
+
+class Spells(Steps):
+  """Three free tokens, then five that are spelled out, and so on; knows what it forces."""
+
+  def allowed(self):
+    at = len(self.said) - 1
+    return [(7 * at + 3) % small.VOCAB] if at % 8 >= 3 else super().allowed()
+
+  def forced_tokens(self):
+    found, said = [], len(self.said)
+    while not self.is_stopped() and len(self.allowed()) == 1:
+      found += self.allowed()
+      self.said.append(found[-1])
+    del self.said[said:]
+    return found
+
+
+@pytest.mark.parametrize("target", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["none", "self"])
+def test_forced_tokens_go_in_as_a_chunk_and_change_nothing(name, target):
+  """Equal tokens in fewer forwards: greedy, and drawn under a penalty that must see them too. The
+  sparse target crosses its dense_len inside the answer."""
+  model, params = small.make(**(dict(sparse=small.SPARSE) if target == "sparse" else {}))
+  more = {}
+  if name == "self":
+    more = dict(drafter=chain.ChainDrafter(model, num_levels=3), draft_params=params)
+  engine = engine_lib.Engine(model, params, CFG, **more)
+  for sampling in (GREEDY, dataclasses.replace(DRAWN, repetition_penalty=1.3)):
+    outs = []
+    for is_fast in (False, True):
+      constraint = Spells(27)
+      request = engine_lib.Request(
+        PROMPTS[0], sampling, constraint=constraint, fast_forward=is_fast
+      )
+      free = engine_lib.Request(PROMPTS[1], sampling)
+      outs.append(engine.collect([request, free]))
+      assert constraint.said[1:] == outs[-1].tokens[0]
+    assert outs[0].tokens == outs[1].tokens and outs[0].finish_reason == outs[1].finish_reason
+    slow, fast = (out.stats[0] for out in outs)
+    assert slow.forced_tokens == 0 and fast.forced_tokens >= 12
+    num_chunks = -(-fast.forced_tokens // 5)
+    assert len(fast.accepted) + 2 * num_chunks <= len(slow.accepted) or name == "self"
+    assert len(fast.accepted) < len(slow.accepted)
+    # All but the prefill's; the last round may have gone beyond the end of the constraint.
+    num_said = sum(fast.accepted) + fast.forced_tokens
+    assert fast.new_tokens - 1 <= num_said <= fast.new_tokens - 1 + (3 if name == "self" else 0)
+
+
+def test_forced_tokens_end_at_limits_and_stop_ids():
+  engine = engine_lib.Engine(*small.make(), CFG)
+
+  def run(**fields):
+    constraint = Spells(27)
+    request = engine_lib.Request(PROMPTS[0], constraint=constraint, fast_forward=True, **fields)
+    out = engine.collect([request])
+    return out.tokens[0], out.finish_reason[0], out.stats[0].forced_tokens
+
+  whole, reason, _ = run(sampling=GREEDY)
+  assert reason == "stop" and len(whole) == 27
+  for num in (4, 5, 6, 12):
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=num)
+    tokens, reason, forced = run(sampling=sampling)
+    assert (tokens, reason) == (whole[:num], "length") and (forced > 0) == (num > 4)
+  stop = whole[5]
+  tokens, reason, _ = run(sampling=GREEDY, stop_ids=[stop])
+  assert (tokens, reason) == (whole[: whole.index(stop) + 1], "stop")
+  with pytest.raises(ValueError, match="fast_forward: found no constraint that knows"):
+    engine.add(engine_lib.Request([1], GREEDY, constraint=Steps(3), fast_forward=True))
+  with pytest.raises(ValueError, match="fast_forward: found with want_logprobs"):
+    engine.add(engine_lib.Request([1], GREEDY, (), Spells(3), True, fast_forward=True))
+
+
+def test_drafts_begin_with_what_the_constraint_allows():
+  """A draft that is the target: its first token is then the one that is sampled, every round; an
+  EAGLE tree has no forbidden node at its first level."""
+  out = run(GREEDY, chain.ChainDrafter(small.make()[0], num_levels=3), small.make()[1])
+  assert min(out.stats[0].accepted[:-1]) >= 2
+  model, params = small.make()
+  draft = draft_lib.for_target(model.cfg, "minicpm")
+  weights = draft_lib.init_params(draft, jax.random.key(0))
+  ids = np.asarray([3, 5, 8, 20, 21, 40], np.int32)
+  for fr_ids in (None, ids):
+    drafter, draft_params = eagle.make(
+      draft_lib.Draft(draft, weights), model, params, fr_ids=fr_ids, top_k=4, num_nodes=9
+    )
+    full = base.Params(params, draft_params)
+    state = drafter.init_state(model, full, 1, 64)
+    args = (state, jnp.asarray([5], jnp.int32), jnp.asarray([0], jnp.int32))
+    mask_1W = np.zeros((1, 2), np.int32)
+    for allowed in ([8, 21, 50], [50]):
+      mask_1W[:] = 0
+      for token in allowed:
+        mask_1W.view(np.uint32)[0, token // 32] |= np.uint32(1 << (token % 32))
+      tree, _ = drafter.draft(full._replace(root_mask_BW=jnp.asarray(mask_1W)), *args)
+      first = np.asarray(tree.tok_BP)[np.asarray(tree.depth_BP) == 1]
+      can_be_said = set(allowed) & set(range(small.VOCAB) if fr_ids is None else ids.tolist())
+      assert set(first.tolist()) - {base.CUT} == can_be_said
+      below = np.asarray(tree.tok_BP)[np.asarray(tree.depth_BP) == 2]
+      assert (below >= 0).any() or not can_be_said
+
+
+@pytest.mark.parametrize("stops", [[61], [-1], [2, 99]])
+def test_stop_ids_that_no_token_can_be_are_refused(stops):
+  found = max(stops, key=abs)
+  match = f"stop_ids: found {found}, expected tokens of 0..60"
+  with pytest.raises(ValueError, match=match):
+    engine_lib.Engine(*small.make(), CFG, stop_ids=stops)
+  with pytest.raises(ValueError, match=match):
+    engine_lib.Engine(*small.make(), CFG).add(engine_lib.Request([1], GREEDY, stops))
 
 
 def test_a_constraint_that_allows_nothing_ends_its_request_alone():

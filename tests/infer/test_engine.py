@@ -9,7 +9,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer.drafters import ngram
+from minicpm_jax.infer.drafters import chain, ngram
 from tests.infer import small
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 1, 8], list(range(20, 60))]
@@ -100,7 +100,8 @@ def test_a_request_that_joins_late_and_one_that_is_cancelled(mup):
 def test_stop_ids_of_engine_and_request_end_a_row(mup):
   engine = engine_lib.Engine(*mup, CFG)
   whole = engine.generate(PROMPTS[:2], DRAWN).tokens
-  out = engine.generate(PROMPTS[:2], DRAWN, stop_ids=[small.VOCAB + 3, whole[0][4]])
+  never = next(token for token in range(small.VOCAB) if token not in whole[0] + whole[1])
+  out = engine.generate(PROMPTS[:2], DRAWN, stop_ids=[never, whole[0][4]])
   cut = whole[0].index(whole[0][4])
   assert (out.tokens[0], out.finish_reason[0]) == (whole[0][: cut + 1], "stop")
   engine = engine_lib.Engine(*mup, CFG, stop_ids=[whole[1][0]])
@@ -184,3 +185,33 @@ def test_a_cache_smaller_than_the_tree_is_refused(mup):
   cfg = dataclasses.replace(CFG, capacity=8)
   with pytest.raises(ValueError, match="capacity: found 8 tokens, expected more than the 8 nodes"):
     engine_lib.Engine(*mup, cfg, drafter=ngram.NGramDrafter())
+
+
+@pytest.mark.parametrize("rounds, is_drafted", [(1, False), (3, True)])
+def test_top_logprobs_are_those_of_full_forwards(rounds, is_drafted):
+  """Best first, of every token of the answer, the prefill's included; the other row has none."""
+  model, params = small.make()
+  cfg = config.EngineConfig(
+    capacity=96, max_batch=2, chunk_size=16, min_span=128, rounds_per_dispatch=rounds
+  )
+  more = {}
+  if is_drafted:
+    more = dict(drafter=chain.ChainDrafter(model, num_levels=3), draft_params=params)
+  engine = engine_lib.Engine(model, params, cfg, **more)
+  prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+  sampling = config.SamplingConfig(temperature=0.9, max_new_tokens=12, seed=3)
+  out = engine.collect(
+    [
+      engine_lib.Request(prompt, sampling, want_logprobs=True, num_top_logprobs=5),
+      engine_lib.Request([7, 1], sampling, want_logprobs=True),
+    ]
+  )
+  assert [len(x) for x in out.top_logprobs] == [12, 0]
+  logits = small.full_logits(model, params, prompt + out.tokens[0])[len(prompt) - 1 : -1]
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  for top, row in zip(out.top_logprobs[0], logp, strict=True):
+    assert [i for i, _ in top] == np.argsort(-row, kind="stable")[:5].tolist()
+    np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:5], atol=1e-4)
+  for fields in ({"num_top_logprobs": 2}, {"want_logprobs": True, "num_top_logprobs": 21}):
+    with pytest.raises(ValueError, match="num_top_logprobs: found"):
+      engine.add(engine_lib.Request(prompt, sampling, **fields))

@@ -144,7 +144,8 @@ def test_a_row_ends_at_its_stop_id_and_the_others_go_on(mup):
   model, params = mup
   free = generate.generate(model, params, PROMPTS, DRAWN)
   stop = free.tokens[0][4]
-  out = generate.generate(model, params, PROMPTS, DRAWN, stop_ids=[VOCAB + 3, stop])
+  never = next(token for token in range(VOCAB) if all(token not in row for row in free.tokens))
+  out = generate.generate(model, params, PROMPTS, DRAWN, stop_ids=[never, stop])
   for found, whole, reason in zip(out.tokens, free.tokens, out.finish_reason, strict=True):
     expected = whole[: whole.index(stop) + 1] if stop in whole else whole
     assert found == expected

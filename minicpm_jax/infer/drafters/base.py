@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minicpm_jax.infer import constrained
+
 MAX_NODES = 64  # root included
 CUT = -1  # token of a node that must not be accepted
 
@@ -48,14 +50,34 @@ class Committed:
   start_B: Any  # int32
   num_B: Any  # int32
   row: Any = None  # int32 scalar
+  riders_BMD: Any = None  # hidden of the rows that rode on the last node of a round
+
+
+@flax.struct.dataclass
+class Riders:
+  """R = P (1 + M) rows of a verification: P nodes, then M riders of node 0, of node 1, ..."""
+
+  anc_BRR: Any  # bool, as in Tree
+  depth_BR: Any  # int32
+  ahead: Any  # nn.lookahead.Lookahead
 
 
 class Params(NamedTuple):
-  """What a drafter may read; `span` bounds the positions of this call (slots a cache must show)."""
+  """What a drafter may read.
+
+  span: bounds the positions of this call (slots a cache must show). root_mask_BW: under a
+  constraint, bits of the tokens that may follow the root; a drafter may heed them or not.
+  """
 
   target: Any
   draft: Any
   span: int | None = None
+  root_mask_BW: Any = None  # int32
+
+  def root_bias(self, vocab_size: int) -> Any:
+    """float32 [B, V] to be added to the logits after the root: 0, or -inf where it is forbidden."""
+    shape = (self.root_mask_BW.shape[0], vocab_size)
+    return constrained.apply_bitmask(jnp.zeros(shape, jnp.float32), self.root_mask_BW)
 
 
 @runtime_checkable
@@ -67,7 +89,8 @@ class Drafter(Protocol):
   after the final norm. reuses_prefix: False where a copied row of the state is not enough to go on
   from an earlier position (then the engine's prompt cache stays off). A drafter may also have
   `may_pass` = True: rounds in which it cuts all of its nodes in all rows then run the root alone
-  (T = 1 in `commit`).
+  (T = 1 in `commit`). One with `num_riders` > 0 has so many rows of its own behind every node in
+  the target's forward (`ride(params, tree) -> Riders`); `commit` gets those of the last node.
   """
 
   num_nodes: int
@@ -97,6 +120,16 @@ class Drafter(Protocol):
 def copy_rows(state: Any, source: Any, target: Any) -> Any:
   """`copy_row` for states whose leaves all have the batch as their first axis."""
   return jax.tree.map(lambda x: x.at[target].set(x[source]), state)
+
+
+def num_riders(drafter: Any) -> int:
+  """Rows that ride on every node of the drafter's trees."""
+  return getattr(drafter, "num_riders", 0)
+
+
+def num_rows(drafter: Any) -> int:
+  """Rows of one verification: cache slots that must be free behind a context."""
+  return drafter.num_nodes * (1 + num_riders(drafter))
 
 
 def check_tree_size(num_nodes: int, num_levels: int) -> None:

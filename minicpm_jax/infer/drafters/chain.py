@@ -70,8 +70,11 @@ class ChainDrafter:
     tokens, feed_BT = [root_B], jnp.stack((state.last_B, root_B), axis=1)
     for _ in range(self.num_levels):
       out = self._forward(params, feed_BT, cache, step)
-      logits_BV = self.model.apply({"params": params.draft}, out.hidden[:, -1:], method="unembed")
-      tokens.append(jnp.argmax(logits_BV[:, 0], axis=-1).astype(jnp.int32))
+      logits_B1V = self.model.apply({"params": params.draft}, out.hidden[:, -1:], method="unembed")
+      logits_BV = logits_B1V[:, 0]
+      if params.root_mask_BW is not None and len(tokens) == 1:
+        logits_BV += params.root_bias(logits_BV.shape[1])
+      tokens.append(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32))
       cache, feed_BT = out.cache, tokens[-1][:, None]
     return base.chain(jnp.stack(tokens, axis=1)), state.replace(cache=cache)
 

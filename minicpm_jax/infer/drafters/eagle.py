@@ -145,7 +145,9 @@ class EagleDrafter:
   ) -> tuple[base.Tree, EagleState]:
     k, B = self.top_k, root_B.shape[0]
     feature_B1D = state.feature_BD[:, None]
-    scores_B1K, tokens_B1K = self._children(params, feature_B1D, jnp.zeros((B, 1), jnp.float32))
+    bias_BV = None if params.root_mask_BW is None else params.root_bias(self.cfg.layer.vocab_size)
+    zero_B1 = jnp.zeros((B, 1), jnp.float32)
+    scores_B1K, tokens_B1K = self._children(params, feature_B1D, zero_B1, bias_BV)
     beam = Beam(
       tokens_BK=tokens_B1K[:, 0],
       scores_BK=scores_B1K[:, 0],
@@ -193,8 +195,13 @@ class EagleDrafter:
       return hidden_BKD, new
     return hidden_BKD, jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=1), scratch, new)
 
-  def _children(self, params: base.Params, hidden_BTD: Any, scores_BT: Any) -> tuple[Any, Any]:
-    """Cumulative float32 scores and full token ids [B, T, k] of the best children."""
+  def _children(
+    self, params: base.Params, hidden_BTD: Any, scores_BT: Any, bias_BV: Any = None
+  ) -> tuple[Any, Any]:
+    """Cumulative float32 scores and full token ids [B, T, k] of the best children.
+
+    Children that the bias forbids have score -inf: they become cut nodes.
+    """
     cfg, model = self.cfg, draft_lib.DraftModel(self.cfg)
     head_DR, ids_R = params.draft["head_DR"], params.draft["ids_R"]
     table_VD = None
@@ -205,13 +212,16 @@ class EagleDrafter:
         head_DR = transformer.head_weight(cfg.layer, params.target)[:, : cfg.layer.vocab_size]
     variables = {"params": params.draft["model"]}
     logits_BTR = model.apply(variables, hidden_BTD, head_DR, table_VD=table_VD, method="logits")
+    if bias_BV is not None:
+      logits_BTR += (bias_BV if ids_R is None else bias_BV[:, ids_R])[:, None, :]
     # The barrier keeps XLA's top-k: merged into what follows it becomes a sort of whole rows.
     B, T, R = logits_BTR.shape
     best, at = jax.lax.optimization_barrier(
       jax.lax.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
     )
     best_BTK, at_BTK = (jnp.reshape(x, (B, T, self.top_k)) for x in (best, at))
-    best_BTK = best_BTK - jax.nn.logsumexp(logits_BTR, axis=-1, keepdims=True)
+    total_BT1 = jax.nn.logsumexp(logits_BTR, axis=-1, keepdims=True)
+    best_BTK = jnp.where(jnp.isneginf(best_BTK), -jnp.inf, best_BTK - total_BT1)
     at_BTK = at_BTK.astype(jnp.int32)
     tokens_BTK = at_BTK if ids_R is None else jnp.asarray(ids_R, jnp.int32)[at_BTK]
     return scores_BT[:, :, None] + best_BTK, tokens_BTK

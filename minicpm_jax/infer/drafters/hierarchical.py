@@ -65,6 +65,8 @@ class HierarchicalDrafter:
       raise ValueError(
         f"small model: found a vocabulary of {found}, expected the target's {expected}"
       )
+    if base.num_riders(self.inner):
+      raise ValueError("inner drafter: found one with mask tokens (BiTA), expected one without")
     self.inner.check(self.model, self._inner(params))
 
   def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:

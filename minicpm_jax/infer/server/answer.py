@@ -1,11 +1,14 @@
-"""One answer on its way: tokens of the engine in, deltas out, cut at stop strings and tool calls.
+"""Answers on their way: tokens of the engine in, deltas out, cut at stop strings and tool calls.
 
-`take` and `end` run on the engine's thread; the consumer, on any other, reads deltas and may
-cancel.
+A `Reply` is what the consumer reads and may cancel, on any thread; it has one `Answer` for each
+choice, whose `take` and `end` run on the engine's thread.
 """
 
 import collections
+import dataclasses
+import functools
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,37 +18,23 @@ from minicpm_jax.text import tokenizer
 from minicpm_jax.text import tools as tools_lib
 
 
-class Answer:
-  """Made by the service; iterate over `deltas`, or `pop` after each `notify`."""
+class Reply:
+  """All choices of one request; iterate over `deltas`, or `pop` after each `notify`."""
 
   def __init__(
     self,
-    request: engine.Request,
-    options: schemas.Options,
+    answers: Sequence["Answer"],
     formatter: responses.Formatter,
-    tok: tokenizer.Tokenizer,
-    *,
-    stop_ids: Sequence[int],
-    tools: Sequence[tools_lib.Tool] = (),
-    style: tools_lib.Style = "python",
     notify: Callable[[], None] = lambda: None,
   ):
-    self.request, self.options, self.formatter = request, options, formatter
-    self.uid: int | None = None  # the engine's, once a row was free
-    self.is_cancelled = False
+    self.answers, self.formatter, self._notify = tuple(answers), formatter, notify
+    self.options = formatter.options
     self.on_cancel: Callable[[], None] = lambda: None
-    self._tok, self._stop_ids, self._notify = tok, frozenset(stop_ids), notify
-    self._tools, self._style = tuple(tools), style
-    markers = {tok.special_tokens.get(name) for name in tools_lib.MARKERS} if tools else set()
-    self._text = detokenize.TextStream(
-      tok, stop_ids=stop_ids, stop=options.stop, kept_special=markers - {None}
-    )
-    self._before_call = detokenize.StopStrings([tools_lib.OPENING[style]] if tools else [])
     self._queue: queue.SimpleQueue[responses.Delta] = queue.SimpleQueue()
-    self._logprobs: collections.deque[tuple[responses.TokenLogprob, int]] = collections.deque()
-    self._num_said = self._num_seen = 0  # bytes
-
-  # --- Consumer -----------------------------------------------------------------------------------
+    self._lock = threading.Lock()
+    self._num_left, self._usages = len(self.answers), []
+    for index, answer in enumerate(self.answers):
+      answer.send = functools.partial(self._receive, index)
 
   def deltas(self) -> Iterator[responses.Delta]:
     """Deltas as they come, the last one included; closing the iterator early cancels."""
@@ -66,8 +55,9 @@ class Answer:
       return None
 
   def cancel(self) -> None:
-    """Nobody waits any more. No effect on an answer that has ended."""
-    self.is_cancelled = True
+    """Nobody waits any more. No effect on choices that have ended."""
+    for answer in self.answers:
+      answer.is_cancelled = True
     self.on_cancel()
 
   def chunks(self) -> Iterator[dict[str, Any]]:
@@ -82,19 +72,66 @@ class Answer:
     """Waits for the end; the answer in one object."""
     return self.formatter.whole(list(self.deltas()))
 
-  # --- Engine's thread ----------------------------------------------------------------------------
+  def _receive(self, index: int, delta: responses.Delta) -> None:
+    """A delta of a choice; the usage of the last one that ends is that of all."""
+    with self._lock:
+      if delta.is_end:
+        self._num_left -= 1
+      if delta.usage is not None:
+        self._usages.append(delta.usage)
+        tokens = sum(usage.completion_tokens for usage in self._usages)
+        usage = dataclasses.replace(self._usages[0], completion_tokens=tokens)
+        delta = dataclasses.replace(delta, usage=usage)
+      self._queue.put(dataclasses.replace(delta, index=index, num_left=self._num_left))
+    if delta.error is not None:
+      self.cancel()  # the other choices
+    try:
+      self._notify()
+    except RuntimeError:  # the consumer's event loop is gone
+      self.cancel()
+
+
+class Answer:
+  """One choice, made by the service and told to a `Reply`."""
+
+  def __init__(
+    self,
+    request: engine.Request,
+    options: schemas.Options,
+    tok: tokenizer.Tokenizer,
+    *,
+    stop_ids: Sequence[int],
+    tools: Sequence[tools_lib.Tool] = (),
+    style: tools_lib.Style = "python",
+  ):
+    self.request, self.options = request, options
+    self.uid: int | None = None  # the engine's, once a row was free
+    self.is_cancelled = False
+    self.send: Callable[[responses.Delta], None] = lambda _: None
+    self._tok, self._stop_ids = tok, frozenset(stop_ids)
+    self._tools, self._style = tuple(tools), style
+    markers = {tok.special_tokens.get(name) for name in tools_lib.MARKERS} if tools else set()
+    self._text = detokenize.TextStream(
+      tok, stop_ids=stop_ids, stop=options.stop, kept_special=markers - {None}
+    )
+    self._before_call = detokenize.StopStrings([tools_lib.OPENING[style]] if tools else [])
+    self._logprobs: collections.deque[tuple[responses.TokenLogprob, int]] = collections.deque()
+    self._num_said = self._num_seen = 0  # bytes
 
   @property
   def num_tokens(self) -> int:
     return self._text.num_tokens
 
-  def take(self, tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
+  def take(
+    self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[engine.Top] = ()
+  ) -> bool:
     """Tokens of the engine; whether the answer has ended by what is in them."""
     num_before = self._text.num_tokens
     text = self._before_call.push(self._text.push(tokens))
     if self.options.want_logprobs:
       num_taken = self._text.num_tokens - num_before
-      self._note(tokens[:num_taken], logprobs[:num_taken])
+      tops = list(tops) or [()] * len(tokens)
+      self._note(tokens[:num_taken], logprobs[:num_taken], tops[:num_taken])
     if text:
       self._put(text)
     return self._text.finish_reason is not None
@@ -120,16 +157,20 @@ class Answer:
     return usage
 
   def fail(self, error: schemas.ApiError) -> None:
-    self._send(responses.Delta(error=error))
+    self.send(responses.Delta(error=error))
 
-  def _note(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-    for token, logprob in zip(tokens, logprobs, strict=True):
+  def _note(self, tokens, logprobs, tops) -> None:
+    for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
       if token in self._stop_ids:
         continue
-      data = self._tok.decode_bytes([token], skip_special=False)
-      text = data.decode("utf-8", errors="replace")
-      self._logprobs.append((responses.TokenLogprob(text, data, logprob), self._num_seen))
-      self._num_seen += len(data)
+      named = self._named(token, logprob)
+      others = tuple(self._named(*pair) for pair in top[: self.options.num_top])
+      self._logprobs.append((dataclasses.replace(named, top=others), self._num_seen))
+      self._num_seen += len(named.data)
+
+  def _named(self, token: int, logprob: float) -> responses.TokenLogprob:
+    data = self._tok.decode_bytes([token], skip_special=False)
+    return responses.TokenLogprob(data.decode("utf-8", errors="replace"), data, logprob)
 
   def _put(self, text: str, **fields: Any) -> None:
     """Sends text with the log-probabilities of the tokens that begin in it."""
@@ -139,11 +180,4 @@ class Answer:
     cut = self._num_said if not (is_last and self._text.stop_string is None) else self._num_seen + 1
     while self._logprobs and self._logprobs[0][1] < cut:
       said.append(self._logprobs.popleft()[0])
-    self._send(responses.Delta(text=text, logprobs=tuple(said), **fields))
-
-  def _send(self, delta: responses.Delta) -> None:
-    self._queue.put(delta)
-    try:
-      self._notify()
-    except RuntimeError:  # the consumer's event loop is gone
-      self.is_cancelled = True
+    self.send(responses.Delta(text=text, logprobs=tuple(said), **fields))

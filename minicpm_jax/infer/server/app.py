@@ -161,7 +161,7 @@ async def _unless(gone: "asyncio.Future[None]", work: Awaitable[Any]) -> Any:
 class _Live:
   """An answer and the event that says that something has arrived."""
 
-  def __init__(self, answer: answer_lib.Answer, arrived: asyncio.Event):
+  def __init__(self, answer: answer_lib.Reply, arrived: asyncio.Event):
     self.answer, self._arrived = answer, arrived
 
   @staticmethod

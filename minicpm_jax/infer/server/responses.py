@@ -18,6 +18,7 @@ class TokenLogprob:
   text: str
   data: bytes
   logprob: float
+  top: tuple["TokenLogprob", ...] = ()  # the most likely tokens of its place, best first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-  """What an answer grew by. The last one has a finish_reason and usage, or an error."""
+  """What one choice of an answer grew by. Its last one has a finish_reason and usage, or an error.
+
+  num_left: choices that go on behind this delta; the usage of the last choice is that of all.
+  """
 
   text: str = ""
   logprobs: tuple[TokenLogprob, ...] = ()
@@ -45,10 +49,18 @@ class Delta:
   finish_reason: str | None = None
   usage: Usage | None = None
   error: schemas.ApiError | None = None
+  index: int = 0
+  num_left: int = 0
+
+  @property
+  def is_end(self) -> bool:
+    """The choice has ended."""
+    return self.finish_reason is not None or self.error is not None
 
   @property
   def is_last(self) -> bool:
-    return self.finish_reason is not None or self.error is not None
+    """The whole answer has ended; an error ends all choices."""
+    return self.error is not None or (self.finish_reason is not None and not self.num_left)
 
 
 class Formatter:
@@ -59,31 +71,31 @@ class Formatter:
     prefix = "chatcmpl" if kind == "chat" else "cmpl"
     self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
     self._model = model
-    self._offset = 0  # characters so far
-    self._num_calls = 0
+    self._offsets = [0] * options.num_choices  # characters so far, by choice
+    self._num_calls = [0] * options.num_choices
 
   def opening(self) -> list[dict[str, Any]]:
     """Chunks in front of the first delta."""
     if self.kind == "completion":
       return []
-    return [self._chunk({"delta": {"role": "assistant", "content": ""}})]
+    role = {"delta": {"role": "assistant", "content": ""}}
+    return [self._chunk({"index": i} | role) for i in range(self.options.num_choices)]
 
   def chunks(self, delta: Delta) -> list[dict[str, Any]]:
     """Stream chunks of one delta."""
-    out = []
+    out, at = [], {"index": delta.index}
     if delta.text or delta.logprobs:
-      logprobs = self._logprobs(delta.logprobs)
-      if self.kind == "chat":
-        out.append(self._chunk({"delta": {"content": delta.text}, "logprobs": logprobs}))
-      else:
-        out.append(self._chunk({"text": delta.text, "logprobs": logprobs}))
-      self._offset += len(delta.text)
+      more = {"logprobs": self._logprobs(delta.logprobs, delta.index)}
+      more |= {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
+      out.append(self._chunk(at | more))
+      self._offsets[delta.index] += len(delta.text)
     if delta.calls:
-      out.append(self._chunk({"delta": {"tool_calls": self._calls(delta.calls, index=True)}}))
+      calls = self._calls(delta.calls, delta.index, is_streamed=True)
+      out.append(self._chunk(at | {"delta": {"tool_calls": calls}}))
     if delta.finish_reason is not None:
       last = {"delta": {}} if self.kind == "chat" else {"text": "", "logprobs": None}
-      out.append(self._chunk(last | {"finish_reason": delta.finish_reason}))
-      if self.options.include_usage and delta.usage is not None:
+      out.append(self._chunk(at | last | {"finish_reason": delta.finish_reason}))
+      if self.options.include_usage and delta.usage is not None and delta.is_last:
         usage = self._chunk({})
         out.append(usage | {"choices": [], "usage": delta.usage.body()})
     return out
@@ -93,28 +105,32 @@ class Formatter:
     last = deltas[-1]
     if last.error is not None:
       raise last.error
-    text = "".join(delta.text for delta in deltas)
-    calls = [call for delta in deltas for call in delta.calls]
-    logprobs = self._logprobs([token for delta in deltas for token in delta.logprobs])
-    if not self.options.want_logprobs:
-      logprobs = None
-    choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": last.finish_reason}
-    if self.kind == "completion":
-      choice["text"] = text
-    else:
-      message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-      if calls:
-        message["content"] = text.strip() or None
-        message["tool_calls"] = self._calls(calls)
-      choice["message"] = message
+    choices = [
+      self._choice(i, [delta for delta in deltas if delta.index == i])
+      for i in range(self.options.num_choices)
+    ]
     name = "chat.completion" if self.kind == "chat" else "text_completion"
     usage = last.usage.body() if last.usage is not None else None
     return self._head | {
       "object": name,
       "model": self._model,
-      "choices": [choice],
+      "choices": choices,
       "usage": usage,
     }
+
+  def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    text = "".join(delta.text for delta in deltas)
+    calls = [call for delta in deltas for call in delta.calls]
+    logprobs = self._logprobs([token for delta in deltas for token in delta.logprobs], index)
+    choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
+    choice["finish_reason"] = deltas[-1].finish_reason
+    if self.kind == "completion":
+      return choice | {"text": text}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+      message["content"] = text.strip() or None
+      message["tool_calls"] = self._calls(calls, index)
+    return choice | {"message": message}
 
   def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
     name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
@@ -122,7 +138,9 @@ class Formatter:
     chunk = self._head | {"object": name, "model": self._model, "choices": [choice]}
     return chunk | ({"usage": None} if self.options.include_usage else {})
 
-  def _calls(self, calls: Sequence[tools_lib.Call], *, index: bool = False) -> list[dict[str, Any]]:
+  def _calls(
+    self, calls: Sequence[tools_lib.Call], choice: int, *, is_streamed: bool = False
+  ) -> list[dict[str, Any]]:
     out = []
     for call in calls:
       arguments = json.dumps(call.arguments, ensure_ascii=False)
@@ -131,26 +149,32 @@ class Formatter:
         "type": "function",
         "function": {"name": call.name, "arguments": arguments},
       }
-      out.append({"index": self._num_calls} | item if index else item)
-      self._num_calls += 1
+      out.append({"index": self._num_calls[choice]} | item if is_streamed else item)
+      self._num_calls[choice] += 1
     return out
 
-  def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+  def _logprobs(self, tokens: Sequence[TokenLogprob], choice: int) -> dict[str, Any] | None:
     if not self.options.want_logprobs:
       return None
     if self.kind == "chat":
-      content = [
-        {"token": t.text, "logprob": t.logprob, "bytes": list(t.data), "top_logprobs": []}
-        for t in tokens
-      ]
+      one = lambda t: {"token": t.text, "logprob": t.logprob, "bytes": list(t.data)}  # noqa: E731
+      content = [one(t) | {"top_logprobs": [one(other) for other in t.top]} for t in tokens]
       return {"content": content, "refusal": None}
-    offsets, offset = [], self._offset
+    offsets, offset = [], self._offsets[choice]
     for token in tokens:
       offsets.append(offset)
       offset += len(token.text)
     return {
       "tokens": [t.text for t in tokens],
       "token_logprobs": [t.logprob for t in tokens],
-      "top_logprobs": None,
+      "top_logprobs": [_best_by_text(t.top) for t in tokens] if self.options.num_top else None,
       "text_offset": offsets,
     }
+
+
+def _best_by_text(tokens: Sequence[TokenLogprob]) -> dict[str, float]:
+  """The form of completions: by text, so of tokens that are spelled alike the best one stays."""
+  found: dict[str, float] = {}
+  for token in tokens:
+    found.setdefault(token.text, token.logprob)
+  return found

@@ -1,7 +1,7 @@
 """Requests of the OpenAI API as checked dataclasses, and its error bodies.
 
 Fields: OpenAI's, CPM.cu's (the same names) and top_k, min_p, repetition_penalty, grammar,
-enable_thinking, chat_template_kwargs. Fields that ask for what is not built (n > 1, logit_bias,
+enable_thinking, chat_template_kwargs. Fields that ask for what is not built (logit_bias, best_of,
 ...) are refused unless they hold their neutral value; unknown fields are refused.
 """
 
@@ -16,13 +16,14 @@ from minicpm_jax import config
 from minicpm_jax.text import tools as tools_lib
 
 MAX_STOPS = 16  # stop strings of a request
+MAX_CHOICES = 16  # answers to one request
+MAX_TOP = {"chat": 20, "completion": 5}  # most likely tokens beside each of the answer's (OpenAI's)
 Kind = Literal["chat", "completion"]
 
 # Accepted and without effect here: they describe the caller, not the answer.
 _NO_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Not built: only these values are accepted.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "n": (1,),
   "best_of": (1,),
   "presence_penalty": (0, 0.0),
   "frequency_penalty": (0, 0.0),
@@ -31,7 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "echo": (False,),
   "parallel_tool_calls": (True,),
   "modalities": (["text"],),
-  "top_logprobs": (0,),
 }
 
 
@@ -73,6 +73,8 @@ class Options:
   stream: bool = False
   include_usage: bool = False
   want_logprobs: bool = False
+  num_top: int = 0  # most likely tokens wanted beside each token of the answer
+  num_choices: int = 1
   format: Format | None = None
 
 
@@ -120,8 +122,13 @@ def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody
   if thinking is not None:
     arguments["enable_thinking"] = thinking
   wants_logprobs = fields.take("logprobs", bool, False)
+  num_top = fields.take("top_logprobs", int, 0, 0, MAX_TOP["chat"])
+  if num_top and not wants_logprobs:
+    raise ApiError(
+      "top_logprobs: found without logprobs, expected logprobs: true", param="logprobs"
+    )
   limit = fields.take("max_completion_tokens", int, None, 1, limits.max_tokens)
-  options = _options(fields, limits, limit, wants_logprobs, forced or ())
+  options = _options(fields, limits, limit, wants_logprobs, num_top, forced or ())
   return ChatBody(
     messages=messages,
     tools=tools,
@@ -144,8 +151,9 @@ def parse_completion(body: Mapping[str, Any], limits: config.ServerConfig) -> Co
     prompt = tuple(prompt)
   elif not isinstance(prompt, str):
     raise ApiError(f"prompt: found {prompt!r}, expected a text or a list of ids", param="prompt")
-  wants_logprobs = fields.take("logprobs", int, None, 0, 0) is not None
-  return CompletionBody(prompt=prompt, options=_options(fields, limits, None, wants_logprobs, ()))
+  num_top = fields.take("logprobs", int, None, 0, MAX_TOP["completion"])
+  options = _options(fields, limits, None, num_top is not None, num_top or 0, ())
+  return CompletionBody(prompt=prompt, options=options)
 
 
 # --- Parts ------------------------------------------------------------------------------------
@@ -204,6 +212,7 @@ def _options(
   limits: config.ServerConfig,
   max_tokens: int | None,
   wants_logprobs: bool,
+  num_top: int,
   forced: tuple[tools_lib.Tool, ...],
 ) -> Options:
   fields.take("model", str, None)  # one model is served, under any name
@@ -235,6 +244,8 @@ def _options(
     stream=stream,
     include_usage=include_usage,
     want_logprobs=wants_logprobs,
+    num_top=num_top,
+    num_choices=fields.take("n", int, 1, 1, MAX_CHOICES),
     format=_format(fields, forced),
   )
   fields.close()

@@ -7,6 +7,7 @@ the row. `app` puts HTTP in front.
 """
 
 import collections
+import dataclasses
 import functools
 import threading
 import time
@@ -18,6 +19,7 @@ from absl import logging
 from minicpm_jax import config
 from minicpm_jax.infer import constrained, grammars
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer.drafters import base
 from minicpm_jax.infer.server import answer, metrics, responses, schemas
 from minicpm_jax.text import chat as chat_text
 from minicpm_jax.text import tokenizer
@@ -75,8 +77,8 @@ class ChatService:
       with self._changed:
         running = list(self._running.values())
       for item in running:
+        item.is_cancelled = True
         item.fail(_shutting_down())
-        item.cancel()
       self._thread.join()
 
   def __enter__(self) -> "ChatService":
@@ -101,32 +103,32 @@ class ChatService:
 
   def submit(
     self, kind: schemas.Kind, body: Mapping[str, Any], notify: Callable[[], None] = lambda: None
-  ) -> answer.Answer:
+  ) -> answer.Reply:
     """Checks and queues a request; `notify` is called (on another thread) for every delta.
 
     ApiError: 400 what the request asks for cannot be had, 429 the queue is full, 503 shutting down.
     """
     try:
       self._check_room()
-      item = self._prepare(kind, body, notify)
+      reply = self._prepare(kind, body, notify)
       with self._changed:
-        self._check_room()
-        item.on_cancel = self._wake
-        self._waiting.append(item)
-        self.metrics.add("requests_accepted")
+        self._check_room(len(reply.answers))
+        reply.on_cancel = self._wake
+        self._waiting += reply.answers
+        self.metrics.add("requests_accepted", len(reply.answers))
         self._changed.notify_all()
     except schemas.ApiError as error:
       self.metrics.add("requests_rejected_full" if error.status == 429 else "requests_rejected")
       raise
-    return item
+    return reply
 
-  def _check_room(self) -> None:
+  def _check_room(self, num: int = 1) -> None:
     if self._is_closing:
       raise _shutting_down()
     if not self.is_healthy:
       raise schemas.ApiError("the engine has failed, see the server's log", status=503)
     waiting = len(self._waiting)
-    if waiting >= self.cfg.max_queue:
+    if waiting + num > self.cfg.max_queue:
       message = (
         f"{waiting} requests wait already, at most {self.cfg.max_queue} may: try again later"
       )
@@ -134,7 +136,7 @@ class ChatService:
 
   def _prepare(
     self, kind: schemas.Kind, body: Mapping[str, Any], notify: Callable[[], None]
-  ) -> answer.Answer:
+  ) -> answer.Reply:
     if kind == "chat":
       chat = schemas.parse_chat(body, self.cfg)
       options, tools = chat.options, chat.tools
@@ -145,23 +147,19 @@ class ChatService:
       prompt = self._encode(completion.prompt)
     self._check_prompt(prompt)
     style = tools_lib.style_of(self._template_text()) if tools else "python"
-    request = engine_lib.Request(
-      prompt,
-      options.sampling,
-      self.stop_ids,
-      None if options.format is None else self._constraint(options.format, style),
-      options.want_logprobs,
-    )
-    return answer.Answer(
-      request,
-      options,
-      responses.Formatter(kind, self.name, options),
-      self.tok,
-      stop_ids=self.stop_ids,
-      tools=tools,
-      style=style,
-      notify=notify,
-    )
+    answers, seed = [], options.sampling.seed
+    for i in range(options.num_choices):  # each with noise of its own
+      request = engine_lib.Request(
+        prompt,
+        dataclasses.replace(options.sampling, seed=(seed + i) % 2**31),
+        self.stop_ids,
+        None if options.format is None else self._constraint(options.format, style),
+        options.want_logprobs,
+        num_top_logprobs=options.num_top,
+      )
+      more = {"stop_ids": self.stop_ids, "tools": tools, "style": style}
+      answers.append(answer.Answer(request, options, self.tok, **more))
+    return answer.Reply(answers, responses.Formatter(kind, self.name, options), notify)
 
   def _template_text(self) -> str:
     return chat_text.template_text(self.tok if self.template is None else self.template)
@@ -190,7 +188,7 @@ class ChatService:
     if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
       found = f"ids outside 0..{vocab_size - 1}" if prompt else "no token"
       raise schemas.ApiError(f"prompt: found {found}, expected at least one id", param="prompt")
-    room = self._engine.cfg.capacity - self._engine.drafter.num_nodes
+    room = self._engine.cfg.capacity - base.num_rows(self._engine.drafter)
     if len(prompt) > room:
       message = f"prompt: found {len(prompt)} tokens, expected at most {room}"
       raise schemas.ApiError(message, param="prompt", code="context_length_exceeded")
@@ -349,7 +347,7 @@ class ChatService:
       if item is None:
         continue
       self.metrics.add("tokens_generated", len(event.tokens))
-      is_over = item.take(event.tokens, event.logprobs)
+      is_over = item.take(event.tokens, event.logprobs, event.top_logprobs)
       if event.finish_reason is None and not is_over:
         continue
       stats = event.stats

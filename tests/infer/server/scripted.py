@@ -61,5 +61,8 @@ class ScriptedEngine:
         del self._live[uid]
       logprobs = [-t / 100 for t in tokens] if request.want_logprobs else []
       if tokens or reason:
-        events.append(engine.Event(uid, tokens, logprobs, reason, stats if reason else None))
+        tops = [[(t, -t / 100), (t + 1, -t / 50)][: request.num_top_logprobs] for t in tokens]
+        tops = tops if request.num_top_logprobs else []
+        stats_ = stats if reason else None
+        events.append(engine.Event(uid, tokens, logprobs, reason, stats_, tops))
     return events

@@ -150,6 +150,67 @@ def test_logprobs_are_those_of_the_tokens_in_the_text(make):
   }
 
 
+def test_top_logprobs_stand_beside_the_tokens_of_the_answer(make):
+  """The scripted engine says that a token's neighbour is twice as unlikely as itself."""
+  chat, engine = make(lambda _: [[*b"ab"], [*b"c", 257]])
+  out = chat.chat(HELLO | {"logprobs": True, "top_logprobs": 2})
+  first, *_ = content = out["choices"][0]["logprobs"]["content"]
+  assert first["top_logprobs"] == [
+    {"token": "a", "logprob": -0.97, "bytes": [97]},
+    {"token": "b", "logprob": -1.94, "bytes": [98]},
+  ]
+  assert [len(c["top_logprobs"]) for c in content] == [2, 2, 2]
+  assert engine.requests[0].num_top_logprobs == 2 and engine.requests[0].want_logprobs
+  out = chat.completion({"prompt": "x", "logprobs": 1})["choices"][0]["logprobs"]
+  assert out["top_logprobs"] == [{"a": -0.97}, {"b": -0.98}, {"c": -0.99}]
+  chunks = chat.stream("chat", HELLO | {"logprobs": True, "top_logprobs": 1, "stream": True})
+  found = [
+    t["top_logprobs"][0]["token"]
+    for c in chunks
+    for t in ((c["choices"][0].get("logprobs") or {}).get("content") or [])
+  ]
+  assert found == list("abc")
+
+
+def test_n_choices_have_noise_of_their_own_and_one_usage(make):
+  chat, engine = make(lambda r: scripted.bytewise("ab" * (r.sampling.seed - 6)), max_batch=2)
+  body = HELLO | {"n": 3, "seed": 7}
+  out = chat.chat(body)
+  assert [c["index"] for c in out["choices"]] == [0, 1, 2]
+  assert [c["message"]["content"] for c in out["choices"]] == ["ab", "abab", "ababab"]
+  assert [c["finish_reason"] for c in out["choices"]] == ["stop"] * 3
+  assert out["usage"]["prompt_tokens"] == len(engine.requests[0].prompt)
+  assert out["usage"]["completion_tokens"] == 3 + 5 + 7
+  streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+  *rest, last = chat.stream("chat", streamed)
+  assert last["choices"] == [] and last["usage"]["completion_tokens"] == 15
+  assert all(c["usage"] is None for c in rest)
+  texts, ends = [""] * 3, []
+  for chunk in rest:
+    (choice,) = chunk["choices"]
+    texts[choice["index"]] += choice["delta"].get("content") or ""
+    ends += [choice["index"]] if choice["finish_reason"] else []
+  assert texts == ["ab", "abab", "ababab"] and sorted(ends) == [0, 1, 2]
+  out = chat.completion({"prompt": "x", "n": 2, "seed": 7, "logprobs": 0})
+  assert [c["logprobs"]["text_offset"] for c in out["choices"]] == [[0, 1], [0, 1, 2, 3]]
+
+
+def test_choices_that_the_queue_cannot_hold_are_refused_and_a_failure_ends_all(make):
+  stop = threading.Event()
+  chat, engine = make(stalled(stop), max_batch=1, max_queue=3)
+  with pytest.raises(schemas.ApiError) as caught:
+    chat.submit("chat", HELLO | {"n": 4})
+  assert caught.value.status == 429
+  reply = chat.submit("chat", HELLO | {"n": 3})
+  engine.failure = RuntimeError("broken")
+  with pytest.raises(schemas.ApiError, match="broken"):
+    reply.whole()
+  engine.failure = None
+  assert all(answer.is_cancelled for answer in reply.answers)
+  stop.set()
+  assert chat.chat(HELLO)["choices"][0]["message"]["content"] == "ok"
+
+
 def test_text_completions_take_text_or_ids(make):
   chat, engine = make("ok")
   for prompt, expected in (("hi", [256, *b"hi"]), ([1, 2], [1, 2]), (["hi"], [256, *b"hi"])):
@@ -319,9 +380,12 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
     ({"max_tokens": 0}, "max_tokens", r"expected 1..65536"),
     ({"max_tokens": True}, "max_tokens", "expected int"),
     ({"max_tokens": 65537}, "max_tokens", r"expected 1..65536"),
-    ({"n": 2}, "n", "n: found 2, but only 1 is supported"),
+    ({"n": 17}, "n", "n: found 17, expected 1..16"),
+    ({"n": 0}, "n", "n: found 0, expected 1..16"),
     ({"logit_bias": {"1": 5}}, "logit_bias", "only {} is supported"),
-    ({"top_logprobs": 3}, "top_logprobs", "only 0 is supported"),
+    ({"top_logprobs": 3}, "logprobs", "found without logprobs"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "expected 0..20"),
+    ({"best_of": 2}, "best_of", "only 1 is supported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 is supported"),
     ({"bogus": 1}, "bogus", "bogus: unknown field"),
     ({"stop": [""]}, "stop", "stop: found"),

@@ -1,0 +1,150 @@
+"""Rows of the engine's cache: which request goes where, and what it sets there (inference.md 2-3).
+
+Functions of host data alone: a `Job` is a request on its way, a `Row` what the host knows of a row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minicpm_jax import config
+from minicpm_jax.core import rng
+from minicpm_jax.infer import requests
+from minicpm_jax.infer import rounds as rounds_lib
+from minicpm_jax.infer import sampling as sampling_lib
+
+SMALLEST_CHUNK = 16
+
+
+@dataclasses.dataclass
+class Job:
+  """A request on its way."""
+
+  id: int
+  request: requests.Request
+  stops: tuple[int, ...]
+  stats: requests.Stats
+  row: int = -1
+  num_cached: int = 0  # prompt tokens in the cache
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  finish_reason: requests.FinishReason | None = None
+  started: float = 0.0
+  limit: int = 0
+  promised: int = 0  # tokens that rounds under way will bring at least
+
+  @property
+  def is_filling(self) -> bool:
+    return self.num_cached < len(self.request.prompt)
+
+  @property
+  def rope_length(self) -> int:
+    """Length that LongRoPE and dynamic NTK scale for."""
+    return len(self.request.prompt) + self.request.sampling.max_new_tokens
+
+
+@dataclasses.dataclass
+class Row:
+  """What the host knows of a row of the cache."""
+
+  job: Job | None = None
+  held: list[int] = dataclasses.field(default_factory=list)  # tokens whose keys are in the cache
+  kind: Any = None  # rotation and dense/sparse mode that these keys were made in
+
+
+def kind_of(cfg: config.ModelConfig, job: Job) -> Any:
+  """Keys are reused only where they were made with the same rotation and attention."""
+  total = len(job.request.prompt)
+  rotation = None
+  if cfg.rope.kind == "longrope":
+    rotation = job.rope_length > cfg.rope.original_max_position
+  elif cfg.rope.kind == "dynamic":
+    rotation = max(job.rope_length, cfg.max_position)
+  return rotation, cfg.sparse is not None and total >= cfg.sparse.dense_len
+
+
+def choose_row(
+  rows: Sequence[Row], job: Job, kind: Any, min_prefix: int, can_reuse: bool
+) -> tuple[int, int, int]:
+  """(row, row to continue, tokens of it). One token less than the common prefix is reused: the
+  state of a draft at the last one depends on the token that follows.
+
+  kind: `kind_of` the job; can_reuse: False where a draft cannot go on from a copied row.
+  """
+  prompt = job.request.prompt
+  free = [i for i, row in enumerate(rows) if row.job is None]
+
+  def common(index: int) -> int:
+    row = rows[index]
+    if min_prefix < 0 or row.kind != kind or not can_reuse:
+      return 0
+    pairs = zip(row.held, prompt, strict=False)
+    num = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.held), len(prompt)))
+    return max(0, num - 1)
+
+  own = max(free, key=lambda i: (common(i), -len(rows[i].held)))
+  best = max(range(len(rows)), key=common)
+  if common(best) >= common(own) + max(1, min_prefix):
+    own = min(free, key=lambda i: len(rows[i].held))
+    return own, best, common(best)
+  num = common(own)
+  return own, own, num if num >= min_prefix else 0
+
+
+def settings(job: Job, vocab_size: int, num_before: int = 0) -> rounds_lib.RowSettings:
+  """What the request sets in its row; `num_before` prefix tokens stand in front of its prompt."""
+  sampling = job.request.sampling
+  stops_E = np.full(rounds_lib.STOP_SLOTS, rounds_lib.NO_TOKEN, np.int32)
+  stops_E[: len(job.stops)] = job.stops
+  seen_V = np.zeros(vocab_size, bool)
+  seen_V[job.request.prompt[num_before:]] = True
+  one = lambda value, dtype: np.full((1,), value, dtype)  # noqa: E731
+  return rounds_lib.RowSettings(
+    start=np.int32(job.num_cached),
+    limit=np.int32(job.limit),
+    stops_E=stops_E,
+    rope_length=np.int32(job.rope_length),
+    seen_V=seen_V,
+    wants_logprobs=np.bool_(job.request.want_logprobs),
+    wants_top=np.bool_(job.request.num_top_logprobs > 0),
+    sampling=sampling_lib.SamplingState(
+      key_B=rng.key(sampling.seed, "sampling")[None],
+      temperature_B=one(sampling.temperature, np.float32),
+      top_k_B=one(sampling.top_k, np.int32),
+      top_p_B=one(sampling.top_p, np.float32),
+      min_p_B=one(sampling.min_p, np.float32),
+      penalty_B=one(sampling.repetition_penalty, np.float32),
+    ),
+  )
+
+
+def span_of(num_slots: int, smallest: int, most: int) -> int:
+  """Slots that a forward reads: a doubling of the smallest span that holds `num_slots`."""
+  span = smallest
+  while span < num_slots:
+    span *= 2
+  return min(span, most)
+
+
+def chunk_of(start: int, rest: int, largest: int, num_slots: int) -> int:
+  """The largest chunk while the prompt fills it, then the smallest that holds the rest."""
+  size, sizes = largest, []
+  while size >= SMALLEST_CHUNK:
+    sizes.append(size)
+    size //= 4
+  sizes.append(SMALLEST_CHUNK)
+  fitting = [s for s in sizes if start + s <= num_slots]
+  holding = [s for s in fitting if s >= rest]
+  return min(holding) if holding else max(fitting)
+
+
+def forced_tokens(job: Job, sparse: config.SparseAttentionConfig | None) -> list[int]:
+  """What the constraint forces, up to the request's end and to where attention turns sparse."""
+  num = job.limit - len(job.tokens)
+  length = len(job.request.prompt) + len(job.tokens) - 1  # the last token is not in the cache
+  if sparse is not None and length + 1 < sparse.dense_len:
+    num = min(num, sparse.dense_len - 1 - length)  # one mode for the whole chunk
+  forced = job.request.constraint.forced_tokens()[:num]
+  ends = [i for i, token in enumerate(forced) if token in job.stops]
+  return forced[: ends[0] + 1] if ends else forced
