@@ -68,10 +68,17 @@ def test_layer_is_the_definition_on_released_weights(layer, selection, lse, offs
   attended = oracle.attend_with(q[offset:], k, v, sparse, ids[0, :, offset:], q_offset=offset)
   expected = attended.reshape(TOTAL - offset, -1) @ o_weight.T
 
+  found = branch(cfg, params, tokens_BT, offset)
+  np.testing.assert_allclose(np.reshape(found, expected.shape), expected, atol=1e-4)
+
+
+def branch(cfg, params, tokens_BT, offset=0):
+  """What the attention of layer 0 gives for the tokens from `offset` on."""
   cfg, params = convert.unstack_layers(cfg, params)
   model = transformer.Transformer(cfg)
 
-  def branch(params, tokens, cache):
+  @jax.jit
+  def run(params, tokens, cache):
     out, caught = model.apply(
       {"params": params},
       tokens,
@@ -81,9 +88,30 @@ def test_layer_is_the_definition_on_released_weights(layer, selection, lse, offs
     )
     return caught["intermediates"]["layers_0"]["attn"]["__call__"][0][0], out.cache
 
-  run = jax.jit(branch)
   cache = None
   if offset:
     _, cache = run(params, tokens_BT[:, :offset], cache_lib.init(cfg, 1, 96))
-  found, _ = run(params, tokens_BT[:, offset:], cache)
-  np.testing.assert_allclose(np.reshape(found, expected.shape), expected, atol=1e-4)
+  return run(params, tokens_BT[:, offset:], cache)[0]
+
+
+def test_layer_in_bfloat16(layer, monkeypatch):
+  """Against float64 with the lists that the bf16 layer chose, valid to 2% of the scores."""
+  cfg, params, tokens_BT, q, k, v, o_weight = layer
+  lists = []
+  select = sparse_attention.select_from_keys
+
+  def watch(*args):
+    ids, counts = select(*args)
+    jax.debug.callback(lambda *x: lists.append([np.asarray(a)[0] for a in x]), ids, counts)
+    return ids, counts
+
+  monkeypatch.setattr(sparse_attention, "select_from_keys", watch)
+  found = branch(dataclasses.replace(cfg, dtype="bf16"), params, tokens_BT)
+  jax.effects_barrier()
+  ((ids, counts),) = lists
+  assert found.dtype == jnp.bfloat16
+  oracle.check_select(q, k, SMALL, ids, counts, rows=range(0, TOTAL, 5), rtol=2e-2)
+  attended = oracle.attend_with(q, k, v, SMALL, ids)
+  expected = attended.reshape(TOTAL, -1) @ o_weight.T
+  found = np.asarray(found, np.float64).reshape(expected.shape)
+  np.testing.assert_allclose(found, expected, atol=3e-2 * max(1.0, np.abs(expected).max()))

@@ -104,7 +104,7 @@ def attend(q_GH, k_LH, v_LV, blocks, pos, cfg):
   return e / e.sum(axis=1, keepdims=True) @ v
 
 
-def check_select(q_TNH, k_LKH, cfg, ids_KTW, counts_KT, q_offset=0, rows=None):
+def check_select(q_TNH, k_LKH, cfg, ids_KTW, counts_KT, q_offset=0, rows=None, rtol=1e-5):
   """Every list of one document against the definition, by score regret."""
   T, N, _ = q_TNH.shape
   K = k_LKH.shape[1]
@@ -116,7 +116,7 @@ def check_select(q_TNH, k_LKH, cfg, ids_KTW, counts_KT, q_offset=0, rows=None):
       blocks = block_scores(scores, len(k_LKH), cfg)
       ids, count = np.asarray(ids_KTW[h, t]), int(counts_KT[h, t])
       assert np.all(ids[count:] == -1)
-      assert_valid_set(ids[:count].tolist(), blocks, pos // cfg.block_size, cfg)
+      assert_valid_set(ids[:count].tolist(), blocks, pos // cfg.block_size, cfg, rtol)
 
 
 def attend_with(q_TNH, k_LKH, v_LKV, cfg, ids_KTW, q_offset=0):
