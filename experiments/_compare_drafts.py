@@ -90,14 +90,14 @@ def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any
   fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
   for number, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
     own = [row for row in rows if row["variant"] == name]
-    best = max((row for row in own if row["seed"] == 0), key=score)["rate"]
-    for row in own:
-      if row["rate"] == best:
-        label = f"{name}, rate {best:g}" if row["seed"] == 0 else None
-        for ax, key in zip(axes, ("acc_1", "acc_3"), strict=True):
-          points = [(point["step"], point[key]) for point in row["curve"]]
-          ax.plot(*zip(*points, strict=True), color=f"C{number}", label=label)
-          ax.set(xlabel="step", ylabel=key, ylim=(0, 1))
+    best = max(own, key=score)["rate"]
+    shown = [row for row in own if row["rate"] == best]
+    for row in shown:
+      label = f"{name}, rate {best:g}" if row is shown[0] else None
+      for ax, key in zip(axes, ("acc_1", "acc_3"), strict=True):
+        points = [(point["step"], point[key]) for point in row["curve"]]
+        ax.plot(*zip(*points, strict=True), color=f"C{number}", label=label)
+        ax.set(xlabel="step", ylabel=key, ylim=(0, 1))
   axes[0].legend()
   fig.suptitle(f"Drafts at equal steps, held-out text that the target wrote: {values.target}")
   fig.tight_layout()

@@ -59,8 +59,13 @@ def regenerate(
     train, test = prompts[HELDOUT:], prompts[:HELDOUT]
   else:
     trained = [s.path for s in cfg.data.sources if s.name not in cfg.eval_sources]
-    train = list(beginnings(trained, values.regenerate, seed=0))
-    test = list(beginnings([s.path for s in held_out] or trained, HELDOUT, seed=1))
+    if held_out:
+      train = list(beginnings(trained, values.regenerate, seed=0))
+      test = list(beginnings([s.path for s in held_out], HELDOUT, seed=1))
+    else:  # what only measures must not begin as what is trained on: greedy answers are the same
+      both = list(beginnings(trained, values.regenerate + HELDOUT, seed=0))
+      cut = min(HELDOUT, len(both) // 2)
+      test, train = both[:cut], both[cut:]
   write_generated(made, target, train, sampling)
   write_generated(tested, target, test, sampling)
   entries = {"generated": made, "generated_heldout": tested}

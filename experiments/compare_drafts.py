@@ -1,7 +1,7 @@
 """Kinds of drafts at equal steps on one target: learning rates, seeds, acceptance curves.
 
   python -m experiments.compare_drafts --target=workdir/quickstart/train --workdir=runs/compare \\
-    --data=text:workdir/quickstart/shards/reference --regenerate=1024 --steps=1000 \\
+    --data=text:workdir/quickstart/shards/source --regenerate=1024 --steps=1000 \\
     --rates=1e-3,2e-3,4e-3 --seeds=2 --output=benchmarks/results/drafts_nano_compare
 
 Every run is one of distill_draft's, on the same text that the target wrote itself, with the
@@ -24,7 +24,7 @@ FLAGS = flags.FlagValues()
 _define = {"flag_values": FLAGS}
 flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **_define)
 flags.DEFINE_string("workdir", None, "Folder of the runs.", **_define)
-flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT], begun documents.", **_define)
+flags.DEFINE_multi_string("data", [], "NAME:PATH[:eval], begun documents.", **_define)
 flags.DEFINE_multi_string("variant", ["eagle:eagle", "eagle3:eagle3"], "What runs.", **_define)
 flags.DEFINE_integer("regenerate", 1024, "Documents that the target writes.", **_define)
 flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **_define)

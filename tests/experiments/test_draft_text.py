@@ -6,9 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from experiments import _bench_drafts, _compare_drafts, _regenerate
+from experiments import (
+  _bench_drafts,
+  _compare_drafts,
+  _distill_draft,
+  _regenerate,
+  distill_draft,
+)
 from minicpm_jax import config
-from minicpm_jax.data import shards, sources
+from minicpm_jax.data import documents, shards, sources
 from minicpm_jax.infer import generate
 from tests.models import common
 
@@ -71,6 +77,27 @@ def test_answers_are_the_targets_and_a_stopped_call_goes_on(tmp_path, monkeypatc
   stored = [list(map(int, source[i])) for i in range(3)]
   expected = generate.generate(model, params, prompts[2:], sampling).tokens[0]
   assert stored == [[*prompts[0], 1, 2], [*prompts[1], 1, 2], [*prompts[2], *expected]]
+
+
+def test_held_out_answers_begin_otherwise_than_those_trained_on(tmp_path, monkeypatch):
+  texts = [" ".join(map(str, [n, *range(40)])) for n in range(8)]
+  docs = documents.from_texts(texts)
+  shards.prepare(docs, tmp_path / "t", name="t", tokenizer=_regenerate.Ids(64), add_eos=False)
+  written = {}
+  monkeypatch.setattr(
+    _regenerate,
+    "write_generated",
+    lambda out, target, prompts, s: written.update({out.name: prompts}),
+  )
+  monkeypatch.setattr(_regenerate, "HELDOUT", 3)
+  model = common.config(num_layers=1)
+  cfg = _distill_draft.distill_config(model, "x", "eagle", [f"t:{tmp_path / 't'}"], 4)
+  values = distill_draft.parse(["x", f"--workdir={tmp_path}", "--regenerate=4"])
+  found = _regenerate.regenerate(cfg, None, tmp_path, values)
+  first = {name: {p[0] for p in prompts} for name, prompts in written.items()}
+  assert len(first["train"]) == 4 and len(first["heldout"]) == 3
+  assert not first["train"] & first["heldout"]
+  assert found.eval_sources == ("generated_heldout",)
 
 
 def test_trees_and_variants_are_parsed_or_refused():
