@@ -62,6 +62,20 @@ def options(interpreted: bool) -> dict:
   return dict(compiler_params=params, interpret=interpret.gpu_params() if interpreted else None)
 
 
+def as_tile(x_Rn, interpreted: bool):
+  """x in the registers of a wgmma's result: a hint where nothing else fixes the layout."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  return x_Rn if interpreted else plgpu.layout_cast(x_Rn, plgpu.Layout.WGMMA)
+
+
+def as_rows(x_R, interpreted: bool):
+  """A number a row of `as_tile`."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  return x_R if interpreted else plgpu.layout_cast(x_R, plgpu.Layout.WGMMA.reduce(1))
+
+
 def dot(a_ref, b_ref):
   """a b of two references in shared memory, float32 [rows, columns]. Waits for the result."""
   from jax.experimental import pallas as pl

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.sparse_topk import mosaic_tpu, triton, xla
+from pallas_kernels.sparse_topk import mosaic_gpu, mosaic_tpu, triton, xla
 from pallas_kernels.sparse_topk import rule as rules
+
+Config = xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | mosaic_gpu.MosaicGpuConfig
 
 
 def select_blocks(
@@ -17,7 +19,7 @@ def select_blocks(
   q_offset=0,
   start_BT=None,
   implementation: spec.Implementation = "auto",
-  config: xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | None = None,
+  config: Config | None = None,
 ):
   """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
 
@@ -41,6 +43,7 @@ def select_blocks(
     implementation,
     {
       "xla": lambda: xla.select_xla(*args, config),
+      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, config),
       "triton": lambda: triton.select_triton(*args, config),
       "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, config),
     },

@@ -36,10 +36,10 @@ def normal(rng, *shape, dtype=jnp.float32):
 # --- Selection -----------------------------------------------------------------------------------
 
 
-def check_select(select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_queries=21):
+def check_select(select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_queries=21, H=8):
   """Forced blocks in, none of the future, full lists, ascending, and no better block left out."""
   rng = np.random.default_rng(0)
-  B, T, N, K, H = 1, num_queries, 6, 2, 8
+  B, T, N, K = 1, num_queries, 6, 2
   S = offset + T
   q, k = normal(rng, B, T, N, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
   fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)
@@ -70,10 +70,10 @@ def check_select(select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_
       assert row[left_out].max() - row[free].min() <= tolerance * row.max(), (t, taken)
 
 
-def check_select_packed(select, rule: rules.Rule):
+def check_select_packed(select, rule: rules.Rule, H=8):
   """Two documents and padding in a row, in runs of a few queries: the ids of the XLA form."""
   rng = np.random.default_rng(1)
-  B, T, N, K, H = 2, 30, 4, 1, 8
+  B, T, N, K = 2, 30, 4, 1
   q, k = normal(rng, B, T + 70, N, H)[:, 70:], normal(rng, B, T + 70, K, H)
   fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)
   start = np.zeros((B, T), np.int32)

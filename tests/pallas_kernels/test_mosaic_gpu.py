@@ -17,6 +17,8 @@ from pallas_kernels.common import mgpu
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import tiles
 from pallas_kernels.sparse_decode import mosaic_gpu as decoding
+from pallas_kernels.sparse_topk import mosaic_gpu as topk
+from pallas_kernels.sparse_topk import rule as rules
 
 
 def load(name):
@@ -57,6 +59,27 @@ def test_union_of_lists_is_that_of_sets(num_blocks, tiles_a_run):
 # --- Values --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("selection, lse", [("joint", "coarse"), ("split", "exact")])
+def test_select(selection, lse):
+  suite.check_select(topk.select_mosaic_gpu, suite.small_rule(selection, lse), num_queries=9, H=16)
+
+
+def test_select_packed():
+  suite.check_select_packed(topk.select_mosaic_gpu, suite.small_rule("joint", "exact"), H=16)
+
+
+@pytest.mark.slow
+def test_select_in_runs():
+  """70 queries in two runs of one tile."""
+  config = topk.MosaicGpuConfig(max_score_bytes=1)
+  suite.check_select(
+    lambda *a: topk.select_mosaic_gpu(*a, config=config),
+    suite.small_rule("joint", "coarse"),
+    num_queries=70,
+    H=16,
+  )
+
+
 @pytest.mark.smoke
 def test_attend_with_gradients():
   """float32; 21 queries of 3 heads in a tile of 64 rows; the XLA backward on these residuals."""
@@ -95,6 +118,17 @@ def like(*shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def select_program(num_heads, head_dim, lse):
+  rule, T, K = rules.Rule(lse=lse), 4096, 2
+  config, slots = topk.MosaicGpuConfig(interpret=False), 131072
+
+  def run(q, fine, coarse, start):
+    return topk.select_mosaic_gpu(q, fine, coarse, slots - T, start, rule, slots, config)
+
+  keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
+  return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
+
+
 def attend_program(num_heads, head_dim, dtype=jnp.bfloat16):
   T, K = 4096, 2
   config = attention.MosaicGpuConfig(interpret=False)
@@ -124,6 +158,8 @@ def decode_program(num_heads, head_dim, is_paged, T=1):
 
 
 PROGRAMS = {
+  "select_0p5b": lambda: select_program(16, 64, "exact"),
+  "select_8b": lambda: select_program(32, 128, "coarse"),
   "attend_0p5b": lambda: attend_program(16, 64),
   "attend_8b": lambda: attend_program(32, 128),
   "attend_f16": lambda: attend_program(32, 96, jnp.float16),
@@ -178,6 +214,25 @@ def test_decode_refuses_too_many_rows_and_shifted_rows():
     decoding.decode_mosaic_gpu(*args, jnp.zeros((1,), jnp.int32), None, block_size=64)
 
 
+@pytest.mark.parametrize(
+  "change, reason",
+  [
+    (dict(head_dim=8), "head width 8, mosaic_gpu serves multiples of 16"),
+    (dict(slots=600_000), "9472 blocks, mosaic_gpu serves up to 8192"),
+    (dict(dtype=jnp.float32), "multiplies bfloat16 or float16, found float32"),
+  ],
+  ids=lambda x: "_".join(x) if isinstance(x, dict) else "",
+)
+def test_select_refuses_with_the_reason(change, reason):
+  dtype = change.get("dtype", jnp.bfloat16)
+  q, fine = (jnp.zeros((1, n, 2, change.get("head_dim", 64)), dtype) for n in (4, 6))
+  config = topk.MosaicGpuConfig(interpret=False)
+  slots = change.get("slots", 128)
+  start = jnp.zeros((1, 4), jnp.int32)
+  with pytest.raises(NotImplementedError, match=reason):
+    topk.select_mosaic_gpu(q, fine, fine, 0, start, rules.Rule(), slots, config)
+
+
 @pytest.mark.parametrize("capability, is_served", [("8.0", False), ("9.0", True), ("10.0", False)])
 def test_only_hopper_is_served(capability, is_served, monkeypatch):
   device = type("Device", (), dict(compute_capability=capability))
@@ -215,6 +270,14 @@ def test_attend_on_the_device(num_local, shape):
   again = suite.check_attend(attention.attend_mosaic_gpu, **arguments)
   for x, y in zip(first, again, strict=True):  # bitwise deterministic
     assert jnp.array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+@pytest.mark.parametrize("selection", ["joint", "split"])
+def test_select_on_the_device(selection, lse):
+  rule = suite.small_rule(selection, lse)
+  suite.check_select(topk.select_mosaic_gpu, rule, dtype=jnp.bfloat16, H=64)
 
 
 @pytest.mark.gpu

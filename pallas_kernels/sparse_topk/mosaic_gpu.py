@@ -1,0 +1,126 @@
+"""Block selection on Hopper GPUs through Pallas Mosaic GPU. Deterministic.
+
+Queries go in runs whose block scores fit `max_score_bytes`; a run is two kernels, scores then
+choice, as in Triton's form. Scores are float32 sums of the products of the input type. Compiled for
+sm_90a and checked in the interpreter; it has not run on a device.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import mgpu, tune
+from pallas_kernels.sparse_topk import rule as rules
+
+MAX_BLOCKS = 8192  # of a row: a choice holds their scores in registers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicGpuConfig:
+  """Bytes of block scores held at a time."""
+
+  max_score_bytes: int = 2**28
+  interpret: bool | None = None  # None = on a CPU
+
+  def __post_init__(self):
+    if self.max_score_bytes < 1:
+      raise ValueError(
+        f"MosaicGpuConfig.max_score_bytes: found {self.max_score_bytes}, expected 1 or more"
+      )
+
+
+def select_mosaic_gpu(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BCKH,
+  q_offset,
+  start_BT,
+  rule: rules.Rule,
+  num_slots: int,
+  config: MosaicGpuConfig | None = None,
+):
+  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  op = "sparse_topk"
+  B, T, N, H = q_BTNH.shape
+  F, K = fine_BFKH.shape[1:3]
+  name = tune.key(N // K, H, q_BTNH.dtype, "mosaic_gpu")
+  config = config or tune.lookup(op, MosaicGpuConfig, name) or MosaicGpuConfig()
+  interpreted = mgpu.is_interpreted(op, config.interpret)
+  mgpu.check_arrays(op, interpreted, q=q_BTNH, fine=fine_BFKH, coarse=coarse_BCKH)
+  if H % 16 or H > 256:
+    raise NotImplementedError(f"{op}: head width {H}, mosaic_gpu serves multiples of 16 up to 256")
+  M = -(-rule.num_blocks(num_slots) // 128) * 128
+  if M > MAX_BLOCKS:
+    raise NotImplementedError(f"{op}: {M} blocks, mosaic_gpu serves up to {MAX_BLOCKS}")
+  from pallas_kernels.sparse_topk import mgpu_kernels as kernels
+
+  num_bytes = kernels.shared_bytes(N // K, H, q_BTNH.dtype.itemsize)
+  mgpu.check_shared_memory(op, num_bytes, f"tiles of {H} and {N // K} heads a group")
+  norm_BCKH = fine_BFKH if rule.lse == "exact" else coarse_BCKH
+  num_norm, W = norm_BCKH.shape[1], rule.num_selected
+  most = config.max_score_bytes // (4 * B * K * M) // mgpu.ROWS * mgpu.ROWS
+  rows = max(mgpu.ROWS, min(most, -(-T // mgpu.ROWS) * mgpu.ROWS))
+  padded = -(-T // rows) * rows
+
+  def pad(x, axis, length, value=0):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+  q_BTNH = pad(q_BTNH, 1, padded)
+  start_BT = pad(start_BT, 1, padded, rules.NOWHERE)
+  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+  pos_BT = offset_B[:, None] + jnp.arange(padded, dtype=jnp.int32)[None, :]
+  pos_Btr, start_Btr = (jnp.reshape(x, (B, -1, mgpu.ROWS)) for x in (pos_BT, start_BT))
+  last_Bt = jnp.max(jnp.where(start_Btr <= pos_Btr, pos_Btr, -1), axis=-1)
+  begin_Bt = jnp.min(start_Btr, axis=-1)
+  norm_BCKH = pad(norm_BCKH, 1, max(1, -(-num_norm // kernels.TILE)) * kernels.TILE)
+  fine_EMKH = _by_phase(fine_BFKH, rule, M)
+  width = -(-W // kernels.LANES) * kernels.LANES
+
+  def run(first):
+    first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
+    scores_ErM = kernels.block_scores(
+      first_1,
+      begin_Bt,
+      last_Bt,
+      q_BTNH,
+      fine_EMKH,
+      norm_BCKH,
+      pos_BT,
+      start_BT,
+      rule=rule,
+      num_rows=rows,
+      num_fine=F,
+      num_norm=num_norm,
+      interpreted=interpreted,
+    )
+    return kernels.choose(
+      first_1, scores_ErM, pos_BT, start_BT, rule=rule, width=width, interpreted=interpreted
+    )
+
+  if rows == padded:
+    ids_ETW = run(jnp.int32(0))
+  else:
+    ids = jax.lax.map(run, jnp.arange(0, padded // mgpu.ROWS, rows // mgpu.ROWS, dtype=jnp.int32))
+    ids_ETW = jnp.reshape(jnp.moveaxis(ids, 0, 1), (B * K, padded, width))
+  ids_BKTW = jnp.reshape(ids_ETW, (B, K, padded, width))[:, :, :T, :W]
+  return ids_BKTW, jnp.sum(ids_BKTW >= 0, axis=-1, dtype=jnp.int32)
+
+
+def _by_phase(fine_BFKH, rule: rules.Rule, num_blocks: int):
+  """[B * phases, M, K, H]: window i of every block, those of the block before that reach into it
+  first; zeros where there is none."""
+  from pallas_kernels.sparse_topk import mgpu_kernels as kernels
+
+  B, F, K, H = fine_BFKH.shape
+  every = kernels.phases(rule)
+  per_block, left = rule.block_size // rule.kernel_stride, -every[0]
+  length = num_blocks * per_block + left
+  fine = fine_BFKH[:, : length - left]
+  fine = jnp.pad(fine, ((0, 0), (left, length - left - fine.shape[1]), (0, 0), (0, 0)))
+  parts = [
+    fine[:, i + left : i + left + (num_blocks - 1) * per_block + 1 : per_block] for i in every
+  ]
+  return jnp.reshape(jnp.stack(parts, axis=1), (B * len(every), num_blocks, K, H))
