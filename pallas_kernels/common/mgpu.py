@@ -5,6 +5,8 @@ memory are inferred, so the same body runs in the interpreter. Only what jax 0.1
 is used: matrix products read both sides from shared memory into a fresh accumulator.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 
@@ -115,4 +117,7 @@ def load_bytes(ref, index, interpreted: bool):
 
   if interpreted:
     return ref[index]
-  return plgpu.load(ref, index, layout=plgpu.Layout.WGMMA, optimized=False)
+  options = dict(layout=plgpu.Layout.WGMMA, optimized=False)
+  if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.12
+    return plgpu.load(ref, index, **options)
+  return plgpu.load(ref.at[index], **options)

@@ -72,11 +72,19 @@ def test_health_counts_zeros_and_flips(batch):
   assert float(metrics["flip_rate"].sum) == flips > 0
 
 
-def test_a_quantised_step_on_a_mesh(batch):
-  model, params = built(dataclasses.replace(TERNARY, group_size=-1))
+@pytest.mark.parametrize(
+  "quant, fsdp, tp",
+  [
+    (dataclasses.replace(TERNARY, group_size=-1), 2, 2),
+    pytest.param(FP8, 4, 1, marks=pytest.mark.slow),
+  ],
+  ids=["ternary", "fp8"],
+)
+def test_a_quantised_step_on_a_mesh(batch, quant, fsdp, tp):
+  model, params = built(quant)
   weights = step_lib.quantized_weights(model.cfg)
   _, metrics, norms = one_step(model, params, batch, weights=weights)
-  mesh = mesh_lib.make_mesh(MeshConfig(dp=1, fsdp=2, tp=2), jax.devices()[:4])
+  mesh = mesh_lib.make_mesh(MeshConfig(dp=1, fsdp=fsdp, tp=tp), jax.devices()[:4])
   shapes, specs = transformer.abstract_params(model)
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, mesh_lib.tree_shardings(mesh, specs, shapes))
