@@ -67,12 +67,16 @@ def _run():
   rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
   batches = _quantize.batches(_quantize.windows(stream, _ROWS.value, _LENGTH.value, 0), 4)
   tokens = prefix.find(model, params, batches)
+  names, heldout_name = (
+    [pathlib.Path(p).name for p in _TEXT.value],
+    pathlib.Path(_HELDOUT.value).name,
+  )
   result = {
     "model": pathlib.Path(path).name,
     "group_size": _GROUP.value,
     "prefixed_tokens": list(tokens),
-    "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": _TEXT.value},
-    "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": _HELDOUT.value},
+    "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": names},
+    "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": heldout_name},
     "device": platform.processor() or platform.machine(),
     "versions": {"jax": jax.__version__, "python": platform.python_version()},
     "perplexity": {},
