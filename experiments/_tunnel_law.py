@@ -243,7 +243,7 @@ def scaling_bench(ctx: _tunnel.Context) -> report.Section:
   for axis, (task, about) in zip(axes, TASKS.items(), strict=True):
     rows = items_of(ctx, task)
     nats = [runner.score([spec], rows)[0].reshape(ITEMS, CHOICES) for spec in models]
-    losses = np.array([n[:, 0].mean() / ANSWER for n in nats])
+    losses = np.array([n[:, 0].mean() / ANSWER for n in nats], np.float64)
     accuracies = np.array([np.mean(np.argmin(n, axis=1) == 0) for n in nats])
     found = bench.extrapolate(losses, accuracies, is_held, chance=1 / CHOICES, num_items=ITEMS)
     rank = float(np.corrcoef(losses.argsort().argsort(), accuracies.argsort().argsort())[0, 1])
