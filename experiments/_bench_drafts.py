@@ -41,7 +41,12 @@ def fr_index(path: str, share: float, vocab_size: int, stop_ids: Sequence[int]) 
 
 
 def drafters(
-  model: Any, params: Any, named: Sequence[str], fr_ids: np.ndarray | None, sizes: dict[str, int]
+  model: Any,
+  params: Any,
+  named: Sequence[str],
+  fr_ids: np.ndarray | None,
+  sizes: dict[str, int],
+  draft_logit_scale: float | None = None,
 ) -> dict[str, Drafter]:
   """Every drafter of this target: n-gram, its MTP module, the given folders; FR on and off."""
   found: dict[str, Drafter] = {
@@ -60,7 +65,7 @@ def drafters(
     if bita_io.is_bita(path):
       found[name] = bita.make(ckpt.load_bita(path, model.cfg), model, params)
       continue
-    draft = ckpt.load_draft(path, model.cfg)
+    draft = ckpt.load_draft(path, model.cfg, draft_logit_scale=draft_logit_scale)
     found[name] = eagle.make(draft, model, params, **own)
     if fr_ids is not None and draft.cfg.kind != "eagle3":
       found[f"{name}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **own)
