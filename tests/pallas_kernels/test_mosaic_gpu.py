@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from minicpm_jax.config import SparseAttentionConfig
+from minicpm_jax.nn import sparse_attention
 from pallas_kernels.common import mgpu
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_attention import tiles
@@ -109,6 +111,24 @@ def test_decode(layout):
   suite.check_decode(
     lambda *a, **kw: decoding.decode_mosaic_gpu(*a, config=config, **kw), layout, H=16
   )
+
+
+def test_the_whole_of_sparse_attention_is_that_of_xla():
+  """`infllm_attention` by name: selection and attention, and the gradient of the queries."""
+  sizes = dict(kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=2, dense_len=-1)
+  cfg = SparseAttentionConfig.from_hf(sizes, selection="joint", lse="coarse")
+  rng = np.random.default_rng(4)
+  q, k, v = (jnp.asarray(rng.normal(size=(1, 90, n, 16)), jnp.float32) for n in (6, 2, 2))
+
+  def run(implementation):
+    def loss(q):
+      out = sparse_attention.infllm_attention(q, k, v, cfg, implementation=implementation)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))(q)
+
+  for found, expected in zip(run("mosaic_gpu"), run("xla"), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- Programs of real width, short ---------------------------------------------------------------
