@@ -65,7 +65,7 @@ def regenerate(
     else:  # what only measures must not begin as what is trained on: greedy answers are the same
       both = list(beginnings(trained, values.regenerate + HELDOUT, seed=0))
       cut = min(HELDOUT, len(both) // 2)
-      test, train = both[:cut], both[cut:]
+      test, train = both[:cut], both[cut : cut + values.regenerate]
   write_generated(made, target, train, sampling)
   write_generated(tested, target, test, sampling)
   entries = {"generated": made, "generated_heldout": tested}
