@@ -321,7 +321,8 @@ def as_int4(draft: draft_lib.Draft) -> draft_lib.Draft:
     raise ValueError(f"draft.layer.quant: found {quant!r}, expected latent int4 weights")
   quant = dataclasses.replace(quant, weights="codes")
   cfg = dataclasses.replace(draft.cfg, layer=dataclasses.replace(draft.cfg.layer, quant=quant))
-  return draft_lib.Draft(cfg, quant_tree.quantize_params(quant, draft.params), draft.ids)
+  params = jax.tree.map(jnp.asarray, draft.params)
+  return draft_lib.Draft(cfg, quant_tree.quantize_params(quant, params), draft.ids)
 
 
 def _head_of(
