@@ -42,7 +42,7 @@ from minicpm_jax import config
 from minicpm_jax.core import fetch
 from minicpm_jax.data import python_corpus
 from minicpm_jax.infer import generate
-from minicpm_jax.models import transformer, zoo
+from minicpm_jax.models import joined, transformer, zoo
 from minicpm_jax.nn import rope, sparse_attention
 from minicpm_jax.text import tokenizer
 from pallas_kernels.flash import api as flash
@@ -66,6 +66,7 @@ else:
   model = transformer.Transformer(zoo.nano(vocab_size=512, num_layers=2, max_position=length))
   params = transformer.init_params(model, jax.random.key(0))
 model, params = generate.for_decoding(model, params)  # one subtree a layer
+params = joined.split_projections(model.cfg, params)  # queries and keys by name
 tokens_BT = jnp.asarray(tok.encode(text)[:length])[None]
 print(model.cfg.name, tokens_BT.shape, repr(tok.decode(tokens_BT[0, :40].tolist())))
 

@@ -42,7 +42,8 @@ def place(tree: Any) -> Any:
     view = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
     view[...] = x
     start += -(-x.nbytes // _ALIGN) * _ALIGN
-    leaves[i] = jax.device_put(view, may_alias=True)
+    place = leaves[i].sharding if leaves[i].committed else None  # its own device, not the default
+    leaves[i] = jax.device_put(view, place, may_alias=True)
   return jax.tree.unflatten(structure, leaves)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qat, qtensor
 
 # block: (joined name, parts, outputs of each part, axis of the outputs from the end)
 _Rule = tuple[str, tuple[str, ...], Callable[[ModelConfig], tuple[int, ...]], int]
@@ -26,18 +26,22 @@ _RULES: dict[str, _Rule] = {
 def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   """The same model with `attn/qkv` and `mlp/gate_up` where its parts can be joined.
 
-  Latent weights that the forward quantises stay apart (their rule goes by path), and so do
-  quantised kernels of different form. Experts and MLA have other projections.
+  Floats that the forward quantises, apart or joined, stay apart (latent weights, FP8: the rule goes
+  by path), and so do quantised kernels of different form. Experts and MLA have other projections.
   """
-  if cfg.quant is not None and cfg.quant.weights == "latent" and cfg.quant.scheme != "none":
-    return dict(params)
 
-  def join(block: types.Params, rule: _Rule) -> types.Params:
+  def is_quantised(path: str, kernel: Any) -> bool:
+    is_stored = qtensor.is_qtensor(kernel)
+    return not is_stored and qat.is_active(cfg.quant) and cfg.quant.selects(f"{path}/kernel")
+
+  def join(path: str, block: types.Params, rule: _Rule) -> types.Params:
     name, parts, _, axis = rule
     if not all(part in block for part in parts):
       return block
     kernels = [block[part]["kernel"] for part in parts]
     if not _is_alike(kernels):
+      return block
+    if any(is_quantised(f"{path}/{part}", kernels[0]) for part in (*parts, name)):
       return block
     rest = {n: leaf for n, leaf in block.items() if n not in parts}
     joined = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
@@ -49,7 +53,8 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
 def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   """Inverse of `join_projections`; parameters of the split form are returned as they are."""
 
-  def split(block: types.Params, rule: _Rule) -> types.Params:
+  def split(path: str, block: types.Params, rule: _Rule) -> types.Params:
+    del path
     name, parts, sizes, axis = rule
     if name not in block:
       return block
@@ -65,15 +70,15 @@ def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
 
 
 def _map_blocks(
-  change: Callable[[types.Params, _Rule], types.Params], params: types.Params
+  change: Callable[[str, types.Params, _Rule], types.Params], params: types.Params
 ) -> types.Params:
   """`change` of attention and MLP of every layer, stacked or one subtree a layer."""
 
-  def layer(tree: types.Params) -> types.Params:
-    changed = {n: change(tree[n], rule) for n, rule in _RULES.items() if n in tree}
+  def layer(path: str, tree: types.Params) -> types.Params:
+    changed = {n: change(f"{path}/{n}", tree[n], rule) for n, rule in _RULES.items() if n in tree}
     return {**tree, **changed}
 
-  return {n: layer(tree) if n.startswith("layers") else tree for n, tree in params.items()}
+  return {n: layer(n, tree) if n.startswith("layers") else tree for n, tree in params.items()}
 
 
 def _is_alike(kernels: list[Any]) -> bool:

@@ -67,8 +67,8 @@ def main(shapes: dict[str, cases.Case] = cases.REAL):
           functools.partial(run, implementation=tuned, config=c), *arrays, repeats=20
         ),
       )
-      name = key(case.rows, case.num_out, case.num_in, arrays[0].dtype)
-      print(tune.save(api.OP, name, best))
+      entry = key(case.rows, case.num_out, case.num_in, arrays[0].dtype)
+      print(tune.save(api.OP, entry, best))
     run = functools.partial(run, implementation=args.implementation)
     found = jax.jit(run)(*arrays).astype(jnp.float32)
     expected = jax.jit(ref.matmul_ref)(*arrays)

@@ -324,13 +324,14 @@ def _probs(scores_Rs, ref_XGx):
   return jnp.exp(scores_Rs - ref_R1)
 
 
-def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key):
+def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key, dtype):
   """What is subtracted from the scores [C, G] of a query and head before exp.
 
   Any number gives the same softmax as their maximum does, as long as exp neither overflows nor
   loses the largest terms. No score is above `bound` (Cauchy-Schwarz), the maximum is not below the
   score of the query's own key; where these are at most HIGHEST + DEEPEST apart,
   max(own, bound - HIGHEST) will do. Otherwise the maximum is computed: one matmul a tile more.
+  dtype: of the values, which exp is rounded to.
   """
 
   def exact():
@@ -339,7 +340,7 @@ def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key):
       top_CG = _band_top(static, chunk, k_SH)
     return _pairs_top(static, chunk, at, blocks(static, k_SH), top_CG)
 
-  if not static.num_local or k_SH.dtype == jnp.float16:  # float16 would hold no exp(HIGHEST)
+  if not static.num_local or dtype == jnp.float16:  # float16 would hold no exp(HIGHEST)
     return exact()
   q_CGH = chunk.q_CGH.astype(jnp.float32)
   own_CH = k_SH.at[chunk.pos_C].get(mode="clip").astype(jnp.float32)
@@ -355,7 +356,7 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, longest_key):
   """(out [C, G, V], lse [C, G]); longest_key: the largest length of a key."""
   (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
   at = layout(chunk.ids_CW, chunk.is_pair_CW, k_SH.shape[0] // static.block_size, static.config)
-  ref_CG = _reference(static, chunk, at, k_SH, longest_key)
+  ref_CG = _reference(static, chunk, at, k_SH, longest_key, v_SV.dtype)
   ref_CGx = jax.lax.optimization_barrier(jnp.repeat(ref_CG[:, :, None], COPIES, axis=2))
   if static.num_local:
     state = _band_forward(static, chunk, k_SH, v_SV, ref_CGx)

@@ -25,7 +25,7 @@ def block_size(num_in: int, num_groups: int, bits: int) -> int | None:
 
 def serves(x_MK, scale_QN, bits: int) -> bool:
   """True for few rows on a CPU where the groups divide into blocks."""
-  is_few = x_MK.shape[0] <= MAX_ROWS and jax.default_backend() == "cpu"
+  is_few = 0 < x_MK.shape[0] <= MAX_ROWS and jax.default_backend() == "cpu"
   return is_few and block_size(x_MK.shape[1], scale_QN.shape[0], bits) is not None
 
 

@@ -41,3 +41,9 @@ def test_a_leaf_outlives_the_tree():
   del placed
   gc.collect()
   np.testing.assert_array_equal(jax.jit(lambda x: x + 1)(last), np.full((256, 256), 3.0))
+
+
+def test_arrays_stay_on_their_device():
+  device = jax.devices()[-1]
+  placed = huge_pages.place([jax.device_put(jnp.ones((256, 256)), device), jnp.ones((256, 256))])
+  assert placed[0].devices() == {device} and placed[0].committed and not placed[1].committed

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from minicpm_jax import ckpt
-from minicpm_jax.config import QuantConfig
+from minicpm_jax.config import FP8Config, QuantConfig
 from minicpm_jax.core import trees
 from minicpm_jax.models import convert, joined, transformer
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qtensor, tree
 from tests.models import common
 
 TOKENS = common.tokens((2, 24))
@@ -76,6 +76,30 @@ def test_latent_weights_and_unlike_kernels_stay_apart(dense):
   mixed["layers_0"]["attn"]["q"]["kernel"] = qtensor.quantize(kernel, "int8")
   new = joined.join_projections(cfg, mixed)
   assert "q" in new["layers_0"]["attn"] and "qkv" in new["layers_1"]["attn"]
+
+
+QKV = r"attn/[qkv]/"
+
+
+@pytest.mark.parametrize(
+  "quant,block",
+  [
+    (QuantConfig(scheme="none", fp8=FP8Config()), {"q", "k", "v", "o"}),
+    (QuantConfig(scheme="ternary", exclude=(QKV,)), {"qkv", "o"}),
+    (
+      QuantConfig(scheme="int8", weights="packed", include=("layers.*kernel",), exclude=(QKV,)),
+      {"q", "k", "v", "o"},
+    ),
+  ],
+  ids=["fp8", "excluded", "joined_path_included"],
+)
+def test_floats_are_quantised_as_before(dense, quant, block):
+  cfg, params = dataclasses.replace(dense[0], quant=quant), dense[1]
+  if quant.weights == "packed":
+    params = tree.quantize_params(quant, params)
+  new = joined.join_projections(cfg, params)
+  assert set(new["layers_0"]["attn"]) == block
+  np.testing.assert_allclose(logits(cfg, new), logits(cfg, params), atol=1e-5)
 
 
 def test_files_are_written_of_the_split_form(dense, tmp_path):

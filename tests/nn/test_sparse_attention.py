@@ -238,6 +238,13 @@ def test_the_reference_of_the_softmax_is_computed_where_no_bound_is_near(monkeyp
   assert seen
 
 
+def test_values_of_a_shorter_type_than_the_keys():
+  q, k, v = (jnp.asarray(x) for x in oracle.draw(23, T, T, 4, 2, 8))
+  run = lambda v: attend(8 * q, k, v, oracle.small())  # noqa: E731
+  v = v.astype(jnp.float16)
+  np.testing.assert_allclose(run(v), run(v.astype(jnp.float32)), atol=5e-3)
+
+
 def test_a_budget_of_local_blocks_only():
   """No initial block and one place beside the window: lists without any other block."""
   cfg = oracle.small(init_blocks=0, topk=1)

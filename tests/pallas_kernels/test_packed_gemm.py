@@ -53,6 +53,11 @@ def test_groups_that_share_bytes():
   suite.check(xla.matmul_xla, case, 4)
 
 
+def test_no_rows():
+  codes, scale = jnp.zeros((16, 8), jnp.uint8), jnp.ones((1, 8))
+  assert api.matmul(jnp.zeros((0, 32)), codes, scale, group_size=-1).shape == (0, 8)
+
+
 def test_a_product_of_integers_is_exact_and_the_scale_comes_after_it():
   """0.1 and 0.3 are no floats: s * (x @ T) rounds once, (s T) summed would round at every term."""
   rng = np.random.default_rng(0)
