@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from minicpm_jax.config import ModelConfig, QuantConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.deploy import blocks, smooth
-from minicpm_jax.models import transformer
+from minicpm_jax.models import joined, transformer
 from minicpm_jax.quant import awq, calib, gptq, prefix, qtensor, ternary, tree
 
 Method = Literal["rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq"]
@@ -104,6 +104,7 @@ def quantize_model(
     progress: called after each block with its number (from 1) and its mean error.
   """
   model_cfg = model.cfg
+  params = joined.split_projections(model_cfg, params)
   _check(model_cfg, params, batches, cfg, before)
   work = _Work(model_cfg, cfg, batches, before)
   hidden = [np.asarray(blocks.embed(model, params, tokens)) for tokens, _ in batches]

@@ -1,8 +1,8 @@
 """Projections that read the same input as one kernel: q|k|v and gate|up, for decoding.
 
 One matrix-vector product of three widths takes less time than three: on a CPU each product has its
-own start and end on all cores. The function is unchanged. Only the forward pass and the converters
-of `models` know this form; files are written of the split one (`ckpt` splits by itself).
+own start and end on all cores. The function is unchanged. Only the forward pass knows this form:
+`ckpt` and `deploy.quantize` split by themselves, other converters want `split_projections` first.
 """
 
 from collections.abc import Callable

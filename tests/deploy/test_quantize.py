@@ -7,7 +7,7 @@ import pytest
 
 from minicpm_jax.core import trees
 from minicpm_jax.deploy import blocks, quantize
-from minicpm_jax.models import convert, transformer
+from minicpm_jax.models import convert, joined, transformer
 from minicpm_jax.quant import awq, gptq, qtensor, tree
 from tests.models import common
 from tests.quant import gptq_oracle as oracle
@@ -82,6 +82,14 @@ def test_every_method_runs_in_both_forms_and_gptq_beats_rtn():
     a = unrolled.params[f"layers_{i}"]["mlp"]["down"]["kernel"]
     b = jax.tree.map(lambda x, i=i: x[i], stacked.params["layers"]["mlp"]["down"]["kernel"])
     np.testing.assert_array_equal(np.asarray(a.codes, np.int8), np.asarray(b.codes, np.int8))
+
+
+def test_joined_projections_are_quantised_as_split_ones():
+  model, params = make(num_layers=1)
+  found = run(model, joined.join_projections(model.cfg, params), "rtn", [])
+  wanted = run(model, params, "rtn", [])
+  assert jax.tree.structure(found.params) == jax.tree.structure(wanted.params)
+  jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
 def test_smoothing_keeps_the_function_and_lowers_its_loss():
