@@ -32,9 +32,26 @@ from absl import flags as absl_flags  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 absl_flags.FLAGS.mark_as_parsed()
 
+import gc  # noqa: E402
 import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
+
+_MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+  """Drops compiled programs behind a module once they are many.
+
+  On a CPU a program is at least three memory mappings, of which Linux allows a process 65,530
+  (vm.max_map_count); XLA aborts beyond that.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
