@@ -49,7 +49,7 @@ class InferConfig:
   repetition_penalty: float = 1.0
   # Ours
   draft_kind: Literal["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"] | None = (
-    None  # None: bita, eagle3 or eagle as the draft folder is, else none
+    None  # None: bita by the draft folder, else eagle3 or eagle by use_eagle3; none without
   )
   draft_logit_scale: float = 1.0
   hier_draft_path: str | None = None  # hier: EAGLE draft of the small model; None = n-grams

@@ -138,7 +138,12 @@ class DistillConfig:
     require(self.stored_dtype in types, "stored_dtype", self.stored_dtype, f"one of {types}")
     ok = not self.stored_rows or self.stored_rows >= self.data.batch_size
     require(ok, "stored_rows", self.stored_rows, f"0 or >= data.batch_size {self.data.batch_size}")
-    if self.loss_vocab_size is not None:
+    if self.draft.kind == "bita":
+      found, most = self.eval_depth, self.draft.num_masks
+      require(found <= most, "eval_depth", found, f"at most {most}, the mask tokens")
+      for name, off in (("loss_vocab_size", None), ("stored_rows", 0), ("loss_chunk", 0)):
+        require(getattr(self, name) == off, name, getattr(self, name), f"{off} for bita")
+    elif self.loss_vocab_size is not None:
       ok = self.draft.kind != "eagle3" and 0 < self.loss_vocab_size <= self.draft.layer.vocab_size
       expected = f"None for eagle3 (draft.draft_vocab_size), 1..{self.draft.layer.vocab_size} else"
       require(ok, "loss_vocab_size", self.loss_vocab_size, expected)
@@ -152,10 +157,5 @@ class DistillConfig:
     names = [s.name for s in self.data.sources]
     for name in self.eval_sources:
       require(name in names, "eval_sources", name, f"one of {names}")
-    if self.draft.kind == "bita":
-      found, most = self.eval_depth, self.draft.num_masks
-      require(found <= most, "eval_depth", found, f"at most {most}, the mask tokens")
-      for name, off in (("loss_vocab_size", None), ("stored_rows", 0), ("loss_chunk", 0)):
-        require(getattr(self, name) == off, name, getattr(self, name), f"{off} for bita")
     ok = not self.from_mtp or (self.draft.kind == "minicpm" and self.init_from is None)
     require(ok, "from_mtp", self.from_mtp, "False unless draft.kind is minicpm without init_from")

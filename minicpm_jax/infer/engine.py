@@ -264,8 +264,7 @@ class Engine(driver_lib.Driver):
     for job in live:
       if job.request.constraint is not None:
         job.request.constraint.fill_mask(root_mask_BW[job.row])
-    args = (self.drafter, self.params, self._state, root_mask_BW)
-    tree, self._state = rounds_lib.draft(*args, span=span)
+    tree = self._call(rounds_lib.draft, live, root_mask_BW, span=span)
     tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
     mask_BPW = np.full((*tok_BP.shape, self._free_mask.shape[1]), -1, np.int32)
     for job in live:
@@ -324,7 +323,9 @@ class Engine(driver_lib.Driver):
       self.compile_seconds += seconds
       for job in jobs:
         job.stats.compile_seconds += seconds
-        job.started += seconds
+      for row in self._rows:  # those that wait for another's compilation too
+        if row.job is not None:
+          row.job.started += seconds
     self._state, answer = function(*head, *args, **static)
     return answer
 

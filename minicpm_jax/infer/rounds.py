@@ -388,15 +388,23 @@ def run(
   return state, answer
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "span"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
 def draft(
-  drafter: base.Drafter, params: base.Params, state: State, root_mask_BW: Any, *, span: int
-) -> tuple[base.Tree, State]:
+  model: Any,
+  drafter: base.Drafter,
+  params: base.Params,
+  state: State,
+  root_mask_BW: Any,
+  *,
+  span: int,
+) -> tuple[State, base.Tree]:
   """First half of a round, for the host to look at the tree (constraints).
 
   root_mask_BW: bits of the tokens that may follow the root, known before the tree is.
   """
-  return _draft(drafter, params._replace(root_mask_BW=root_mask_BW), state, span)
+  del model  # the drafter knows its own; here because `Engine._call` gives it to all
+  tree, state = _draft(drafter, params._replace(root_mask_BW=root_mask_BW), state, span)
+  return state, tree
 
 
 @functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")

@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import _regenerate, distill_draft
 from minicpm_jax import ckpt, config
@@ -207,3 +208,9 @@ def test_flags_that_a_draft_without_a_layer_has_not(tmp_path, capsys):
   common_args = ["x", f"--target={tmp_path / 'target'}", "--kind=bita", f"--data=text:{text.path}"]
   assert distill_draft.main([*common_args, f"--workdir={tmp_path / 'a'}", "--int4=16"]) == 1
   assert "found one with --kind=bita" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field, value", [("loss_vocab_size", 8), ("stored_rows", 64)])
+def test_fields_of_other_kinds_are_refused(field, value):
+  with pytest.raises(ValueError, match=f"{field}: found {value}, expected .* for bita"):
+    dataclasses.replace(setup()[0], **{field: value})

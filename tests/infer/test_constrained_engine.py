@@ -1,6 +1,7 @@
 """Constraints in the engine: masks against full forwards, trees against the plain loop."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer.drafters import base, chain, eagle, ngram
 from minicpm_jax.models import draft as draft_lib
 from tests.infer import small
@@ -223,3 +225,35 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone():
   assert "the constraint allows no token" in str(errors[0])
   assert ends == {uid: "cancelled", other: "length"}
   assert tokens == engine.generate(PROMPTS[1:], GREEDY).tokens[0]
+
+
+def test_compilation_is_in_no_rate_of_any_row(monkeypatch):
+  """On a clock that only compilation moves, also that of the draft and of another row's prefill."""
+  clock = types.SimpleNamespace(now=0.0)
+
+  class Timed:
+    def __init__(self, name):
+      self.function, self.__name__, self.is_compiled = getattr(rounds_lib, name), name, False
+
+    def lower(self, *args, **static):
+      return self
+
+    def compile(self):
+      clock.now, self.is_compiled = clock.now + 100, True
+
+    def __call__(self, *args, **static):
+      if not self.is_compiled:
+        self.compile()
+      return self.function(*args, **static)
+
+  for name in ("prefill", "draft", "verify"):
+    monkeypatch.setattr(rounds_lib, name, Timed(name))
+  monkeypatch.setattr(engine_lib, "_COMPILED", set())
+  monkeypatch.setattr(engine_lib, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+  model, params = small.make()
+  drafter = chain.ChainDrafter(model, num_levels=3)
+  engine = engine_lib.Engine(model, params, CFG, drafter=drafter, draft_params=params)
+  out = engine.collect([engine_lib.Request(p, GREEDY, constraint=Steps(6)) for p in PROMPTS])
+  assert engine.compile_seconds == clock.now == 300
+  for stats in out.stats:
+    assert stats.prefill_seconds == stats.decode_seconds == 0

@@ -38,7 +38,6 @@ class Metrics:
       if stats is not None:
         self._sums["prefill_seconds"] += stats.prefill_seconds
         self._sums["decode_seconds"] += stats.decode_seconds
-        self._sums["compile_seconds"] += stats.compile_seconds
         self._sums["rounds"] += len(stats.accepted)
         self._sums["round_tokens"] += sum(stats.accepted)
 

@@ -322,7 +322,7 @@ class ChatService:
       self._running[item.uid] = item
 
   def _step(self) -> None:
-    begin = time.perf_counter()
+    begin, compiled = time.perf_counter(), self._compile_seconds
     try:
       events = self._engine.step()
       self._num_failures = 0
@@ -342,6 +342,8 @@ class ChatService:
         self._fail(item, schemas.ApiError(f"engine: {error}", status=500))
       return
     self.metrics.add("engine_seconds", time.perf_counter() - begin)
+    # Once, whatever the number of requests that waited for it (each one's stats have it whole).
+    self.metrics.add("compile_seconds", self._compile_seconds - compiled)
     for event in events:
       item = self._running.get(event.id)
       if item is None:
@@ -356,6 +358,10 @@ class ChatService:
         stats = None if last is None else last.stats
       self._remove(event.id)
       self._finish(item, event.finish_reason or "stop", stats)
+
+  @property
+  def _compile_seconds(self) -> float:
+    return getattr(self._engine, "compile_seconds", 0.0)
 
   def _finish(self, item: answer.Answer, reason: str, stats: Any) -> None:
     broken = getattr(item.request.constraint, "error", "")

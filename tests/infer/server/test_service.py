@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -589,3 +590,24 @@ def test_models_health_and_metrics(make):
   assert report["completion_tokens"] == report["tokens_generated"] == 12
   assert report["prompt_tokens"] == 27 and report["mean_accept_length"] == 1.0
   assert report["queue_limit"] == 64 and report["rows"] == 2
+
+
+def test_a_compilation_counts_once_whatever_the_number_that_wait_for_it(make):
+  chat, engine = make("abc", max_batch=4)
+  step, engine.compile_seconds = engine.step, 0.0
+
+  def slow():
+    events = step()
+    if not engine.compile_seconds:
+      time.sleep(0.05)
+      engine.compile_seconds += 0.04
+    for event in events:
+      if event.stats is not None:
+        event.stats.compile_seconds = 0.04
+    return events
+
+  engine.step = slow
+  chat.chat(HELLO | {"n": 4})
+  report = chat.report()
+  assert report["compile_seconds"] == pytest.approx(0.04)
+  assert report["tokens_per_second"] > 0
