@@ -94,12 +94,15 @@ def mask_logits(
   model = transformer.Transformer(dataclasses.replace(cfg, sparse=None))
   frozen = {"params": jax.lax.stop_gradient(params["target"])}
   R = groups.end_BR.shape[1]
+  # As a plain forward of this text turns it; the default, the cache's size, counts the masks too.
+  length = jnp.max(jnp.asarray(batch["positions"])) + 1
   out = model.apply(
     frozen,
     batch["tokens"],
     batch["positions"],
     batch["segment_ids"],
     cache_lib.init(model.cfg, B, T + R),
+    rope_length=length,
     return_logits=False,
   )
   hidden_BTD, cache = jax.lax.stop_gradient((out.hidden, out.cache))
@@ -123,6 +126,7 @@ def mask_logits(
     jnp.zeros((B, R), jnp.int32),
     cache=cache.replace(segment_ids_BS=None, length=jnp.full((B,), T, jnp.int32)),
     step=step,
+    rope_length=length,
     ahead=bita_lib.ahead(params["draft"], numbers_BR),
   )
   return out.logits, hidden_BTD

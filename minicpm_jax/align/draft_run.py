@@ -213,7 +213,8 @@ class _Run:
     write = functools.partial(draft_features.write, cfg=cfg, model=self.model, params=params)
     rows = write(folder / "train", self.batches, cfg.stored_rows // count)
     for name in cfg.eval_sources:
-      self.stored[name] = write(folder / f"eval-{name}", self._eval_batches(name), None)
+      own = folder / f"eval-{name}-{cfg.eval_batches or 'all'}"  # the number may change
+      self.stored[name] = write(own, self._eval_batches(name), None)
     self.batches.close()
     self.batches = draft_features.Epochs(rows, size, cfg.seed)
 

@@ -18,6 +18,7 @@ from minicpm_jax.data import documents, shards
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.drafters import bita as bita_drafter
 from minicpm_jax.models import bita as bita_lib
+from minicpm_jax.models import transformer
 from minicpm_jax.train import step as step_lib
 from tests.infer import bita_cases
 from tests.models import common
@@ -208,6 +209,21 @@ def test_flags_that_a_draft_without_a_layer_has_not(tmp_path, capsys):
   common_args = ["x", f"--target={tmp_path / 'target'}", "--kind=bita", f"--data=text:{text.path}"]
   assert distill_draft.main([*common_args, f"--workdir={tmp_path / 'a'}", "--int4=16"]) == 1
   assert "found one with --kind=bita" in capsys.readouterr().err
+
+
+def test_a_target_that_scales_with_the_length_reads_the_text_as_without_masks():
+  """Text as long as its positions without scaling; with the masks behind it, it would be longer."""
+  cfg, draft, batch = setup()
+  model, params = target()
+  longest = int(batch["positions"].max()) + 1
+  scaled = config.RopeConfig(kind="dynamic", factor=4.0)
+  model = transformer.Transformer(dataclasses.replace(model.cfg, rope=scaled, max_position=longest))
+  inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
+  expected = model.apply({"params": params}, *inputs).hidden
+  both = {"draft": draft, "target": params}
+  _, found = bita_loss.mask_logits(model, both, batch, bita_loss.place(batch, cfg))
+  real = batch["segment_ids"] > 0
+  np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
 
 
 @pytest.mark.parametrize("field, value", [("loss_vocab_size", 8), ("stored_rows", 64)])

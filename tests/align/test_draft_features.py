@@ -150,3 +150,7 @@ def test_a_run_on_stored_rows_resumes_bitwise_and_measures_the_same_acceptance(
     json.loads((tmp_path / x / "acceptance.json").read_text())["curves"]["held"][0] for x in "ac"
   ]
   assert first[0] == first[1] and first[0]["acc_1"] >= 0
+  # A run may ask for more held-out batches later; the rows stored before are not all of them.
+  draft_run.train(dataclasses.replace(cfg, eval_batches=2), tmp_path / "b", target=target)
+  indices = (tmp_path / "b" / "features" / "process0of1").glob("eval-held-*/index.json")
+  assert sorted(sum(json.loads(i.read_text())["shards"]) for i in indices) == [8, 16]
