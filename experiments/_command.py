@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-BAD_INPUT = (ValueError, ImportError, OSError, flags.Error)
+BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError, flags.Error)
 
 
 def parse(

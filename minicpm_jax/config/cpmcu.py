@@ -86,6 +86,8 @@ class InferConfig:
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     for name in ("spec_window_size", "max_context", "sparse_switch"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    inner, kind = self.hier_draft_path, self.draft_kind
+    require(inner is None or kind == "hier", "hier_draft_path", inner, f"None with {kind!r} drafts")
     both = self.json_schema is not None and self.grammar_file is not None
     require(not both, "json_schema, grammar_file", "both", "at most one of them")
 

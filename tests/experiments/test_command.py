@@ -48,6 +48,9 @@ def test_status_is_that_of_the_work(capsys):
   def bad():
     raise ValueError("field: found 1, expected 2")
 
+  def unserved():
+    raise NotImplementedError("xla: no such form")
+
   def broken():
     raise RuntimeError("a bug")
 
@@ -56,6 +59,8 @@ def test_status_is_that_of_the_work(capsys):
 
   assert _command.guard("a/b.py", bad) == 1
   assert capsys.readouterr().err == "b: field: found 1, expected 2\n"
+  assert _command.guard("a/b.py", unserved) == 1
+  assert capsys.readouterr().err == "b: xla: no such form\n"
   assert _command.guard("a/b.py", interrupted) == 130
   with pytest.raises(RuntimeError, match="a bug"):
     _command.guard("a/b.py", broken)

@@ -196,7 +196,8 @@ class ChatService:
   @functools.cached_property
   def _compiler(self) -> constrained.GrammarCompiler:
     vocab_size = self._engine.model.cfg.vocab_size
-    return constrained.GrammarCompiler(self.tok, vocab_size, stop_ids=self.stop_ids)
+    stops = self.stop_ids or self.tok.stop_ids  # a grammar ends somewhere, also with --ignore_eos
+    return constrained.GrammarCompiler(self.tok, vocab_size, stop_ids=stops)
 
   def _constraint(self, format_: schemas.Format, style: str) -> constrained.Constraint:
     try:
