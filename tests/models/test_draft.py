@@ -227,4 +227,4 @@ def test_a_draft_of_another_width_is_refused():
   with pytest.raises(ValueError, match="draft.layer.vocab_size: found 256, expected the target's"):
     draft_lib.check_fits(cfg, dataclasses.replace(target, vocab_size=300))
   with pytest.raises(ValueError, match="feature_layers"):
-    draft_lib.check_fits(cfg, dataclasses.replace(target, num_layers=2))
+    draft_lib.check_fits(cfg, dataclasses.replace(target, num_layers=1))
