@@ -1,11 +1,13 @@
 """Running requests to their end on an engine: streams, batches of prompts, whole answers."""
 
 import abc
+import collections
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 from minicpm_jax import config
-from minicpm_jax.infer.requests import Event, Generation, Request
+from minicpm_jax.infer.requests import Event, Generation, Request, RequestError
 
 
 class Driver(abc.ABC):
@@ -34,18 +36,44 @@ class Driver(abc.ABC):
 
   def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
     """Events of these requests as they come; ids count from the first request's (the iterator
-    closed early cancels what is left)."""
-    uids = set(self.add_all(requests))
+    closed early cancels what is left). Several streams may be read in turn."""
+    yield from self._events(self.add_all(requests))
+
+  def _events(self, uids: Sequence[int]) -> Iterator[Event]:
+    left, mine = set(uids), collections.deque()
+    self._boxes.update(dict.fromkeys(uids, mine))
     try:
-      while uids:
-        for event in self.step():
-          if event.id in uids:
-            if event.finish_reason is not None:
-              uids.discard(event.id)
-            yield event
+      while left:
+        while mine:
+          event = mine.popleft()
+          if isinstance(event, RequestError):
+            raise event
+          if event.finish_reason is not None:
+            left.discard(event.id)
+          yield event
+        if left:
+          self._step_into_boxes()
     finally:
       for uid in uids:
+        del self._boxes[uid]
+      for uid in left:
         self.cancel(uid)
+
+  def _step_into_boxes(self) -> None:
+    """A step moves every request, whoever reads it: each one's events wait in its reader's box."""
+    try:
+      found = self.step()
+    except RequestError as error:
+      if error.id not in self._boxes:
+        raise
+      found = [error]
+    for event in found:
+      if event.id in self._boxes:
+        self._boxes[event.id].append(event)
+
+  @functools.cached_property
+  def _boxes(self) -> dict[int, collections.deque[Event | RequestError]]:
+    return {}
 
   def generate(
     self,
@@ -76,18 +104,12 @@ class Driver(abc.ABC):
     logprobs = {uid: [] for uid in uids}
     tops = {uid: [] for uid in uids}
     ends: dict[int, Event] = {}
-    try:
-      while len(ends) < len(uids):
-        for event in self.step():
-          if event.id in tokens:
-            tokens[event.id] += event.tokens
-            logprobs[event.id] += event.logprobs
-            tops[event.id] += event.top_logprobs
-            if event.finish_reason is not None:
-              ends[event.id] = event
-    finally:
-      for uid in uids:
-        self.cancel(uid)  # nothing where it has ended
+    for event in self._events(uids):
+      tokens[event.id] += event.tokens
+      logprobs[event.id] += event.logprobs
+      tops[event.id] += event.top_logprobs
+      if event.finish_reason is not None:
+        ends[event.id] = event
     return Generation(
       tokens=[tokens[uid] for uid in uids],
       logprobs=[logprobs[uid] for uid in uids],

@@ -56,6 +56,19 @@ def test_rows_of_a_batch_equal_each_alone_under_their_own_settings(mup):
   assert [len(t) for t in together.tokens] == [10, 10, 10, 4]
 
 
+def test_streams_of_one_engine_may_be_read_in_turn(mup):
+  engine = engine_lib.Engine(*mup, CFG)
+  expected = engine.generate(PROMPTS[:2], GREEDY).tokens
+  streams = [engine.stream([engine_lib.Request(p, GREEDY)]) for p in PROMPTS[:2]]
+  found = [list(next(stream).tokens) for stream in streams]
+  inside = engine.generate(PROMPTS[:1], GREEDY).tokens  # steps the two streams as well
+  for tokens, stream in zip(found, streams, strict=True):
+    for event in stream:
+      tokens += event.tokens
+  assert found == expected and inside == expected[:1]
+  assert not engine.has_work
+
+
 def test_greedy_with_a_penalty_against_the_equation(mup):
   sampling = dataclasses.replace(GREEDY, repetition_penalty=1.7)
   found = engine_lib.Engine(*mup, CFG).generate(PROMPTS[:1], sampling).tokens[0]
