@@ -52,6 +52,15 @@ def require_power_of_two(op: str, **sizes: int) -> None:
       raise NotImplementedError(f"{op}: {name} = {size}, expected a power of two")
 
 
+def check_tiles(config, **least: int) -> None:
+  """ValueError naming the field of a kernel config that is below its `least` or no power of two."""
+  for name, low in least.items():
+    value = getattr(config, name)
+    if value < low or value & (value - 1):
+      field = f"{type(config).__name__}.{name}"
+      raise ValueError(f"{field}: found {value}, expected a power of two, at least {low}")
+
+
 def next_power_of_two(n: int, *, least: int = 1) -> int:
   return max(least, 1 << max(n - 1, 0).bit_length())
 

@@ -29,16 +29,11 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    for name, least, most in (
-      ("block_m", 16, 256),
-      ("block_n", 16, ref.BLOCK),
-      ("num_warps", 1, 16),
-    ):
+    gpu.check_tiles(self, block_m=16, block_n=16, num_warps=1)
+    for name, most in (("block_m", 256), ("block_n", ref.BLOCK), ("num_warps", 16)):
       value = getattr(self, name)
-      if not least <= value <= most or value & (value - 1):
-        raise ValueError(
-          f"TritonConfig.{name}: found {value}, expected a power of two in {least}..{most}"
-        )
+      if value > most:
+        raise ValueError(f"TritonConfig.{name}: found {value}, expected at most {most}")
     if self.num_stages < 1:
       raise ValueError(f"TritonConfig.num_stages: found {self.num_stages}, expected at least 1")
     size = self.num_stages * ref.BLOCK * (self.block_m + self.block_n)

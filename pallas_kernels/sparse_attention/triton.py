@@ -33,11 +33,9 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      is_count = field.name.endswith("stages") or field.name == "compute_capability"
-      if not is_count and (value < 1 or value & (value - 1)):
-        raise ValueError(f"TritonConfig.{field.name}: found {value}, expected a power of two")
+    counts = ("list_stages", "kv_stages", "band_stages", "compute_capability")
+    names = {field.name for field in dataclasses.fields(self)} - set(counts)
+    gpu.check_tiles(self, **dict.fromkeys(sorted(names), 1))
 
 
 def default_config(group: int, head_dim: int, dtype) -> TritonConfig:

@@ -21,10 +21,7 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    for name in ("num_splits", "num_warps"):
-      value = getattr(self, name)
-      if value < 1 or value & (value - 1):
-        raise ValueError(f"TritonConfig.{name}: found {value}, expected a power of two")
+    gpu.check_tiles(self, num_splits=1, num_warps=1)
 
 
 def default_config(rows: int, num_listed: int) -> TritonConfig:

@@ -28,10 +28,7 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    for name in ("block_q", "block_c", "num_warps", "blocks_per_warp"):
-      value = getattr(self, name)
-      if value < 1 or value & (value - 1):
-        raise ValueError(f"TritonConfig.{name}: found {value}, expected a power of two")
+    gpu.check_tiles(self, block_q=1, block_c=1, num_warps=1, blocks_per_warp=1)
 
 
 def default_config(group: int, head_dim: int, dtype) -> TritonConfig:

@@ -28,18 +28,7 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    for name, least in (
-      ("block_m", 16),
-      ("block_n", 16),
-      ("block_k", 32),
-      ("num_splits", 1),
-      ("num_warps", 1),
-    ):
-      value = getattr(self, name)
-      if value < least or value & (value - 1):
-        raise ValueError(
-          f"TritonConfig.{name}: found {value}, expected a power of two, at least {least}"
-        )
+    gpu.check_tiles(self, block_m=16, block_n=16, block_k=32, num_splits=1, num_warps=1)
     if self.num_stages < 1:
       raise ValueError(f"TritonConfig.num_stages: found {self.num_stages}, expected at least 1")
     tile = self.block_k * (2 * self.block_m + self.block_n // 2)

@@ -161,12 +161,6 @@ def test_tiles_beyond_shared_memory_are_refused():
 # --- Triton without a GPU ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def triton_installed():
-  pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
-  pytest.importorskip("jax_triton", reason="jax-triton needs jax's CUDA plugin (make test)")
-
-
 def test_values_in_the_interpreter():
   pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
   host.run_in_process("tests/pallas_kernels/interpreted_packed.py", "packed")

@@ -33,12 +33,6 @@ def load(name):
 host, cubin, suite = load("triton_host"), load("triton_cubin"), load("sparse_suite")
 
 
-@pytest.fixture
-def triton_installed():
-  pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
-  pytest.importorskip("jax_triton", reason="jax-triton needs jax's CUDA plugin (make test)")
-
-
 @pytest.mark.parametrize("op", ["select", "attend", "decode"])
 def test_values_in_the_interpreter(op):
   pytest.importorskip("triton", reason="triton is not installed (pip install minicpm_jax[gpu])")
