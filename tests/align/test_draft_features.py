@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from minicpm_jax import config
 from minicpm_jax.align import draft as draft_loss
 from minicpm_jax.align import draft_features, draft_run
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.train import step as step_lib
-from tests.align.test_draft_run import source
+from tests.align import small_run
 from tests.models import common
 
 
@@ -23,27 +22,12 @@ def target():
 
 @pytest.fixture(scope="module")
 def cfg(target, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("sources")
-  return config.DistillConfig(
-    target="in memory",
-    draft=draft_lib.for_target(target[0].cfg, "eagle3", draft_vocab_size=40),
-    optim=config.OptimConfig(
-      peak_lr=0.01, schedule=config.ScheduleConfig(warmup_steps=1, stable_steps=9), mup=False
-    ),
-    data=config.DataConfig(
-      sources=(source(folder, "text", 0), source(folder, "held", 1)),
-      phases=(config.PhaseConfig(weights=(("text", 1.0),)),),
-      seq_len=16,
-      batch_size=8,
-    ),
-    checkpoint=config.CheckpointConfig(every_steps=2),
-    ttt_steps=2,
-    eval_depth=2,
-    eval_sources=("held",),
-    eval_batches=1,
+  return small_run.distill(
+    target[0].cfg,
+    tmp_path_factory.mktemp("sources"),
+    40,
     eval_every=4,
     log_every=4,
-    num_steps=4,
     stored_rows=20,
     stored_dtype="f32",
   )

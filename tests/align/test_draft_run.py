@@ -7,24 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _regenerate, distill_draft
+from experiments import distill_draft
 from minicpm_jax import ckpt, config
 from minicpm_jax.align import draft_run
-from minicpm_jax.data import documents, shards
+from minicpm_jax.data import shards
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.nn import functional
 from minicpm_jax.train import start
+from tests.align import small_run
 from tests.models import common
 
 SIZE = 40
-
-
-def source(folder, name, seed):
-  rng = np.random.default_rng(seed)
-  texts = [" ".join(map(str, rng.integers(0, 256, 40) ** 2 // 256)) for _ in range(20)]
-  docs, ids = documents.from_texts(texts), _regenerate.Ids(256)
-  shards.prepare(docs, folder / name, name=name, tokenizer=ids, add_eos=False)
-  return config.SourceConfig(name=name, path=str(folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +27,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def cfg(target, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("sources")
-  return config.DistillConfig(
-    target="in memory",
-    draft=draft_lib.for_target(target[0].cfg, "eagle3", draft_vocab_size=SIZE),
-    optim=config.OptimConfig(
-      peak_lr=0.01, schedule=config.ScheduleConfig(warmup_steps=1, stable_steps=9), mup=False
-    ),
-    data=config.DataConfig(
-      sources=(source(folder, "text", 0), source(folder, "held", 1)),
-      phases=(config.PhaseConfig(weights=(("text", 1.0),)),),
-      seq_len=16,
-      batch_size=8,
-    ),
-    checkpoint=config.CheckpointConfig(every_steps=2),
-    ttt_steps=2,
-    eval_depth=2,
-    eval_sources=("held",),
-    eval_batches=1,
-    eval_every=2,
-    log_every=2,
-    num_steps=4,
-  )
+  return small_run.distill(target[0].cfg, tmp_path_factory.mktemp("sources"), SIZE)
 
 
 def test_resume_is_bitwise_and_what_is_left_behind_loads(tmp_path, target, cfg):
@@ -131,7 +103,7 @@ def test_command_regenerates_text_and_trains_from_the_mtp_module(tmp_path, capsy
 
   model, params = common.build(common.config(num_layers=2, mtp=config.MTPConfig()))
   orbax_io.import_params(tmp_path / "target", model.cfg, params)
-  texts = source(tmp_path, "text", 0)
+  texts = small_run.source(tmp_path, "text", 0)
   common_args = [f"--target={tmp_path / 'target'}", f"--data=text:{texts.path}", "--steps=2"]
   for item in ("data.seq_len=16", "data.batch_size=8", "eval_every=1", "log_every=1"):
     common_args.append(f"--set={item}")
