@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +23,20 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import types
-from minicpm_jax.infer import answers, requests
 from minicpm_jax.infer import driver as driver_lib
+from minicpm_jax.infer import requests
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer import rows as rows_lib
-from minicpm_jax.infer import tree as tree_lib
+from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import transformer
 from minicpm_jax.quant import prefix as prefix_lib
 
-NO_TOKEN = rounds_lib.NO_TOKEN
+NO_TOKEN = state_lib.NO_TOKEN
 TokenConstraint, Request, Stats = requests.TokenConstraint, requests.Request, requests.Stats
 Event, Generation, RequestError = requests.Event, requests.Generation, requests.RequestError
 Top = requests.Top
 FinishReason, check_prompt = requests.FinishReason, requests.check_prompt
-
-
-class _Answer(NamedTuple):
-  """An answer under way: what it holds of which request of each row."""
-
-  answer: answers.Answer
-  jobs: list[rows_lib.Job | None]
-  rounds: int  # 0 = the first token, out of the prefill
 
 
 class Engine(driver_lib.Driver):
@@ -72,7 +64,7 @@ class Engine(driver_lib.Driver):
     self.stop_ids, self.before = tuple(stop_ids), before
     if before is not None:
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
-    requests.check_stops(self.stop_ids, rounds_lib.STOP_SLOTS, model.cfg.vocab_size)
+    requests.check_stops(self.stop_ids, state_lib.STOP_SLOTS, model.cfg.vocab_size)
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
     self._num_rows = base.num_rows(self.drafter)
     if self.cfg.capacity <= self._num_rows:
@@ -85,12 +77,12 @@ class Engine(driver_lib.Driver):
     unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
     # A padded chunk and a tree always fit behind.
     self._num_slots = -(-(self.cfg.capacity + extra) // unit) * unit
-    self._state = rounds_lib.init_state(
+    self._state = state_lib.init_state(
       model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
     )
     self._rows = [rows_lib.Row() for _ in range(self.cfg.max_batch)]
     self._waiting: collections.deque[rows_lib.Job] = collections.deque()
-    self._pending: collections.deque[_Answer] = collections.deque()
+    self._pending: collections.deque[rows_lib.Answer] = collections.deque()
     self._outbox: list[Event] = []
     self._errors: collections.deque[RequestError] = collections.deque()  # one a step is raised
     self._ids = itertools.count()
@@ -129,7 +121,7 @@ class Engine(driver_lib.Driver):
         f"{self.cfg.capacity} less a tree of {self._num_rows}"
       )
     stops = tuple(dict.fromkeys((*self.stop_ids, *map(int, request.stop_ids))))
-    requests.check_stops(stops, rounds_lib.STOP_SLOTS, self.model.cfg.vocab_size)
+    requests.check_stops(stops, state_lib.STOP_SLOTS, self.model.cfg.vocab_size)
     requests.check_options(request)
     job = rows_lib.Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
     job.stats.prompt_tokens = num_own
@@ -146,7 +138,7 @@ class Engine(driver_lib.Driver):
         return self._finish(job, "cancelled", [], [])
     for row in self._rows:
       if row.job is not None and row.job.id == uid:
-        self._state = rounds_lib.release(self._state, np.int32(row.job.row))
+        self._state = state_lib.release(self._state, np.int32(row.job.row))
         return self._finish(row.job, "cancelled", [], [])
     return None
 
@@ -208,16 +200,16 @@ class Engine(driver_lib.Driver):
       self._rows[row] = rows_lib.Row(job, list(job.request.prompt[:num]), kind)
       if source != row:
         copied = (self.drafter, self._state, np.int32(source), np.int32(row))
-        self._state = rounds_lib.copy_row(*copied)
+        self._state = state_lib.copy_row(*copied)
       num_before = 0 if self.before is None else self.before.length
       if num < num_before:
         stored = (self.before.k, self.before.v)
-        self._state = rounds_lib.put_prefix(self._state, np.int32(row), *stored)
+        self._state = state_lib.put_prefix(self._state, np.int32(row), *stored)
         num = job.num_cached = num_before
         self._rows[row].held = list(self.before.tokens)
       job.stats.cached_tokens = num - num_before
       settings = rows_lib.settings(job, self.model.cfg.vocab_size, num_before)
-      self._state = rounds_lib.admit(self._state, np.int32(row), settings)
+      self._state = state_lib.admit(self._state, np.int32(row), settings)
 
   def _span(self, num_slots: int) -> int:
     return rows_lib.span_of(num_slots, self.cfg.min_span, self._num_slots)
@@ -245,7 +237,7 @@ class Engine(driver_lib.Driver):
     job.num_cached += num
     self._rows[job.row].held += prompt[start : start + num]
     if is_last:
-      self._await(_Answer(answer, [job], 0))
+      self._await(rows_lib.Answer(answer, [job], 0))
 
   def _dispatch(self, live: list[rows_lib.Job]) -> None:
     rounds, A = self.cfg.rounds_per_dispatch, self.drafter.num_levels + 1
@@ -254,28 +246,20 @@ class Engine(driver_lib.Driver):
     length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
     span = self._span(length + rounds * A + self._num_rows)
     answer = self._call(rounds_lib.run, live, span=span, rounds=rounds)
-    self._await(_Answer(answer, self._jobs_by_row(live), rounds))
+    self._await(rows_lib.Answer(answer, self._jobs_by_row(live), rounds))
 
   def _constrained_round(self, live: list[rows_lib.Job]) -> None:
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""
     length = max(len(job.request.prompt) + len(job.tokens) for job in live)
     span = self._span(length + self._num_rows)
-    root_mask_BW = np.full((self.cfg.max_batch, self._free_mask.shape[1]), -1, np.int32)
+    shape = (self.cfg.max_batch, self._free_mask.shape[1])
+    tree = self._call(rounds_lib.draft, live, rows_lib.root_masks(live, *shape), span=span)
+    tok_BP, mask_BPW = rows_lib.node_masks(live, tree, shape[1])
     for job in live:
-      if job.request.constraint is not None:
-        job.request.constraint.fill_mask(root_mask_BW[job.row])
-    tree = self._call(rounds_lib.draft, live, root_mask_BW, span=span)
-    tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
-    mask_BPW = np.full((*tok_BP.shape, self._free_mask.shape[1]), -1, np.int32)
-    for job in live:
-      if job.request.constraint is not None:
-        b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
-        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
-        self._check_mask(mask_PW[0], job)
-        mask_BPW[b] = mask_PW
+      self._check_mask(mask_BPW[job.row, 0], job)
     tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
     answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
-    self._await(_Answer(answer, self._jobs_by_row(live), 1))
+    self._await(rows_lib.Answer(answer, self._jobs_by_row(live), 1))
 
   def _fast_forward(self, job: rows_lib.Job) -> None:
     """Appends what the constraint forces as one chunk: one forward for all of it."""
@@ -292,13 +276,13 @@ class Engine(driver_lib.Driver):
     args += (np.int32(forced[-1]), self._free_mask)
     self._call(rounds_lib.prefill, [job], *args, span=self._span(length + size))
     so_far = np.int32(len(job.tokens) + num)
-    self._state = rounds_lib.resume(self._state, np.int32(job.row), so_far, forced_C)
+    self._state = state_lib.resume(self._state, np.int32(job.row), so_far, forced_C)
     job.stats.forced_tokens += num
     event = self._take(job, forced, [], [])
     if event is not None:
       self._outbox.append(event)
 
-  def _await(self, answer: _Answer) -> None:
+  def _await(self, answer: rows_lib.Answer) -> None:
     self._pending.append(answer)
     for job in answer.jobs:
       if job is not None:
@@ -362,7 +346,7 @@ class Engine(driver_lib.Driver):
         raise self._errors.popleft()
 
   def _failed(self, job: rows_lib.Job, text: str) -> "RequestError":
-    self._state = rounds_lib.release(self._state, np.int32(job.row))
+    self._state = state_lib.release(self._state, np.int32(job.row))
     self._outbox.append(self._finish(job, "cancelled", [], []))
     return RequestError(job.id, text)
 
@@ -373,17 +357,10 @@ class Engine(driver_lib.Driver):
   def _emit(
     self, job: rows_lib.Job, tokens_RA, logprobs_RA, tops_RAK, *, is_prefill: bool
   ) -> Event | None:
-    is_token_RA = tokens_RA != NO_TOKEN
-    counts = is_token_RA.sum(axis=1)
+    counts, *said = rows_lib.said(job, tokens_RA, logprobs_RA, tops_RAK)
     if not is_prefill:
-      job.stats.accepted += [int(n) for n in counts if n]
-    tokens = [int(t) for t in tokens_RA[is_token_RA]]
-    logprobs = [float(x) for x in logprobs_RA[is_token_RA]] if job.request.want_logprobs else []
-    tops: list[Top] = []
-    if num_top := job.request.num_top_logprobs:
-      ids_NK, best_NK = (x[is_token_RA][:, :num_top].tolist() for x in tops_RAK)
-      tops = [list(zip(*pair, strict=True)) for pair in zip(ids_NK, best_NK, strict=True)]
-    return self._take(job, tokens, logprobs, tops)
+      job.stats.accepted += [n for n in counts if n]
+    return self._take(job, *said)
 
   def _take(
     self, job: rows_lib.Job, tokens: list[int], logprobs: list[float], tops: list[Top]
@@ -405,7 +382,7 @@ class Engine(driver_lib.Driver):
     if reason is None:
       return Event(job.id, tokens, logprobs, top_logprobs=tops)
     if job.request.constraint is not None:
-      self._state = rounds_lib.release(self._state, np.int32(job.row))
+      self._state = state_lib.release(self._state, np.int32(job.row))
     return self._finish(job, reason, tokens, logprobs, tops)
 
   def _finish(self, job: rows_lib.Job, reason: FinishReason, tokens, logprobs, tops=()) -> Event:

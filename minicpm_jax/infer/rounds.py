@@ -8,129 +8,18 @@ The root is sampled but not yet in the cache; its position is the row's length.
 import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from minicpm_jax import config
 from minicpm_jax.infer import answers, constrained
 from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
 
 NO_TOKEN = answers.NO_TOKEN
-STOP_SLOTS = 16  # stop ids a row may have
-
-
-@flax.struct.dataclass
-class State:
-  """Everything that one round hands to the next."""
-
-  cache: Any  # KVCache, one length a row
-  draft: Any  # the drafter's
-  root_B: Any  # int32
-  is_live_B: Any  # bool, rows that decode
-  num_emitted_B: Any  # int32
-  limit_B: Any  # int32, tokens to emit at most
-  stops_BE: Any  # int32, NO_TOKEN = unused
-  rope_length_B: Any  # int32, what LongRoPE and dynamic NTK scale for
-  seen_BV: Any  # bool, tokens of prompt and output (repetition penalty)
-  wants_logprobs_B: Any  # bool
-  wants_top_B: Any  # bool, the likeliest tokens too
-  sampling: sampling_lib.SamplingState
-
-
-@flax.struct.dataclass
-class RowSettings:
-  """What a request sets in its row."""
-
-  start: Any  # int32, cache slots that hold its first tokens already
-  limit: Any  # int32
-  stops_E: Any  # int32
-  rope_length: Any  # int32
-  seen_V: Any  # bool
-  wants_logprobs: Any  # bool
-  wants_top: Any  # bool
-  sampling: sampling_lib.SamplingState  # of one row
-
-
-def init_state(
-  model: Any, drafter: base.Drafter, params: base.Params, batch_size: int, capacity: int
-) -> State:
-  B, V = batch_size, model.cfg.vocab_size
-  no_sampling = sampling_lib.sampling_state(config.SamplingConfig(), [0] * B)
-  return State(
-    cache=cache_lib.init(model.cfg, B, capacity, per_row=True),
-    draft=drafter.init_state(model, params, B, capacity),
-    root_B=jnp.zeros((B,), jnp.int32),
-    is_live_B=jnp.zeros((B,), bool),
-    num_emitted_B=jnp.zeros((B,), jnp.int32),
-    limit_B=jnp.zeros((B,), jnp.int32),
-    stops_BE=jnp.full((B, STOP_SLOTS), NO_TOKEN, jnp.int32),
-    rope_length_B=jnp.full((B,), capacity, jnp.int32),
-    seen_BV=jnp.zeros((B, V), bool),
-    wants_logprobs_B=jnp.zeros((B,), bool),
-    wants_top_B=jnp.zeros((B,), bool),
-    sampling=no_sampling,
-  )
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def admit(state: State, row: Any, new: RowSettings) -> State:
-  """Gives a row to a request; the first `new.start` slots of its cache are kept."""
-  return state.replace(
-    cache=state.cache.replace(length=state.cache.length.at[row].set(new.start)),
-    is_live_B=state.is_live_B.at[row].set(False),
-    num_emitted_B=state.num_emitted_B.at[row].set(0),
-    limit_B=state.limit_B.at[row].set(new.limit),
-    stops_BE=state.stops_BE.at[row].set(new.stops_E),
-    rope_length_B=state.rope_length_B.at[row].set(new.rope_length),
-    seen_BV=state.seen_BV.at[row].set(new.seen_V),
-    wants_logprobs_B=state.wants_logprobs_B.at[row].set(new.wants_logprobs),
-    wants_top_B=state.wants_top_B.at[row].set(new.wants_top),
-    sampling=jax.tree.map(lambda x, y: x.at[row].set(y[0]), state.sampling, new.sampling),
-  )
-
-
-@functools.partial(jax.jit, static_argnames="drafter", donate_argnames="state")
-def copy_row(drafter: base.Drafter, state: State, source: Any, target: Any) -> State:
-  """Row `target` continues like row `source` (prompt cache)."""
-  return state.replace(
-    cache=cache_lib.copy_row(state.cache, source, target),
-    draft=drafter.copy_row(state.draft, source, target),
-  )
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def put_prefix(state: State, row: Any, k: Any, v: Any) -> State:
-  """The first slots of a row become the prefix's keys and values [L, P, K, H]; see `admit`."""
-
-  def put(x: Any, rows_PKH: Any) -> Any:
-    return x.at[..., row, : rows_PKH.shape[-3], :, :].set(rows_PKH.astype(x.dtype))
-
-  def all_layers(x: Any, rows: Any) -> Any:
-    return tuple(map(put, x, rows)) if isinstance(x, tuple) else put(x, rows)
-
-  cache = state.cache
-  return state.replace(cache=cache.replace(k=all_layers(cache.k, k), v=all_layers(cache.v, v)))
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def release(state: State, row: Any) -> State:
-  """The row stops decoding; its cache stays for requests that begin alike."""
-  return state.replace(is_live_B=state.is_live_B.at[row].set(False))
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def resume(state: State, row: Any, num_emitted: Any, tokens_C: Any) -> State:
-  """The row decodes on behind tokens that `prefill` appended to it (padded with NO_TOKEN)."""
-  ids_C = jnp.where(tokens_C < 0, state.seen_BV.shape[1], tokens_C)
-  return state.replace(
-    is_live_B=state.is_live_B.at[row].set(True),
-    num_emitted_B=state.num_emitted_B.at[row].set(num_emitted),
-    seen_BV=state.seen_BV.at[row, ids_C].set(True, mode="drop"),
-  )
 
 
 def _rope_length(cfg: config.ModelConfig, length_B: Any) -> Any:
@@ -143,7 +32,7 @@ def prefill(
   model: Any,
   drafter: base.Drafter,
   params: base.Params,
-  state: State,
+  state: state_lib.State,
   tokens_1C: Any,
   row: Any,
   num_real: Any,
@@ -152,7 +41,7 @@ def prefill(
   mask_1W: Any,
   *,
   span: int,
-) -> tuple[State, answers.Answer]:
+) -> tuple[state_lib.State, answers.Answer]:
   """One chunk of a prompt of `total` tokens, padded to C; samples the root where next_id < 0.
 
   next_id: the token after this chunk, NO_TOKEN for the last one. mask_1W: bits of the tokens that
@@ -210,13 +99,13 @@ def prefill(
   )
 
 
-def _draft(drafter: base.Drafter, params: base.Params, state: State, span: int):
+def _draft(drafter: base.Drafter, params: base.Params, state: state_lib.State, span: int):
   params = params._replace(span=span)
   tree, draft = drafter.draft(params, state.draft, state.root_B, state.cache.length)
   return tree, state.replace(draft=draft)
 
 
-def _round(model, drafter, params, state: State, span):
+def _round(model, drafter, params, state: state_lib.State, span):
   """(state after a round, its Answer)."""
   tree, state = _draft(drafter, params, state, span)
   D = drafter.num_levels
@@ -252,7 +141,9 @@ def _if(is_wanted: Any, function: Any, given: Any) -> Any:
   return jax.lax.while_loop(lambda carry: carry[0], body, (is_wanted, *given))[1:]
 
 
-def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, span, num_levels):
+def _verify(
+  model, drafter, params, state: state_lib.State, tree: base.Tree, mask_BPW, span, num_levels
+):
   """(state after the round, its Answer)."""
   cfg, D = model.cfg, num_levels
   B, P = tree.tok_BP.shape
@@ -320,7 +211,7 @@ def _verify(model, drafter, params, state: State, tree: base.Tree, mask_BPW, spa
   )
 
 
-def _forward(model, drafter, params, state: State, tree: base.Tree, span) -> Any:
+def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, span) -> Any:
   """The target's output at the nodes, `hidden` also at what rides on them."""
   tokens_BR, more = jnp.maximum(tree.tok_BP, 0), {}
   anc_BRR, depth_BR, num_riders = tree.anc_BPP, tree.depth_BP, base.num_riders(drafter)
@@ -345,7 +236,7 @@ def _forward(model, drafter, params, state: State, tree: base.Tree, span) -> Any
   return out.replace(logits=logits_BPV)
 
 
-def _cut(state: State, acc_B, new_BA):
+def _cut(state: state_lib.State, acc_B, new_BA):
   """(tokens emitted, rows that go on): cut after the first stop id and at the limit."""
   steps_1A = jnp.arange(new_BA.shape[1], dtype=jnp.int32)[None, :]
   is_stop_BA = jnp.any(new_BA[:, :, None] == state.stops_BE[:, None, :], axis=2)
@@ -362,8 +253,14 @@ def _cut(state: State, acc_B, new_BA):
   jax.jit, static_argnames=("model", "drafter", "span", "rounds"), donate_argnames="state"
 )
 def run(
-  model: Any, drafter: base.Drafter, params: base.Params, state: State, *, span: int, rounds: int
-) -> tuple[State, answers.Answer]:
+  model: Any,
+  drafter: base.Drafter,
+  params: base.Params,
+  state: state_lib.State,
+  *,
+  span: int,
+  rounds: int,
+) -> tuple[state_lib.State, answers.Answer]:
   """`rounds` rounds, fewer when no row is live."""
 
   def one(state):
@@ -393,11 +290,11 @@ def draft(
   model: Any,
   drafter: base.Drafter,
   params: base.Params,
-  state: State,
+  state: state_lib.State,
   root_mask_BW: Any,
   *,
   span: int,
-) -> tuple[State, base.Tree]:
+) -> tuple[state_lib.State, base.Tree]:
   """First half of a round, for the host to look at the tree (constraints).
 
   root_mask_BW: bits of the tokens that may follow the root, known before the tree is.
@@ -412,12 +309,12 @@ def verify(
   model: Any,
   drafter: base.Drafter,
   params: base.Params,
-  state: State,
+  state: state_lib.State,
   tree: base.Tree,
   mask_BPW: Any,
   *,
   span: int,
-) -> tuple[State, answers.Answer]:
+) -> tuple[state_lib.State, answers.Answer]:
   """Second half: mask_BPW holds the bits of the tokens that may follow each node."""
   whole = (tree, mask_BPW, span, drafter.num_levels)
   return _verify(model, drafter, params, state, *whole)

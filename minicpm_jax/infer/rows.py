@@ -5,15 +5,16 @@ Functions of host data alone: a `Job` is a request on its way, a `Row` what the 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import rng
-from minicpm_jax.infer import requests
-from minicpm_jax.infer import rounds as rounds_lib
+from minicpm_jax.infer import answers, requests
 from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer import state as state_lib
+from minicpm_jax.infer import tree as tree_lib
 
 SMALLEST_CHUNK = 16
 
@@ -92,15 +93,15 @@ def choose_row(
   return own, own, num if num >= min_prefix else 0
 
 
-def settings(job: Job, vocab_size: int, num_before: int = 0) -> rounds_lib.RowSettings:
+def settings(job: Job, vocab_size: int, num_before: int = 0) -> state_lib.RowSettings:
   """What the request sets in its row; `num_before` prefix tokens stand in front of its prompt."""
   sampling = job.request.sampling
-  stops_E = np.full(rounds_lib.STOP_SLOTS, rounds_lib.NO_TOKEN, np.int32)
+  stops_E = np.full(state_lib.STOP_SLOTS, state_lib.NO_TOKEN, np.int32)
   stops_E[: len(job.stops)] = job.stops
   seen_V = np.zeros(vocab_size, bool)
   seen_V[job.request.prompt[num_before:]] = True
   one = lambda value, dtype: np.full((1,), value, dtype)  # noqa: E731
-  return rounds_lib.RowSettings(
+  return state_lib.RowSettings(
     start=np.int32(job.num_cached),
     limit=np.int32(job.limit),
     stops_E=stops_E,
@@ -148,3 +149,49 @@ def forced_tokens(job: Job, sparse: config.SparseAttentionConfig | None) -> list
   forced = job.request.constraint.forced_tokens()[:num]
   ends = [i for i, token in enumerate(forced) if token in job.stops]
   return forced[: ends[0] + 1] if ends else forced
+
+
+# --- Rounds under way ---------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+  """An answer under way: what it holds of which request of each row."""
+
+  answer: answers.Answer
+  jobs: list[Job | None]
+  rounds: int  # 0 = the first token, out of the prefill
+
+
+def root_masks(live: Sequence[Job], num_rows: int, num_words: int) -> np.ndarray:
+  """int32 [B, W]: bits of the tokens that may follow each row's root."""
+  mask_BW = np.full((num_rows, num_words), -1, np.int32)
+  for job in live:
+    if job.request.constraint is not None:
+      job.request.constraint.fill_mask(mask_BW[job.row])
+  return mask_BW
+
+
+def node_masks(live: Sequence[Job], tree: Any, num_words: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens [B, P] without what constraints forbid, bits [B, P, W] of what may follow a node)."""
+  tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
+  mask_BPW = np.full((*tok_BP.shape, num_words), -1, np.int32)
+  for job in live:
+    if job.request.constraint is not None:
+      b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
+      tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
+      mask_BPW[b] = mask_PW
+  return tok_BP, mask_BPW
+
+
+def said(
+  job: Job, tokens_RA: np.ndarray, logprobs_RA: np.ndarray, tops_RAK: Sequence[np.ndarray]
+) -> tuple[list[int], list[int], list[float], list[requests.Top]]:
+  """(tokens of each round, all tokens, and where asked for their logprobs, the likeliest ones)."""
+  is_token_RA = tokens_RA != state_lib.NO_TOKEN
+  tokens = [int(t) for t in tokens_RA[is_token_RA]]
+  logprobs = [float(x) for x in logprobs_RA[is_token_RA]] if job.request.want_logprobs else []
+  tops: list[requests.Top] = []
+  if num_top := job.request.num_top_logprobs:
+    ids_NK, best_NK = (x[is_token_RA][:, :num_top].tolist() for x in tops_RAK)
+    tops = [list(zip(*pair, strict=True)) for pair in zip(ids_NK, best_NK, strict=True)]
+  return is_token_RA.sum(axis=1).tolist(), tokens, logprobs, tops

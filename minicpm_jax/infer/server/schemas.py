@@ -245,11 +245,20 @@ def _options(
     include_usage=include_usage,
     want_logprobs=wants_logprobs,
     num_top=num_top,
-    num_choices=fields.take("n", int, 1, 1, MAX_CHOICES),
+    num_choices=_num_choices(fields, limits.max_queue),
     format=_format(fields, forced),
   )
   fields.close()
   return options
+
+
+def _num_choices(fields: _Fields, max_queue: int) -> int:
+  """Each choice waits in the queue: more than it holds could never be served (429 says "later")."""
+  num = fields.take("n", int, 1, 1, MAX_CHOICES)
+  if num > max_queue:
+    message = f"n: found {num}, expected at most {max_queue}, as many as the queue holds"
+    raise ApiError(message, param="n")
+  return num
 
 
 def _stop(fields: _Fields) -> tuple[str, ...]:

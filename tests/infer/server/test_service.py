@@ -199,9 +199,22 @@ def test_n_choices_have_noise_of_their_own_and_one_usage(make):
 def test_choices_that_the_queue_cannot_hold_are_refused_and_a_failure_ends_all(make):
   stop = threading.Event()
   chat, engine = make(stalled(stop), max_batch=1, max_queue=3)
-  with pytest.raises(schemas.ApiError) as caught:
+  with pytest.raises(schemas.ApiError, match="n: found 4, expected at most 3, as many") as caught:
     chat.submit("chat", HELLO | {"n": 4})
+  error = caught.value.body()["error"]
+  assert caught.value.status == 400 and error["type"] == "invalid_request_error"
+  assert error["param"] == "n" and chat.report()["requests_rejected_full"] == 0
+  running = chat.submit("chat", HELLO)
+  while not chat.num_running:
+    pass
+  waiting = chat.submit("chat", HELLO)
+  with pytest.raises(schemas.ApiError) as caught:  # two places are left, later there may be three
+    chat.submit("chat", HELLO | {"n": 3})
   assert caught.value.status == 429
+  running.cancel()
+  waiting.cancel()
+  while chat.num_running or chat.num_waiting:
+    pass
   reply = chat.submit("chat", HELLO | {"n": 3})
   engine.failure = RuntimeError("broken")
   with pytest.raises(schemas.ApiError, match="broken"):
