@@ -29,7 +29,14 @@ def test_server_and_engine_alone_answer_every_request_whole(tmp_path):
   pytest.importorskip("uvicorn")
   pytest.importorskip("matplotlib")
   cfg = config.ModelConfig(
-    vocab_size=260, model_dim=16, mlp_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8
+    vocab_size=260,
+    model_dim=16,
+    mlp_dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=64,
   )
   model = transformer.Transformer(cfg)
   parts = generate.for_decoding(model, transformer.init_params(model, jax.random.key(0)))
