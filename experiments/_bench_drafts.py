@@ -46,9 +46,12 @@ def drafters(
   named: Sequence[str],
   fr_ids: np.ndarray | None,
   sizes: dict[str, int],
-  draft_logit_scale: float | None = None,
+  draft_logit_scales: Sequence[float] = (),
 ) -> dict[str, Drafter]:
-  """Every drafter of this target: n-gram, its MTP module, the given folders; FR on and off."""
+  """Every drafter of this target: n-gram, its MTP module, the given folders; FR on and off.
+
+  draft_logit_scales: of the folders' logits, a drafter for each; none: as each folder says.
+  """
   found: dict[str, Drafter] = {
     "ngram": (ngram.NGramDrafter(num_levels=sizes["num_levels"]), ()),
     "ngram wide": (
@@ -65,10 +68,12 @@ def drafters(
     if bita_io.is_bita(path):
       found[name] = bita.make(ckpt.load_bita(path, model.cfg), model, params)
       continue
-    draft = ckpt.load_draft(path, model.cfg, draft_logit_scale=draft_logit_scale)
-    found[name] = eagle.make(draft, model, params, **own)
-    if fr_ids is not None and draft.cfg.kind != "eagle3":
-      found[f"{name}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **own)
+    for scale in draft_logit_scales or (None,):
+      draft = ckpt.load_draft(path, model.cfg, draft_logit_scale=scale)
+      label = name if scale is None else f"{name}, scale {scale:g}"
+      found[label] = eagle.make(draft, model, params, **own)
+      if fr_ids is not None and draft.cfg.kind != "eagle3":
+        found[f"{label}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **own)
   return found
 
 

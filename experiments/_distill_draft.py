@@ -34,6 +34,7 @@ def make_config(values: flags.FlagValues, target: config.ModelConfig) -> config.
     init_from=values.init_from,
     window=values.window,
     int4=values.int4,
+    ternary=values.ternary,
     needs_data=not values.prompts,
   )
 
@@ -50,16 +51,20 @@ def distill_config(
   init_from: str | None = None,
   window: int = 0,
   int4: int = 0,
+  ternary: int = 0,
   needs_data: bool = True,
 ) -> config.DistillConfig:
   """A DistillConfig with linear warm-up (1/400 of the steps, at least 20) and linear decay.
 
   needs_data: whether `data` must name a source to train on (else one is put in later).
   """
-  if kind == "bita" and (draft_vocab is not None or from_mtp or window or int4):
+  if kind == "bita" and (draft_vocab is not None or from_mtp or window or int4 or ternary):
     raise ValueError(
-      "--draft_vocab, --from_mtp, --window, --int4: found one with --kind=bita, which has no layer"
+      "--draft_vocab, --from_mtp, --window, --int4, --ternary: found one with --kind=bita, which "
+      "has no layer"
     )
+  if int4 and ternary:
+    raise ValueError(f"--int4, --ternary: found {int4} and {ternary}, expected one of them")
   changes: dict[str, Any] = {"window_size": window}
   if draft_vocab is not None:
     changes["draft_vocab_size"] = build_fr_index.size_of(draft_vocab, target.vocab_size)
@@ -69,8 +74,9 @@ def distill_config(
     draft = dataclasses.replace(convert.mtp_draft_config(target), **changes)
   else:
     draft = draft_lib.for_target(target, kind, **changes)
-  if int4:
-    draft = draft_lib.quantized(draft, int4)
+  if int4 or ternary:
+    scheme = "int4" if int4 else "ternary"
+    draft = draft_lib.quantized(draft, int4 or ternary, scheme=scheme)
   warmup = min(max(steps // 400, 20), max(steps // 4, 1))
   is_bita = kind == "bita"
   schedule = config.ScheduleConfig(

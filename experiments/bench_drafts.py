@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("levels", 3, "Levels of the tree.", **define)
   flags.DEFINE_integer("top_k", 4, "Nodes that a level grows from.", **define)
   flags.DEFINE_integer("nodes", 12, "Nodes of the tree, root included.", **define)
-  flags.DEFINE_float("draft_logit_scale", None, "Of all drafts; default: theirs.", **define)
+  flags.DEFINE_list("draft_logit_scale", [], "Of drafts, a row each; default: theirs.", **define)
   flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
   flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
   flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
@@ -48,7 +48,12 @@ def run(values: flags.FlagValues) -> None:
   if values.fr is not None:
     fr_ids = lib.fr_index(values.fr, values.fr_share, model.cfg.vocab_size, tok.stop_ids)
   sizes = dict(num_levels=values.levels, top_k=values.top_k, num_nodes=values.nodes)
-  named = lib.drafters(model, params, values.draft, fr_ids, sizes, values.draft_logit_scale)
+  try:
+    scales = [float(x) for x in values.draft_logit_scale]
+  except ValueError:
+    found = values.draft_logit_scale
+    raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
+  named = lib.drafters(model, params, values.draft, fr_ids, sizes, scales)
   plain, expected = lib.row("plain", model, params, None, prompts, sampling, None)
   rows = [plain]
   print(f"plain: {plain['tokens_per_second']:.1f} tok/s", flush=True)

@@ -10,9 +10,11 @@ the target's own MTP module. --regenerate=DOCS first lets the target continue th
 training documents, and trains on that (advised where the target's own text differs from the data);
 with --prompts=FILE.jsonl[.gz] it answers those prompts in its chat template instead, sources of
 --data then add to the mixture by their weights (the answers have 1) and may be left out.
---int4=GROUP trains with int4 fake quantisation (start it with --init_from=FOLDER/draft). The draft
-is written to WORKDIR/draft, acceptance curves to acceptance.json and .png. Losses, batch, clip and
-betas default to EAGLE's recipes; their learning rate is for long runs (800k steps).
+--int4=GROUP or --ternary=GROUP trains with fake quantisation (start it with
+--init_from=FOLDER/draft). The draft is written to WORKDIR/draft, what runs of a quantised one to
+draft_int4 (GPTQ tensors) or draft_ternary (floats), acceptance curves to acceptance.json and .png.
+Losses, batch, clip and betas default to EAGLE's recipes; their learning rate is for long runs (800k
+steps).
 """
 
 import dataclasses
@@ -43,6 +45,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("init_from", None, "Start from this draft folder.", **define)
   flags.DEFINE_integer("window", 0, "Tokens that a draft row sees; 0 is all.", **define)
   flags.DEFINE_integer("int4", 0, "Fake-quantise with this group size; 0 is off.", **define)
+  flags.DEFINE_integer("ternary", 0, "The same with ternary weights; -1: a channel.", **define)
   flags.DEFINE_integer("regenerate", 0, "Documents that the target writes itself.", **define)
   flags.DEFINE_multi_string("prompts", [], "JSONL for --regenerate; repeatable.", **define)
   flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **define)

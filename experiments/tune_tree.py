@@ -1,8 +1,8 @@
 """Which tree size pays for this target, this draft and this device (SpecMQuant's rule).
 
   python -m experiments.tune_tree --target=runs/a --draft=mtp --prompts=data/held
-  python -m experiments.tune_tree --target=DIR --draft=eagle:DRAFT_DIR --prompts=prompts.jsonl \\
-    --spec_num_iter=6 --spec_topk_per_iter=10 --output=runs/tree
+  python -m experiments.tune_tree --target=MODEL.gguf --draft=eagle:DIR --prompts=prompts.jsonl \\
+    --fr=SHARDS --spec_num_iter=6 --spec_topk_per_iter=10 --output=runs/tree
 
 Writes OUTPUT.json and OUTPUT.png: verification and draft time, mean accept length and speedup of
 every size, and the flags for generate and serve. Run it on an otherwise idle machine.
@@ -30,6 +30,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
   flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **define)
   flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
+  flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **define)
+  flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **define)
   flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
   flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
   flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
@@ -47,11 +49,17 @@ def run(values: flags.FlagValues) -> tune.TreeCost:
   model, params, tok = _models.load(values.target)
   shape = dict(num_levels=values.spec_num_iter, top_k=values.spec_topk_per_iter)
   shape["num_nodes"] = shape["num_levels"] + 1
-  if values.draft == "mtp":
-    drafter, draft_params = mtp.make(model, params, **shape)
+  name, _, path = values.draft.partition(":")
+  if (name == "mtp") == bool(path):
+    raise ValueError(f"--draft: found {values.draft!r}, expected 'mtp' or NAME:FOLDER")
+  fr_ids = None
+  if values.fr is not None:
+    fr_ids = _bench_drafts.fr_index(values.fr, values.fr_share, model.cfg.vocab_size, tok.stop_ids)
+  if path:
+    draft = ckpt.load_draft(path, model.cfg)
+    drafter, draft_params = eagle.make(draft, model, params, fr_ids=fr_ids, **shape)
   else:
-    path = values.draft.partition(":")[2]
-    drafter, draft_params = eagle.make(ckpt.load_draft(path, model.cfg), model, params, **shape)
+    drafter, draft_params = mtp.make(model, params, fr_ids=fr_ids, **shape)
   drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes])
   prompts = _bench_drafts.prompts_of(
     values.prompts, tok, values.num_prompts, values.max_prompt_tokens
@@ -71,7 +79,8 @@ def run(values: flags.FlagValues) -> tune.TreeCost:
   path = pathlib.Path(values.output)
   result = {
     "target": model.cfg.name,
-    "draft": values.draft.partition(":")[0],
+    "draft": name,
+    "fr_size": None if fr_ids is None else len(fr_ids),
     **shape,
     "num_nodes": chosen.num_nodes,
     "rows": [dataclasses.asdict(row) for row in rows],

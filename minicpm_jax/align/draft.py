@@ -8,6 +8,8 @@ sees feature t and token t + 1 and is measured against the target's distribution
   eagle3           sum_i decay^i CE(p_{t+1+i} on the draft's vocabulary, q_i); step i reads its
                    own output of step i - 1 and tokens shifted by one more (training-time test)
 
+Both sides of a CE are divided by `loss_temperature` (1: as published).
+
 A row whose tokens would cross the end of its document does not count. Rows of EAGLE-3 whose
 target's best token is outside the draft's vocabulary give nothing either.
 """
@@ -92,13 +94,18 @@ def by_columns(fn: Callable[..., Any], chunk: int, *arrays: Any) -> Any:
 
 
 def target_logp(
-  cfg: config.ModelConfig, params: types.Params, hidden_BTD: Any, ids_R: Ids
+  cfg: config.ModelConfig,
+  params: types.Params,
+  hidden_BTD: Any,
+  ids_R: Ids,
+  temperature: float = 1.0,
 ) -> Float[Array, "B T R"]:
   """The target's log-probabilities, renormalised over `ids_R` (None: the whole vocabulary)."""
   head_DR = target_head(cfg, params, ids_R)
   equation = "BTD,DR->BTR"
   x_BTR = jnp.einsum(equation, hidden_BTD, head_DR, preferred_element_type=jnp.float32)
-  return jax.lax.stop_gradient(jax.nn.log_softmax(x_BTR / cfg.logit_divisor, axis=-1))
+  divisor = cfg.logit_divisor * temperature
+  return jax.lax.stop_gradient(jax.nn.log_softmax(x_BTR / divisor, axis=-1))
 
 
 def target_head(cfg: config.ModelConfig, params: types.Params, ids_R: Ids) -> Float[Array, "D R"]:
@@ -208,9 +215,9 @@ def _divergence(cfg, target, params, ids_R, teacher_BTX, hidden_BTD):
   def one(teacher_BCX, hidden_BCD):
     logp_BCR = teacher_BCX
     if cfg.loss_chunk:
-      logp_BCR = target_logp(target.cfg, params["target"], teacher_BCX, ids_R)
+      logp_BCR = _target_logp(cfg, target, params, teacher_BCX, ids_R)
     logits_BCR = _draft_logits(cfg.draft, target, params, hidden_BCD, ids_R)
-    logq_BCR = jax.nn.log_softmax(logits_BCR, axis=-1)
+    logq_BCR = jax.nn.log_softmax(logits_BCR / cfg.loss_temperature, axis=-1)
     ce_BC = -jnp.sum(jnp.exp(logp_BCR) * logq_BCR, axis=-1)
     return ce_BC, _full_ids(jnp.argmax(logits_BCR, axis=-1).astype(jnp.int32), ids_R)
 
@@ -220,7 +227,11 @@ def _divergence(cfg, target, params, ids_R, teacher_BTX, hidden_BTD):
 def _teacher(cfg, target, params, seen, ids_R):
   if cfg.loss_chunk:
     return seen.hidden_BTD
-  return target_logp(target.cfg, params["target"], seen.hidden_BTD, ids_R)
+  return _target_logp(cfg, target, params, seen.hidden_BTD, ids_R)
+
+
+def _target_logp(cfg, target, params, hidden_BTD, ids_R):
+  return target_logp(target.cfg, params["target"], hidden_BTD, ids_R, cfg.loss_temperature)
 
 
 def _eagle_loss(cfg, target, params, batch, ctx, seen, embed_shifted, ids_R):

@@ -2,14 +2,12 @@
 
 A workdir holds config.py, checkpoints/ (the draft and its optimiser; the target is read anew),
 metrics.jsonl, vocab_ids.npy (the reduced vocabulary of EAGLE-3's head or of the loss), features/
-(`align.draft_features`, with stored_rows), acceptance.json and .png, and at the end draft/ under
-released names. Starting it again goes on from the newest checkpoint.
+(`align.draft_features`, with stored_rows), and at the end what `align.draft_export` leaves. A second
+start goes on from the newest checkpoint.
 """
 
 import contextlib
-import dataclasses
 import functools
-import json
 import os
 import pathlib
 import time
@@ -22,19 +20,18 @@ import numpy as np
 from minicpm_jax import ckpt, config
 from minicpm_jax.align import bita as bita_loss
 from minicpm_jax.align import draft as draft_loss
-from minicpm_jax.align import draft_features
+from minicpm_jax.align import draft_export, draft_features
 from minicpm_jax.ckpt import bita_io, draft_io, orbax_io, run_config
-from minicpm_jax.core import extras, rng, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
+from minicpm_jax.core import rng, types
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.infer import frspec
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.optim import build, schedules
-from minicpm_jax.quant import tree as quant_tree
 from minicpm_jax.train import start, stop, window
 from minicpm_jax.train import step as step_lib
 
@@ -297,7 +294,7 @@ class _Run:
       self.bar.message(f"step {self.step}: {name}: {spelled}")
 
   def _export(self) -> draft_lib.Draft | bita_lib.Bita:
-    params, folder = jax.device_get(self.state.params["draft"]), self.workdir / "draft"
+    params = jax.device_get(self.state.params["draft"])
     if self.is_bita:
       draft = bita_lib.Bita(self.cfg.draft, params)
     else:
@@ -305,25 +302,9 @@ class _Run:
       ids = self.ids if self.cfg.draft.kind == "eagle3" else None
       draft = draft_lib.Draft(self.cfg.draft, params, ids)
     if mesh_lib.is_main_process():
-      if self.is_bita:
-        bita_io.save_bita(folder, draft)
-      else:
-        draft_io.save_draft(folder, draft, self.model.cfg)
-        if self.cfg.draft.layer.quant is not None:
-          draft_io.save_draft(folder.with_name("draft_int4"), as_int4(draft), self.model.cfg)
-      write_curves(self.workdir, self.cfg)
+      draft_export.write(self.workdir, draft, self.model.cfg)
+      draft_export.write_curves(self.workdir, self.cfg)
     return draft
-
-
-def as_int4(draft: draft_lib.Draft) -> draft_lib.Draft:
-  """A draft that was trained with fake quantisation in the form that runs, same values."""
-  quant = draft.cfg.layer.quant
-  if quant is None or quant.scheme != "int4" or quant.weights != "latent":
-    raise ValueError(f"draft.layer.quant: found {quant!r}, expected latent int4 weights")
-  quant = dataclasses.replace(quant, weights="codes")
-  cfg = dataclasses.replace(draft.cfg, layer=dataclasses.replace(draft.cfg.layer, quant=quant))
-  params = jax.tree.map(jnp.asarray, draft.params)
-  return draft_lib.Draft(cfg, quant_tree.quantize_params(quant, params), draft.ids)
 
 
 def _head_of(
@@ -333,37 +314,6 @@ def _head_of(
   head_DV = transformer.head_weight(cfg, params)[:, : cfg.vocab_size] / cfg.logit_divisor
   head_DR = head_DV if ids_R is None else head_DV[:, ids_R]
   return {"norm": {"scale": params["final_norm"]["scale"]}, "lm_head": {"kernel": head_DR}}
-
-
-def write_curves(workdir: pathlib.Path, cfg: config.DistillConfig) -> None:
-  """acceptance.json from metrics.jsonl; acceptance.png where matplotlib is installed."""
-  curves: dict[str, list[dict[str, float]]] = {}
-  for row in logging_lib.read_metrics(workdir):
-    for name in cfg.eval_sources:
-      prefix = f"eval/{name}/"
-      values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
-      if values:
-        curves.setdefault(name, []).append({"step": row["step"], **values})
-  partial = workdir / ".acceptance.partial"
-  partial.write_text(json.dumps({"kind": cfg.draft.kind, "curves": curves}, indent=2) + "\n")
-  partial.replace(workdir / "acceptance.json")
-  try:
-    matplotlib = extras.require_extra("matplotlib", extra="plot")
-  except ImportError as error:
-    print(f"no acceptance.png: {error}")
-    return
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  fig, axes = plt.subplots(1, max(len(curves), 1), figsize=(5 * max(len(curves), 1), 4))
-  for ax, (name, rows) in zip(np.atleast_1d(axes), curves.items(), strict=False):
-    for k in range(1, cfg.eval_depth + 1):
-      ax.plot([r["step"] for r in rows], [r[f"acc_{k}"] for r in rows], label=f"acc_{k}")
-    ax.set(xlabel="step", ylabel="acceptance", title=f"{cfg.draft.kind}: {name}", ylim=(0, 1))
-    ax.legend()
-  fig.tight_layout()
-  fig.savefig(workdir / "acceptance.png", dpi=120)
-  plt.close(fig)
 
 
 def _check_workdir(cfg: config.DistillConfig, workdir: pathlib.Path) -> None:

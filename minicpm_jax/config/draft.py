@@ -111,6 +111,7 @@ class DistillConfig:
   ttt_decay: float = 0.8  # eagle3: weight of step i is ttt_decay ** i
   feature_loss_weight: float = 1.0  # eagle, minicpm: SmoothL1 on features
   ce_weight: float = 0.1  # eagle, minicpm: soft cross entropy
+  loss_temperature: float = 1.0  # divides both sides' logits in it; < 1: the best tokens count
   loss_vocab_size: int | None = None  # eagle, minicpm: CE over the most frequent tokens only
   loss_chunk: int = 0  # columns whose logits exist together (large vocabularies); 0 = all
   stored_rows: int = 0  # rows gone over again and again, the target run over them once; 0 = never
@@ -148,6 +149,10 @@ class DistillConfig:
       expected = f"None for eagle3 (draft.draft_vocab_size), 1..{self.draft.layer.vocab_size} else"
       require(ok, "loss_vocab_size", self.loss_vocab_size, expected)
     require(0 < self.ttt_decay <= 1, "ttt_decay", self.ttt_decay, "in (0, 1]")
+    found = self.loss_temperature
+    require(found > 0, "loss_temperature", found, "> 0")
+    ok = found == 1 or self.draft.kind != "bita"
+    require(ok, "loss_temperature", found, "1 for bita (its target is a token)")
     require(
       self.data.batch_size % self.grad_accum == 0,
       "grad_accum",

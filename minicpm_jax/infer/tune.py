@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax.core import types
+from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import transformer
@@ -63,13 +64,14 @@ def accept_lengths(
   texts: Sequence[Sequence[int]],
   num_prompt: Sequence[int],
 ) -> dict[int, float]:
-  """tau of every drafter on texts that the target wrote (prompt and output, tokens).
+  """tau of every drafter of `sizes_for` on texts that the target wrote (prompt and output, tokens).
 
   num_prompt[i] tokens of texts[i] are prompt; rounds start behind the first token of the output, as
   in the engine.
   """
   totals = dict.fromkeys(drafters, (0, 0))
-  width = max(map(len, texts))
+  num_rounds = max(len(text) - start for text, start in zip(texts, num_prompt, strict=True))
+  width = max(num_prompt) + max(num_rounds, 1)
   for text, start in zip(texts, num_prompt, strict=True):
     if not 0 < start < len(text) - 1:
       raise ValueError(
@@ -77,19 +79,23 @@ def accept_lengths(
       )
     tokens_T = np.full(width, base.CUT, np.int32)
     tokens_T[: len(text)] = text
-    acc_TN = np.asarray(_replay(model, tuple(drafters.values()), params, tokens_T))
+    replayed = _replay(model, tuple(drafters.values()), num_rounds, params, tokens_T, start)
+    acc_RN = np.asarray(replayed)
     for i, n in enumerate(drafters):
       at, rounds, tokens = start, 0, 0
       while at < len(text) - 1:
-        new = min(int(acc_TN[at, i]), len(text) - 1 - at)
+        new = min(int(acc_RN[at - start, i]), len(text) - 1 - at)
         at, rounds, tokens = at + new, rounds + 1, tokens + new
       totals[n] = (totals[n][0] + rounds, totals[n][1] + tokens)
   return {n: tokens / rounds for n, (rounds, tokens) in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "drafters"))
-def _replay(model, drafters, params: base.Params, tokens_T):
-  """int32 [T, N]: tokens that a round whose root stands at each position emits, by drafter."""
+@functools.partial(jax.jit, static_argnames=("model", "drafters", "num_rounds"))
+def _replay(model, drafters, num_rounds: int, params: base.Params, tokens_T, start):
+  """int32 [R, N]: tokens that a round whose root stands at start + r emits, by drafter.
+
+  The drafters differ in their number of nodes alone, so their trees are cut from one beam.
+  """
   T, first = tokens_T.shape[0], drafters[0]
   inputs_1T = jnp.maximum(tokens_T, 0)[None]
   out = model.apply(
@@ -103,6 +109,15 @@ def _replay(model, drafters, params: base.Params, tokens_T):
   ahead = max(d.num_levels for d in drafters) + 1
   padded = jnp.concatenate((tokens_T, jnp.full((ahead + 1,), base.CUT, jnp.int32)))
 
+  start_B = jnp.full((1,), start, jnp.int32)
+  prompt = base.Committed(
+    tokens_BT=inputs_1T,
+    next_BT=jnp.maximum(padded[1 : T + 1], 0)[None],
+    features_BTD=features_1TD,
+    start_B=jnp.zeros((1,), jnp.int32),
+    num_B=start_B,
+  )
+
   def accepted(tree: base.Tree, at) -> Any:
     """Nodes that say what the text says, with all nodes above them; the deepest counts."""
     tok, depth, anc = tree.tok_BP[0], tree.depth_BP[0], tree.anc_BPP[0]
@@ -112,7 +127,9 @@ def _replay(model, drafters, params: base.Params, tokens_T):
 
   def one(state, at):
     root_B, length_B = jnp.maximum(tokens_T[at], 0)[None], at[None]
-    acc_N = [accepted(d.draft(params, state, root_B, length_B)[0], at) for d in drafters]
+    found = first.candidates(params, state, root_B, length_B)
+    trees = [tree_lib.build(root_B, *found, d.num_nodes) for d in drafters]
+    acc_N = [accepted(tree, at) for tree in trees]
     new = base.Committed(
       tokens_BT=root_B[None],
       next_BT=jnp.maximum(padded[at + 1], 0)[None, None],
@@ -122,7 +139,8 @@ def _replay(model, drafters, params: base.Params, tokens_T):
     )
     return first.commit(params, state, new), jnp.stack(acc_N).astype(jnp.int32)
 
-  return jax.lax.scan(one, state, jnp.arange(T, dtype=jnp.int32))[1]
+  state = first.commit(params, state, prompt)
+  return jax.lax.scan(one, state, start + jnp.arange(num_rounds, dtype=jnp.int32))[1]
 
 
 # --- Times ---------------------------------------------------------------------------------------

@@ -118,16 +118,22 @@ def plain(cfg: DraftConfig) -> DraftConfig:
 
 
 def quantized(
-  cfg: DraftConfig, group_size: int = 128, weights: str = "latent", *, has_fc: bool = True
+  cfg: DraftConfig,
+  group_size: int = 128,
+  weights: str = "latent",
+  *,
+  has_fc: bool = True,
+  scheme: str = "int4",
 ) -> DraftConfig:
   """int4 for fc and the layer's seven linears; norms and heads stay (MiniCPM4 §4.1.3).
 
   "latent" trains with fake quantisation; "codes" or "packed" is the form that runs. Scales are
   rounded to float16, as GPTQ files hold them. Files of others may leave fc in floats (`has_fc`).
+  Other code books (`scheme`) are for comparison: no release has such a draft.
   """
   include = (PROJECTIONS, r"(^|/)fc/kernel$") if has_fc else (PROJECTIONS,)
   quant = QuantConfig(
-    scheme="int4", group_size=group_size, weights=weights, scale_dtype="f16", include=include
+    scheme=scheme, group_size=group_size, weights=weights, scale_dtype="f16", include=include
   )
   return dataclasses.replace(cfg, layer=dataclasses.replace(cfg.layer, quant=quant))
 

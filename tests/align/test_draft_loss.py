@@ -141,8 +141,10 @@ def log_softmax(x):
   return x - np.log(np.sum(np.exp(x - x.max(-1, keepdims=True)), -1, keepdims=True)) - x.max()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("eagle", marks=pytest.mark.slow), "minicpm"])
-def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind):
+@pytest.mark.parametrize(
+  "kind, temperature", [pytest.param("eagle", 1.0, marks=pytest.mark.slow), ("minicpm", 0.4)]
+)
+def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind, temperature):
   cfg, _, _, _ = setup(kind)
   features, logits, _ = seen(kind)
   model, params = target()
@@ -153,11 +155,11 @@ def test_eagle_loss_is_smooth_l1_plus_soft_cross_entropy(kind):
       w = weight(kind, b, t, 0)
       d = np.abs(g - features[b, t + 1])
       error = np.mean(np.where(d < 1, 0.5 * d**2, d - 0.5))
-      q = log_softmax(g.astype(np.float64) @ head / model.cfg.logit_divisor)
-      p = log_softmax(logits[b, t + 1])
+      q = log_softmax(g.astype(np.float64) @ head / model.cfg.logit_divisor / temperature)
+      p = log_softmax(logits[b, t + 1] / temperature)
       total += w * (error + 0.3 * -np.sum(np.exp(p) * q))
       hits, weights = hits + w * (q.argmax() == p.argmax()), weights + w
-  loss, metrics, grads = run(kind)
+  loss, metrics, grads = run(kind, loss_temperature=temperature)
   np.testing.assert_allclose(loss, total / weights, rtol=1e-5)
   np.testing.assert_allclose(float(metrics["loss"].sum), total, rtol=1e-5)
   assert (float(metrics["acc_1"].sum), float(metrics["acc_1"].weight)) == (hits, weights)

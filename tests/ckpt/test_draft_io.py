@@ -10,7 +10,7 @@ import pytest
 from safetensors import numpy as st
 
 from minicpm_jax import ckpt
-from minicpm_jax.align import draft_run
+from minicpm_jax.align import draft_export
 from minicpm_jax.ckpt import draft_io, errors
 from minicpm_jax.core import trees
 from minicpm_jax.models import draft as draft_lib
@@ -281,7 +281,7 @@ def test_gptq_tensors_mean_the_floats_they_stand_for_and_are_written_back(
 def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target):
   cfg = draft_lib.quantized(draft_lib.for_target(target, "minicpm"), GROUP)
   trained = draft_lib.Draft(cfg, draft_lib.init_params(cfg, jax.random.key(0)))
-  draft_io.save_draft(tmp_path / "d", draft_run.as_int4(trained), target)
+  draft_io.save_draft(tmp_path / "d", draft_export.as_int4(trained), target)
   found = ckpt.load_draft(tmp_path / "d", target)
   expected = quant_tree.dequantize_params(
     quant_tree.quantize_params(
@@ -290,7 +290,27 @@ def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target)
   )
   common.assert_trees_close(quant_tree.dequantize_params(found.params), expected, atol=0, rtol=0)
   with pytest.raises(ValueError, match="expected latent int4 weights"):
-    draft_run.as_int4(found)
+    draft_export.as_int4(found)
+
+
+def test_a_ternary_draft_leaves_latents_and_the_values_that_run(tmp_path, target):
+  """Values by the rule: s = mean|w| of a group of inputs, rounded to float16, times -1, 0 or 1."""
+  cfg = draft_lib.quantized(draft_lib.for_target(target, "minicpm"), GROUP, scheme="ternary")
+  trained = draft_lib.Draft(cfg, draft_lib.init_params(cfg, jax.random.key(0)))
+  draft_export.write(tmp_path, trained, target)
+  latent, found = (ckpt.load_draft(tmp_path / n, target) for n in ("draft", "draft_ternary"))
+  common.assert_trees_close(latent.params, trained.params, atol=0, rtol=0)
+  assert latent.cfg == found.cfg and found.cfg.layer.quant is None
+  for get in (lambda p: p["fc"]["kernel"], lambda p: p["layers_0"]["mlp"]["down"]["kernel"]):
+    w = np.asarray(get(trained.params), np.float64)
+    groups = w.reshape(-1, GROUP, w.shape[1])
+    scale = np.abs(groups).mean(1, keepdims=True).astype(np.float16).astype(np.float64)
+    expected = scale * np.clip(np.round(groups / scale), -1, 1)
+    np.testing.assert_allclose(get(found.params), expected.reshape(w.shape), rtol=2e-3, atol=1e-7)
+  norms = [x["embed_norm"]["scale"] for x in (found.params, trained.params)]
+  np.testing.assert_array_equal(*norms)
+  with pytest.raises(ValueError, match="quant: found None, expected latent weights"):
+    draft_export.fused(found)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,13 @@ class EagleDrafter:
   def draft(
     self, params: base.Params, state: EagleState, root_B: Any, length_B: Any
   ) -> tuple[base.Tree, EagleState]:
+    found = self.candidates(params, state, root_B, length_B)
+    return tree_lib.build(root_B, *found, self.num_nodes), state
+
+  def candidates(
+    self, params: base.Params, state: EagleState, root_B: Any, length_B: Any
+  ) -> tuple[Any, Any, Any]:
+    """What `tree.build` picks the tree from, the same for any number of nodes."""
     k, B = self.top_k, root_B.shape[0]
     feature_B1D = state.feature_BD[:, None]
     bias_BV = None if params.root_mask_BW is None else params.root_bias(self.cfg.layer.vocab_size)
@@ -166,14 +173,7 @@ class EagleDrafter:
       best_BK, at_BK = jax.lax.top_k(scores[-1], k)
       flat.append(at_BK.astype(jnp.int32) + k + (level - 1) * k * k)
       beam = _next_beam(beam, hidden_BKD, best_BK, at_BK, tokens[-1])
-    tree = tree_lib.build(
-      root_B,
-      jnp.concatenate(scores, axis=1),
-      jnp.concatenate(tokens, axis=1),
-      jnp.stack(flat, axis=1),
-      self.num_nodes,
-    )
-    return tree, state
+    return jnp.concatenate(scores, axis=1), jnp.concatenate(tokens, axis=1), jnp.stack(flat, axis=1)
 
   def _expand(self, params, state: EagleState, beam: "Beam", position_BK, length_B, scratch):
     """Draft outputs of the beam's nodes, and the scratch keys with theirs behind."""
