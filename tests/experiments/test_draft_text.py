@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,9 +14,10 @@ from experiments import (
   _regenerate,
   distill_draft,
 )
-from minicpm_jax import config
+from minicpm_jax import ckpt, config
 from minicpm_jax.data import documents, shards, sources
 from minicpm_jax.infer import generate
+from minicpm_jax.models import draft as draft_lib
 from tests.models import common
 
 
@@ -112,3 +114,33 @@ def test_trees_and_variants_are_parsed_or_refused():
   assert found == [("x", "eagle3", ["a.b=1,2", "c=3"]), ("eagle", "eagle", [])]
   with pytest.raises(ValueError, match="--variant: found 'x:other'"):
     list(_compare_drafts.variants(["x:other"]))
+
+
+def test_every_logit_scale_is_a_row_of_its_own(tmp_path):
+  model, params = common.build(common.config(num_layers=1))
+  draft_cfg = draft_lib.for_target(model.cfg, "minicpm")
+  draft = draft_lib.Draft(draft_cfg, draft_lib.init_params(draft_cfg, jax.random.key(0)))
+  ckpt.save_draft(tmp_path / "d", draft, model.cfg)
+  sizes = {"num_levels": 2, "top_k": 2, "num_nodes": 4}
+
+  def scales(*asked):
+    found = _bench_drafts.drafters(model, params, [f"a:{tmp_path / 'd'}"], None, sizes, asked)
+    return {n: d.cfg.draft_logit_scale for n, (d, _) in found.items() if n.startswith("a")}
+
+  assert scales() == {"a": draft_cfg.draft_logit_scale}
+  assert scales(1.0, 0.25) == {"a, scale 1": 1.0, "a, scale 0.25": 0.25}
+
+
+@pytest.mark.parametrize(
+  "argv, match",
+  [
+    (["--int4=16", "--ternary=16"], "--int4, --ternary: found 16 and 16"),
+    (["--kind=bita", "--ternary=16"], "which has no layer"),
+    (["--set=loss_temperature=0"], "loss_temperature: found 0.0, expected > 0"),
+  ],
+)
+def test_settings_of_training_that_are_refused(argv, match):
+  values = distill_draft.parse(["x", "--workdir=w", "--target=t", "--data=a:b", *argv])
+  with pytest.raises(ValueError, match=match):
+    cfg = _distill_draft.make_config(values, common.config(num_layers=1))
+    config.overrides(cfg, values["set"].value)
