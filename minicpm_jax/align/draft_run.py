@@ -2,8 +2,8 @@
 
 A workdir holds config.py, checkpoints/ (the draft and its optimiser; the target is read anew),
 metrics.jsonl, vocab_ids.npy (the reduced vocabulary of EAGLE-3's head or of the loss), features/
-(`align.draft_features`, with stored_rows), and what `align.draft_export` writes at the end. Starting
-it again goes on from the newest checkpoint.
+(`align.draft_features`, with stored_rows), and what `align.draft_export` writes at the end.
+Starting it again goes on from the newest checkpoint.
 """
 
 import contextlib
