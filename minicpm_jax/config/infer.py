@@ -1,6 +1,8 @@
 """Configuration of sampling and of the decode engine."""
 
 import dataclasses
+import math
+import numbers
 
 from minicpm_jax.config.validate import require
 
@@ -21,13 +23,18 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
+    for name in ("top_k", "max_new_tokens", "seed"):
+      value = getattr(self, name)
+      require(isinstance(value, numbers.Integral), f"sampling.{name}", value, "an integer")
     penalty = self.repetition_penalty
-    require(penalty > 0, "sampling.repetition_penalty", penalty, "> 0")
-    require(self.temperature >= 0, "sampling.temperature", self.temperature, ">= 0")
+    require(0 < penalty < math.inf, "sampling.repetition_penalty", penalty, "a number > 0")
+    temperature = self.temperature
+    require(0 <= temperature < math.inf, "sampling.temperature", temperature, "a number >= 0")
     require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0")
     require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
-    require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "in [0, 1)")
+    require(0 <= self.min_p <= 1, "sampling.min_p", self.min_p, "in [0, 1]")
     require(self.max_new_tokens > 0, "sampling.max_new_tokens", self.max_new_tokens, "> 0")
+    require(-(2**63) <= self.seed < 2**63, "sampling.seed", self.seed, "a number of 64 bits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,8 @@ def _normalised(x_BV: Array, instead_BV: Array) -> Array:
 
 def expected_tokens(acceptance: float, num_drafted: int) -> float:
   """(1 - a^(L+1)) / (1 - a): mean tokens of a round with constant acceptance rate a."""
+  if not 0 <= acceptance <= 1:
+    raise ValueError(f"acceptance: found {acceptance}, expected a rate in [0, 1]")
   if acceptance == 1:
     return num_drafted + 1.0
   return (1 - acceptance ** (num_drafted + 1)) / (1 - acceptance)

@@ -225,12 +225,15 @@ class GrammarCompiler:
 
   def regex(self, pattern: str) -> Constraint:
     """The whole answer matches `pattern` (Rust regex syntax, no look-around)."""
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+      # The grammar would take the backslash with the slash that ends the expression.
+      raise GrammarError(f"regex: found {pattern!r:.80}, expected something behind the last \\\\")
     pattern = self._llguidance.regex_to_lark(pattern, "")
     return self._constraint(f"start: /{pattern}/", "regex")
 
   def choice(self, options: Sequence[str]) -> Constraint:
     """The answer is one of `options`."""
-    if not options or not all(isinstance(o, str) and o for o in options):
+    if isinstance(options, str) or not options or not all(o and type(o) is str for o in options):
       raise GrammarError(f"choice: found {list(options)!r}, expected texts that are not empty")
     return self.lark("start: " + " | ".join(json.dumps(o, ensure_ascii=False) for o in options))
 
@@ -259,7 +262,12 @@ class GrammarCompiler:
     matcher = matcher_class(self._tokenizer, grammar, log_level=0)
     if matcher.is_error():
       raise GrammarError(f"{what}: {matcher.get_error().split(chr(10) + '<state>')[0]}")
-    return Constraint(matcher, self._tok, self.vocab_size, self.stop_ids)
+    constraint = Constraint(matcher, self._tok, self.vocab_size, self.stop_ids)
+    row = np.zeros(mask_width(self.vocab_size), np.int32)
+    constraint.fill_mask(row)
+    if constraint.error or not row.any():
+      raise GrammarError(f"{what}: no answer satisfies it {constraint.error}".rstrip())
+    return constraint
 
 
 class _TokenTable:

@@ -63,6 +63,11 @@ def build_index(
 
   Forced ids that are frequent keep their rank; the others come last, by falling count.
   """
+  if counts_V.ndim != 1 or not (counts_V >= 0).all():
+    raise FrIndexError(
+      f"counts: found {counts_V.dtype} of shape {list(counts_V.shape)} with a least number of "
+      f"{counts_V.min(initial=0)}, expected one number >= 0 for each id"
+    )
   vocab_size = counts_V.shape[0]
   forced = sorted(set(map(int, forced_ids)))
   if forced and (forced[0] < 0 or forced[-1] >= vocab_size):
@@ -126,9 +131,10 @@ def fr_head(head_DV: Num[Array | np.ndarray, "D V"], ids: Ids) -> Num[Array | np
 
 def save_index(folder: str | os.PathLike, ids: Ids) -> list[pathlib.Path]:
   """Writes `freq_{r}.npy` and `freq_{r}.pt`; returns both paths."""
+  check_index(np.asarray(ids), 2**31)
+  ids = np.asarray(ids, np.int32)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  ids = np.asarray(ids, np.int32)
   stem = f"freq_{ids.size}"
   npy = io.BytesIO()
   np.save(npy, ids)
@@ -158,8 +164,7 @@ def load_index(path: str | os.PathLike, size: int | None = None) -> Int[np.ndarr
       raise FrIndexError(f"{path}: not a numpy file ({error})") from error
   else:
     ids = _ids_of(path)
-  if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-    raise FrIndexError(f"{path}: found {ids.dtype} of shape {list(ids.shape)}, expected ids")
+  check_index(ids, 2**31, str(path))
   if size is not None and ids.size != size:
     raise FrIndexError(f"{path}: found {ids.size} ids, expected {size}")
   return ids.astype(np.int32)

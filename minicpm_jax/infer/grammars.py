@@ -104,9 +104,11 @@ def python_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> s
     raise ValueError("tools: found none, expected at least one")
   for index, tool in enumerate(tools):
     function = tool.get("function", tool)
-    name = function["name"]
+    name = function.get("name")
     _check_identifier("tools", name)
     schema = function.get("parameters") or {}
+    if not isinstance(schema, Mapping):
+      raise ValueError(f"tools: {name}: found parameters {schema!r:.80}, expected a JSON schema")
     properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
     arguments = []
     for number, (key, field) in enumerate(properties.items()):

@@ -45,6 +45,10 @@ from minicpm_jax.models import zoo
     ),
     (lambda: config.DataConfig(seq_len=100, align=64), r"data\.seq_len: found 100"),
     (lambda: config.SamplingConfig(top_p=0.0), r"sampling\.top_p: found 0\.0"),
+    (lambda: config.SamplingConfig(min_p=1.1), r"sampling\.min_p: found 1\.1"),
+    (lambda: config.SamplingConfig(temperature=float("inf")), r"sampling\.temperature: found inf"),
+    (lambda: config.SamplingConfig(repetition_penalty=float("inf")), "sampling.repetition_penalty"),
+    (lambda: config.SamplingConfig(seed=2**63), "sampling.seed: found 9223372036854775808"),
     (lambda: config.CheckpointConfig(keep_last=0), r"checkpoint\.keep_last: found 0"),
     (lambda: config.TrainConfig(model=zoo.nano(), grad_accum=3), "grad_accum: found 3.*divisor"),
     (

@@ -180,6 +180,8 @@ def test_expected_tokens_of_a_round():
   tokens = np.cumprod(coins, axis=1).sum(axis=1) + 1
   assert abs(tokens.mean() - chain.expected_tokens(a, length)) < 0.01
   assert chain.expected_tokens(1.0, 4) == 5
+  with pytest.raises(ValueError, match="acceptance: found 1.1"):
+    chain.expected_tokens(1.1, 4)
 
 
 # --- With models ----------------------------------------------------------------------------------

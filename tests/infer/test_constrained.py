@@ -302,6 +302,10 @@ def test_every_random_tool_call_is_python_that_fits_the_schema(compiler, byte_to
     (lambda c: c.lark("start: nonsense"), 'grammar: .*unknown name: "nonsense"'),
     (lambda c: c.choice([]), "choice: found"),
     (lambda c: c.choice(["a", ""]), "choice: found"),
+    (lambda c: c.choice("ab"), "choice: found"),
+    (lambda c: c.regex("a\\"), "regex: found .*behind the last"),
+    (lambda c: c.lark("start: start"), "grammar: no answer satisfies it"),
+    (lambda c: c.regex(r"[^\s\S]"), "regex: "),
   ],
 )
 def test_bad_grammars_are_refused_with_the_reason(compiler, make, message):
@@ -316,6 +320,10 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
     grammars.python_calls([{"name": "f", "parameters": {"properties": {"class": {}}}}])
   with pytest.raises(ValueError, match="tools: found none"):
     grammars.python_calls([])
+  with pytest.raises(ValueError, match="tools: found the name None"):
+    grammars.python_calls([{}])
+  with pytest.raises(ValueError, match="tools: f: found parameters 3"):
+    grammars.python_calls([{"name": "f", "parameters": 3}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):
     grammars.sql_select({"a; b": ["x"]})
   with pytest.raises(ValueError, match="vocab_size: found 100, expected at least"):

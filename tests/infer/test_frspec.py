@@ -91,6 +91,8 @@ class Evil:
     ([1, True], "expected a list of token ids"),
     ([1, -2], "expected a list of token ids"),
     ([1.0], "expected a list of token ids"),
+    ([], "expected a list of token ids"),
+    ([3, 3], "freq_1.pt: found 1 distinct ids in 2"),
     (np.arange(3), "expected a plain list of ints"),
   ],
 )
@@ -114,6 +116,16 @@ def test_damaged_files_are_named(tmp_path, data):
   path.write_bytes(data)
   with pytest.raises(frspec.FrIndexError, match="freq_2.pt: "):
     frspec.load_index(path)
+
+
+def test_bad_counts_and_indices_are_refused(tmp_path):
+  for counts in ([1.0, np.nan, 3.0], [-1.0, 2.0, 3.0]):
+    with pytest.raises(frspec.FrIndexError, match="^counts: found float64 of shape"):
+      frspec.build_index(np.array(counts), 1)
+  for ids in ([1, 1], [-1], np.zeros(0, np.int32)):
+    with pytest.raises(frspec.FrIndexError):
+      frspec.save_index(tmp_path / "new", ids)
+  assert not (tmp_path / "new").exists()
 
 
 def test_check_index():

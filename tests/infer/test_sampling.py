@@ -77,7 +77,7 @@ def test_filters_equal_the_float64_oracle_on_random_rows(top_k, top_p, min_p, nu
   st.lists(st.integers(-12, 12), min_size=16, max_size=16),
   st.integers(0, 20),
   st.sampled_from([0.1, 0.3, 0.55, 0.9, 1.0]),
-  st.sampled_from([0.0, 0.02, 0.3, 0.99]),
+  st.sampled_from([0.0, 0.02, 0.3, 0.99, 1.0]),
 )
 def test_filters_with_ties(eighths, top_k, top_p, min_p):
   z_V = np.array(eighths, np.float32) / 8
