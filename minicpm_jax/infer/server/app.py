@@ -126,15 +126,19 @@ def make_app(chat_service: service.ChatService) -> Any:
 
 
 async def read_body(request: Any, limit: int) -> bytes:
-  """The body, 413 as soon as it is longer than `limit` bytes."""
+  """The body, 413 as soon as it is longer than `limit` bytes; Gone if the client leaves in it."""
+  starlette_requests = require_extra("starlette.requests", extra="serve")
   declared = request.headers.get("content-length", "0")
   size, parts = 0, []
   if not (declared.isdigit() and int(declared) > limit):
-    async for part in request.stream():
-      size += len(part)
-      parts.append(part)
-      if size > limit:
-        break
+    try:
+      async for part in request.stream():
+        size += len(part)
+        parts.append(part)
+        if size > limit:
+          break
+    except starlette_requests.ClientDisconnect as error:
+      raise Gone from error
   if size > limit or (declared.isdigit() and int(declared) > limit):
     raise schemas.ApiError(f"body: expected at most {limit} bytes", status=413)
   return b"".join(parts)

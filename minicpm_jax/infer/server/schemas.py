@@ -233,7 +233,8 @@ def _options(
   try:
     checked = config.SamplingConfig(**sampling)
   except ValueError as error:
-    raise ApiError(str(error)) from error
+    message = str(error).removeprefix("sampling.")
+    raise ApiError(message, param=message.partition(":")[0]) from error
   stream = fields.take("stream", bool, False)
   stream_options = _Fields(fields.take("stream_options", dict, {}))
   include_usage = stream_options.take("include_usage", bool, False)
@@ -350,6 +351,16 @@ def _messages(fields: _Fields) -> tuple[dict[str, Any], ...]:
   return tuple(_message(index, message) for index, message in enumerate(messages))
 
 
+def _part_text(where: str, part: Any) -> str:
+  """The text of one part of a content; parts of other kinds (images) count for nothing."""
+  kind = part.get("type") if isinstance(part, dict) else None
+  text = part.get("text") if kind == "text" else ""
+  if not isinstance(kind, str) or not isinstance(text, str):
+    expected = 'an object with a type, and a text where that is "text"'
+    raise ApiError(f"{where}: found {part!r:.60}, expected {expected}", param="messages")
+  return text
+
+
 def _message(index: int, message: Any) -> dict[str, Any]:
   where = f"messages[{index}]"
   roles = ("system", "developer", "user", "assistant", "tool")
@@ -360,9 +371,8 @@ def _message(index: int, message: Any) -> dict[str, Any]:
       f"{where}.role: found {role!r:.60}, expected one of {expected}", param="messages"
     )
   content = message.get("content")
-  if isinstance(content, list):  # parts: the text ones count
-    texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-    content = "".join(text for text in texts if isinstance(text, str))
+  if isinstance(content, list):
+    content = "".join(_part_text(f"{where}.content[{i}]", part) for i, part in enumerate(content))
   calls = message.get("tool_calls") or []
   if content is None and role == "assistant":
     content = ""

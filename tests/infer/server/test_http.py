@@ -209,6 +209,29 @@ def test_a_disconnect_cancels_and_frees_the_row(serve_scripted, stream):
   assert engine.cancelled == [1] and chat.report()["requests_cancelled"] == 1
 
 
+def test_a_client_that_leaves_inside_its_body_is_no_failure(byte_tokenizer):
+  pytest.importorskip("fastapi")
+  engine = scripted.ScriptedEngine(lambda _: iter([[97]]))
+  tok = byte_tokenizer(chat_template=scripted.TEMPLATE)
+  messages = [
+    {"type": "http.request", "body": b'{"messages": ', "more_body": True},
+    {"type": "http.disconnect"},
+  ]
+  sent = []
+
+  async def receive():
+    return messages.pop(0)
+
+  async def send(message):
+    sent.append(message)
+
+  scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST"}
+  scope |= {"path": "/v1/chat/completions", "headers": [], "query_string": b"", "scheme": "http"}
+  with service.ChatService(engine, tok, name="tiny") as chat:
+    asyncio.run(app.make_app(chat)(scope, receive, send))  # raises nothing
+  assert sent[0]["status"] == 499
+
+
 def test_an_answer_that_cannot_even_begin_to_be_sent_is_cancelled(byte_tokenizer):
   pytest.importorskip("fastapi")
   engine = scripted.ScriptedEngine(lambda _: itertools.chain([[97]], itertools.repeat([])))

@@ -378,6 +378,12 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
     ),
     ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content: found None"),
     ({"messages": [1]}, "messages", r"messages\[0\].role"),
+    (
+      {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+      "messages",
+      r"messages\[0\].content\[0\]: found",
+    ),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages", r"content\[0\]: found 'x'"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls: found"),
     (
       {"messages": [{"role": "assistant", "tool_calls": 5}]},
@@ -389,8 +395,8 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
     ({"temperature": 2.5}, "temperature", r"temperature: found 2.5, expected 0.0..2.0"),
     ({"temperature": "hot"}, "temperature", "expected float"),
     ({"temperature": float("nan")}, "temperature", "expected a finite number"),
-    ({"top_p": 0}, None, "top_p: found 0.0"),
-    ({"min_p": 1.0}, None, "min_p"),
+    ({"top_p": 0}, "top_p", "top_p: found 0.0"),
+    ({"min_p": 1.01}, "min_p", "min_p: found 1.01"),
     ({"max_tokens": 0}, "max_tokens", r"expected 1..65536"),
     ({"max_tokens": True}, "max_tokens", "expected int"),
     ({"max_tokens": 65537}, "max_tokens", r"expected 1..65536"),
