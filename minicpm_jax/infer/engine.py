@@ -299,6 +299,7 @@ class Engine(driver_lib.Driver):
     key = (function.__name__, self.model, self.drafter, shapes, tuple(static.items()))
     key += (self.cfg.max_batch, self._num_slots)
     if key not in _COMPILED:
+      jax.block_until_ready(self._state)  # work under way is not compilation
       begin = time.perf_counter()
       function.lower(*head, *args, **static).compile()
       _COMPILED.add(key)

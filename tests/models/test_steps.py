@@ -200,6 +200,41 @@ def test_a_donated_cache_is_written_in_place_by_trees_and_commits():
   assert compiled.memory_analysis().alias_size_in_bytes >= size
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_step_that_reads_every_slot_copies_no_cache(scan_layers):
+  """Temporaries stay below the size of one layer's share of it and its scores."""
+  model, params = small.make(scan_layers=scan_layers)
+  cache = cache_lib.init(model.cfg, 1, 4096, per_row=True)
+  step = cache_lib.Step(anc_BTT=jnp.ones((1, 1, 1), bool), depth_BT=jnp.zeros((1, 1), jnp.int32))
+
+  def forward(cache):
+    return model.apply({"params": params}, jnp.zeros((1, 1), jnp.int32), cache=cache, step=step)
+
+  compiled = jax.jit(forward, donate_argnums=0).lower(cache).compile()
+  size = sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v)))
+  found = compiled.memory_analysis().temp_size_in_bytes
+  scores = 4 * model.cfg.num_heads * 4096 * 4
+  assert found < size / model.cfg.num_layers + scores, (found, size)
+
+
+def test_gradients_pass_through_a_cache_that_is_read_whole():
+  """A tree on an empty cache is a plain forward, here with every slot read."""
+  model, params = small.make()
+  tokens_BT = np.array([[3, 4, 5]], np.int32)
+
+  def loss(params, cache, step):
+    out = model.apply({"params": params}, tokens_BT, cache=cache, step=step, rope_length=SLOTS)
+    return jnp.mean(jax.nn.log_softmax(out.logits)[..., 1])
+
+  tree = cache_lib.Step(
+    anc_BTT=jnp.tril(jnp.ones((1, 3, 3), bool)), depth_BT=jnp.arange(3, dtype=jnp.int32)[None]
+  )
+  cache = cache_lib.init(model.cfg, 1, SLOTS, per_row=True)
+  found = jax.grad(loss)(params, cache, tree)
+  expected = jax.grad(loss)(params, None, None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 @pytest.mark.parametrize("rows, text", [(1, "found 1 rows, expected 2 "), (3, "found 3 rows")])
 def test_wrong_batches_are_refused(rows, text):
   model, params = small.make()
