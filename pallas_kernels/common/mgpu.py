@@ -90,6 +90,19 @@ def dot(a_ref, b_ref):
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
 
 
+def dot_add(acc_Rn, a_ref, b_ref, interpreted: bool):
+  """acc + a b, as `dot`; on the device the product goes on in the registers of acc.
+
+  jax 0.10's interpreter has no product that starts from a value.
+  """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted:
+    return acc_Rn + dot(a_ref, b_ref)
+  return pl.run_state(lambda ref: plgpu.wgmma(ref, a_ref, b_ref))(plgpu.ACC.init(acc_Rn))
+
+
 def dot_transposed(a_ref, b_ref, interpreted: bool):
   """a b^T, as `dot`; b is a part of an array (`.at`).
 

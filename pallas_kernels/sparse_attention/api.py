@@ -42,7 +42,8 @@ def attend_blocks(
 
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
-  `mosaic_gpu` (Hopper, 16-bit floats) or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of
+  `mosaic_gpu` (Hopper, 16-bit floats; backward too, or Triton's where its own tiles do not fit)
+  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of
   the named implementation.
   """
   del counts_BKT

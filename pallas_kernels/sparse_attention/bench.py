@@ -91,7 +91,10 @@ def dense_step(q, k, v):
 def candidates(implementation: str):
   """Tiles worth trying on a GPU."""
   if implementation == "mosaic_gpu":
-    yield from (mosaic_gpu.MosaicGpuConfig(num_stages=n) for n in (1, 2, 3, 4))
+    for stages, q_stages, kv_stages, rows in itertools.product((2, 3), (2, 3), (2, 3), (32, 64)):
+      yield mosaic_gpu.MosaicGpuConfig(
+        num_stages=stages, q_stages=q_stages, kv_stages=kv_stages, unit_rows=rows
+      )
     return
   for warps, stages, kv_rows, kv_warps in itertools.product((2, 4), (2, 3), (32, 64, 128), (4, 8)):
     yield triton.TritonConfig(

@@ -28,9 +28,23 @@ def shared_bytes(block: int, head_dim: int, num_stages: int, itemsize: int, out_
   return tiles + 2 * num_stages * block * head_dim * itemsize + 3 * 4 * rows + 4096
 
 
-def _across(x_R, width: int):
+def across(x_R, width: int):
   """[R, width] of a number a row."""
   return jax.lax.broadcast_in_dim(x_R, (x_R.shape[0], width), (0,))
+
+
+def seen_by_rows(block_id, bits, group: int, pos_Rs, start_Rs):
+  """Bool [R, s]: the row's query lists the block, and the slot is neither future nor before start.
+
+  bits: bit t = the tile's query t lists the block; row r belongs to query r // group.
+  """
+  shape = pos_Rs.shape
+  row_Rs = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  query_Rs = jnp.minimum(jax.lax.div(row_Rs, group), 31)  # rows past the last query: no member
+  spot_Rs = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + block_id * shape[1]
+  members_Rs = jnp.full(shape, bits, jnp.int32)
+  is_member_Rs = (jax.lax.shift_right_logical(members_Rs, query_Rs) & 1) == 1
+  return (spot_Rs <= pos_Rs) & (spot_Rs >= start_Rs) & is_member_Rs
 
 
 def _body(
@@ -93,30 +107,24 @@ def _body(
   fetch_rows(q_ref.at[x], q_smem)
   fetch_rows(pos_ref.at[y], pos_smem)
   fetch_rows(start_ref.at[y], start_smem)
-  pos_Rs, start_Rs = _across(pos_smem[...], block), _across(start_smem[...], block)
-  row_Rs = jax.lax.broadcasted_iota(jnp.int32, (rows, block), 0)
-  lane_Rs = jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-  query_Rs = jnp.minimum(jax.lax.div(row_Rs, group), 31)  # rows past the last query: no member
+  pos_Rs, start_Rs = across(pos_smem[...], block), across(start_smem[...], block)
 
   def step(j, carry):
     top_R, sum_R, acc_RH = carry
     slot = jax.lax.rem(j - begin, num_stages)
     plgpu.barrier_wait(k_barriers.at[slot])
     scores_Rs = mgpu.dot_transposed(q_smem, k_smem.at[slot], interpreted) * (scale * LOG2E)
-    spot_Rs = lane_Rs + ids_ref[x, j] * block
-    members_Rs = jnp.full((rows, block), bits_ref[x, j], jnp.int32)
-    is_member_Rs = (jax.lax.shift_right_logical(members_Rs, query_Rs) & 1) == 1
-    seen_Rs = (spot_Rs <= pos_Rs) & (spot_Rs >= start_Rs) & is_member_Rs
+    seen_Rs = seen_by_rows(ids_ref[x, j], bits_ref[x, j], group, pos_Rs, start_Rs)
     scores_Rs = jnp.where(seen_Rs, scores_Rs, 2 * FLOOR)
     new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1))
     shrink_R = jnp.exp2(top_R - new_top_R)
-    probs_Rs = jnp.exp2(scores_Rs - _across(new_top_R, block))
+    probs_Rs = jnp.exp2(scores_Rs - across(new_top_R, block))
     sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
     probs_smem[...] = probs_Rs.astype(probs_smem.dtype)
     plgpu.commit_smem()
     fetch(j + (num_stages - 1))
     plgpu.barrier_wait(v_barriers.at[slot])
-    acc_RH = acc_RH * _across(shrink_R, head_dim) + mgpu.dot(probs_smem, v_smem.at[slot])
+    acc_RH = acc_RH * across(shrink_R, head_dim) + mgpu.dot(probs_smem, v_smem.at[slot])
     return new_top_R, sum_R, acc_RH
 
   nothing = (
@@ -126,7 +134,7 @@ def _body(
   )
   top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
   safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
-  out_smem[...] = (acc_RH / _across(safe_R, head_dim)).astype(out_smem.dtype)
+  out_smem[...] = (acc_RH / across(safe_R, head_dim)).astype(out_smem.dtype)
   lse_smem[...] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(out_smem, out_ref.at[x, split])

@@ -1,12 +1,12 @@
-"""Attention over selected blocks on Hopper GPUs through Pallas Mosaic GPU: the forward pass.
+"""Attention over selected blocks on Hopper GPUs through Pallas Mosaic GPU.
 
 Tiles of 64 rows go over the union of their queries' lists, the band of local blocks included (its
 blocks are common to the tile, so they fill it). Residuals: q, k, v, out, lists [B, K, T, W] int32,
-lse [B, T, N] float32, the same as Triton's, whose backward pass is used where it serves the device
-(else the XLA one). Both passes are bitwise deterministic. Memory of the forward beyond its
-residuals: a copy of q and out in tiles, 8 bytes an entry of the unions (at most 4 * Q * W a tile),
-and a copy of k and v where S is no multiple of the block. Compiled for sm_90a and checked in the
-interpreter; it has not run on a device.
+lse [B, T, N] float32, the same as Triton's: `MosaicGpuConfig.backward` says whose backward pass
+runs on them. All are bitwise deterministic. Memory of the forward beyond its residuals: a copy of
+q and out in tiles, 8 bytes an entry of the unions (at most 4 * Q * W a tile), and a copy of k and v
+where S is no multiple of the block; of the backward: `mosaic_gpu_backward`. Compiled for sm_90a and
+checked in the interpreter; it has not run on a device.
 """
 
 import dataclasses
@@ -17,26 +17,42 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import mgpu, tune
-from pallas_kernels.sparse_attention import tiles, triton, vjp
+from pallas_kernels.sparse_attention import mosaic_gpu_backward, tiles, triton, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
-MAX_QUERIES = 31  # of a tile: a bit each
+MAX_QUERIES = mosaic_gpu_backward.MAX_QUERIES  # of a tile: a bit each
+BACKWARDS = ("auto", "mosaic_gpu", "triton", "xla")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicGpuConfig:
-  """`num_stages` blocks of keys and of values are in flight; `backward` names the other pass."""
+  """Tiles in flight and the backward pass.
+
+  `*_stages` blocks of keys and of values (dk and dv: of 64 rows of q and of dout) are in flight.
+  `backward` "auto": Mosaic's where its tiles fit, else Triton's where it serves the device, else
+  the XLA one.
+  """
 
   num_stages: int = 2
-  backward: Literal["auto", "triton", "xla"] = "auto"
+  q_stages: int = 2  # of dq
+  kv_stages: int = 2  # of dk and dv
+  unit_rows: int = 32  # rows (queries times group) that dk and dv take or leave together: 32 or 64
+  run_units: int = 4096  # of one program of dk and dv
+  backward: Literal["auto", "mosaic_gpu", "triton", "xla"] = "auto"
   interpret: bool | None = None  # None = on a CPU
 
   def __post_init__(self):
-    if not 1 <= self.num_stages <= 8:
-      raise ValueError(f"MosaicGpuConfig.num_stages: found {self.num_stages}, expected 1 to 8")
-    if self.backward not in ("auto", "triton", "xla"):
+    for name in ("num_stages", "q_stages", "kv_stages"):
+      if not 2 <= getattr(self, name) <= 8:
+        found = getattr(self, name)
+        raise ValueError(f"MosaicGpuConfig.{name}: found {found}, expected 2 to 8")
+    if self.unit_rows not in (32, 64):
+      raise ValueError(f"MosaicGpuConfig.unit_rows: found {self.unit_rows}, expected 32 or 64")
+    if self.run_units < 1:
+      raise ValueError(f"MosaicGpuConfig.run_units: found {self.run_units}, expected 1 or more")
+    if self.backward not in BACKWARDS:
       raise ValueError(
-        f"MosaicGpuConfig.backward: found {self.backward!r}, expected 'auto', 'triton' or 'xla'"
+        f"MosaicGpuConfig.backward: found {self.backward!r}, expected one of {BACKWARDS}"
       )
 
 
@@ -44,7 +60,7 @@ class MosaicGpuConfig:
 class _Static:
   block: int
   num_local: int
-  num_stages: int
+  config: MosaicGpuConfig
   backward: str
   interpreted: bool
 
@@ -70,11 +86,6 @@ def check_shapes(op: str, q_BTNH, k, v, block: int) -> None:
     )
 
 
-def pad_rows(x_XR):
-  """[X, 64, ...]: rows of zeros behind a tile's own."""
-  return jnp.pad(x_XR, ((0, 0), (0, mgpu.ROWS - x_XR.shape[1])) + ((0, 0),) * (x_XR.ndim - 2))
-
-
 def attend_mosaic_gpu(
   q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, *, block_size, num_local=0, config=None
 ):
@@ -89,21 +100,29 @@ def attend_mosaic_gpu(
   size = q_BTNH.dtype.itemsize
   num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, size)
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
-  backward = _backward_name(config.backward, q_BTNH, k_BSKH, v_BSKH, block_size)
-  static = _Static(block_size, num_local, config.num_stages, backward, interpreted)
+  backward = _backward_name(op, config, q_BTNH, k_BSKH, v_BSKH, block_size)
+  static = _Static(block_size, num_local, config, backward, interpreted)
   pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)
   return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
 
 
-def _backward_name(requested: str, *args) -> str:
-  """`auto`: Triton's where it serves the call on the device in use."""
-  if requested != "auto":
-    return requested
-  try:
-    triton.checked_config(*args)
-  except NotImplementedError:
-    return "xla"
-  return "triton"
+def _backward_name(op: str, config: MosaicGpuConfig, q_BTNH, k_BSKH, v_BSKH, block: int) -> str:
+  """Of the pass to run; a named one that does not fit raises."""
+  if config.backward in ("auto", "mosaic_gpu"):
+    try:
+      H, size = q_BTNH.shape[-1], q_BTNH.dtype.itemsize
+      mosaic_gpu_backward.check_fits(op, block, H, size, config)
+      return "mosaic_gpu"
+    except NotImplementedError:
+      if config.backward != "auto":
+        raise
+  if config.backward == "auto":
+    try:
+      triton.checked_config(q_BTNH, k_BSKH, v_BSKH, block)
+      return "triton"
+    except NotImplementedError:
+      return "xla"
+  return config.backward
 
 
 def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT):
@@ -112,27 +131,18 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
   (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
   group, M = N // K, -(-S // static.block)
   queries = max(1, min(MAX_QUERIES, mgpu.ROWS // group, T))
-  ids_XU, bits_XU, counts_X = tiles.union_in_runs(tiles.list_tiles(ids_BKTW, queries), M)
-  X = ids_XU.shape[0]
-  first_X = jnp.arange(X, dtype=jnp.int32) // (X // B) * M
-
-  def of_rows(x_BT, value):  # [X / K, 64]
-    x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % queries)), constant_values=value)
-    x_YR = jnp.reshape(jnp.repeat(x_BT, group, axis=1), (X // K, queries * group))
-    return pad_rows(x_YR)
-
   out_XCRH, lse_XCR = mgpu_kernels.forward(
-    (ids_XU, bits_XU, counts_X, first_X),
+    tiles.listed(ids_BKTW, queries, M),
     None,
-    pad_rows(tiles.to_tiles(q_BTNH, queries, K)),
+    tiles.pad_rows(tiles.to_tiles(q_BTNH, queries, K), mgpu.ROWS),
     tiles.blocks(k_BSKH, static.block),
     tiles.blocks(v_BSKH, static.block),
-    of_rows(pos_BT, -1),
-    of_rows(start_BT, rules.NOWHERE),
+    tiles.query_rows(pos_BT, queries, group, mgpu.ROWS, -1),
+    tiles.query_rows(start_BT, queries, group, mgpu.ROWS, rules.NOWHERE),
     group=group,
     scale=H**-0.5,
     splits=1,
-    num_stages=static.num_stages,
+    num_stages=static.config.num_stages,
     out_dtype=v_BSKH.dtype,
     interpreted=static.interpreted,
   )
@@ -151,9 +161,14 @@ def _attend_fwd(static: _Static, *arrays):
 
 
 def _attend_bwd(static: _Static, residuals, cotangents):
-  sizes = dict(block_size=static.block, num_local=static.num_local)
-  backward = triton.backward if static.backward == "triton" else vjp.backward_xla
-  return (*backward(residuals, cotangents, **sizes), None, None, None)
+  if static.backward == "mosaic_gpu":
+    own = dict(config=static.config, interpreted=static.interpreted)
+    grads = mosaic_gpu_backward.backward(residuals, cotangents, block_size=static.block, **own)
+  else:
+    other = triton.backward if static.backward == "triton" else vjp.backward_xla
+    sizes = dict(block_size=static.block, num_local=static.num_local)
+    grads = other(residuals, cotangents, **sizes)
+  return (*grads, None, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -77,3 +77,22 @@ def union_in_runs(ids_XQW, num_blocks: int, tiles_a_run: int = 4096):
     return tuple(x[0] for x in union(ids_QW[None], num_blocks))
 
   return jax.lax.map(one, ids_XQW, batch_size=tiles_a_run)
+
+
+def pad_rows(x_XR, rows: int):
+  """[X, rows, ...]: zeros behind a tile's own rows."""
+  return jnp.pad(x_XR, ((0, 0), (0, rows - x_XR.shape[1])) + ((0, 0),) * (x_XR.ndim - 2))
+
+
+def query_rows(x_BT, queries: int, group: int, rows: int, value: int):
+  """[X / K, rows] of a number a query, the same for every key head; `value` past the last query."""
+  x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % queries)), constant_values=value)
+  return pad_rows(jnp.reshape(jnp.repeat(x_BT, group, axis=1), (-1, queries * group)), rows)
+
+
+def listed(ids_BKTW, queries: int, num_blocks: int):
+  """(ids, bits [X, U], counts [X]) of `union` and the place [X] of each row's block 0."""
+  ids_XU, bits_XU, counts_X = union_in_runs(list_tiles(ids_BKTW, queries), num_blocks)
+  X = ids_XU.shape[0]
+  row_X = jnp.arange(X, dtype=jnp.int32) // (X // ids_BKTW.shape[0])
+  return ids_XU, bits_XU, counts_X, row_X * num_blocks

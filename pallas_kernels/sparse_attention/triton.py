@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, tune
+from pallas_kernels.sparse_attention import inverse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,40 +175,18 @@ def _invert(static: _Static, ids_BKTW, pos_BT, num_blocks: int):
   Runs hold at most `run_queries` entries of one block; there are M + T*W / run_queries of them.
   """
   B, K, T, W = ids_BKTW.shape
-  M, size = num_blocks, static.config.run_queries
   is_entry = ids_BKTW >= 0
   if static.num_local:
     is_entry = is_entry & (
       ids_BKTW <= (pos_BT // static.block - static.num_local)[:, None, :, None]
     )
-  block_BKE = jnp.reshape(jnp.where(is_entry, ids_BKTW, M), (B, K, T * W))
-  t_TW = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (T, W))
-  if (M + 1) * T < 2**31:  # block and query in one integer: a sort of one array
-    key_BKE = jnp.sort(block_BKE * T + jnp.reshape(t_TW, (1, 1, -1)), axis=-1)
-    block_BKE, queries_BKE = key_BKE // T, key_BKE % T
-  else:
-    t_BKE = jnp.broadcast_to(jnp.reshape(t_TW, (1, 1, -1)), block_BKE.shape)
-    block_BKE, queries_BKE = jax.lax.sort((block_BKE, t_BKE), num_keys=1, is_stable=True)
-  edges = jnp.arange(M + 1, dtype=jnp.int32)
-  find = functools.partial(jnp.searchsorted, side="left")
-  bounds = jax.vmap(jax.vmap(lambda row: find(row, edges)))(block_BKE).astype(jnp.int32)
-  lengths_BKM = bounds[..., 1:] - bounds[..., :-1]
-  ends_BKM = jnp.cumsum(-(-lengths_BKM // size), axis=-1, dtype=jnp.int32)
-  first_run = jnp.pad(ends_BKM, ((0, 0), (0, 0), (1, 0)))
-  run_R = jnp.arange(M + T * W // size, dtype=jnp.int32)
-  find = functools.partial(jnp.searchsorted, side="right")
-  own_BKR = jax.vmap(jax.vmap(lambda row: find(row, run_R)))(ends_BKM).astype(jnp.int32)
-  is_run = own_BKR < M
-  own_BKR = jnp.minimum(own_BKR, M - 1)
-
-  def of_block(x_BKM):
-    return jnp.take_along_axis(x_BKM, own_BKR, axis=-1)
-
-  begin_BKR = (
-    of_block(bounds[..., :-1]) + (run_R[None, None] - of_block(first_run[..., :-1])) * size
+  block_BKE = jnp.reshape(jnp.where(is_entry, ids_BKTW, num_blocks), (B, K, T * W))
+  t_1 = jnp.reshape(jnp.arange(T, dtype=jnp.int32), (1, 1, T, 1))
+  t_BKE = jnp.reshape(jnp.broadcast_to(t_1, ids_BKTW.shape), (B, K, T * W))
+  block_BKE, queries_BKE = inverse.sort_by_block(
+    block_BKE, t_BKE, num_blocks=num_blocks, num_items=T
   )
-  end_BKR = jnp.minimum(begin_BKR + size, of_block(bounds[..., 1:]))
-  return queries_BKE, first_run, jnp.where(is_run, own_BKR, -1), begin_BKR, end_BKR
+  return (queries_BKE, *inverse.runs(block_BKE, num_blocks, static.config.run_queries))
 
 
 def _backward(static: _Static, residuals, cotangents):

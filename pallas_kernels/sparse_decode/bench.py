@@ -52,7 +52,7 @@ def program(case: cases.Case, implementation: str, config=None):
 
 def candidates(implementation: str):
   if implementation == "mosaic_gpu":
-    for splits, stages in itertools.product((4, 8, 16, 32, 64), (1, 2, 3)):
+    for splits, stages in itertools.product((4, 8, 16, 32, 64), (2, 3, 4)):
       yield mosaic_gpu.MosaicGpuConfig(num_splits=splits, num_stages=stages)
     return
   for splits, warps, stages in itertools.product((8, 16, 32, 64), (2, 4, 8), (1, 2, 3)):

@@ -22,10 +22,10 @@ class MosaicGpuConfig:
   interpret: bool | None = None  # None = on a CPU
 
   def __post_init__(self):
-    for name, most in (("num_splits", 128), ("num_stages", 8)):
+    for name, least, most in (("num_splits", 1, 128), ("num_stages", 2, 8)):
       value = getattr(self, name)
-      if not 1 <= value <= most:
-        raise ValueError(f"MosaicGpuConfig.{name}: found {value}, expected 1 to {most}")
+      if not least <= value <= most:
+        raise ValueError(f"MosaicGpuConfig.{name}: found {value}, expected {least} to {most}")
 
 
 def default_config(num_tiles: int, num_listed: int) -> MosaicGpuConfig:
@@ -64,12 +64,12 @@ def decode_mosaic_gpu(
   first_X = jnp.arange(B * K, dtype=jnp.int32) // K * M
 
   def of_rows(x_BT):
-    return mosaic_gpu.pad_rows(jnp.repeat(x_BT, G, axis=1))
+    return tiles.pad_rows(jnp.repeat(x_BT, G, axis=1), mgpu.ROWS)
 
   parts_XCRH, lses_XCR = mgpu_kernels.forward(
     (ids_XU, bits_XU, counts_X, first_X),
     jnp.reshape(page_table_BM, (-1,)) if is_paged else None,
-    mosaic_gpu.pad_rows(tiles.to_tiles(q_BTNH, T, K)),
+    tiles.pad_rows(tiles.to_tiles(q_BTNH, T, K), mgpu.ROWS),
     k if is_paged else tiles.blocks(k, block_size),
     v if is_paged else tiles.blocks(v, block_size),
     of_rows(jnp.broadcast_to(pos_BT, (B, T))),

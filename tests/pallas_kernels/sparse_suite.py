@@ -145,7 +145,34 @@ def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=
       np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
     else:
       assert np.abs(x - y).max() <= 3 * np.abs(z - y).max() + 1e-3, name
+  if has_grad and dtype == jnp.float32 and T <= 100:
+    exact = loop_gradients(q, k, v, ids, pos, start, dout, dout[..., 0])
+    for name, x, y in zip(names[2:], found[2:], exact, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4, err_msg=f"{name} in float64")
   return found
+
+
+def loop_gradients(q, k, v, ids, pos, start, dout, dlse):
+  """(dq, dk, dv) of section 11, one softmax a query and head, float64."""
+  q, k, v, ids, pos, start, dout, dlse = (
+    np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, ids, pos, start, dout, dlse)
+  )
+  dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+  scale = q.shape[-1] ** -0.5
+  for b, t, n in np.ndindex(q.shape[:3]):
+    h = n * k.shape[2] // q.shape[2]
+    listed = set(ids[b, h, t].astype(int).tolist()) - {-1}
+    slots = [s for s in range(int(pos[b, t]) + 1) if s // BLOCK in listed and s >= start[b, t]]
+    if not slots:
+      continue
+    exps = np.exp(scale * k[b, slots, h] @ q[b, t, n])
+    probs = exps / exps.sum()
+    dprobs = v[b, slots, h] @ dout[b, t, n]
+    dscores = scale * probs * (dprobs - probs @ dprobs + dlse[b, t, n])
+    dq[b, t, n] = dscores @ k[b, slots, h]
+    dk[b, slots, h] += dscores[:, None] * q[b, t, n]
+    dv[b, slots, h] += probs[:, None] * dout[b, t, n]
+  return dq, dk, dv
 
 
 # --- Decoding ------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.nn import sparse_attention
 from pallas_kernels.common import mgpu
+from pallas_kernels.sparse_attention import inverse, tiles
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
-from pallas_kernels.sparse_attention import tiles
 from pallas_kernels.sparse_decode import mosaic_gpu as decoding
 from pallas_kernels.sparse_topk import mosaic_gpu as topk
 from pallas_kernels.sparse_topk import rule as rules
@@ -82,27 +82,90 @@ def test_select_in_runs():
   )
 
 
-@pytest.mark.smoke
-def test_attend_with_gradients():
-  """float32; 21 queries of 3 heads in a tile of 64 rows; the XLA backward on these residuals."""
-  config = attention.MosaicGpuConfig(num_stages=3)
+@pytest.mark.parametrize(
+  "options",
+  [
+    pytest.param(dict(run_units=2, num_stages=3), marks=pytest.mark.smoke),
+    dict(unit_rows=64, q_stages=3, kv_stages=3),
+    dict(backward="xla"),
+  ],
+  ids=lambda x: "-".join(x),
+)
+def test_attend_with_gradients(options):
+  """float32; 21 queries of 3 heads in a tile of 64 rows, 10 or 21 in a unit."""
+  config = attention.MosaicGpuConfig(**options)
   suite.check_attend(
     lambda *a, **kw: attention.attend_mosaic_gpu(*a, config=config, **kw), num_local=2, H=16
   )
 
 
-@pytest.mark.parametrize("group, queries", [(1, 34), (16, 9)])
-def test_attend_in_bfloat16(group, queries):
-  """31 queries of one head, then 4 of 16: a tile of 64 rows."""
+@pytest.mark.parametrize(
+  "group, queries, has_grad",
+  [(1, 34, True), (16, 9, False), pytest.param(16, 9, True, marks=pytest.mark.slow)],
+)
+def test_attend_in_bfloat16(group, queries, has_grad):
+  """31 queries of one head, then 4 of 16: a tile of 64 rows; 2 of 16 are a unit."""
   suite.check_attend(
     attention.attend_mosaic_gpu,
     num_local=0,
-    has_grad=False,
+    has_grad=has_grad,
     dtype=jnp.bfloat16,
     T=queries + 36,
     G=group,
     H=16,
   )
+
+
+def test_gradients_of_blocks_of_80_keys_are_those_of_dense_attention():
+  """Every block listed twice; two parts of 64 keys a block, the second filled up; 40 heads."""
+  rng = np.random.default_rng(5)
+  T, S, G, H, block = 4, 90, 40, 16, 80
+  shapes = ((1, T, G, H), (1, S, 1, H), (1, S, 1, H))
+  q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  pos = jnp.arange(S - T, S, dtype=jnp.int32)[None, :]
+  ids = jnp.broadcast_to(jnp.array([1, 0, 1], jnp.int32), (1, 1, T, 3))
+
+  def attend(*arrays):
+    return attention.attend_mosaic_gpu(*arrays, ids, pos, 0 * pos, block_size=block)[0]
+
+  def dense(*arrays):
+    mask = jnp.arange(S)[None, None, None, :] <= pos[:, None, :, None]
+    return jax.nn.dot_product_attention(*arrays, mask=mask)
+
+  def gradients(function):
+    def loss(*x):
+      return jnp.sum(jnp.sin(function(*x)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+  for found, expected in zip(gradients(attend), gradients(dense), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_runs_hold_every_entry_of_their_block_once(size):
+  rng = np.random.default_rng(6)
+  B, K, E, M, T = 2, 3, 40, 7, 11
+  pairs = np.stack([rng.permutation(M * T)[:E] for _ in range(B * K)]).reshape(B, K, E)
+  block, item = np.where(pairs % 5 == 0, M, pairs // T), pairs % T
+  arrays = [jnp.asarray(x, jnp.int32) for x in (block, item, 100 * block + item)]
+  big = 2**31 // (M + 1) + 1  # block and item do not fit one integer
+  small = inverse.sort_by_block(*arrays, num_blocks=M, num_items=T)
+  for x, y in zip(small, inverse.sort_by_block(*arrays, num_blocks=M, num_items=big), strict=True):
+    is_entry = np.asarray(small[0]) < M
+    np.testing.assert_array_equal(np.asarray(x)[is_entry], np.asarray(y)[is_entry])
+  blocks, items, payload = (np.asarray(x) for x in small)
+  first, own, begin, end = (np.asarray(x) for x in inverse.runs(small[0], M, size))
+  for b, h in np.ndindex(B, K):
+    for m in range(M):
+      expected = sorted(item[b, h][block[b, h] == m].tolist())
+      places = []
+      for run in range(first[b, h, m], first[b, h, m + 1]):
+        assert own[b, h, run] == m and 0 < end[b, h, run] - begin[b, h, run] <= size
+        places += range(begin[b, h, run], end[b, h, run])
+      assert items[b, h, places].tolist() == expected
+      assert payload[b, h, places].tolist() == [100 * m + t for t in expected]
+    assert (own[b, h, first[b, h, M] :] == -1).all()
 
 
 @pytest.mark.parametrize("layout", ["row", "paged"])
@@ -150,13 +213,15 @@ def select_program(num_heads, head_dim, lse):
 
 
 def attend_program(num_heads, head_dim, dtype=jnp.bfloat16):
+  """Forward and backward."""
   T, K = 4096, 2
-  config = attention.MosaicGpuConfig(interpret=False)
+  config = attention.MosaicGpuConfig(interpret=False, backward="mosaic_gpu")
 
-  def run(q, k, v, ids, pos, start):
-    return attention.attend_mosaic_gpu(
-      q, k, v, ids, pos, start, block_size=64, num_local=33, config=config
+  def run(q, k, v, *lists):
+    (out, lse), vjp = jax.vjp(
+      lambda *x: attention.attend_mosaic_gpu(*x, *lists, block_size=64, config=config), q, k, v
     )
+    return vjp((out, lse))
 
   q, k = like(1, T, num_heads, head_dim, dtype=dtype), like(1, T, K, head_dim, dtype=dtype)
   return run, (q, k, k, like(1, K, T, 96, dtype=jnp.int32), *[like(1, T, dtype=jnp.int32)] * 2)
@@ -210,6 +275,8 @@ def test_lowers_for_cuda(program):
     (dict(v_dtype=jnp.float16), "expected one of"),
     (dict(dtype=jnp.float32), "multiplies bfloat16 or float16, found float32"),
     (dict(num_stages=6, head_dim=128), "6 stages of 64 x 128 take .* bytes of shared memory"),
+    (dict(q_stages=6, head_dim=128), "6 stages of 64 x 128 take .* bytes of shared memory"),
+    (dict(kv_stages=6, head_dim=128), "6 stages of 128 columns take .* bytes of shared memory"),
   ],
   ids=lambda x: "_".join(x) if isinstance(x, dict) else "",
 )
@@ -218,7 +285,8 @@ def test_calls_that_are_not_served_name_the_reason(change, reason):
   q, k = jnp.zeros((1, 4, change.get("heads", 4), H), dtype), jnp.zeros((1, 64, 2, H), dtype)
   v = k.astype(change.get("v_dtype", dtype))
   ids, pos = jnp.zeros((1, 2, 4, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32)
-  config = attention.MosaicGpuConfig(interpret=False, num_stages=change.get("num_stages", 2))
+  stages = {name: n for name, n in change.items() if name.endswith("stages")}
+  config = attention.MosaicGpuConfig(interpret=False, backward="mosaic_gpu", **stages)
   block_size = change.get("block_size", 64)
   with pytest.raises(NotImplementedError, match=reason):
     attention.attend_mosaic_gpu(q, k, v, ids, pos, pos, block_size=block_size, config=config)
@@ -268,9 +336,13 @@ def test_only_hopper_is_served(capability, is_served, monkeypatch):
 @pytest.mark.parametrize(
   "make, message",
   [
-    (lambda: attention.MosaicGpuConfig(num_stages=0), "num_stages: found 0, expected 1 to 8"),
+    (lambda: attention.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected 2 to 8"),
+    (lambda: attention.MosaicGpuConfig(kv_stages=9), "kv_stages: found 9, expected 2 to 8"),
+    (lambda: attention.MosaicGpuConfig(unit_rows=48), "unit_rows: found 48, expected 32 or 64"),
+    (lambda: attention.MosaicGpuConfig(run_units=0), "run_units: found 0, expected 1 or more"),
     (lambda: attention.MosaicGpuConfig(backward="gather"), "backward: found 'gather'"),
     (lambda: decoding.MosaicGpuConfig(num_splits=129), "num_splits: found 129, expected 1 to 128"),
+    (lambda: decoding.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected 2 to 8"),
   ],
 )
 def test_bad_configs_name_the_field(make, message):

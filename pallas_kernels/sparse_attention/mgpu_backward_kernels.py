@@ -1,0 +1,349 @@
+"""Mosaic GPU kernels of the backward pass (infllm_v2.md section 11; K4 of 19.2).
+
+`backward_q` goes over the tiles and lists of the forward kernel. `backward_kv` is one run of the
+inverse lists: 64 keys of a block stay in shared memory, and the rows that listed the block come 64
+at a time, as units of fewer queries than a tile (a unit whose block only one query listed wastes
+the rows of the others, so that small units waste little). `sum_runs` adds the runs of a block in
+order. Nothing is added atomically. Copies and buffers as in `mgpu_kernels`; a warp writes and
+multiplies the same 16 rows of the left side, so that only other warps' reads need a barrier.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import mgpu
+from pallas_kernels.sparse_attention.mgpu_kernels import LOG2E, across, seen_by_rows
+
+ROWS = mgpu.ROWS
+NOTHING = 1e30  # log-sum-exp of a row that sees nothing: its probabilities are 0
+NUMBERS = 4  # of a row: position, start, log-sum-exp, delta
+
+
+def shared_bytes_q(block: int, head_dim: int, num_stages: int, itemsize: int) -> int:
+  """Of one program: q, dout, blocks of k and v in flight, scores, numbers of the rows."""
+  tiles = (2 * ROWS * head_dim + ROWS * block) * itemsize
+  return tiles + 2 * num_stages * block * head_dim * itemsize + NUMBERS * 4 * ROWS + 4096
+
+
+def shared_bytes_kv(head_dim: int, num_stages: int, itemsize: int) -> int:
+  """Of one program: k, v, rows of q and dout and their numbers in flight, scores."""
+  tiles = (2 * ROWS * head_dim + ROWS * ROWS) * itemsize
+  return tiles + num_stages * (2 * ROWS * head_dim * itemsize + NUMBERS * 4 * ROWS) + 4096
+
+
+def _down(x_r, height: int):
+  """[height, r] of a number a column."""
+  return jax.lax.broadcast_in_dim(x_r, (height, x_r.shape[0]), (1,))
+
+
+def _q_body(
+  ids_ref,  # [X, U] block on the row's grid
+  bits_ref,  # [X, U] bit t: the tile's query t lists the block
+  counts_ref,  # [X]
+  first_ref,  # [X] place of the row's block 0 in k and v
+  q_ref,  # [X, R, H]
+  dout_ref,
+  k_ref,  # [P, s, K, H]
+  v_ref,
+  pos_ref,  # [Y, R], Y = X / K
+  start_ref,
+  lse_ref,  # [X, R] base 2
+  delta_ref,
+  dq_ref,  # [X, R, H]
+  q_smem,
+  dout_smem,
+  k_smem,
+  v_smem,
+  dscores_smem,
+  pos_smem,
+  start_smem,
+  lse_smem,
+  delta_smem,
+  row_barrier,
+  barriers,
+  *,
+  group,
+  scale,
+  num_stages,
+  interpreted,
+):
+  x = jax.lax.axis_index("tile")
+  _, block, heads, head_dim = k_ref.shape
+  head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
+  count, first = counts_ref[x], first_ref[x]
+
+  def fetch(j):
+    @pl.when(j < count)
+    def _():
+      place, slot = first + ids_ref[x, j], jax.lax.rem(j, num_stages)
+      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
+      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
+
+  for j in range(num_stages - 1):
+    fetch(j)
+  rows_of_tile = (
+    (q_ref.at[x], q_smem),
+    (dout_ref.at[x], dout_smem),
+    (pos_ref.at[y], pos_smem),
+    (start_ref.at[y], start_smem),
+    (lse_ref.at[x], lse_smem),
+    (delta_ref.at[x], delta_smem),
+  )
+  for source, target in rows_of_tile:
+    plgpu.copy_gmem_to_smem(source, target, row_barrier)
+  plgpu.barrier_wait(row_barrier)
+  pos_Rs, start_Rs = across(pos_smem[...], block), across(start_smem[...], block)
+  lse_Rs, delta_Rs = across(lse_smem[...], block), across(delta_smem[...], block)
+
+  def step(j, acc_RH):
+    slot = jax.lax.rem(j, num_stages)
+    plgpu.barrier_wait(barriers.at[slot])
+    scores_Rs = mgpu.dot_transposed(q_smem, k_smem.at[slot], interpreted) * (scale * LOG2E)
+    probs_Rs = jnp.exp2(scores_Rs - lse_Rs)
+    dprobs_Rs = mgpu.dot_transposed(dout_smem, v_smem.at[slot], interpreted)
+    seen_Rs = seen_by_rows(ids_ref[x, j], bits_ref[x, j], group, pos_Rs, start_Rs)
+    dscores_Rs = jnp.where(seen_Rs, probs_Rs * (dprobs_Rs - delta_Rs), 0.0)
+    dscores_smem[...] = dscores_Rs.astype(dscores_smem.dtype)
+    plgpu.commit_smem()
+    fetch(j + (num_stages - 1))
+    return mgpu.dot_add(acc_RH, dscores_smem, k_smem.at[slot], interpreted)
+
+  nothing = jnp.zeros((ROWS, head_dim), jnp.float32)
+  acc_RH = jax.lax.fori_loop(0, count, step, nothing)
+  q_smem[...] = (acc_RH * scale).astype(q_smem.dtype)  # all products that read q are done
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[x])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def backward_q(
+  lists,
+  q_XRH,
+  dout_XRH,
+  k_PsKH,
+  v_PsKH,
+  pos_YR,
+  start_YR,
+  lse_XR,
+  delta_XR,
+  *,
+  group,
+  scale,
+  num_stages,
+  interpreted,
+):
+  """dq [X, R, H]. lists: of `mgpu_kernels.forward`; lse_XR in base 2, `NOTHING` = sees nothing."""
+  _, R, H = q_XRH.shape
+  block, dtype = k_PsKH.shape[1], q_XRH.dtype
+  sizes = dict(group=group, scale=scale, num_stages=num_stages, interpreted=interpreted)
+  return plgpu.kernel(
+    functools.partial(_q_body, **sizes),
+    out_type=jax.ShapeDtypeStruct(q_XRH.shape, dtype),
+    scratch_types=[
+      plgpu.SMEM((R, H), dtype),
+      plgpu.SMEM((R, H), dtype),
+      plgpu.SMEM((num_stages, block, H), dtype),
+      plgpu.SMEM((num_stages, block, H), dtype),
+      plgpu.SMEM((R, block), dtype),
+      plgpu.SMEM((R,), jnp.int32),
+      plgpu.SMEM((R,), jnp.int32),
+      plgpu.SMEM((R,), jnp.float32),
+      plgpu.SMEM((R,), jnp.float32),
+      plgpu.Barrier(num_arrivals=6),
+      plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+    ],
+    grid=(q_XRH.shape[0],),
+    grid_names=("tile",),
+    kernel_name="sparse_attention_backward_q",
+    **mgpu.options(interpreted),
+  )(*lists, q_XRH, dout_XRH, k_PsKH, v_PsKH, pos_YR, start_YR, lse_XR, delta_XR)
+
+
+def _kv_body(
+  block_ref,  # [E, N] block of each run, -1 = no run; E = B * K
+  begin_ref,  # [E, N] its entries
+  end_ref,
+  units_ref,  # [E, L] unit of each entry, sorted by block
+  bits_ref,  # [E, L] bit t: the unit's query t lists the block
+  q_ref,  # [X, r, H], X = Y * K units, the key head fastest
+  dout_ref,
+  k_ref,  # [P, s, K, H], s a multiple of 64
+  v_ref,
+  pos_ref,  # [Y, r]
+  start_ref,
+  lse_ref,  # [X, r] base 2
+  delta_ref,
+  dk_ref,  # [E, N, s, H]
+  dv_ref,
+  k_smem,
+  v_smem,
+  q_smem,
+  dout_smem,
+  scores_smem,
+  pos_smem,
+  start_smem,
+  lse_smem,
+  delta_smem,
+  kv_barrier,
+  barriers,
+  *,
+  group,
+  scale,
+  block_size,
+  num_stages,
+  interpreted,
+):
+  run, part, e = (jax.lax.axis_index(name) for name in ("run", "part", "row_and_head"))
+  (places, _, heads, head_dim), unit_rows = k_ref.shape, q_ref.shape[1]
+  per_step, batches = ROWS // unit_rows, block_ref.shape[0] // heads
+  blocks, units = places // batches, pos_ref.shape[0] // batches
+  batch, head = jax.lax.div(e, heads), jax.lax.rem(e, heads)
+  block = block_ref[e, run]
+
+  @pl.when(block >= 0)
+  def _():
+    begin, end = begin_ref[e, run], end_ref[e, run]
+    keys = pl.ds(part * ROWS, ROWS)
+    place = batch * blocks + block
+    plgpu.copy_gmem_to_smem(k_ref.at[place, keys, head], k_smem, kv_barrier)
+    plgpu.copy_gmem_to_smem(v_ref.at[place, keys, head], v_smem, kv_barrier)
+
+    def fetch(i):
+      @pl.when(begin + i * per_step < end)
+      def _():
+        slot = jax.lax.rem(i, num_stages)
+        for c in range(per_step):  # past the end: the last unit again, which nobody counts
+          y = batch * units + units_ref[e, jnp.minimum(begin + i * per_step + c, end - 1)]
+          x, rows = y * heads + head, pl.ds(c * unit_rows, unit_rows)
+          for source, target in (
+            (q_ref.at[x], q_smem),
+            (dout_ref.at[x], dout_smem),
+            (pos_ref.at[y], pos_smem),
+            (start_ref.at[y], start_smem),
+            (lse_ref.at[x], lse_smem),
+            (delta_ref.at[x], delta_smem),
+          ):
+            plgpu.copy_gmem_to_smem(source, target.at[slot, rows], barriers.at[slot])
+
+    for i in range(num_stages - 1):
+      fetch(jnp.int32(i))
+    plgpu.barrier_wait(kv_barrier)
+    shape = (ROWS, ROWS)
+    row_sr = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    lane_sr = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    spot_sr = lane_sr + (block * block_size + part * ROWS)
+    unit_sr = jax.lax.div(row_sr, unit_rows)
+    query_sr = jnp.minimum(jax.lax.div(jax.lax.rem(row_sr, unit_rows), group), 31)
+
+    def step(i, carry):
+      dk_sH, dv_sH = carry
+      slot = jax.lax.rem(i, num_stages)
+      members_sr = jnp.zeros(shape, jnp.int32)
+      for c in range(per_step):
+        entry = begin + i * per_step + c
+        bits = jnp.where(entry < end, bits_ref[e, jnp.minimum(entry, end - 1)], 0)
+        members_sr = jnp.where(unit_sr == c, jnp.full(shape, bits, jnp.int32), members_sr)
+      plgpu.barrier_wait(barriers.at[slot])
+      pos_sr, start_sr = _down(pos_smem[slot], ROWS), _down(start_smem[slot], ROWS)
+      is_member_sr = (jax.lax.shift_right_logical(members_sr, query_sr) & 1) == 1
+      seen_sr = (spot_sr <= pos_sr) & (spot_sr >= start_sr) & is_member_sr
+      scores_sr = mgpu.dot_transposed(k_smem, q_smem.at[slot], interpreted) * (scale * LOG2E)
+      probs_sr = jnp.exp2(scores_sr - _down(lse_smem[slot], ROWS))
+      probs_sr = jnp.where(seen_sr, probs_sr, 0.0)
+      scores_smem[...] = probs_sr.astype(scores_smem.dtype)
+      plgpu.commit_smem()
+      fetch(i + (num_stages - 1))
+      dv_sH = mgpu.dot_add(dv_sH, scores_smem, dout_smem.at[slot], interpreted)
+      dprobs_sr = mgpu.dot_transposed(v_smem, dout_smem.at[slot], interpreted)
+      dscores_sr = probs_sr * (dprobs_sr - _down(delta_smem[slot], ROWS))
+      scores_smem[...] = dscores_sr.astype(scores_smem.dtype)
+      plgpu.commit_smem()
+      dk_sH = mgpu.dot_add(dk_sH, scores_smem, q_smem.at[slot], interpreted)
+      return dk_sH, dv_sH
+
+    nothing = (jnp.zeros((ROWS, head_dim), jnp.float32),) * 2
+    num_steps = jax.lax.div(end - begin + (per_step - 1), per_step)
+    dk_sH, dv_sH = jax.lax.fori_loop(0, num_steps, step, nothing)
+    dk_ref[e, run, keys] = dk_sH * scale
+    dv_ref[e, run, keys] = dv_sH
+
+
+def backward_kv(
+  runs,
+  q_XrH,
+  dout_XrH,
+  k_PsKH,
+  v_PsKH,
+  pos_Yr,
+  start_Yr,
+  lse_Xr,
+  delta_Xr,
+  *,
+  group,
+  scale,
+  block_size,
+  num_stages,
+  interpreted,
+):
+  """Shares of every run in (dk, dv), [E, N, s, H] float32; those of runs -1 are not written.
+
+  runs: (block, begin, end [E, N], units, bits [E, L]) int32. Blocks are `block_size` apart on their
+  row's grid and s rows long, padded to a multiple of 64.
+  """
+  (_, unit_rows, H), (_, s, _, _) = q_XrH.shape, k_PsKH.shape
+  E, N = runs[0].shape
+  dtype, rows = q_XrH.dtype, (num_stages, ROWS)
+  share = jax.ShapeDtypeStruct((E, N, s, H), jnp.float32)
+  sizes = dict(group=group, scale=scale, block_size=block_size, num_stages=num_stages)
+  return plgpu.kernel(
+    functools.partial(_kv_body, interpreted=interpreted, **sizes),
+    out_type=(share, share),
+    scratch_types=[
+      plgpu.SMEM((ROWS, H), dtype),
+      plgpu.SMEM((ROWS, H), dtype),
+      plgpu.SMEM((*rows, H), dtype),
+      plgpu.SMEM((*rows, H), dtype),
+      plgpu.SMEM((ROWS, ROWS), dtype),
+      plgpu.SMEM(rows, jnp.int32),
+      plgpu.SMEM(rows, jnp.int32),
+      plgpu.SMEM(rows, jnp.float32),
+      plgpu.SMEM(rows, jnp.float32),
+      plgpu.Barrier(num_arrivals=2),
+      plgpu.Barrier(num_arrivals=6 * (ROWS // unit_rows), num_barriers=num_stages),
+    ],
+    grid=(N, s // ROWS, E),
+    grid_names=("run", "part", "row_and_head"),
+    kernel_name="sparse_attention_backward_kv",
+    **mgpu.options(interpreted),
+  )(*runs, q_XrH, dout_XrH, k_PsKH, v_PsKH, pos_Yr, start_Yr, lse_Xr, delta_Xr)
+
+
+def _sum_body(first_ref, dk_runs_ref, dv_runs_ref, dk_ref, dv_ref):
+  m, part, e = (jax.lax.axis_index(name) for name in ("block", "part", "row_and_head"))
+  first, last = first_ref[e, m], first_ref[e, m + 1]
+  keys = pl.ds(part * ROWS, ROWS)
+  for runs_ref, out_ref in ((dk_runs_ref, dk_ref), (dv_runs_ref, dv_ref)):
+    nothing = jnp.zeros((ROWS, runs_ref.shape[-1]), jnp.float32)
+    total = jax.lax.fori_loop(
+      first, last, lambda run, total, ref=runs_ref: total + ref[e, run, keys], nothing
+    )
+    out_ref[e, m, keys] = total.astype(out_ref.dtype)
+
+
+def sum_runs(first_run_EM1, dk_ENsH, dv_ENsH, *, dtype, interpreted):
+  """(dk, dv) [E, M, s, H]: the runs first[m] <= n < first[m + 1] of every block, added in order."""
+  E, _, s, H = dk_ENsH.shape
+  M = first_run_EM1.shape[1] - 1
+  out = jax.ShapeDtypeStruct((E, M, s, H), dtype)
+  return plgpu.kernel(
+    _sum_body,
+    out_type=(out, out),
+    grid=(M, s // ROWS, E),
+    grid_names=("block", "part", "row_and_head"),
+    kernel_name="sparse_attention_sum_runs",
+    **mgpu.options(interpreted),
+  )(first_run_EM1, dk_ENsH, dv_ENsH)
