@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import ckpt, config
 from minicpm_jax.infer import engine, generate
 from minicpm_jax.infer.drafters import ngram
 from minicpm_jax.models import joined, transformer, zoo
-from minicpm_jax.quant import tree
+from minicpm_jax.quant import qtensor, tree
 
 # Texts of our own. "prose" repeats itself, long enough for every prompt length; "free" does not;
 # "table" is to be copied, which is what prompt lookup is for.
@@ -151,6 +152,29 @@ class LowBit(Plain):
     super().__init__(weights, settings, rounds=generate.MAX_ROUNDS)
 
 
+class ActOrder(Plain):
+  """int4 codes with drawn groups of 64, as act order leaves them: sorted (the decoding form), or as
+  files hold them, where every step makes floats of the kernels."""
+
+  def __init__(self, weights: Weights, settings: Settings, *, is_sorted: bool):
+    cfg = weights.model.cfg
+
+    def one(path: str, w: Any, *, num_in: int, num_lead: int) -> qtensor.QTensor:
+      del num_lead  # the decoding form has none
+      seed = {"o": 1, "down": 2}.get(path.split("/")[-2], 0)  # q, k, v share theirs; gate and up
+      order = np.random.default_rng(seed).permutation(int(np.prod(w.shape[:num_in])))
+      flat = jnp.reshape(w, (len(order), *w.shape[num_in:]))[order]
+      qt = qtensor.quantize(flat.reshape(w.shape), "int4", 64, num_in=num_in)
+      return qtensor.unpack(qtensor.pack(qt).replace(order=jnp.asarray(order, jnp.int32)))
+
+    params = joined.split_projections(cfg, weights.params)
+    model, params = weights.model, tree.map_kernels(one, config.QuantConfig(), params)
+    if is_sorted:
+      model, params = generate.for_decoding(model, params)
+    weights = dataclasses.replace(weights, model=model, params=params)
+    super().__init__(weights, settings, rounds=generate.MAX_ROUNDS)
+
+
 class NGram:
   """Our engine with prompt lookup: chains of `num_levels` tokens, plain where nothing matches."""
 
@@ -250,6 +274,8 @@ SIDES = {
   "ours, int8": lambda *args: LowBit(*args, scheme="int8"),
   "ours, int4 in groups of 64": lambda *args: LowBit(*args, scheme="int4", group_size=64),
   "ours, ternary": lambda *args: LowBit(*args, scheme="ternary"),
+  "ours, int4, act order": lambda *args: ActOrder(*args, is_sorted=True),
+  "ours, int4, act order as stored": lambda *args: ActOrder(*args, is_sorted=False),
 }
 _OURS, _PEERS = "ours, 16 tokens a dispatch", ("transformers", "llama.cpp, float32")
 SUITES = {
@@ -263,8 +289,14 @@ SUITES = {
   ),
   "lowbit": (
     _OURS,
-    *(name for name in SIDES if name.startswith(("ours, int", "ours, ternary"))),
+    *("ours, int8", "ours, int4 in groups of 64", "ours, ternary"),
     *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
+  ),
+  "act_order": (
+    _OURS,
+    "ours, int4 in groups of 64",
+    "ours, int4, act order",
+    "ours, int4, act order as stored",
   ),
 }
 _NEEDS = {

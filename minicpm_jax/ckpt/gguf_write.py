@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, gguf_vocab, hf_names
+from minicpm_jax.ckpt import errors, gguf_vocab, hf_names, hf_tensors
 from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.models import joined, transformer
@@ -109,6 +109,7 @@ def save_gguf(
     logging.info("save_gguf: %d leaves of the MTP head left out (no GGUF form)", len(dropped))
   tensors = list(_tensors(cfg, kind, embedding_kind))
   _check_leaves(cfg, leaves, path)
+  _warn_of_rounding(tensors, leaves)
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, cfg.arch)
   try:
@@ -166,15 +167,43 @@ def _check_model(cfg: config.ModelConfig) -> None:
 
 def _check_leaves(cfg: config.ModelConfig, leaves: dict[str, Any], path: pathlib.Path) -> None:
   shapes, _ = transformer.abstract_params(
-    transformer.Transformer(dataclasses.replace(cfg, mtp=None))
+    transformer.Transformer(dataclasses.replace(cfg, mtp=None, quant=None))
   )
   wanted = trees.flatten_paths(shapes)
+  quant = cfg.quant
+  for name, leaf in leaves.items():
+    if name not in wanted and not name.startswith("mtp/"):
+      raise errors.CheckpointError(
+        f"{path}: params: {name}: found a leaf that the model does not have (model.tie_embeddings "
+        f"is {cfg.tie_embeddings}, model.scan_layers {cfg.scan_layers}), expected only its own"
+      )
+    is_latent = quant is not None and quant.weights == "latent" and quant.scheme != "none"
+    if is_latent and quant.selects(name) and not qtensor.is_qtensor(leaf):
+      raise errors.CheckpointError(
+        f"{path}: params: {name}: found latent weights of quant.scheme {quant.scheme!r}, expected "
+        "those of the forward pass, which a GGUF file holds (models.convert.fuse or to_codes)"
+      )
   for name, leaf in wanted.items():
     found = "no such leaf" if name not in leaves else f"shape {_shape(leaves[name])}"
     if found != f"shape {tuple(leaf.shape)}":
       raise errors.CheckpointError(
         f"{path}: params: {name}: found {found}, expected shape {tuple(leaf.shape)}"
       )
+
+
+def _warn_of_rounding(tensors: list[_Tensor], leaves: dict[str, Any]) -> None:
+  again = [
+    t.path
+    for t in tensors
+    if t.kind in ("q4_0", "q4_1") and qtensor.is_qtensor(leaves[t.path])
+    if t.kind == "q4_1" or not _fits_q4_0(leaves[t.path])
+  ]
+  if again:
+    logging.warning(
+      "save_gguf: %d quantised kernels are rounded a second time, to the grid of the file's type "
+      "(only symmetric int4 codes in groups of whole blocks of 32 go into q4_0 as they are): %s",
+      *(len(again), hf_tensors.listed(sorted(set(again)))),
+    )
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -266,17 +295,21 @@ def _interleaved(cfg: config.ModelConfig, t: _Tensor, x: np.ndarray) -> np.ndarr
 
 
 def _fits_q4_0(qt: qtensor.QTensor) -> bool:
-  plain = qt.scheme == "int4" and qt.zero is None and qt.g_idx is None and not qt.lead
+  is_ordered = qt.g_idx is None and qt.order is None
+  plain = qt.scheme == "int4" and qt.zero is None and is_ordered
   return plain and qt.in_size // qt.num_groups % 32 == 0
 
 
 def _packed_codes(cfg: config.ModelConfig, t: _Tensor, qt: qtensor.QTensor) -> np.ndarray:
-  codes = (np.asarray(qt.codes).astype(np.int16) + 8).astype(np.uint8).reshape(qt.in_size, -1).T
-  scale = np.asarray(qt.scale, np.float32).reshape(qt.num_groups, -1).T
-  return gguf_types.pack_q4_0(
-    _interleaved(cfg, t, np.ascontiguousarray(codes)),
-    _interleaved(cfg, t, np.ascontiguousarray(scale)),
-  )
+  codes = (np.asarray(qt.codes).astype(np.int16) + 8).astype(np.uint8)
+
+  def rows(x: np.ndarray, width: int) -> np.ndarray:  # of every expert, one expert after the other
+    x = x.reshape(*qt.lead, width, -1).swapaxes(-1, -2).reshape(-1, width)
+    return _interleaved(cfg, t, np.ascontiguousarray(x))
+
+  scale = np.asarray(qt.scale, np.float32)
+  packed = gguf_types.pack_q4_0(rows(codes, qt.in_size), rows(scale, qt.num_groups))
+  return packed.reshape(*t.shape[:-1], -1)
 
 
 def interleave(x: np.ndarray, heads: int, head_dim: int) -> np.ndarray:

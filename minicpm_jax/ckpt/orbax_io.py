@@ -27,7 +27,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import errors, run_config
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
-from minicpm_jax.models import transformer
+from minicpm_jax.models import joined, transformer
 
 
 def _is_damage(error: Exception) -> bool:
@@ -370,12 +370,16 @@ def import_params(
   params: types.Params,
   tok: Any = None,
 ) -> None:
-  """Writes weights as step 0 of a new run folder that `load_run` and `init_from` accept."""
+  """Writes weights as step 0 of a new run folder that `load_run` and `init_from` accept.
+
+  Projections joined for decoding are written apart.
+  """
   workdir = pathlib.Path(workdir)
   if (workdir / run_config.FILE_NAME).exists() or (workdir / "checkpoints").exists():
     raise errors.CheckpointError(f"{workdir}: found a run there already, expected a new folder")
   if isinstance(cfg, config.ModelConfig):
     cfg = config.TrainConfig(name=cfg.name, model=cfg)
+  params = joined.split_projections(cfg.model, params)
   with CheckpointStore(workdir, cfg.checkpoint) as store:
     store.save(0, params=params, meta={"tokens": 0, "config_hash": config_hash(cfg)})
     store.wait()

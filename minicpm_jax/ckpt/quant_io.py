@@ -44,6 +44,7 @@ class Settings:
   is_symmetric: bool
   version: gptq_format.Version
   is_marlin: bool
+  needs_index: bool  # act order whose groups are not those of the original order
 
 
 def is_quantized(folder: pathlib.Path, hf: Mapping[str, Any]) -> bool:
@@ -94,7 +95,8 @@ def read_settings(folder: pathlib.Path, hf: Mapping[str, Any]) -> Settings:
     check(found.get("sym", True), "sym", "true (Marlin)")
     check(not found.get("desc_act"), "desc_act", "false (Marlin)")
     version = "gptq"
-  return Settings(size, found.get("sym", True), version, is_marlin)
+  is_ordered = bool(found.get("desc_act")) and not found.get("static_groups") and size != -1
+  return Settings(size, found.get("sym", True), version, is_marlin, is_ordered)
 
 
 def load_quantized(
@@ -284,6 +286,11 @@ def _read_gptq(
   size = width if settings.group_size == -1 else settings.group_size
   scales = source[f"{base}.scales"].read(f"{base}.scales").astype(np.float16)
   has_index = f"{base}.g_idx" in source
+  if settings.needs_index and not has_index:
+    raise errors.CheckpointError(
+      f"{file}: {base}.g_idx: found no such tensor, expected the group of every input (desc_act is "
+      "true and static_groups is not)"
+    )
   index = _words(source, f"{base}.g_idx") if has_index else np.arange(width, dtype=np.int32) // size
   words = (_words(source, f"{base}.{part}") for part in ("qweight", "qzeros"))
   try:

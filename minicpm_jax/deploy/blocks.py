@@ -118,7 +118,7 @@ def output(
 def projection_input(
   cfg: ModelConfig, name: str, layer: Any, x_BTD: Array, segment_ids_BT: Array, before: Any = None
 ) -> Float[Array, "B T I"]:
-  """Input of one projection (not of experts); what comes after it is not computed."""
+  """Input of one projection, or of the experts ("moe"); what comes after it is not computed."""
   return calib.flat(run(cfg, layer, x_BTD, segment_ids_BT, before)[1][name][0])
 
 
@@ -175,8 +175,20 @@ def attention_branch(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def mlp_branch(cfg: ModelConfig, mlp: Any, x_BTD: Array) -> Array:
-  """Output of the MLP for normalised inputs."""
+  """Output of the MLP, or of the experts, for normalised inputs."""
+  if cfg.moe is not None:
+    return moe.MoE(cfg).apply({"params": mlp}, x_BTD)[0]
   return layers.MLP(cfg).apply({"params": mlp}, x_BTD)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def expert_down(
+  cfg: ModelConfig, layer: Any, x_BTD: Array, segment_ids_BT: Array, before: Any, e: Any
+) -> tuple[Float[Array, "B T F"], Bool[Array, "B T"]]:
+  """(input of expert e's down projection of every token, the tokens that the router gives it)."""
+  x_BTD, experts = run(cfg, layer, x_BTD, segment_ids_BT, before)[1]["moe"][0], layer["moe"]
+  index_BTX = moe.route(x_BTD, experts["router"]["kernel"], cfg.moe.experts_per_token)[2]
+  return _expert_input(cfg, "moe/down", experts, x_BTD, e), jnp.any(index_BTX == e, axis=-1)
 
 
 def embed(

@@ -51,7 +51,7 @@ class QuantizeConfig:
   p_first: Literal["drop", "bound"] = "drop"  # bound: they count, but no more than other tokens
   awq_tokens: int = 4096  # tokens (whole batches) of the smoothing search
   awq_ratios: int = awq.NUM_RATIOS
-  awq_skips: bool = True  # S-P-: the search leaves the first positions out as well
+  awq_first: Literal["drop", "bound", "keep"] = "drop"  # S-P-: the same of the search
 
   def __post_init__(self):
     if self.method not in METHODS:
@@ -60,6 +60,10 @@ class QuantizeConfig:
       raise ValueError(f"quantize.p_layers: found {self.p_layers!r}, expected all or down")
     if self.p_first not in ("drop", "bound"):
       raise ValueError(f"quantize.p_first: found {self.p_first!r}, expected drop or bound")
+    if self.awq_first not in ("drop", "bound", "keep"):
+      raise ValueError(
+        f"quantize.awq_first: found {self.awq_first!r}, expected drop, bound or keep"
+      )
     for name, least in (("skip", 0), ("awq_tokens", 1), ("awq_ratios", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"quantize.{name}: found {getattr(self, name)}, expected >= {least}")
@@ -129,10 +133,11 @@ def _check(
   cfg: QuantizeConfig,
   before: prefix.Prefix | None,
 ) -> None:
-  if cfg.is_smoothed and (model_cfg.moe is not None or model_cfg.mla is not None):
+  quant = model_cfg.quant
+  if quant is not None and quant.scheme != "none" and quant.weights == "latent":
     raise ValueError(
-      f"quantize.method: found {cfg.method} for experts or latent attention, expected no smoothing "
-      "(S- is built for dense blocks with grouped-query attention)"
+      f"model.quant: found latent weights of scheme {quant.scheme!r}, expected what the forward "
+      "pass makes of them (models.convert.fuse), or their own codes (models.convert.to_codes)"
     )
   for path, leaf in trees.flatten_paths(params, qtensor.is_qtensor).items():
     if qtensor.is_qtensor(leaf):
@@ -327,15 +332,18 @@ class _Work:
 
   def smooth(
     self, layer: types.Params, hidden: list[np.ndarray], before: Any = None
-  ) -> tuple[types.Params, dict[str, float]]:
+  ) -> tuple[types.Params, dict[str, Any]]:
     """The layer with the best factors folded in, and the ratio of every stage's first name."""
     per_batch = int(np.prod(hidden[0].shape[:2]))
     count = min(len(hidden), max(1, self.cfg.awq_tokens // per_batch))
-    skip = self.cfg.skip if self.cfg.awq_skips and "p-gptq" in self.cfg.method else 0
+    is_p, rule = "p-gptq" in self.cfg.method, self.cfg.awq_first
+    keep = self.keep[self.cfg.skip if is_p and rule == "drop" else 0]
+    first = [a & ~b for a, b in zip(self.keep[0], self.keep[self.cfg.skip], strict=True)]
     text = smooth.Text(
       [jnp.asarray(x) for x in hidden[:count]],
       self.segments[:count],
-      self.keep[skip][:count],
+      keep[:count],
+      first[:count] if is_p and rule == "bound" else None,
       before,
     )
     return smooth.smooth(self.model_cfg, layer, text, self.cfg.solver, self.cfg.awq_ratios)

@@ -1,11 +1,17 @@
-"""The smoothing search of one block, "S-" (quantization.md 6): the pairs of a dense GQA block.
+"""The smoothing search of one block, "S-" (quantization.md 6): what is multiplied, by which loss.
 
-attn_norm -> {q, k, v} by the attention's output, mlp_norm -> {gate, up} by the MLP's output, rows
-of up -> down by down's own output. v -> o is left out: its shapes match in multi-head blocks only.
+  attn_norm -> {q, k, v}            the attention's output
+  mlp_norm -> {gate, up}            the MLP's output
+  rows of up -> down                down's own output
+
+In latent attention attn_norm feeds {q_a, kv_a}, and the latent norms q_b and kv_b, all by the
+attention's output. Experts share mlp_norm with the router, which is multiplied exactly and not
+rounded; each has up -> down over its own tokens. v -> o is left out: its shapes match in multi-head
+blocks only.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,78 +33,141 @@ class Text:
   hidden: list[Any]  # [B, T, D]
   segments: list[Any]  # [B, T]
   keep: list[Any]  # bool [B, T]
+  first: list[Any] | None = None  # bool [B, T], among `keep`: tokens that are bounded
   before: Any = None  # keys and values of the prefix in this layer
+
+
+def pairs(cfg: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
+  """(norm, kernels that read it and are rounded), in the order of the search."""
+  attn = (("attn_norm", ("attn/q", "attn/k", "attn/v")),)
+  if cfg.mla is not None:
+    attn = (
+      ("attn_norm", ("attn/q_a", "attn/kv_a")),
+      ("attn/q_a_norm", ("attn/q_b",)),
+      ("attn/kv_a_norm", ("attn/kv_b",)),
+    )
+  mlp = "mlp" if cfg.moe is None else "moe"
+  return (*attn, ("mlp_norm", (f"{mlp}/gate", f"{mlp}/up")))
 
 
 def smooth(
   model_cfg: ModelConfig, layer: types.Params, text: Text, cfg: gptq.GPTQConfig, num_ratios: int
-) -> tuple[types.Params, dict[str, float]]:
-  """The layer with the best factors folded in, and the ratio of every stage's first name."""
-  ratios = {}
-  search = functools.partial(awq.search, num_ratios=num_ratios)
+) -> tuple[types.Params, dict[str, Any]]:
+  """The layer with the best factors folded in, and the ratio by the first kernel of every pair (of
+  "moe/down": one an expert)."""
+  found: dict[str, Any] = {}
+  run = _Search(model_cfg, text, cfg, num_ratios)
+  for norm, names in pairs(model_cfg):
+    best = run.behind_norm(layer, names)
+    layer = awq.fold_norm(layer, norm, awq.readers(layer, norm), best.factor_I)
+    found[names[0]] = best.ratio
+  if model_cfg.moe is None:
+    best = run.down(layer)
+    return awq.fold_up_down(layer, best.factor_I), found | {"mlp/down": best.ratio}
+  experts = [run.down(layer, e) for e in range(model_cfg.moe.num_experts)]
+  layer = awq.fold_up_down(layer, jnp.stack([one.factor_I for one in experts]))
+  return layer, found | {"moe/down": [one.ratio for one in experts]}
 
-  def inputs(name: str) -> list[Array]:
-    pairs = zip(text.hidden, text.segments, strict=True)
-    args = (model_cfg, name, layer)
-    return [blocks.projection_input(*args, x, s, text.before) for x, s in pairs]
 
-  def mean_abs(batches: list[Array]) -> Float[Array, "I"]:
+@dataclasses.dataclass(frozen=True)
+class _Search:
+  """Statistics and losses over the tokens of `text`."""
+
+  model_cfg: ModelConfig
+  text: Text
+  cfg: gptq.GPTQConfig
+  num_ratios: int
+
+  def _each(self, fn: Callable[..., Any]) -> list[Any]:
+    """fn(hidden, segments, prefix) of every batch."""
+    return [
+      fn(x, s, self.text.before) for x, s in zip(self.text.hidden, self.text.segments, strict=True)
+    ]
+
+  def _factors(self, batches: list[Array], own: list[Array] | None = None) -> list[Array]:
+    """What each token counts: 1, a bounded first token less, 0 where it is left out.
+
+    own: bool [B, T], tokens of an expert.
+    """
+    firsts = [None] * len(batches) if self.text.first is None else self.text.first
+    found = []
+    for i, (x, keep, first) in enumerate(zip(batches, self.text.keep, firsts, strict=True)):
+      bound = 1.0 if first is None else calib.bound_factor(x, keep, first)
+      found.append(jnp.where(keep if own is None else keep & own[i], bound, 0.0))
+    return found
+
+  def _mean_abs(self, batches: list[Array], factors: list[Array]) -> Float[Array, "I"]:
     total = (jnp.zeros(batches[0].shape[-1]), jnp.zeros(()))
-    for x, k in zip(batches, text.keep, strict=True):
-      total = calib.abs_update(total, x, k)
+    for x, f in zip(batches, factors, strict=True):
+      total = calib.abs_update(total, x * f[..., None], f > 0)
     return total[0] / jnp.maximum(total[1], 1)
 
-  def square(found: list[Array], wanted: list[Array]) -> Float[Array, ""]:
-    parts = zip(found, wanted, text.keep, strict=True)
-    return sum(
-      jnp.sum(jnp.where(k[..., None], a - b, 0).astype(jnp.float32) ** 2) for a, b, k in parts
-    )
+  def _best(self, mean_abs_I: Array, loss: Callable[[Array], Any]) -> awq.Smoothing:
+    return awq.search(mean_abs_I, loss, num_ratios=self.num_ratios)
 
-  def replaced(names: tuple[str, ...], t_I: Array) -> types.Params:
-    changed = layer
-    for name in names:
-      changed = _put(changed, name, _rounded(_kernel(layer, name), t_I, cfg=cfg))
-    return changed
+  def behind_norm(self, layer: types.Params, names: tuple[str, ...]) -> awq.Smoothing:
+    """The best factor of the kernels `names`, all readers of one norm, by the branch's output."""
+    part, inner = names[0].split("/")
+    name = "moe" if part == "moe" else names[0]
+    normed = self._each(lambda *args: blocks.projection_input(self.model_cfg, name, layer, *args))
 
-  def attention(changed: types.Params) -> list[Array]:
-    pairs = zip(text.hidden, text.segments, strict=True)
-    return [blocks.attention_branch(model_cfg, changed, x, s, text.before) for x, s in pairs]
+    def branch(changed: types.Params) -> list[Array]:
+      if part == "attn":
+        return self._each(lambda *args: blocks.attention_branch(self.model_cfg, changed, *args))
+      return [blocks.mlp_branch(self.model_cfg, changed[part], x) for x in normed]
 
-  names, wanted = ("attn/q", "attn/k", "attn/v"), attention(layer)
-  found = search(
-    mean_abs(inputs("attn/q")), lambda t: square(attention(replaced(names, t)), wanted)
-  )
-  layer, ratios[names[0]] = awq.fold_norm(layer, "attn_norm", names, found.factor_I), found.ratio
+    wanted = branch(layer)
+    factors = self._factors(wanted)
 
-  names, normed = ("mlp/gate", "mlp/up"), inputs("mlp/gate")
-  wanted = [blocks.mlp_branch(model_cfg, layer["mlp"], x) for x in normed]
-  found = search(
-    mean_abs(normed),
-    lambda t: square(
-      [blocks.mlp_branch(model_cfg, replaced(names, t)["mlp"], x) for x in normed], wanted
-    ),
-  )
-  layer, ratios[names[0]] = awq.fold_norm(layer, "mlp_norm", names, found.factor_I), found.ratio
+    def loss(t_I: Array) -> Float[Array, ""]:
+      changed = layer
+      for kernel in names:
+        changed = _put(changed, kernel, _rounded_rows(_kernel(layer, kernel), t_I, self.cfg))
+      total = 0.0
+      for found, want, f in zip(branch(changed), wanted, factors, strict=True):
+        off = (found - want).astype(jnp.float32) * f[..., None]
+        total += jnp.sum(jnp.where(f[..., None] > 0, off, 0) ** 2)
+      return total
 
-  inner, w_FD = inputs("mlp/down"), _kernel(layer, "mlp/down")
-  total = calib.hessian_init(w_FD.shape[0])
-  for x, k in zip(inner, text.keep, strict=True):
-    total = calib.hessian_update(total, x, k)
-  found = search(
-    mean_abs(inner), lambda t: gptq.relative_error(_rounded(w_FD, t, cfg=cfg), w_FD, total)
-  )
-  ratios["mlp/down"] = found.ratio
-  return awq.fold_up_down(layer, found.factor_I), ratios
+    return self._best(self._mean_abs(normed, self._factors(normed)), loss)
+
+  def down(self, layer: types.Params, e: int | None = None) -> awq.Smoothing:
+    """The best factor between up and down, by down's own output; of expert e over its tokens."""
+    if e is None:
+      inputs, own = (
+        self._each(lambda *args: blocks.projection_input(self.model_cfg, "mlp/down", layer, *args)),
+        None,
+      )
+      w_FD = _kernel(layer, "mlp/down")
+    else:
+      both = self._each(lambda *args: blocks.expert_down(self.model_cfg, layer, *args, e))
+      inputs, own = [x for x, _ in both], [mask for _, mask in both]
+      w_FD = _kernel(layer, "moe/down")[e]
+    factors, total = self._factors(inputs, own), calib.hessian_init(w_FD.shape[0])
+    for x, f in zip(inputs, factors, strict=True):
+      total = calib.hessian_update(total, x * f[..., None], f > 0)
+
+    def loss(t_F: Array) -> Float[Array, ""]:
+      return gptq.relative_error(_rounded(w_FD, t_F, cfg=self.cfg), w_FD, total)
+
+    return self._best(self._mean_abs(inputs, factors), loss)
 
 
-def _kernel(layer: types.Params, name: str) -> Float[Array, "I O"]:
+def _rounded_rows(w: Float[Array, "*E I O"], t_I: Array, cfg: gptq.GPTQConfig) -> Array:
+  if w.ndim == 2:
+    return _rounded(w, t_I, cfg=cfg)
+  return jnp.stack([_rounded(one, t_I, cfg=cfg) for one in w])
+
+
+def _kernel(layer: types.Params, name: str) -> Float[Array, "*E I O"]:
+  """Kernels here have one input axis; that of experts leads."""
   part, kernel = name.split("/")
   w = layer[part][kernel]["kernel"].astype(jnp.float32)
-  return w.reshape(w.shape[0], -1)  # every projection here has one input axis
+  return w if part == "moe" else w.reshape(w.shape[0], -1)
 
 
-def _put(layer: types.Params, name: str, w_IO: Float[Array, "I O"]) -> types.Params:
+def _put(layer: types.Params, name: str, w: Float[Array, "*E I O"]) -> types.Params:
   part, kernel = name.split("/")
   old = layer[part][kernel]["kernel"]
-  new = w_IO.reshape(old.shape).astype(old.dtype)
+  new = w.reshape(old.shape).astype(old.dtype)
   return {**layer, part: {**layer[part], kernel: {"kernel": new}}}

@@ -60,7 +60,8 @@ def for_decoding(
 
 
 def _packed(qt: qtensor.QTensor) -> qtensor.QTensor:
-  """Packed codes are what the matmuls of few rows read fastest."""
+  """Packed codes are what the matmuls of few rows read fastest, act order with sorted groups."""
+  qt = qt if qt.lead else qtensor.sort_groups(qt)
   is_served = qtensor.has_packed_matmul(qt.replace(is_packed=True))
   return qtensor.pack(qt) if is_served else qt
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Key
 from minicpm_jax.config import DraftConfig, ModelConfig, MoEConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
-from minicpm_jax.quant import qtensor, tree
+from minicpm_jax.models import joined
+from minicpm_jax.quant import qtensor, ternary, tree
 
 Converted = tuple[ModelConfig, types.Params]
 
@@ -123,20 +124,25 @@ def upcycle(
   """Every FFN becomes `num_experts` copies of itself behind a random router (MiniCPM §7.3).
 
   The copies are equal and the chosen weights sum to 1, so the function is unchanged at step 0.
+  Joined projections are split first; the experts of quantised kernels are copies of their codes.
   """
   if cfg.moe is not None:
     raise ValueError(f"model.moe: found {cfg.moe}, expected a dense model to upcycle")
   dtype = types.dtype_of(cfg.param_dtype)
+  params = joined.split_projections(cfg, params)
 
   def one_layer(layer: types.Params, key: Key[Array, ""]) -> types.Params:
     lead = layer["attn_norm"]["scale"].shape[:-1]  # (L,) when stacked
+
+    def copies(x: Any) -> Any:  # of a kernel, or of every array of a QTensor
+      x = jnp.expand_dims(jnp.asarray(x), len(lead))
+      return jnp.broadcast_to(x, (*lead, moe.num_experts, *x.shape[len(lead) + 1 :]))
+
     shape = (*lead, cfg.model_dim, moe.num_experts)
     router = moe.router_init_std * jax.random.normal(key, shape, jnp.float32)
     experts = {"router": {"kernel": router.astype(dtype)}}
     for name in ("gate", "up", "down"):
-      kernel = jnp.expand_dims(jnp.asarray(layer["mlp"][name]["kernel"]), len(lead))
-      copies = (*lead, moe.num_experts, *kernel.shape[len(lead) + 1 :])
-      experts[name] = {"kernel": jnp.broadcast_to(kernel, copies)}
+      experts[name] = {"kernel": jax.tree.map(copies, layer["mlp"][name]["kernel"])}
     return {**{n: leaf for n, leaf in layer.items() if n != "mlp"}, "moe": experts}
 
   names = ["layers"] if cfg.scan_layers else [f"layers_{i}" for i in range(cfg.num_layers)]
@@ -224,11 +230,17 @@ def fuse(cfg: ModelConfig, params: types.Params) -> Converted:
 def to_codes(
   cfg: ModelConfig, params: types.Params, form: Literal["codes", "packed"] = "codes"
 ) -> Converted:
-  """Latent weights as QTensors, the run-time form; QTensors are packed or unpacked."""
+  """Latent weights as QTensors, the run-time form; QTensors are packed or unpacked.
+
+  Joined projections are split first. Raises FusedWeightsError where latent weights are expected and
+  the ones given are quantised already.
+  """
   if cfg.quant is None or cfg.quant.scheme == "none":
     raise ValueError(f"model.quant: found {cfg.quant}, expected a scheme of codes")
+  params = joined.split_projections(cfg, params)
   quant = dataclasses.replace(cfg.quant, weights=form, fp8=None)
   if cfg.quant.weights == "latent":
+    ternary.check_latent(cfg.quant, params)
     params = tree.quantize_params(quant, params)
   change = qtensor.pack if form == "packed" else qtensor.unpack
   return dataclasses.replace(cfg, quant=quant), tree.map_qtensors(change, params)

@@ -2,7 +2,7 @@
 
 One matrix-vector product of three widths takes less time than three: on a CPU each product has its
 own start and end on all cores. The function is unchanged. Only the forward pass knows this form:
-`ckpt` and `deploy.quantize` split by themselves, other converters want `split_projections` first.
+`ckpt`, `deploy.quantize` and `models.convert` split by themselves; `quant` refuses it by name.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
-from minicpm_jax.quant import qat, qtensor
+from minicpm_jax.quant import qat, qtensor, tree
 
-# block: (joined name, parts, outputs of each part, axis of the outputs from the end)
-_Rule = tuple[str, tuple[str, ...], Callable[[ModelConfig], tuple[int, ...]], int]
+# block: (joined name, outputs of each part of `tree.JOINED`, axis of the outputs from the end)
+_Rule = tuple[str, Callable[[ModelConfig], tuple[int, ...]], int]
 _RULES: dict[str, _Rule] = {
-  "attn": ("qkv", ("q", "k", "v"), lambda c: (c.num_heads, c.num_kv_heads, c.num_kv_heads), -2),
-  "mlp": ("gate_up", ("gate", "up"), lambda c: (c.mlp_dim, c.mlp_dim), -1),
+  "attn": ("qkv", lambda c: (c.num_heads, c.num_kv_heads, c.num_kv_heads), -2),
+  "mlp": ("gate_up", lambda c: (c.mlp_dim, c.mlp_dim), -1),
 }
 
 
@@ -35,7 +36,8 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
     return not is_stored and qat.is_active(cfg.quant) and cfg.quant.selects(f"{path}/kernel")
 
   def join(path: str, block: types.Params, rule: _Rule) -> types.Params:
-    name, parts, _, axis = rule
+    name, _, axis = rule
+    parts = tree.JOINED[f"{path.rpartition('/')[2]}/{name}"]
     if not all(part in block for part in parts):
       return block
     kernels = [block[part]["kernel"] for part in parts]
@@ -54,8 +56,8 @@ def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   """Inverse of `join_projections`; parameters of the split form are returned as they are."""
 
   def split(path: str, block: types.Params, rule: _Rule) -> types.Params:
-    del path
-    name, parts, sizes, axis = rule
+    name, sizes, axis = rule
+    parts = tree.JOINED[f"{path.rpartition('/')[2]}/{name}"]
     if name not in block:
       return block
     rest = {n: leaf for n, leaf in block.items() if n != name}
@@ -74,24 +76,35 @@ def _map_blocks(
 ) -> types.Params:
   """`change` of attention and MLP of every layer, stacked or one subtree a layer."""
 
-  def layer(path: str, tree: types.Params) -> types.Params:
-    changed = {n: change(f"{path}/{n}", tree[n], rule) for n, rule in _RULES.items() if n in tree}
-    return {**tree, **changed}
+  def layer(path: str, x: types.Params) -> types.Params:
+    changed = {n: change(f"{path}/{n}", x[n], rule) for n, rule in _RULES.items() if n in x}
+    return {**x, **changed}
 
-  return {n: layer(n, tree) if n.startswith("layers") else tree for n, tree in params.items()}
+  return {n: layer(n, x) if n.startswith("layers") else x for n, x in params.items()}
 
 
 def _is_alike(kernels: list[Any]) -> bool:
   """Whether arrays of these kernels can be laid side by side along their outputs."""
   if not any(map(qtensor.is_qtensor, kernels)):
     return len({jnp.dtype(k.dtype) for k in kernels}) == 1
-  if not all(map(qtensor.is_qtensor, kernels)) or any(k.g_idx is not None for k in kernels):
+  if not all(map(qtensor.is_qtensor, kernels)):
+    return False
+  if not all(_is_equal([getattr(k, name) for k in kernels]) for name in ("g_idx", "order")):
     return False
   forms = {
     (k.scheme, k.group_size, k.is_packed, k.zero is None, k.num_groups, jnp.dtype(k.scale.dtype))
     for k in kernels
   }
   return len(forms) == 1
+
+
+def _is_equal(arrays: list[Any]) -> bool:
+  """Whether all of these are None, or equal arrays: kernels of one input often share act order."""
+  if any(x is None for x in arrays):
+    return all(x is None for x in arrays)
+  if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    return False
+  return all(np.array_equal(arrays[0], x) for x in arrays[1:])
 
 
 def _changed(change: Callable[..., Any], axis: int, *kernels: Any) -> Any:

@@ -6,6 +6,7 @@ ratio with the least output error under plain group quantisation is kept. The cl
 AWQ code is not part of it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minicpm_jax.core import types
-from minicpm_jax.quant import gptq
+from minicpm_jax.quant import gptq, tree
 
 NUM_RATIOS = 20
+_READERS = {
+  "attn_norm": ("attn/q", "attn/k", "attn/v", "attn/q_a", "attn/kv_a"),
+  "attn/q_a_norm": ("attn/q_b",),
+  "attn/kv_a_norm": ("attn/kv_b",),
+  "mlp_norm": ("mlp/gate", "mlp/up", "moe/router", "moe/gate", "moe/up"),
+}
 
 
 class Smoothing(NamedTuple):
@@ -55,31 +62,54 @@ def search(
   return Smoothing(factors[best], best / num_ratios, tuple(losses))
 
 
+def readers(layer: types.Params, norm: str) -> tuple[str, ...]:
+  """Kernels ("attn/q") that multiply the output of a block's norm."""
+  if norm not in _READERS:
+    raise ValueError(f"norm: found {norm!r}, expected one of {sorted(_READERS)}")
+  names = (name.split("/") for name in _READERS[norm])
+  return tuple(f"{part}/{name}" for part, name in names if name in layer.get(part, {}))
+
+
 def fold_norm(
   layer: types.Params, norm: str, kernels: Sequence[str], t_I: Float[Array, "I"]
 ) -> types.Params:
-  """`layer` with norm scale / t and rows of the kernels * t ("attn/q" names); others untouched."""
+  """`layer` with norm scale / t and rows of the kernels * t ("attn/q" names); others untouched.
+
+  The kernels must be all that read the norm, float and not joined: the function stays.
+  """
+  tree.check_floats(layer)
+  if set(kernels) != set(readers(layer, norm)):
+    raise ValueError(
+      f"{norm}: kernels: found {list(kernels)}, expected all its readers: "
+      f"{list(readers(layer, norm))}"
+    )
   layer = _copy(layer)
-  scale = layer[norm]["scale"]
-  layer[norm]["scale"] = (scale.astype(jnp.float32) / t_I).astype(scale.dtype)
+  node = functools.reduce(lambda tree, name: tree[name], norm.split("/"), layer)
+  node["scale"] = (node["scale"].astype(jnp.float32) / t_I).astype(node["scale"].dtype)
   for name in kernels:
     _multiply_rows(layer, name, t_I)
   return layer
 
 
-def fold_up_down(layer: types.Params, t_F: Float[Array, "F"]) -> types.Params:
-  """Outputs of up / t, inputs of down * t: the gate's activation is linear in up."""
+def fold_up_down(layer: types.Params, t_F: Float[Array, "*E F"]) -> types.Params:
+  """Outputs of up / t, inputs of down * t: the gate's activation is linear in up.
+
+  t: one factor a channel, of experts [E, F].
+  """
+  tree.check_floats(layer)
   layer = _copy(layer)
-  up_DF = layer["mlp"]["up"]["kernel"]
-  layer["mlp"]["up"]["kernel"] = (up_DF.astype(jnp.float32) / t_F[None]).astype(up_DF.dtype)
-  _multiply_rows(layer, "mlp/down", t_F)
+  mlp = layer["mlp" if "mlp" in layer else "moe"]
+  for name, factor in (("up", 1 / t_F[..., None, :]), ("down", t_F[..., :, None])):
+    w = mlp[name]["kernel"]
+    mlp[name]["kernel"] = (w.astype(jnp.float32) * factor).astype(w.dtype)
   return layer
 
 
 def _multiply_rows(layer: types.Params, name: str, t_I: Array) -> None:
   part, kernel = name.split("/")
   w = layer[part][kernel]["kernel"]
-  t = jnp.reshape(t_I, (-1,) + (1,) * (w.ndim - 1))
+  lead = 1 if part == "moe" and kernel != "router" else 0  # experts
+  t = jnp.reshape(t_I, (1,) * lead + (-1,) + (1,) * (w.ndim - lead - 1))
   layer[part][kernel]["kernel"] = (w.astype(jnp.float32) * t).astype(w.dtype)
 
 

@@ -44,10 +44,16 @@ def bounded(
   would be the whole of H, and without it nothing holds what the model makes of that token.
   """
   x_BTI = flat(x_BTK)
+  return x_BTI * bound_factor(x_BTI, keep_BT, first_BT)[..., None].astype(x_BTI.dtype)
+
+
+def bound_factor(
+  x_BTI: Float[Array, "B T I"], keep_BT: Bool[Array, "B T"], first_BT: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+  """What `bounded` multiplies every token by: 1, or less at a first position of larger norm."""
   norm_BT = jnp.linalg.norm(x_BTI.astype(jnp.float32), axis=-1)
   median = jnp.nanmedian(jnp.where(keep_BT & ~first_BT, norm_BT, jnp.nan))
-  factor_BT = jnp.where(first_BT & (norm_BT > median), median / norm_BT, 1.0)
-  return x_BTI * factor_BT[..., None].astype(x_BTI.dtype)
+  return jnp.where(first_BT & (norm_BT > median), median / norm_BT, 1.0)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -67,6 +67,7 @@ def names(
     scale=grouped,
     zero=None if qt.zero is None else grouped,
     g_idx=None if qt.g_idx is None else (*lead, None),
+    order=None if qt.order is None else (*lead, None),
   )
 
 

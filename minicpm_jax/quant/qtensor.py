@@ -8,7 +8,9 @@ lie along the inputs, flattened in memory order (which is HF's order of columns)
 
 group(k) is k // group_size, or g_idx[k] where act order was used. Packed codes share bytes along
 the inputs: byte r holds inputs r*f .. r*f+f-1, the first in its lowest bits, as unsigned
-code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`).
+code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`). Act order
+has a form for running too, `sort_groups`: rows of packed codes in the order of their groups, so
+that the packed matmuls serve it and only the inputs x are permuted.
 """
 
 import functools
@@ -18,6 +20,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Shaped
 
 from minicpm_jax.core import mesh, types
@@ -33,13 +36,16 @@ class QTensor:
 
   codes: [*lead, *in, *out] int4/int8, or packed uint8 [*lead, ceil(in / f), *out].
   scale: [*lead, Q, *out] float; zero: like scale, integers, None = symmetric;
-  g_idx: [*lead, in] int32 group of every input, None = consecutive groups.
+  g_idx: [*lead, in] int32 group of every input, None = consecutive groups;
+  order: [*lead, in] int32, of packed codes alone: row r of the codes is input order[r], and in this
+    order groups are consecutive.
   """
 
   codes: Any
   scale: Any
   zero: Any = None
   g_idx: Any = None
+  order: Any = None
   scheme: str = flax.struct.field(pytree_node=False, default="int4")
   group_size: int = flax.struct.field(pytree_node=False, default=-1)
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
@@ -215,8 +221,27 @@ def pack(qt: QTensor) -> QTensor:
   return qt.replace(codes=packed, is_packed=True)
 
 
+def sort_groups(qt: QTensor) -> QTensor:
+  """The same tensor packed, rows in the order of their groups: `order` in the place of `g_idx`.
+
+  For arrays that are not traced. Groups of unequal size have no such form: returned as it is.
+  """
+  if qt.g_idx is None:
+    return qt
+  g_idx, size = np.asarray(qt.g_idx), qt.in_size // qt.num_groups
+  order = np.argsort(g_idx, axis=-1, kind="stable")
+  if np.any(np.take_along_axis(g_idx, order, axis=-1) != np.arange(qt.in_size) // size):
+    return qt
+  qt, num_lead = unpack(qt), len(qt.lead)
+  codes = qt.codes.reshape(*qt.lead, qt.in_size, *qt.out_shape)
+  index = order.reshape(*order.shape, *(1,) * len(qt.out_shape))
+  codes = jnp.take_along_axis(codes, jnp.asarray(index), axis=num_lead)
+  order = jnp.asarray(order.astype(np.int32))
+  return pack(qt.replace(codes=codes.reshape(qt.codes.shape), g_idx=None, order=order))
+
+
 def unpack(qt: QTensor) -> QTensor:
-  """The same tensor with one code an element, in the kernel's shape."""
+  """The same tensor with one code an element, in the kernel's shape and the order of its inputs."""
   if not qt.is_packed:
     return qt
   rule = schemes.get(qt.scheme)
@@ -231,8 +256,21 @@ def unpack(qt: QTensor) -> QTensor:
   codes = jnp.stack(parts, axis=num_lead + 1).astype(jnp.int32) + rule.low
   codes = codes.reshape(*qt.lead, rows * per_byte, *qt.out_shape)
   codes = jax.lax.slice_in_dim(codes, 0, qt.in_size, axis=num_lead)
-  codes = codes.astype(jnp.int8).astype(rule.dtype)
-  return qt.replace(codes=codes.reshape(*qt.lead, *qt.shape), is_packed=False)
+  codes, g_idx = codes.astype(jnp.int8), qt.g_idx
+  if qt.order is not None:
+    group = jnp.arange(qt.in_size, dtype=jnp.int32) // (qt.in_size // qt.num_groups)
+    g_idx = _put_back(jnp.broadcast_to(group, qt.order.shape), qt.order, num_lead)
+    codes = _put_back(codes, qt.order, num_lead)
+  codes = codes.astype(rule.dtype).reshape(*qt.lead, *qt.shape)
+  return qt.replace(codes=codes, g_idx=g_idx, order=None, is_packed=False)
+
+
+def _put_back(rows: Any, order: Any, num_lead: int) -> Any:
+  """rows[r] at place order[r] of the axis behind the leading ones."""
+  put = lambda x, at: jnp.zeros_like(x).at[at].set(x)  # noqa: E731
+  for _ in range(num_lead):
+    put = jax.vmap(put)
+  return put(rows, order)
 
 
 # --- Floats --------------------------------------------------------------------------------------
@@ -267,8 +305,8 @@ _PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul, "int8": w8a1
 def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
   """x [*rows, *in] times the kernel, in x's dtype.
 
-  Packed int4, int8 and ternary codes in consecutive groups go through the packed matmuls of
-  `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others:
+  Packed int4, int8 and ternary codes in consecutive or sorted groups go through the packed matmuls
+  of `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others:
   with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
   the scale after it; groups dequantised in float32, cast, multiplied.
   """
@@ -280,6 +318,7 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
   x_MK = x.reshape(-1, width)
   rule = schemes.get(qt.scheme)
   if has_packed_matmul(qt):
+    x_MK = x_MK if qt.order is None else jnp.take(x_MK, qt.order, axis=1)
     y_MN = _packed_matmul(x_MK, qt)
   elif qt.num_groups == 1 and qt.zero is None and not rule.offset:
     codes_KN = unpack(qt).codes.astype(jnp.int8).reshape(width, -1).astype(x.dtype)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
+from minicpm_jax.quant import tree
 
 _R1, _R2 = 1, 2  # streams of the seed
 
@@ -110,11 +111,15 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 def rotate(
   cfg: ModelConfig, params: types.Params, seed: int = 0
 ) -> tuple[ModelConfig, types.Params]:
-  """(untied config, rotated parameters) of a model with grouped-query attention."""
+  """(untied config, rotated parameters) of a model with grouped-query attention.
+
+  Kernels are floats, every projection its own: joined and quantised ones are refused by name.
+  """
   if cfg.mla is not None:
     raise ValueError("model.mla: found latent attention, expected grouped-query attention")
   if cfg.mtp is not None:
     raise ValueError("model.mtp: found an MTP module, expected none (drop params['mtp'] first)")
+  tree.check_floats(params)
   r1, r2 = rotation(cfg.model_dim, seed), rotation(cfg.head_dim, seed, _R2)
   embedding = params["embed"]["embedding"]
   head = embedding.T if cfg.tie_embeddings else params["lm_head"]["kernel"]

@@ -19,6 +19,7 @@ from minicpm_jax.quant import int4, qat, qtensor, schemes, tree
 
 # Magnitudes of one group that differ by less are one scale rounded twice (bf16 neighbours).
 TOLERANCE = 2.0**-7
+_RUN = 8  # divides every group size in use
 
 
 class FusedWeightsError(ValueError):
@@ -88,13 +89,19 @@ def recover(
 
 
 def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
-  """Refuses parameters that are quantised already where `cfg` will quantise them (host check)."""
+  """Refuses parameters that are quantised already where `cfg` will quantise them.
+
+  Ternary weights are found whatever their group size, int4 ones of cfg's. A host check: traced
+  arrays are let through.
+  """
   if cfg is None or cfg.scheme == "none" or cfg.weights != "latent":
     return
   for path, w in tree.selected(cfg, params).items():
     num_in, num_lead = tree.layout(path)
     if qtensor.is_qtensor(w):
       raise FusedWeightsError(f"{path}: found a QTensor, expected latent float weights")
+    if isinstance(w, jax.core.Tracer):
+      continue
     if bool(_looks_fused(jnp.asarray(w), cfg.group_size, num_in, num_lead)):
       raise FusedWeightsError(
         f"{path}: found weights that are quantised already (a fused checkpoint), expected latent "
@@ -105,8 +112,11 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation a shape
 def _looks_fused(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+  """Ternary of any group size (whose runs of a few inputs have one magnitude each), or int4."""
   layout = (num_in, num_lead)
-  is_ternary = _is_fused(w, group_size, *layout) | _is_fused(w, -1, *layout)
+  width = math.prod(w.shape[num_lead : num_lead + num_in])
+  sizes = {group_size, -1} | ({_RUN} if width % _RUN == 0 else set())
+  is_ternary = functools.reduce(jnp.logical_or, (_is_fused(w, size, *layout) for size in sizes))
   return is_ternary | int4.fused_flag(w, group_size, *layout)
 
 

@@ -9,6 +9,9 @@ from minicpm_jax.core import trees, types
 from minicpm_jax.quant import leaf as leaf_lib
 from minicpm_jax.quant import qtensor
 
+# block/name of kernels that hold several projections, for decoding (models/joined.py) -> the parts
+JOINED = {"attn/qkv": ("q", "k", "v"), "mlp/gate_up": ("gate", "up")}
+
 
 def layout(path: str) -> tuple[int, int]:
   """(num_in, num_lead) of the kernel at a parameter path.
@@ -23,16 +26,45 @@ def layout(path: str) -> tuple[int, int]:
 def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
   """Path -> kernel (array, shape struct or QTensor) of everything that `cfg` quantises.
 
-  A config that finds nothing is refused.
+  A config that finds nothing is refused, and joined kernels where it selects one of their parts:
+  left out, they would stay floats without a word.
   """
   leaves = trees.flatten_paths(params, qtensor.is_qtensor)
   found = {path: w for path, w in leaves.items() if cfg.selects(path)}
+  for path in leaves:
+    if path not in found and any(map(cfg.selects, _parts(path))):
+      raise _joined_error(path)
   if not found:
     raise ValueError(
       f"quant.include: {cfg.include} without {cfg.exclude} matches no parameter; paths are "
       f"{list(leaves)}"
     )
   return found
+
+
+def check_floats(params: types.Params) -> None:
+  """Refuses what rewriting kernels by name would miss: joined projections, and QTensors."""
+  for path, w in trees.flatten_paths(params, qtensor.is_qtensor).items():
+    if _parts(path):
+      raise _joined_error(path)
+    if qtensor.is_qtensor(w):
+      raise ValueError(f"{path}: found a QTensor ({w.scheme}), expected floats")
+
+
+def _parts(path: str) -> list[str]:
+  """Paths of the projections that the kernel at `path` holds, [] for a kernel of one."""
+  for name, parts in JOINED.items():
+    if f"/{path}".endswith(f"/{name}/kernel"):
+      block = path.removesuffix(f"{name.split('/')[1]}/kernel")
+      return [f"{block}{part}/kernel" for part in parts]
+  return []
+
+
+def _joined_error(path: str) -> ValueError:
+  return ValueError(
+    f"{path}: found joined projections (the form for decoding), expected {', '.join(_parts(path))} "
+    "apart: models.joined.split_projections"
+  )
 
 
 def map_kernels(fn: Callable[..., Any], cfg: QuantConfig, params: types.Params) -> types.Params:

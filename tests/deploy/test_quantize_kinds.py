@@ -119,5 +119,82 @@ def test_gptq_beats_rtn_and_goes_through_a_folder(tmp_path, name):
   loaded, back, _ = ckpt.load_hf(tmp_path / "m")
   found = loaded.apply({"params": back}, tokens).logits
   np.testing.assert_allclose(found, logits, atol=1e-4)
-  with pytest.raises(ValueError, match="quantize.method: found s-p-gptq for experts or latent"):
-    run(model, params, "s-p-gptq", batches())
+
+
+def smoothed(name):
+  """(config, layer, smoothed layer, ratios, rows of what the blocks' parts read, float64)."""
+  model, params = common.build(common.config(name, num_layers=1))
+  cfg = quantize.QuantizeConfig(method="s-gptq", solver=SOLVER, awq_ratios=4)
+  text = batches(1)
+  hidden = [np.asarray(blocks.embed(model, params, tokens)) for tokens, _ in text]
+  layer = blocks.layer_params(model.cfg, params, 0)
+  folded, ratios = quantize._Work(model.cfg, cfg, text).smooth(layer, hidden)
+  args = (jnp.asarray(hidden[0]), jnp.asarray(text[0][1]))
+  before, seen = blocks.run(model.cfg, layer, *args)
+  np.testing.assert_allclose(blocks.output(model.cfg, folded, *args), before, rtol=1e-4, atol=2e-5)
+  return model.cfg, layer, folded, ratios, seen
+
+
+def factor(x_MI, ratio):
+  t = np.maximum(np.abs(np.asarray(x_MI, np.float64)).mean(0) ** ratio, 1e-4)
+  return t / np.sqrt(t.max() * t.min())
+
+
+def rounded(w_IO, t_I, group=8):
+  """Q(w t) / t on GPTQ's symmetric grid, scales in float16."""
+  w = (w_IO * t_I[:, None]).reshape(-1, group, w_IO.shape[1])
+  s = (2 * np.abs(w).max(1, keepdims=True) / 15).astype(np.float16).astype(np.float64)
+  return (np.clip(np.rint(w / s), -8, 7) * s).reshape(w_IO.shape) / t_I[:, None]
+
+
+def test_smoothing_of_experts():
+  """The router is multiplied with them; each expert's factor is the best for its own tokens."""
+  cfg, layer, folded, ratios, seen = smoothed("minicpm_moe_8x2b")
+  x_MD = np.asarray(seen["moe"][0], np.float64).reshape(-1, cfg.model_dim)
+  t_D = factor(x_MD, ratios["moe/gate"])
+  for name, axis in (("router", 0), ("gate", 1)):
+    found = np.asarray(folded["moe"][name]["kernel"]) / np.asarray(layer["moe"][name]["kernel"])
+    other = tuple(i for i in range(found.ndim) if i != axis)
+    np.testing.assert_allclose(found.mean(other), t_D, rtol=1e-4)
+  norm = np.asarray(layer["mlp_norm"]["scale"]) / np.asarray(folded["mlp_norm"]["scale"])
+  np.testing.assert_allclose(norm, t_D, rtol=1e-4)
+  moe = {k: np.asarray(v["kernel"], np.float64) for k, v in layer["moe"].items()}
+  chosen = np.argsort(-(x_MD @ moe["router"]), axis=-1)[:, : cfg.moe.experts_per_token]
+  for e, ratio in enumerate(ratios["moe/down"]):
+    own = x_MD[np.any(chosen == e, axis=1)]
+    gate, up, down = own @ moe["gate"][e], own @ moe["up"][e], moe["down"][e]
+    inner = gate / (1 + np.exp(-gate)) * up
+    losses = [
+      np.square(inner @ (rounded(down, factor(inner, i / 4)) - down)).sum() for i in range(4)
+    ]
+    assert losses[int(4 * ratio)] <= 1.001 * min(losses)
+    found = np.asarray(folded["moe"]["down"]["kernel"])[e] / down
+    np.testing.assert_allclose(found.mean(1), factor(inner, ratio), rtol=1e-3)
+  assert max(ratios["moe/down"]) > 0 and len(ratios) == 3
+
+
+def test_smoothing_of_latent_attention():
+  """q_b and kv_b behind the latent norms: norm / t, rows * t, t from what the kernels read."""
+  _, layer, folded, ratios, seen = smoothed("minicpm3_4b")
+  assert set(ratios) == {"attn/q_a", "attn/q_b", "attn/kv_b", "mlp/gate", "mlp/down"}
+  assert max(ratios[name] for name in ("attn/q_a", "attn/q_b", "attn/kv_b")) > 0
+  for norm, name in (("q_a_norm", "q_b"), ("kv_a_norm", "kv_b")):
+    x = np.asarray(seen[f"attn/{name}"][0])
+    t_I = factor(x.reshape(-1, x.shape[-1]), ratios[f"attn/{name}"])
+    attn, new = layer["attn"], folded["attn"]
+    found = np.asarray(new[name]["kernel"]) / np.asarray(attn[name]["kernel"])
+    np.testing.assert_allclose(found.mean((1, 2)), t_I, rtol=1e-4)
+    np.testing.assert_allclose(
+      np.asarray(attn[norm]["scale"]) / np.asarray(new[norm]["scale"]), t_I, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["minicpm_moe_8x2b", "minicpm3_4b"])
+def test_smoothed_kinds_are_quantised(name):
+  model, params = common.build(common.config(name, num_layers=1))
+  tokens = common.tokens((2, 24), seed=5)
+  wanted = np.asarray(common.apply(model, params, tokens).logits)
+  done = run(model, params, "s-p-gptq", batches(4), awq_ratios=3)
+  logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+  assert np.linalg.norm(logits - wanted) < 0.5 * np.linalg.norm(wanted)
+  assert all("awq_ratio" in r for r in done.report if r["name"].endswith(("gate", "down")))

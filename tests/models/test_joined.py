@@ -3,14 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minicpm_jax import ckpt
-from minicpm_jax.config import FP8Config, QuantConfig
+from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.config import FP8Config, MoEConfig, QuantConfig
 from minicpm_jax.core import trees
 from minicpm_jax.models import convert, joined, transformer
-from minicpm_jax.quant import qtensor, tree
+from minicpm_jax.quant import awq, qtensor, rotate, tree
 from tests.models import common
 
 TOKENS = common.tokens((2, 24))
@@ -109,3 +111,56 @@ def test_files_are_written_of_the_split_form(dense, tmp_path):
   ckpt.save_hf(tmp_path / "joined", model, joined.join_projections(cfg, params))
   one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("split", "joined"))
   assert one == other
+
+
+def test_converters_split_or_refuse_the_joined_form(dense, tmp_path):
+  """What rewrites kernels by name gives the split model's result, or names the joined kernel."""
+  cfg, params, _ = dense
+  new = joined.join_projections(cfg, params)
+  quant = QuantConfig(scheme="int8", weights="codes")
+  for call in (
+    lambda: tree.quantize_params(quant, new),
+    lambda: tree.num_weights(quant, new),
+    lambda: rotate.rotate(cfg, new),
+  ):
+    with pytest.raises(ValueError, match=r"layers_0/attn/qkv/kernel: found joined .*attn/q/kernel"):
+      call()
+  mlp_only = dataclasses.replace(quant, include=("mlp/down/", "mlp/up/"))
+  with pytest.raises(ValueError, match="layers_0/mlp/gate_up/kernel: found joined projections"):
+    tree.quantize_params(mlp_only, new)
+  down = dataclasses.replace(quant, include=("mlp/down/",))  # no part of a joined kernel
+  assert tree.num_weights(down, new) == cfg.num_layers * cfg.mlp_dim * cfg.model_dim
+  t_D, t_F = jnp.ones(cfg.model_dim), jnp.ones(cfg.mlp_dim)
+  for call in (
+    lambda layer: awq.fold_norm(layer, "attn_norm", ("attn/q", "attn/k", "attn/v"), t_D),
+    lambda layer: awq.fold_up_down(layer, t_F),
+  ):
+    with pytest.raises(ValueError, match="^attn/qkv/kernel: found joined projections"):
+      call(new["layers_0"])
+    call(params["layers_0"])
+  with pytest.raises(ValueError, match=r"attn_norm: kernels: found \['attn/q'\], expected all"):
+    awq.fold_norm(params["layers_0"], "attn_norm", ("attn/q",), t_D)
+
+  def same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+  moe, key = MoEConfig(num_experts=2, experts_per_token=1), jax.random.key(0)
+  same(*(convert.upcycle(cfg, p, key, moe)[1] for p in (new, params)))
+  codes = dataclasses.replace(cfg, quant=QuantConfig(scheme="int4", group_size=16))
+  same(*(convert.to_codes(codes, p)[1] for p in (new, params)))
+  orbax_io.import_params(tmp_path / "run", cfg, new)
+  same(ckpt.load_run(tmp_path / "run")[1], params)
+
+
+def test_upcycled_codes_and_quantised_kernels_by_name(dense):
+  """Experts of a quantised model are its codes; what wants floats names the QTensor."""
+  cfg, params, _ = dense
+  low = tree.quantize_params(QuantConfig(scheme="int8", weights="packed"), params)
+  new_cfg, new = convert.upcycle(cfg, low, jax.random.key(0), MoEConfig(num_experts=3))
+  assert new["layers_0"]["moe"]["up"]["kernel"].codes.shape[0] == 3
+  np.testing.assert_allclose(logits(new_cfg, new), logits(cfg, low), atol=1e-5)
+  with pytest.raises(ValueError, match="layers_0/attn/k/kernel: found a QTensor .int8., expected"):
+    rotate.rotate(cfg, low)
+  with pytest.raises(ValueError, match="found a QTensor"):
+    awq.fold_up_down(low["layers_0"], jnp.ones(cfg.mlp_dim))
