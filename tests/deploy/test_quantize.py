@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minicpm_jax.config import QuantConfig
 from minicpm_jax.core import trees
-from minicpm_jax.deploy import blocks, quantize
+from minicpm_jax.deploy import blocks, quantize, smooth
 from minicpm_jax.models import convert, joined, transformer
 from minicpm_jax.quant import awq, gptq, qtensor, tree
 from tests.models import common
@@ -192,12 +193,24 @@ def test_first_positions_can_be_bounded():
   assert np.any(norm[first] > limit)
   found = work.hessian("mlp/down", layer, hidden)
   np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-4, atol=1e-4 * np.max(rows.T @ rows))
+  # awq_first="bound": the smoothing search counts them the same way.
+  text = smooth.Text(hidden, work.segments, work.keep[0], [jnp.asarray(first)])
+  search = smooth._Search(model.cfg, text, SOLVER, 4)
+  best, a = search.down(layer), np.abs(rows).mean(0)
+  t = np.maximum(a**best.ratio, 1e-4)
+  assert best.ratio > 0
+  np.testing.assert_allclose(best.factor_I, t / np.sqrt(t.max() * t.min()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
   "changes, kwargs, match",
   [
     ({}, {"skip": -1}, "quantize.skip: found -1"),
+    (
+      {"quant": QuantConfig(scheme="ternary")},
+      {},
+      "model.quant: found latent weights of scheme 't",
+    ),
     ({}, {"solver": gptq.GPTQConfig(group_size=48)}, "attn/o: group_size: found 48|attn/q: group"),
     ({}, {"skip": 100}, "found no token after the first 100"),
   ],
