@@ -315,8 +315,8 @@ def backward_kv(
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=6 * (ROWS // unit_rows), num_barriers=num_stages),
     ],
-    grid=(N, s // ROWS, E),
-    grid_names=("run", "part", "row_and_head"),
+    grid=(E, s // ROWS, N),
+    grid_names=("row_and_head", "part", "run"),
     kernel_name="sparse_attention_backward_kv",
     **mgpu.options(interpreted),
   )(*runs, q_XrH, dout_XrH, k_PsKH, v_PsKH, pos_Yr, start_Yr, lse_Xr, delta_Xr)
@@ -342,8 +342,8 @@ def sum_runs(first_run_EM1, dk_ENsH, dv_ENsH, *, dtype, interpreted):
   return plgpu.kernel(
     _sum_body,
     out_type=(out, out),
-    grid=(M, s // ROWS, E),
-    grid_names=("block", "part", "row_and_head"),
+    grid=(E, s // ROWS, M),
+    grid_names=("row_and_head", "part", "block"),
     kernel_name="sparse_attention_sum_runs",
     **mgpu.options(interpreted),
   )(first_run_EM1, dk_ENsH, dv_ENsH)

@@ -188,8 +188,8 @@ def forward(
       plgpu.Barrier(num_barriers=num_stages),
       plgpu.Barrier(num_barriers=num_stages),
     ],
-    grid=(X, splits),
-    grid_names=("tile", "split"),
+    grid=(splits, X),
+    grid_names=("split", "tile"),
     kernel_name="sparse_attention_forward",
     **mgpu.options(interpreted),
   )(*lists, table_P if is_paged else lists[3], q_XRH, k_PsKH, v_PsKH, pos_YR, start_YR)

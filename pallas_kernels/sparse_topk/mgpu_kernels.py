@@ -229,8 +229,8 @@ def block_scores(
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(),
     ],
-    grid=(num_rows // rows, B * K),
-    grid_names=("tile", "head"),
+    grid=(B * K, num_rows // rows),
+    grid_names=("head", "tile"),
     kernel_name="sparse_topk_scores",
     **mgpu.options(interpreted),
   )(first_1, begin_Bt, last_Bt, q_BTNH, fine_EMKH, norm_BCKH, pos_BT, start_BT)
@@ -299,8 +299,8 @@ def choose(first_1, scores_ErM, pos_BT, start_BT, *, rule, width, interpreted):
   return plgpu.kernel(
     functools.partial(_choose_body, rule=rule),
     out_type=jax.ShapeDtypeStruct((E, num_rows, width), jnp.int32),
-    grid=(num_rows, E),
-    grid_names=("query", "head"),
+    grid=(E, num_rows),
+    grid_names=("head", "query"),
     kernel_name="sparse_topk_choose",
     **mgpu.options(interpreted),
   )(first_1, scores_ErM, pos_BT, start_BT)

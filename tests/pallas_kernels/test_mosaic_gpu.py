@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import math
 import pathlib
 import sys
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from minicpm_jax.config import SparseAttentionConfig
@@ -201,8 +203,8 @@ def like(*shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def select_program(num_heads, head_dim, lse):
-  rule, T, K = rules.Rule(lse=lse), 4096, 2
+def select_program(num_heads, head_dim, lse, T=4096):
+  rule, K = rules.Rule(lse=lse), 2
   config, slots = topk.MosaicGpuConfig(interpret=False), 131072
 
   def run(q, fine, coarse, start):
@@ -212,9 +214,9 @@ def select_program(num_heads, head_dim, lse):
   return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
 
 
-def attend_program(num_heads, head_dim, dtype=jnp.bfloat16):
+def attend_program(num_heads, head_dim, dtype=jnp.bfloat16, T=4096):
   """Forward and backward."""
-  T, K = 4096, 2
+  K = 2
   config = attention.MosaicGpuConfig(interpret=False, backward="mosaic_gpu")
 
   def run(q, k, v, *lists):
@@ -260,6 +262,49 @@ def test_lowers_for_cuda(program):
   with use_abstract_mesh(AbstractMesh((1,), ("d",), abstract_device=device)):
     text = jax.jit(run).trace(*avals).lower(lowering_platforms=("cuda",)).as_text()
   assert "custom_call @mosaic_gpu_v2" in text, text[:2000]
+
+
+def launches(program, monkeypatch):
+  """(grid, types of shared memory) of every kernel of a program, which is not run."""
+  found = []
+
+  def record(body, *, out_type, grid, scratch_types=(), **options):
+    found.append((options["kernel_name"], grid, scratch_types))
+    return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
+
+  monkeypatch.setattr(plgpu, "kernel", record)
+  run, avals = program()
+  jax.eval_shape(run, *avals)
+  return found
+
+
+@pytest.mark.parametrize("num_tokens", [131072, 1 << 20])
+def test_long_prompts_stay_within_the_grids_of_cuda(num_tokens, monkeypatch):
+  """At 128k tokens the forward pass has 65536 tiles, and only the last dimension may hold them."""
+  found = launches(lambda: attend_program(32, 128, T=num_tokens), monkeypatch)
+  if num_tokens == 131072:
+    found += launches(lambda: select_program(2, 128, "exact", T=num_tokens), monkeypatch)
+  assert max(grid[-1] for _, grid, _ in found) >= 65536
+  for name, grid, _ in found:
+    assert len(grid) <= 3 and all(size <= 65535 for size in grid[:-1]), (name, grid)
+
+
+@pytest.mark.parametrize("group", [1, 2, 16, 32])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_default_tiles_fit_the_shared_memory_of_hopper(group, head_dim, monkeypatch):
+  """H100 and H200: 227 KiB a program; two programs of attention a multiprocessor (228 KiB, of which
+  each takes one more)."""
+  for program in (
+    lambda: attend_program(2 * group, head_dim),
+    lambda: select_program(2 * group, head_dim, "coarse"),
+    lambda: decode_program(2 * group, head_dim, True),
+  ):
+    for name, _, scratch in launches(program, monkeypatch):
+      buffers = [x for x in scratch if hasattr(x, "shape") and hasattr(x, "dtype")]
+      num_bytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
+      assert num_bytes <= 227 * 1024, name
+      if name.startswith("sparse_attention_backward"):
+        assert 2 * (num_bytes + 2048) <= 228 * 1024, (name, num_bytes)
 
 
 # --- Refusals ------------------------------------------------------------------------------------
