@@ -28,9 +28,10 @@ def attend_gather(
     slots = jnp.maximum(pages_BKTW, 0)[..., None] * block_size + lane_s
   slots_BKTR = jnp.reshape(slots, (B, K, T, W * block_size))
 
-  def pick(x):  # [B, K, T, R, width]
-    x_KSH = jnp.moveaxis(jnp.reshape(x, (-1, *x.shape[2:])), 1, 0)
-    return jax.vmap(lambda x_SH, at: x_SH[at], in_axes=(0, 1), out_axes=1)(x_KSH, slots_BKTR)
+  rows_BKTR = slots_BKTR * K + jnp.arange(K, dtype=jnp.int32)[None, :, None, None]
+
+  def pick(x):  # [B, K, T, R, width]; from rows as they lie: by head, x would be transposed whole
+    return jnp.reshape(x, (-1, x.shape[-1]))[rows_BKTR]
 
   mask_BKT1R = jnp.reshape(mask, (B, K, T, 1, W * block_size))
   q_BKTGH = jnp.moveaxis(jnp.reshape(q_BTNH, (B, T, K, N // K, H)), 2, 1)
