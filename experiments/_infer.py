@@ -247,6 +247,8 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
     )
   if kind in ("eagle", "eagle3", "chain", "hier", "bita") and cfg.draft_model_path is None:
     raise ValueError(f"--draft_model_path: found none, expected a draft for --draft_kind={kind}")
+  if cfg.use_eagle3 and kind != "eagle3":
+    raise ValueError(f"--use_eagle3: found with {kind} drafts, expected an EAGLE-3 draft's folder")
   if kind == "none":
     return None, ()
   if kind == "ngram":
@@ -295,7 +297,7 @@ def _eagle(cfg: config.InferConfig, kind: str, model, params) -> Any:
     ids = frspec.load_index(cfg.frspec_path, cfg.frspec_vocab_size)
   if kind == "mtp":
     return mtp.make(model, params, fr_ids=ids, **sizes)
-  draft = ckpt.draft_io.load_draft(
+  draft = ckpt.load_draft(
     cfg.draft_model_path,
     model.cfg,
     window_size=cfg.spec_window_size,

@@ -84,7 +84,8 @@ class InferConfig:
     counts = ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch", "bita_width")
     for name in (*counts, "hier_min_length"):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-    for name in ("spec_window_size", "max_context", "sparse_switch"):
+    sizes = ("spec_window_size", "max_context", "sparse_switch")
+    for name in (*sizes, "sink_window_size", "block_window_size"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     inner, kind = self.hier_draft_path, self.draft_kind
     require(inner is None or kind == "hier", "hier_draft_path", inner, f"None with {kind!r} drafts")

@@ -306,9 +306,13 @@ def test_bita_and_hierarchical_drafts_on_disk_give_the_plain_text(folder, tmp_pa
       ["--draft_kind=bita", "--draft_model_path=/no"],
       "found no such folder, expected BiTA weights",
     ),
+    (["--draft_model_path=/no"], "/no"),
+    (["--use_eagle3"], "use_eagle3: found with none drafts"),
+    (["--block_window_size=-1"], "block_window_size: found -1, expected >= 0"),
   ],
 )
-def test_drafts_that_cannot_be_had(folder, capfd, flags_, message):
+def test_drafts_that_cannot_be_had(folder, capfd, monkeypatch, flags_, message):
+  monkeypatch.delattr(ckpt, "draft_io", raising=False)  # a fresh process has not imported it
   assert generate.main(["g", f"--model={folder}", "--prompt=a", *flags_]) == 1
   assert message in capfd.readouterr().err
 
