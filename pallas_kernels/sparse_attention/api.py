@@ -1,5 +1,6 @@
 """Attention over selected blocks behind one function; see `attend_blocks`."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ def attend_blocks(
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
   `mosaic_gpu` (Hopper, 16-bit floats; backward too, or Triton's where its own tiles do not fit)
-  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of
-  the named implementation.
+  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of the implementation of its class,
+  others take their own.
   """
   del counts_BKT
   B, T = q_BTNH.shape[:2]
@@ -61,14 +62,19 @@ def attend_blocks(
     return gather.attend_gather(*args, block_size=block_size, base_B=base_B)
   if base_B is not None:
     raise NotImplementedError("sparse_attention: base_B is served by 'gather' only")
-  sizes = dict(block_size=block_size, num_local=num_local, config=config)
+  sizes = dict(block_size=block_size, num_local=num_local)
+  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_attention",
     implementation,
     {
-      "xla": lambda: vjp.attend_xla(*args, **sizes),
-      "mosaic_gpu": lambda: mosaic_gpu.attend_mosaic_gpu(*args, **sizes),
-      "triton": lambda: triton.attend_triton(*args, **sizes),
-      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes),
+      "xla": lambda: vjp.attend_xla(*args, **sizes, config=tiles(xla.XlaConfig)),
+      "mosaic_gpu": lambda: mosaic_gpu.attend_mosaic_gpu(
+        *args, **sizes, config=tiles(mosaic_gpu.MosaicGpuConfig)
+      ),
+      "triton": lambda: triton.attend_triton(*args, **sizes, config=tiles(triton.TritonConfig)),
+      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(
+        *args, **sizes, config=tiles(mosaic_tpu.TpuConfig)
+      ),
     },
   )

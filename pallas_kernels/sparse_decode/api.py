@@ -1,5 +1,7 @@
 """Decoding against selected blocks behind one function; see `decode_blocks`."""
 
+import functools
+
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
@@ -34,7 +36,8 @@ def decode_blocks(
 
   Returns (out [B, T, N, H] in v's dtype, lse [B, T, N] float32). No gradient: see
   `sparse_attention`. Reads 2 * W * block_size * H numbers a query and key head
-  (infllm_v2.md sections 13 and 15). `config` is of the named implementation.
+  (infllm_v2.md sections 13 and 15). `config` is of the implementation of its class,
+  others take their own.
   """
   if page_table_BM is not None and base_B is not None:
     raise ValueError("sparse_decode: base_B and page_table_BM are both given, expected one at most")
@@ -48,6 +51,7 @@ def decode_blocks(
     length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]
     start_BT = jnp.where(pos_BT < length_B1, start_BT, rules.NOWHERE)
   args = (q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM)
+  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_decode",
     implementation,
@@ -55,9 +59,13 @@ def decode_blocks(
       "ref": lambda: ref.decode_ref(*args, block_size=block_size),
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
       "mosaic_gpu": lambda: mosaic_gpu.decode_mosaic_gpu(
-        *args, block_size=block_size, config=config
+        *args, block_size=block_size, config=tiles(mosaic_gpu.MosaicGpuConfig)
       ),
-      "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=config),
-      "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(*args, block_size=block_size, config=config),
+      "triton": lambda: triton.decode_triton(
+        *args, block_size=block_size, config=tiles(triton.TritonConfig)
+      ),
+      "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(
+        *args, block_size=block_size, config=tiles(tpu_config.TpuConfig)
+      ),
     },
   )

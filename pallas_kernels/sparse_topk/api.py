@@ -1,5 +1,7 @@
 """Block selection behind one function; see `select_blocks`."""
 
+import functools
+
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
@@ -33,18 +35,20 @@ def select_blocks(
   Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
   O(T * num_slots / kernel_stride) with the causal half skipped when q_offset is a Python int;
-  memory is one chunk's logits. `config` is of the named implementation.
+  memory is one chunk's logits. `config` is of the implementation of its
+  class, others take their own.
   """
   B, T = q_BTNH.shape[:2]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
+  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_topk",
     implementation,
     {
-      "xla": lambda: xla.select_xla(*args, config),
-      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, config),
-      "triton": lambda: triton.select_triton(*args, config),
-      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, config),
+      "xla": lambda: xla.select_xla(*args, tiles(xla.XlaConfig)),
+      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, tiles(mosaic_gpu.MosaicGpuConfig)),
+      "triton": lambda: triton.select_triton(*args, tiles(triton.TritonConfig)),
+      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, tiles(mosaic_tpu.TpuConfig)),
     },
   )
