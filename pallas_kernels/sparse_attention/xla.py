@@ -3,16 +3,18 @@
 Neighbouring queries need not agree on any of their free blocks, and gathering 2 * W blocks a query
 moves more bytes than it computes with. So, for a chunk of queries:
 
-  local blocks   an ordinary band: tiles of queries against the keys from their first local block;
+  local blocks   an ordinary band: tiles of queries against the keys from their first local block,
+                 or from the first of all for queries whose lists hold the whole past;
   other blocks   the (query, block) pairs are sorted by block, `tile` pairs of one block make one
                  matmul [tile * G, H] x [H, block], whose exp(score - reference) is added to the
-                 sums of its queries; these begin with the band's and stay in the cache.
+                 sums of its queries. These begin with the band's. Tiles run in the order of their
+                 first queries, so that the sums they need next are still in the cache.
 
 The reference of a query and head is fixed beforehand (`_reference`), so that a tile costs two
 matmuls, one exp and one addition. The backward pass is `xla_backward`. Both are bitwise
 deterministic: the order of every sum is fixed. One batch row, key head and chunk at a time: XLA's
-CPU backend uses several cores inside one matmul of about 1024 rows or more, not for independent
-loops (their buffers overlap) nor for independent small matmuls, hence the sizes of tiles.
+CPU backend uses several cores inside one matmul, in pieces of up to about 490 rows for these
+widths, and not for independent loops, heads or batches, hence the sizes of tiles.
 """
 
 import dataclasses
@@ -20,6 +22,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.sparse_attention import xla_layout
 
 FLOOR = -1e30  # maximum of nothing
 HIGHEST = 75.0  # of score - reference: sums of exp stay far below float32's largest number
@@ -32,14 +36,13 @@ NOTHING = 1e30  # lse of a row that sees nothing, so that its probabilities are 
 class XlaConfig:
   """Queries a chunk, pairs a tile, queries and keys of a tile of the band.
 
-  More queries a chunk fill the tiles of a block better, as long as chunk * G * V numbers stay in
-  the cache.
+  More queries a chunk fill the tiles of a block better, and take chunk * G * (H + V) numbers.
   """
 
-  chunk: int = 1024
-  tile: int = 56
+  chunk: int = 4096
+  tile: int = 60
   band_queries: int = 64
-  band_keys: int = 576
+  band_keys: int = 704
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -54,13 +57,15 @@ class XlaConfig:
 
 
 def default_config(num_queries: int, group: int) -> XlaConfig:
-  """Tiles of about 900 rows, the least that XLA's CPU matmul gives to two cores; 16384 a chunk.
+  """Tiles of 960 rows, which XLA's CPU matmul cuts into equal halves for two cores; 65536 a chunk.
 
   A block's last tile is half empty on average: fewer queries make smaller tiles.
   """
   band = max(1, min(64, 1024 // group))
-  chunk = -(-min(num_queries, 4096, max(64, 16384 // group)) // band) * band
-  return XlaConfig(chunk=chunk, tile=max(4, min(896 // group, chunk // 18)), band_queries=band)
+  num_queries = max(1, num_queries)
+  chunks = -(-num_queries // min(4096, max(64, 65536 // group)))
+  chunk = -(-num_queries // (chunks * band)) * band
+  return XlaConfig(chunk=chunk, tile=max(4, min(960 // group, chunk // 18)), band_queries=band)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,61 +78,17 @@ class Static:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["token_IP", "filled_I", "block_I", "num_tiles"],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Pairs of one chunk in tiles of one block each.
-
-  token_IP: query of each place, of which the first filled_I are taken; block_I: block of each tile;
-  num_tiles: tiles in use.
-  """
-
-  token_IP: jax.Array
-  filled_I: jax.Array
-  block_I: jax.Array
-  num_tiles: jax.Array
-
-
-def layout(ids_CW, is_pair_CW, num_blocks: int, config: XlaConfig) -> Layout:
-  """Sorts the pairs by (block, query) and pads each block's pairs to whole tiles."""
-  C, W = ids_CW.shape
-  P = config.tile
-  max_tiles = C * W // P + min(num_blocks, C * W)
-  last = jnp.int32(num_blocks * C)
-  key_CW = jnp.where(is_pair_CW, ids_CW * C + jnp.arange(C, dtype=jnp.int32)[:, None], last)
-  key_R = jnp.sort(jnp.reshape(key_CW, (-1,)))
-  bounds = jnp.searchsorted(key_R, C * jnp.arange(num_blocks + 1, dtype=jnp.int32))
-  bounds = bounds.astype(jnp.int32)
-  first_M, sizes_M = bounds[:-1], bounds[1:] - bounds[:-1]
-  tiles_M = -(-sizes_M // P)
-  ends_M = jnp.cumsum(tiles_M)
-  tile_I = jnp.arange(max_tiles, dtype=jnp.int32)
-  block_I = jnp.searchsorted(ends_M, tile_I, side="right").astype(jnp.int32)
-  block_I = jnp.minimum(block_I, num_blocks - 1)
-  done_I = P * (tile_I - (ends_M - tiles_M)[block_I])  # pairs of the block in earlier tiles
-  pair_IP = (first_M[block_I] + done_I)[:, None] + jnp.arange(P, dtype=jnp.int32)[None, :]
-  return Layout(
-    token_IP=key_R[jnp.clip(pair_IP, 0, C * W - 1)] % C,
-    filled_I=jnp.clip(sizes_M[block_I] - done_I, 0, P),
-    block_I=block_I,
-    num_tiles=ends_M[-1],
-  )
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["q_CGH", "pos_C", "start_C", "ids_CW", "is_pair_CW"],
+  data_fields=["q_CGH", "pos_C", "start_C", "low_C", "ids_CW", "is_pair_CW"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """Queries at work and their lists; is_pair_CW leaves out what the band does."""
+  """Queries at work and their lists; is_pair_CW leaves out the band, slots from low_C on."""
 
   q_CGH: jax.Array
   pos_C: jax.Array
   start_C: jax.Array
+  low_C: jax.Array
   ids_CW: jax.Array
   is_pair_CW: jax.Array
 
@@ -140,29 +101,40 @@ def dot(a, b, contract: tuple[int, int], batch: int = 0):
 # --- The band of local blocks --------------------------------------------------------------------
 
 
-def band_keys(static: Static, num_slots: int) -> tuple[int, int]:
-  """(key tiles, keys a tile) that a tile of queries at any position needs."""
-  blocks = static.num_local + -(-(static.config.band_queries - 1) // static.block_size)
-  keys = min(num_slots, blocks * static.block_size)
-  tiles = -(-keys // static.config.band_keys)
-  return tiles, -(-keys // tiles)
+def band_keys(static: Static, num_slots: int) -> int:
+  """Keys of a tile: whole blocks, whole tiles for the window of local blocks."""
+  tiles = -(-static.num_local * static.block_size // static.config.band_keys)
+  return min(num_slots, -(-static.num_local // tiles) * static.block_size)
 
 
-def band_range(static: Static, pos_b, start_b, num_slots: int):
-  """(first key of the band, lowest slot of every query [band]) of the tile of queries at pos_b."""
-  block, (tiles, size) = static.block_size, band_keys(static, num_slots)
-  low_b = (pos_b // block - static.num_local + 1) * block
-  return jnp.clip(low_b[0], 0, max(0, num_slots - tiles * size)), jnp.maximum(low_b, start_b)
+def band_range(pos_b, low_b, size: int):
+  """(first key, key tiles that all see whole, key tiles) of a tile of queries."""
+  is_real_b = low_b <= pos_b
+  first = jnp.min(jnp.where(is_real_b, low_b, jnp.iinfo(jnp.int32).max))
+  end = jnp.max(jnp.where(is_real_b, pos_b + 1, 0))
+  tiles = jnp.where(end > first, -(-(end - first) // size), 0)
+  whole = jnp.where(jnp.max(low_b) <= first, (jnp.min(pos_b) + 1 - first) // size, 0)
+  return first, jnp.clip(whole, 0, tiles), tiles
 
 
-def band_scores(static: Static, q_RH, k_kH, first, low_b, pos_b):
-  """[band * G, k]; masked ones are 2 * FLOOR, by a minimum, which XLA fuses into the matmul."""
-  size, band = k_kH.shape[0], pos_b.shape[0]
-  slots_1k = first + jnp.arange(size, dtype=jnp.int32)[None, :]
-  mask_bk = (slots_1k >= low_b[:, None]) & (slots_1k <= pos_b[:, None])
+def band_scores(static: Static, q_RH, k_SH, at, size: int, seen=None):
+  """(scores [band * G, k] of the keys from `at` on, first slot of the keys taken).
+
+  seen: (lowest, highest) slot of every query, None = all keys are seen. The last keys are taken
+  where fewer than a tile follow, without those before `at`. Masked scores are 2 * FLOOR, by a
+  minimum, which XLA fuses into the matmul (it takes a quarter longer).
+  """
+  taken = jnp.minimum(at, k_SH.shape[0] - size)
+  k_kH = jax.lax.dynamic_slice_in_dim(k_SH, taken, size)
+  scores_Rk = static.scale * dot(q_RH, k_kH, (1, 1))
+  if seen is None:
+    return scores_Rk, taken
+  low_b, high_b = seen
+  slots_1k = taken + jnp.arange(size, dtype=jnp.int32)[None, :]
+  mask_bk = (slots_1k >= jnp.maximum(low_b, at)[:, None]) & (slots_1k <= high_b[:, None])
   most_bk = jnp.where(mask_bk, jnp.finfo(jnp.float32).max, 2 * FLOOR)
-  scores = jnp.reshape(static.scale * dot(q_RH, k_kH, (1, 1)), (band, -1, size))
-  return jnp.reshape(jnp.minimum(scores, most_bk[:, None, :]), (-1, size))
+  scores_bGk = jnp.reshape(scores_Rk, (low_b.shape[0], -1, size))
+  return jnp.reshape(jnp.minimum(scores_bGk, most_bk[:, None, :]), scores_Rk.shape), taken
 
 
 def in_tiles(static: Static, *arrays):
@@ -170,34 +142,27 @@ def in_tiles(static: Static, *arrays):
   return [jnp.reshape(x, (-1, band, *x.shape[1:])) for x in arrays]
 
 
-def pad_keys(static: Static, x_SH):
-  """Room behind the last key, so that whole key tiles fit."""
-  tiles, size = band_keys(static, x_SH.shape[0])
-  return jnp.pad(x_SH, ((0, max(0, tiles * size - x_SH.shape[0])), (0, 0)))
-
-
 def _over_band(static: Static, chunk: Chunk, k_SH, others, step, init):
   """[tiles of queries, ...] of step(carry, scores [band * G, k], first key, *others of the tile).
 
   One call for every tile of keys, from `init` on.
   """
-  S = k_SH.shape[0]
-  tiles, size = band_keys(static, S)
-  k_SH = pad_keys(static, k_SH)
+  size = band_keys(static, k_SH.shape[0])
 
   def one(rows):
-    q_bGH, pos_b, start_b, *others = rows
+    q_bGH, pos_b, low_b, *others = rows
     q_RH = jnp.reshape(q_bGH, (-1, q_bGH.shape[2]))
-    first, low_b = band_range(static, pos_b, start_b, S)
+    first, whole, tiles = band_range(pos_b, low_b, size)
 
-    def key_tile(i, carry):
-      at = first + i * size
-      k_kH = jax.lax.dynamic_slice_in_dim(k_SH, at, size)
-      return step(carry, band_scores(static, q_RH, k_kH, at, low_b, pos_b), at, *others)
+    def key_tile(seen, i, carry):
+      scores_Rk, taken = band_scores(static, q_RH, k_SH, first + i * size, size, seen)
+      here, _ = jax.lax.optimization_barrier((others, i))  # keeps what `_probs` does in the loop
+      return step(carry, scores_Rk, taken, *here)
 
-    return key_tile(0, init) if tiles == 1 else jax.lax.fori_loop(0, tiles, key_tile, init)
+    carry = jax.lax.fori_loop(0, whole, functools.partial(key_tile, None), init)
+    return jax.lax.fori_loop(whole, tiles, functools.partial(key_tile, (low_b, pos_b)), carry)
 
-  arrays = in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.start_C, *others)
+  arrays = in_tiles(static, chunk.q_CGH, chunk.pos_C, chunk.low_C, *others)
   return jax.lax.map(one, arrays)
 
 
@@ -216,7 +181,6 @@ def _band_top(static: Static, chunk: Chunk, k_SH):
 def _band_forward(static: Static, chunk: Chunk, k_SH, v_SV, ref_CGx):
   """(sum [C, G], out [C, G, V]) of exp(score - reference) over the local blocks."""
   (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
-  v_SV = pad_keys(static, v_SV)
 
   def step(carry, scores_Rk, first, ref_bGx):
     probs_Rk = _probs(scores_Rk, ref_bGx)
@@ -247,7 +211,7 @@ def put_rows(rows_PGH, x_CGH, token_P, filled):
   return jax.lax.fori_loop(0, filled, copy, rows_PGH)
 
 
-def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
+def pair_scores(static: Static, chunk: Chunk, at: xla_layout.Layout, i, q_RH, k_sH):
   """Scores [P * G, s] of tile i; masked ones are 2 * FLOOR.
 
   Blocks before the local ones lie whole in the past and in the document; without the promise of
@@ -265,7 +229,17 @@ def pair_scores(static: Static, chunk: Chunk, at: Layout, i, q_RH, k_sH):
   return jnp.reshape(jnp.where(mask_Ps[:, None, :], scores_PGs, 2 * FLOOR), scores_Rs.shape)
 
 
-def _tile_of(chunk: Chunk, at: Layout, i):
+def _add_rows(x_CG, token_P, new_PG):
+  """x with new rows added at their tokens, but for token C.
+
+  As x.at[token].add(new) in the form that XLA's scatter has inside, else it makes a copy of `new`.
+  """
+  dims = jax.lax.ScatterDimensionNumbers(tuple(range(1, x_CG.ndim + 1)), (), (0,))
+  mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+  return jax.lax.scatter_add(x_CG, token_P[:, None], new_PG[:, None], dims, mode=mode)
+
+
+def _tile_of(chunk: Chunk, at: xla_layout.Layout, i):
   """(token of each place, C where it is not filled; queries [R, H]) of tile i."""
   C, _, H = chunk.q_CGH.shape
   token_P = at.token_IP[i]
@@ -274,7 +248,7 @@ def _tile_of(chunk: Chunk, at: Layout, i):
   return jnp.where(is_filled_P, token_P, C), jnp.reshape(q_PGH, (-1, H))
 
 
-def _pairs_top(static: Static, chunk: Chunk, at: Layout, k_MsH, top_CG):
+def _pairs_top(static: Static, chunk: Chunk, at: xla_layout.Layout, k_MsH, top_CG):
   """The maximum [C, G] of `top` and all scores of the pairs."""
   P, G = static.config.tile, chunk.q_CGH.shape[1]
 
@@ -287,7 +261,9 @@ def _pairs_top(static: Static, chunk: Chunk, at: Layout, k_MsH, top_CG):
   return jax.lax.fori_loop(0, at.num_tiles, one_tile, top_CG)
 
 
-def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, ref_CGx, state):
+def _pairs_forward(
+  static: Static, chunk: Chunk, at: xla_layout.Layout, k_MsH, v_MsV, ref_CGx, state
+):
   """`state`, (sum [C, G], out [C, G, V]) of exp(score - reference), with every pair added."""
   P, G = static.config.tile, chunk.q_CGH.shape[1]
 
@@ -299,10 +275,7 @@ def _pairs_forward(static: Static, chunk: Chunk, at: Layout, k_MsH, v_MsV, ref_C
     probs_Rs = _probs(scores_Rs, ref_CGx.at[token_P].get(mode="clip"))
     sum_PG = jnp.reshape(jnp.sum(probs_Rs, axis=1), (P, G))
     out_PGV = jnp.reshape(dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0)), (P, G, -1))
-    return (
-      sum_CG.at[token_P].add(sum_PG, mode="drop"),
-      out_CGV.at[token_P].add(out_PGV, mode="drop"),
-    )
+    return _add_rows(sum_CG, token_P, sum_PG), _add_rows(out_CGV, token_P, out_PGV)
 
   return jax.lax.fori_loop(0, at.num_tiles, one_tile, state)
 
@@ -324,7 +297,7 @@ def _probs(scores_Rs, ref_XGx):
   return jnp.exp(scores_Rs - ref_R1)
 
 
-def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key, dtype):
+def _reference(static: Static, chunk: Chunk, at: xla_layout.Layout, k_SH, longest_key, dtype):
   """What is subtracted from the scores [C, G] of a query and head before exp.
 
   Any number gives the same softmax as their maximum does, as long as exp neither overflows nor
@@ -355,7 +328,8 @@ def _reference(static: Static, chunk: Chunk, at: Layout, k_SH, longest_key, dtyp
 def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, longest_key):
   """(out [C, G, V], lse [C, G]); longest_key: the largest length of a key."""
   (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
-  at = layout(chunk.ids_CW, chunk.is_pair_CW, k_SH.shape[0] // static.block_size, static.config)
+  num_blocks, tile = k_SH.shape[0] // static.block_size, static.config.tile
+  at = xla_layout.layout(chunk.ids_CW, chunk.is_pair_CW, num_blocks, tile)
   ref_CG = _reference(static, chunk, at, k_SH, longest_key, v_SV.dtype)
   ref_CGx = jax.lax.optimization_barrier(jnp.repeat(ref_CG[:, :, None], COPIES, axis=2))
   if static.num_local:
@@ -375,14 +349,18 @@ def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, longest_key):
 
 def in_chunks(static: Static, q_TGH, pos_T, start_T, ids_TW, *others):
   """(Chunk, *others) with the chunks as leading axis."""
-  is_pair_TW = ids_TW >= 0
+  is_pair_TW, low_T = ids_TW >= 0, start_T
   if static.num_local:
-    # Lists ascend and end with the local blocks: the first columns hold everything else.
-    lowest_T = pos_T // static.block_size - static.num_local + 1
+    # Lists ascend and end with the local blocks: the first columns hold everything else. Those that
+    # hold all the past (as many blocks as there are) are all band.
+    cur_T, first_T = pos_T // static.block_size, start_T // static.block_size
+    is_whole_T = jnp.sum(is_pair_TW, axis=1, dtype=jnp.int32) > cur_T - first_T
+    low_T = jnp.maximum((cur_T - static.num_local + 1) * static.block_size, start_T)
+    low_T = jnp.where(is_whole_T, start_T, low_T)
     ids_TW = ids_TW[:, : max(1, ids_TW.shape[1] - static.num_local)]
-    is_pair_TW = is_pair_TW[:, : ids_TW.shape[1]] & (ids_TW < lowest_T[:, None])
+    is_pair_TW = is_pair_TW[:, : ids_TW.shape[1]] & (ids_TW < (low_T // static.block_size)[:, None])
     is_pair_TW = is_pair_TW & (start_T <= pos_T)[:, None]
-  chunk = Chunk(q_TGH, pos_T, start_T, ids_TW, is_pair_TW)
+  chunk = Chunk(q_TGH, pos_T, start_T, low_T, ids_TW, is_pair_TW)
   lead = (q_TGH.shape[0] // static.config.chunk, static.config.chunk)
   return jax.tree.map(lambda x: jnp.reshape(x, (*lead, *x.shape[1:])), (chunk, *others))
 

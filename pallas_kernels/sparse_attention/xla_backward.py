@@ -6,7 +6,7 @@ dk and dv are added up tile after tile in float32, dq pair by pair in list order
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import xla
+from pallas_kernels.sparse_attention import xla, xla_layout
 
 
 def _probs_and_grads(static: xla.Static, scores_Rs, lse_R1, delta_R1, dout_RV, v_sV):
@@ -26,23 +26,21 @@ def _band_backward(
 ):
   """(dq [C, G, H], dk, dv) with the band's share added to dk [S, H] and dv [S, V]."""
   C, G, H = chunk.q_CGH.shape
-  S = k_SH.shape[0]
   if static.num_local == 0:
     return jnp.zeros((C, G, H), jnp.float32), dk, dv
-  tiles, size = xla.band_keys(static, S)
-  k_SH, v_SV, dk, dv = (xla.pad_keys(static, x) for x in (k_SH, v_SV, dk, dv))
+  size = xla.band_keys(static, k_SH.shape[0])
 
   def one(carry, rows):
-    q_bGH, pos_b, start_b, dout_bGV, lse_bG, delta_bG = rows
-    first, low_b = xla.band_range(static, pos_b, start_b, S)
+    q_bGH, pos_b, low_b, dout_bGV, lse_bG, delta_bG = rows
+    first, _, tiles = xla.band_range(pos_b, low_b, size)
     q_RH, dout_RV = (jnp.reshape(x, (-1, x.shape[-1])) for x in (q_bGH, dout_bGV))
     lse_R1, delta_R1 = (jnp.reshape(x, (-1, 1)) for x in (lse_bG, delta_bG))
 
     def step(i, carry):
       dq_RH, dk, dv = carry
       at = first + i * size
+      scores_Rk, at = xla.band_scores(static, q_RH, k_SH, at, size, (low_b, pos_b))
       k_kH, v_kV = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (k_SH, v_SV))
-      scores_Rk = xla.band_scores(static, q_RH, k_kH, at, low_b, pos_b)
       probs_Rk, dscores_Rk = _probs_and_grads(static, scores_Rk, lse_R1, delta_R1, dout_RV, v_kV)
       dscores_Rk = dscores_Rk.astype(q_RH.dtype)
       dv = _add_at(dv, xla.dot(probs_Rk.astype(dout_RV.dtype), dout_RV, (0, 0)), at)
@@ -52,9 +50,9 @@ def _band_backward(
     dq_RH, dk, dv = jax.lax.fori_loop(0, tiles, step, (jnp.zeros(q_RH.shape, jnp.float32), *carry))
     return (dk, dv), dq_RH
 
-  rows = (chunk.q_CGH, chunk.pos_C, chunk.start_C, dout_CGV, lse_CG, delta_CG)
+  rows = (chunk.q_CGH, chunk.pos_C, chunk.low_C, dout_CGV, lse_CG, delta_CG)
   (dk, dv), dq = jax.lax.scan(one, (dk, dv), xla.in_tiles(static, *rows))
-  return jnp.reshape(dq, (C, G, H)), dk[:S], dv[:S]
+  return jnp.reshape(dq, (C, G, H)), dk, dv
 
 
 def _pairs_backward(
@@ -62,7 +60,7 @@ def _pairs_backward(
 ):
   """(dq [C, G, H], dk, dv) with the pairs' share added."""
   k_MsH, v_MsV = xla.blocks(static, k_SH), xla.blocks(static, v_SV)
-  at = xla.layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config)
+  at = xla_layout.layout(chunk.ids_CW, chunk.is_pair_CW, k_MsH.shape[0], static.config.tile)
   P, G = static.config.tile, lse_CG.shape[1]
 
   def one_tile(i, carry):

@@ -10,8 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_topk import ref
+from pallas_kernels.sparse_topk import choice, ref
 from pallas_kernels.sparse_topk import rule as rules
+
+MANY = 32  # queries a chunk from which on bisection beats a sort of every row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,8 @@ def select_xla(
       coarse = coarse_FH[: rule.num_windows(visible, rules.COARSE)]
       scores = chunk_scores(q, fine, coarse, pos, start, rule, blocks)
       cur, first = pos // rule.block_size, start // rule.block_size
-      return ref.choose(scores, cur, rule, first)
+      choose = choice.choose if chunk >= MANY else ref.choose
+      return choose(scores, cur, rule, first)
 
     parts = []
     for i, num, visible in _bands(padded, chunk, static_offset, num_slots, config.max_bands):

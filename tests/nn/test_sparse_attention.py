@@ -19,7 +19,7 @@ from pallas_kernels.flash import api as flash
 from pallas_kernels.sparse_attention import api as attention_api
 from pallas_kernels.sparse_attention import vjp as attention_vjp
 from pallas_kernels.sparse_attention import xla as attention_xla
-from pallas_kernels.sparse_topk import cases, ref, rule, xla
+from pallas_kernels.sparse_topk import cases, choice, ref, rule, xla
 from tests.nn import sparse_oracle as oracle
 from tests.pallas_kernels import sparse_suite as suite
 
@@ -141,9 +141,10 @@ def test_selection_by_score_regret(selection, lse, implementation):
   oracle.check_select(q[0], k[0], cfg, ids[0], counts[0])
 
 
+@pytest.mark.parametrize("choose", [ref.choose, choice.choose], ids=["ref", "bits"])
 @PROPERTY
 @hypothesis.given(data=st.data())
-def test_choice_is_the_set_of_the_rule(data):
+def test_choice_is_the_set_of_the_rule(choose, data):
   """On given scores with many ties: exactly the blocks that the rule takes, lower ones first."""
   selection = data.draw(st.sampled_from(["joint", "split"]))
   init = data.draw(st.integers(0, 2))
@@ -157,11 +158,24 @@ def test_choice_is_the_set_of_the_rule(data):
   scores = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=M, max_size=M))
   cur = np.arange(-1, M)
   many = np.broadcast_to(np.asarray(scores, np.float32), (M + 1, M))
-  ids, counts = ref.choose(jnp.asarray(many), jnp.asarray(cur), sparse_grid.rule_of(cfg))
+  first = jnp.zeros(M + 1, jnp.int32)
+  ids, counts = choose(jnp.asarray(many), jnp.asarray(cur), sparse_grid.rule_of(cfg), first)
   assert counts[0] == 0 and np.all(ids[0] == -1)
   for row, count, c in zip(np.asarray(ids)[1:], np.asarray(counts)[1:], cur[1:], strict=True):
     assert set(row[:count].tolist()) == oracle.choose(scores, c, cfg)
     assert row[:count].tolist() == sorted(row[:count].tolist()) and np.all(row[count:] == -1)
+
+
+@pytest.mark.parametrize("selection", ["joint", "split"])
+def test_choice_by_bits_is_that_by_sorting(selection):
+  """Rows of 70 blocks (three words), ties, tiny and large scores, documents that begin anywhere."""
+  rng = np.random.default_rng(31)
+  scores = rng.choice([0.0, 1e-38, 0.3, 0.3000001, 7.0, 3e38], size=(200, 70)).astype(np.float32)
+  cur, first = rng.integers(-1, 70, 200), rng.integers(0, 40, 200)
+  rules = sparse_grid.rule_of(oracle.small(selection, topk=20, init_blocks=2))
+  args = (jnp.asarray(scores), jnp.asarray(cur), rules, jnp.asarray(first))
+  for a, b in zip(choice.choose(*args), ref.choose(*args), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_equal_keys_take_the_lowest_blocks():
