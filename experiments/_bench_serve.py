@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import pathlib
 import threading
 import time
@@ -83,6 +84,15 @@ def row(side: str, concurrency: int, answers: Sequence[_serve_load.Answer]) -> d
   }
 
 
+def num_prompts(max_batch: int, concurrencies: Sequence[int], min_requests: int) -> int:
+  """Prompts that `measure` wants: of both sides at every concurrency, and to compile with."""
+  return 2 * max_batch + 2 * sum(_num_requests(concurrencies, min_requests).values())
+
+
+def _num_requests(concurrencies: Sequence[int], min_requests: int) -> dict[int, int]:
+  return {c: max(min_requests, 2 * c) for c in concurrencies}
+
+
 def measure(
   engine: engine_lib.Engine,
   tok: Any,
@@ -94,17 +104,19 @@ def measure(
   """A row a side and concurrency, the sides in turn: two requests a client or `min_requests`.
 
   The engine without stop ids, so that every answer has `new_tokens`. What it compiles is compiled
-  before the first timed request.
+  before the first timed request. Every request has a prompt of its own (`num_prompts`): the prompt
+  cache would hold those of the runs before.
   """
-  nums = {c: max(min_requests, 2 * c) for c in concurrencies}
-  if len(prompts) < max(nums.values()):
-    raise ValueError(f"prompts: found {len(prompts)}, expected at least {max(nums.values())}")
-  alone(engine, prompts[: 2 * engine.cfg.max_batch], engine.cfg.max_batch, new_tokens)
-  rows = []
-  for c, num in nums.items():
-    own = alone(engine, prompts[:num], c, new_tokens)
+  need = num_prompts(engine.cfg.max_batch, concurrencies, min_requests)
+  if len(prompts) < need:
+    raise ValueError(f"prompts: found {len(prompts)}, expected at least {need}")
+  rows, fresh = [], iter(prompts)
+  take = lambda num: list(itertools.islice(fresh, num))  # noqa: E731
+  alone(engine, take(2 * engine.cfg.max_batch), engine.cfg.max_batch, new_tokens)
+  for c, num in _num_requests(concurrencies, min_requests).items():
+    own = alone(engine, take(num), c, new_tokens)
     with serving(engine, tok, max_queue=max(concurrencies)) as url:
-      answers = _serve_load.drive_apart(url, prompts[:num], c, new_tokens)
+      answers = _serve_load.drive_apart(url, take(num), c, new_tokens)
     pair = [row(HTTP, c, answers), row(ALONE, c, own)]
     pair[0]["of engine alone"] = pair[0]["tokens/s"] / pair[1]["tokens/s"]
     pair[1]["of engine alone"] = 1.0

@@ -4,9 +4,10 @@
   python -m experiments.bench_serve --model=RUN --concurrency=1,16 --max_batch=16
 
 Closed loop: each of the clients (a process of its own) streams one answer after the other from
-/v1/completions, greedily, all of --new_tokens. Beside it "engine alone": the same requests at the
-same concurrency put into the same engine without HTTP, text or threads, in the same run. Prompts
-begin differently, so that the prompt cache holds none of them. Compilation is in no number.
+/v1/completions, greedily, all of --new_tokens. Beside it "engine alone": such requests at the
+same concurrency put into the same engine without HTTP, text or threads, in the same run: as many,
+as long, but every prompt is sent once, so that the prompt cache holds none. Compilation is in no
+number.
 Writes OUTPUT/bench_serve_NAME.json and .png. Needs `pip install 'minicpm_jax[serve,plot]'`.
 """
 
@@ -63,7 +64,7 @@ def _run() -> None:
   if path is None:
     raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
   model, params, tok = _models.load(str(path))
-  num = max(_LEAST.value, 2 * max(clients), 2 * _BATCH.value)
+  num = _bench_serve.num_prompts(_BATCH.value, clients, _LEAST.value)
   prompts = _bench_serve.prompts_of(tok, _bench_decode.PROSE, num, _PROMPT.value)
   cfg = config.EngineConfig(
     capacity=_PROMPT.value + _NEW.value + 1,

@@ -40,10 +40,14 @@ def test_server_and_engine_alone_answer_every_request_whole(tmp_path):
   )
   model = transformer.Transformer(cfg)
   parts = generate.for_decoding(model, transformer.init_params(model, jax.random.key(0)))
-  sizes = config.EngineConfig(capacity=32, max_batch=2, chunk_size=16, min_span=64)
+  sizes = config.EngineConfig(capacity=64, max_batch=2, chunk_size=16, min_span=64)
   engine, tok = engine_lib.Engine(*parts, sizes), ByteTokenizer()
-  prompts = _bench_serve.prompts_of(tok, "the quick brown fox", 6, 9)
-  assert all(len(prompt) == 9 for prompt in prompts) and len({tuple(p) for p in prompts}) == 6
+  num = _bench_serve.num_prompts(2, [1, 3], 4)
+  assert num == 4 + 2 * 4 + 2 * 6
+  prompts = _bench_serve.prompts_of(tok, "the quick brown fox", num, 40)  # over min_prefix tokens
+  assert all(len(prompt) == 40 for prompt in prompts) and len({tuple(p) for p in prompts}) == num
+  with pytest.raises(ValueError, match="prompts: found 23, expected at least 24"):
+    _bench_serve.measure(engine, tok, prompts[1:], [1, 3], 5, 4)
   rows = _bench_serve.measure(engine, tok, prompts, [1, 3], 5, 4)
   assert [row["side"] for row in rows] == ["http", "engine alone"] * 2
   assert [row["requests"] for row in rows] == [4, 4, 6, 6]
@@ -54,8 +58,8 @@ def test_server_and_engine_alone_answer_every_request_whole(tmp_path):
   _bench_serve.draw(tmp_path / "a.png", rows, "title")
   assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
   with _bench_serve.serving(engine, tok, 2) as url:
-    with pytest.raises(RuntimeError, match="status 400: .*found 40 tokens"):
-      _serve_load.drive(url, [[1] * 40], 1, 5)
+    with pytest.raises(RuntimeError, match="status 400: .*found 70 tokens"):
+      _serve_load.drive(url, [[1] * 70], 1, 5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.models import cache as cache_lib
+from minicpm_jax.nn import kv
 from tests.infer import small
 
 CHUNK, SLOTS = 16, 72
@@ -215,6 +216,29 @@ def test_a_step_that_reads_every_slot_copies_no_cache(scan_layers):
   found = compiled.memory_analysis().temp_size_in_bytes
   scores = 4 * model.cfg.num_heads * 4096 * 4
   assert found < size / model.cfg.num_layers + scores, (found, size)
+
+
+def test_only_cpus_write_inside_a_loop():
+  """Elsewhere a loop's condition would be a wait for the host in every layer."""
+  x_BSKH, new_BTKH, length_B = jnp.zeros((2, 8, 1, 4)), jnp.ones((2, 3, 1, 4)), jnp.array([0, 4])
+
+  def write(x_BSKH, new_BTKH, length_B):
+    cache = kv.LayerCache(k=x_BSKH, v=x_BSKH[..., :0], length=length_B)
+    return kv.write(cache, new_BTKH, new_BTKH[..., :0])[1]
+
+  args = (x_BSKH, new_BTKH, length_B)
+  traced = jax.jit(write).trace(*args)
+  loops = [
+    traced.lower(lowering_platforms=(name,)).as_text().count("stablehlo.while")
+    for name in ("cpu", "cuda", "tpu")
+  ]
+  assert loops == [1, 0, 0]
+  expected = np.zeros((2, 8, 1, 4))
+  expected[0, :3] = expected[1, 4:7] = 1
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("dp",))
+  mapped = jax.shard_map(write, mesh=mesh, in_specs=jax.P("dp"), out_specs=jax.P("dp"))
+  for found in (jax.jit(write)(*args), jax.jit(mapped)(*args)):
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_gradients_pass_through_a_cache_that_is_read_whole():

@@ -352,11 +352,10 @@ def _messages(fields: _Fields) -> tuple[dict[str, Any], ...]:
 
 
 def _part_text(where: str, part: Any) -> str:
-  """The text of one part of a content; parts of other kinds (images) count for nothing."""
-  kind = part.get("type") if isinstance(part, dict) else None
-  text = part.get("text") if kind == "text" else ""
-  if not isinstance(kind, str) or not isinstance(text, str):
-    expected = 'an object with a type, and a text where that is "text"'
+  """The text of one part of a content; images and the like are refused, no model sees them."""
+  text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+  if not isinstance(text, str):
+    expected = 'a part of text, {"type": "text", "text": ...}'
     raise ApiError(f"{where}: found {part!r:.60}, expected {expected}", param="messages")
   return text
 

@@ -249,7 +249,7 @@ def test_sampling_defaults_are_the_servers(make):
 def test_content_parts_roles_and_template_arguments(make):
   template = "{{ enable_thinking }}|" + scripted.TEMPLATE
   chat, engine = make("ok", template=template)
-  parts = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
+  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
   messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}]
   chat.chat({"messages": messages, "enable_thinking": False, "user": "me"})
   assert bytes(engine.requests[0].prompt[1:]) == b"False|[s]S[u]ab[a]"
@@ -384,6 +384,11 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
       r"messages\[0\].content\[0\]: found",
     ),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages", r"content\[0\]: found 'x'"),
+    (
+      {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+      "messages",
+      r"content\[0\]: found {'type': 'image_url', .*expected a part of text",
+    ),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls: found"),
     (
       {"messages": [{"role": "assistant", "tool_calls": 5}]},
