@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import _command
 from experiments import _short_to_long as toy
+from experiments import _short_to_long_report as report
 from minicpm_jax.core import host_memory
 
 VALUES = flags.FlagValues()
@@ -47,14 +48,14 @@ def _run() -> None:
       "jax": jax.__version__,
       "plan": dataclasses.asdict(plan),
       "sparse": dataclasses.asdict(toy.SPARSE),
-      "summary": toy.summary(seeds),
+      "summary": report.summary(plan, seeds),
       "seeds": seeds,
     }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(path)
-    toy.draw(seeds, path.with_suffix(".png"))
-  print(json.dumps(toy.summary(seeds), indent=1))
+    report.draw(seeds, path.with_suffix(".png"))
+  print(json.dumps(report.summary(plan, seeds), indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:

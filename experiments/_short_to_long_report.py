@@ -1,0 +1,84 @@
+"""Summary and picture of `experiments.short_to_long`."""
+
+import pathlib
+
+import numpy as np
+
+from experiments import _short_to_long as toy
+from minicpm_jax.core import extras
+
+ARMS = {  # name in the picture -> key of `final`
+  "full attention": "full_trained_full_attention",
+  "training-free selection": "full_trained_sparse_attention",
+  "short model, selection untrained": "short_trained_sparse_attention",
+  "sparse, trained": "sparse_trained_sparse_attention",
+  "sparse, read with full attention": "sparse_trained_full_attention",
+}
+FIRST = 10  # steps that count as the switch
+
+
+def summary(plan: toy.Plan, seeds: list[dict]) -> dict:
+  """Needle accuracy of every arm and jump of the loss, means over seeds; points behind full.
+
+  The jump compares equal steps of the two arms, the first FIRST whose rows exceed what a query
+  sees (on shorter rows both compute the same).
+  """
+  found: dict = {"num_seeds": len(seeds)}
+  for name, key in ARMS.items():
+    found[name] = round(float(np.mean([s["final"][key]["needle"] for s in seeds])), 4)
+  for name in ("training-free selection", "sparse, trained"):
+    gaps = [
+      s["final"][ARMS["full attention"]]["needle"] - s["final"][ARMS[name]]["needle"] for s in seeds
+    ]
+    found[f"points behind full attention: {name}"] = [round(100 * gap, 2) for gap in gaps]
+  for name in ("short", "full", "sparse"):
+    shares = [np.max(s["selection"][name]["selected"]) for s in seeds]
+    found[f"needle block selected by the best head, {name}"] = round(float(np.mean(shares)), 3)
+  at = [i for i, length in enumerate(plan.long_lengths()) if length > toy.VISIBLE][:FIRST]
+  jumps = [[s["losses"]["sparse"][i] / s["losses"]["full"][i] - 1 for i in at] for s in seeds]
+  found["largest_loss_jump_at_the_switch"] = round(float(np.max(jumps)), 4)
+  found["mean_loss_jump_at_the_switch"] = round(float(np.mean(jumps)), 4)
+  return found
+
+
+def draw(seeds: list[dict], path: pathlib.Path) -> None:
+  """Training losses, needle accuracy over the long stage, share of needle blocks selected."""
+  pyplot = extras.require_extra("matplotlib.pyplot", extra="plot")
+  figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 3.8))
+  colors = {"short": "gray", "full": "C0", "sparse": "C1"}
+  lines = (  # model, attention it is read with, style, label
+    ("full", "full", "-", "full"),
+    ("full", "sparse", "--", "full, selection at test"),
+    ("sparse", "sparse", "-", "sparse"),
+    ("sparse", "full", "--", "sparse, read with full"),
+  )
+  for i, run in enumerate(seeds):
+    first = 0
+    for name, color in colors.items():
+      losses = _smooth(run["losses"][name])
+      label = None if i else ("short, full" if name == "short" else f"long, {name}")
+      left.plot(first + np.arange(len(losses)), losses, color=color, lw=0.8, label=label)
+      first = len(run["losses"]["short"])
+    for name, form, style, label in lines:
+      rows = run["curves"][name]
+      x, y = [r["step"] for r in rows], [r[f"{form}_needle"] for r in rows]
+      middle.plot(x, y, style, color=colors[name], lw=1, label=None if i else label)
+  for i, (name, color) in enumerate(colors.items()):
+    share_LK = np.mean([s["selection"][name]["selected"] for s in seeds], axis=0)
+    at = np.arange(share_LK.size) + 0.27 * (i - 1)
+    right.bar(at, share_LK.ravel(), 0.25, color=color, label=f"{name} model")
+  names = [f"{layer}.{head}" for layer, head in np.ndindex(share_LK.shape)]
+  right.set_xticks(np.arange(share_LK.size), names)
+  left.set(xlabel="step", ylabel="training loss (answers weigh more)")
+  middle.set(xlabel="steps at long length", ylabel="needle accuracy", ylim=(0, 1.02))
+  right.set(xlabel="layer . key head", ylabel="needle's block selected", ylim=(0, 1.02))
+  for axis in (left, middle, right):
+    axis.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def _smooth(values: list[float], size: int = 20) -> np.ndarray:
+  padded = np.concatenate((np.full(size - 1, values[0]), values))
+  return np.convolve(padded, np.full(size, 1 / size), "valid")
