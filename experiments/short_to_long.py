@@ -1,14 +1,19 @@
 """Dense pretraining at short length, then sparse training at long length, at toy scale.
 
-  python -m experiments.short_to_long                      2 seeds, about 5 CPU minutes
+  python -m experiments.short_to_long                      2 seeds, about 4 CPU minutes each
 
 The recipe of InfLLM v2 (arXiv 2509.24663 section 4.1; configs/minicpm4_8b_sparse.py at real size)
-on a recall task: a model of 0.10M parameters reads rows of 64 tokens with full attention, then
-rows of 256 with blocks of 8, of which a query sees 8 (64 tokens, a quarter). Controls: the same
-steps on the same rows with full attention, and that model with the selection switched on without
-training. Asked: does the loss jump at the switch, and does needle accuracy come within 2 points of
-full attention where the training-free selection does not? Writes OUT/short_to_long.json and .png
-after every seed; seeds that are recorded there with an equal plan are kept.
+on a recall task: a model of 0.11M parameters (2 layers, 4 key heads: 8 selections) reads rows of 64
+tokens with full attention, then, like the paper from four bins of length with equal shares of
+tokens, rows of 64 to 256 with blocks of 8, of which a query sees 8 (64 tokens, a quarter of 256):
+one initial, three local, four chosen of the 28 others (rule "joint", exact normaliser). Controls:
+the same steps on the same rows with full attention, and both dense models with the selection
+switched on untrained. Needles stand anywhere but in the initial and local blocks.
+
+Asked: does the loss jump at the switch, does needle accuracy at 256 come within 2 points of full
+attention, and does the untrained selection not? And why: the share of needles whose block is
+selected, and its median rank, for every layer and key head (`_selection_probe`). Writes
+OUT/short_to_long.json and .png after every seed; seeds recorded there with an equal plan are kept.
 """
 
 import dataclasses

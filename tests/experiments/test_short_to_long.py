@@ -74,6 +74,8 @@ def test_lengths_of_the_long_stage_share_the_tokens():
   assert plan.long_lengths() == [256, 192, 128, 64] * 2
   assert {256, 192} & {n for n in plan.long_lengths() if n > toy.VISIBLE}
   assert toy.Plan(bins=1, long_steps=2).long_lengths() == [256, 256]
+  with pytest.raises(ValueError, match="long: found 96, .* twice the 64 visible"):
+    toy.Plan(bins=1, long=96)
 
 
 def test_probe_agrees_with_the_definition():
@@ -149,7 +151,7 @@ def test_the_experiment_runs_and_keeps_finished_seeds(tmp_path, monkeypatch, cap
   found = json.loads((tmp_path / "short_to_long.json").read_text())
   assert [s["seed"] for s in found["seeds"]] == [0, 1]
   capsys.readouterr()
-  for bad, message in (("--long=96", "the 64 visible"), ("--short=36", "a multiple of 8")):
+  for bad, message in (("--long=96", "long / bins: found 24"), ("--short=36", "a multiple of 8")):
     assert short_to_long.main([*args, bad]) == 1
     assert message in capsys.readouterr().err
 
