@@ -3,7 +3,8 @@
   python -m experiments.bench_quantize --text=CALIBRATION --heldout=TEXT --output=benchmarks/results
 
 Full precision, RTN and the GGUF types once; GPTQ, P-GPTQ and S-P-GPTQ for every calibration seed;
-METHOD:bound is P- with first positions bounded instead of left out (quantize.p_first). The order to
+METHOD:bound is P- with first positions bounded instead of left out (quantize.p_first), and
+METHOD:bound:bound has them bounded in the smoothing search too (quantize.awq_first). The order to
 expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity. The JSON is
 written after every value, and what it has of the same setting is kept. Default model: the 135M
 model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
@@ -94,8 +95,10 @@ def _run() -> None:
     for name in _METHODS.value:
       if has(name, seed):
         continue
-      method, _, first = name.partition(":")
-      more = {"p_first": first} if first else {}
+      method, *rules = name.split(":")
+      if len(rules) > 2:
+        raise ValueError(f"--methods: found {name!r}, expected METHOD[:P_FIRST[:AWQ_FIRST]]")
+      more = dict(zip(("p_first", "awq_first"), rules, strict=False))
       cfg = quantize.QuantizeConfig(method=method, solver=solver, awq_tokens=1024, **more)
       start = time.perf_counter()
       done = quantize.quantize_model(model, params, _quantize.batches(chosen, 4), cfg)
