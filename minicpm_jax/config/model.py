@@ -234,6 +234,7 @@ class ModelConfig:
       f"a multiple of num_kv_heads {self.num_kv_heads}",
     )
     require(self.arch in ("minicpm", "llama", "minicpm3"), "model.arch", self.arch, "a known arch")
+    require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "a number in (0, 1)")
     require(
       (self.arch == "minicpm3") == (self.mla is not None),
       "model.mla",

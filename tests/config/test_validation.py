@@ -33,6 +33,7 @@ from minicpm_jax.models import zoo
     (lambda: zoo.nano(num_heads=3), r"model\.num_heads: found 3, expected a multiple"),
     (lambda: zoo.nano(arch="minicpm3"), r"model\.mla: found None"),
     (lambda: zoo.nano(head_dim=31), r"model\.head_dim: found 31"),
+    (lambda: zoo.nano(norm_eps=-1.0), r"model\.norm_eps: found -1\.0"),
     (lambda: zoo.minicpm4_8b(head_dim=64), "64 factors.*expected rotary_dim / 2 = 32 factors"),
     (lambda: config.ScheduleConfig(min_ratio=0.0), "> 0 for exp_to"),
     (lambda: config.OptimConfig(b2=1.0), r"optim\.b2: found 1\.0"),
