@@ -43,7 +43,8 @@ def for_decoding(
 
   On a CPU: layers unrolled (1.3 to 2 times faster than the scan), floats as float32 (bfloat16
   matrix-vector products are 5 to 16 times slower; environment.md section 8), projections of one
-  input joined (`models.joined`), and the weights in memory of large pages (`core.huge_pages`).
+  input joined and stored outputs first (`models.joined`, which also goes back), and the weights in
+  memory of large pages (`core.huge_pages`).
   Quantised weights keep their codes, packed where the packed matmuls serve them.
   """
   if jax.default_backend() != "cpu":
@@ -54,7 +55,7 @@ def for_decoding(
   widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
   params = jax.tree.map(lambda x: widen(jnp.asarray(x)), params)
   params = tree.map_qtensors(_packed, joined.join_projections(cfg, params))
-  params = huge_pages.place(params)
+  params = huge_pages.place(joined.store_by_output(cfg, params))
   cfg = dataclasses.replace(cfg, dtype="f32", param_dtype="f32", remat="none")
   return transformer.Transformer(cfg), params
 

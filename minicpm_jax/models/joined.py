@@ -1,8 +1,9 @@
-"""Projections that read the same input as one kernel: q|k|v and gate|up, for decoding.
+"""The form of projections that decodes fastest on a CPU: q|k|v and gate|up joined, outputs first.
 
-One matrix-vector product of three widths takes less time than three: on a CPU each product has its
-own start and end on all cores. The function is unchanged. Only the forward pass knows this form:
-`ckpt`, `deploy.quantize` and `models.convert` split by themselves; `quant` refuses it by name.
+One matrix-vector product of three widths takes less time than three: each product has its own start
+and end on all cores. Floats lie with their outputs first (`nn.output_major`). The function is
+unchanged. Only the forward pass knows the form: `ckpt`, `deploy.quantize` and `models.convert` undo
+it by themselves; `quant` refuses it by name.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
+from minicpm_jax.nn import output_major
 from minicpm_jax.quant import qat, qtensor, tree
 
 # block: (joined name, outputs of each part of `tree.JOINED`, axis of the outputs from the end)
@@ -23,6 +25,8 @@ _RULES: dict[str, _Rule] = {
   "mlp": ("gate_up", lambda c: (c.mlp_dim, c.mlp_dim), -1),
 }
 
+_NUM_IN = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}
+
 
 def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   """The same model with `attn/qkv` and `mlp/gate_up` where its parts can be joined.
@@ -30,10 +34,6 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   Floats that the forward quantises, apart or joined, stay apart (latent weights, FP8: the rule goes
   by path), and so do quantised kernels of different form. Experts and MLA have other projections.
   """
-
-  def is_quantised(path: str, kernel: Any) -> bool:
-    is_stored = qtensor.is_qtensor(kernel)
-    return not is_stored and qat.is_active(cfg.quant) and cfg.quant.selects(f"{path}/kernel")
 
   def join(path: str, block: types.Params, rule: _Rule) -> types.Params:
     name, _, axis = rule
@@ -43,7 +43,7 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
     kernels = [block[part]["kernel"] for part in parts]
     if not _is_alike(kernels):
       return block
-    if any(is_quantised(f"{path}/{part}", kernels[0]) for part in (*parts, name)):
+    if any(_is_rounded(cfg, f"{path}/{part}", kernels[0]) for part in (*parts, name)):
       return block
     rest = {n: leaf for n, leaf in block.items() if n not in parts}
     joined = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
@@ -53,7 +53,10 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
 
 
 def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
-  """Inverse of `join_projections`; parameters of the split form are returned as they are."""
+  """Inverse of `join_projections` and `store_by_output`; other parameters stay as they are."""
+  is_stored = lambda x: isinstance(x, output_major.OutputMajor)  # noqa: E731
+  restored = lambda x: output_major.restore(x) if is_stored(x) else x  # noqa: E731
+  params = jax.tree.map(restored, params, is_leaf=is_stored)
 
   def split(path: str, block: types.Params, rule: _Rule) -> types.Params:
     name, sizes, axis = rule
@@ -69,6 +72,34 @@ def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
     return rest
 
   return _map_blocks(split, params)
+
+
+def store_by_output(cfg: ModelConfig, params: types.Params) -> types.Params:
+  """Float projections of unrolled layers with their outputs first, beside joined ones.
+
+  QTensors stay, and so do floats that the forward quantises, and blocks with nothing joined.
+  """
+  if cfg.scan_layers:
+    raise ValueError("scan_layers: found stacked layers, expected one subtree a layer")
+
+  def stored(path: str, leaf: Any) -> Any:
+    kernel = leaf.get("kernel")
+    if not isinstance(kernel, jax.Array) or _is_rounded(cfg, path, kernel):
+      return leaf
+    return {**leaf, "kernel": output_major.store(kernel, _NUM_IN[path.rsplit("/", 1)[1]])}
+
+  def one(path: str, block: types.Params, rule: _Rule) -> types.Params:
+    if rule[0] not in block:  # `quant` knows this form by the joined name
+      return block
+    return {n: stored(f"{path}/{n}", x) if n in _NUM_IN else x for n, x in block.items()}
+
+  return _map_blocks(one, params)
+
+
+def _is_rounded(cfg: ModelConfig, path: str, kernel: Any) -> bool:
+  """Whether the forward itself quantises the float kernel under this path."""
+  is_stored = qtensor.is_qtensor(kernel)
+  return not is_stored and qat.is_active(cfg.quant) and cfg.quant.selects(f"{path}/kernel")
 
 
 def _map_blocks(

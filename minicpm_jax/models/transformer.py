@@ -241,6 +241,8 @@ class Transformer(nn.Module):
       ctx = ctx.replace(is_mask_BT=ahead.mask_BT > 0)
       prompts = (ahead.k_LPKH, ahead.v_LPKH)
     if is_stepped:
+      # Or XLA computes cosines and sines again in every layer, for every head.
+      ctx = ctx.replace(tables=jax.lax.optimization_barrier(ctx.tables))
       ctx = _with_step(cfg, cache, step, tokens_BT.shape, ctx)
     elif cache is not None:
       cache, ctx = _extend(cfg, cache, segment_ids_BT, ctx)

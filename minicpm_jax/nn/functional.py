@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from minicpm_jax.nn import output_major
 from minicpm_jax.quant import qat, qtensor
 
 Act = Literal["silu", "fatrelu"]
@@ -57,7 +58,7 @@ _gated_silu.defvjp(lambda gate, up: (_gated_silu(gate, up), (gate, up)), _gated_
 
 def linear(
   x: Float[Array, "*rows"],
-  kernel: Num[Array, "*kernel"] | qtensor.QTensor | qat.Prepared,
+  kernel: Num[Array, "*kernel"] | output_major.OutputMajor | qtensor.QTensor | qat.Prepared,
   num_in: int = 1,
 ) -> Float[Array, "*out"]:
   """Contracts the last `num_in` axes of x with the first of the kernel, in x's dtype.
@@ -68,12 +69,16 @@ def linear(
   is_cut = jax.sharding.get_abstract_mesh().shape.get("cp", 1) > 1
   if isinstance(kernel, qtensor.QTensor) and not is_cut:
     return qtensor.matmul(x, kernel)
+  is_turned = isinstance(kernel, output_major.OutputMajor)
   if is_cut:
+    kernel = output_major.restore(kernel) if is_turned else kernel
     return jnp.tensordot(x, qat.as_array(kernel, x.dtype), axes=num_in)
   is_prepared = isinstance(kernel, qat.Prepared)
   shape = kernel.latent.shape if is_prepared else kernel.shape
   rows, out, width = x.shape[: x.ndim - num_in], shape[num_in:], math.prod(shape[:num_in])
-  if is_prepared:
+  if is_turned:
+    y = output_major.matmul(x.reshape(-1, width), kernel)
+  elif is_prepared:
     y = qat.matmul(x.reshape(-1, width), kernel)
   else:
     y = jnp.matmul(x.reshape(-1, width), kernel.astype(x.dtype).reshape(width, -1))

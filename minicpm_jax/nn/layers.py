@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import mesh, types
-from minicpm_jax.nn import functional
+from minicpm_jax.nn import functional, output_major
 from minicpm_jax.quant import leaf, qat, qtensor
 
 
@@ -37,13 +37,17 @@ def kernel_leaf(
   num_in: int = 1,
   num_lead: int = 0,
 ) -> Any:
-  """The parameter `kernel` of `module` as the matmul wants it: floats, QTensor or Prepared."""
+  """The parameter `kernel` of `module` as the matmul wants it: floats in either order, or codes."""
   path, layout = "/".join((*module.path, "kernel")), dict(num_in=num_in, num_lead=num_lead)
   if module.has_variable("params", "kernel"):
     stored = nn.unbox(module.get_variable("params", "kernel"))
     if qtensor.is_qtensor(stored):
       leaf.check_leaf(stored, path, shape)
     if qat.is_leaf(stored):
+      return stored
+    if isinstance(stored, output_major.OutputMajor):
+      if stored.shape != tuple(shape):
+        raise ValueError(f"{path}: found shape {stored.shape}, expected {tuple(shape)}")
       return stored
   normal = nn.initializers.normal(std)
   init = nn.with_logical_partitioning(normal, axes)

@@ -32,6 +32,12 @@ def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
   leaves = trees.flatten_paths(params, qtensor.is_qtensor)
   found = {path: w for path, w in leaves.items() if cfg.selects(path)}
   for path in leaves:
+    kernel = path.removesuffix("/values")
+    if kernel != path and any(map(cfg.selects, (kernel, *_parts(kernel)))):
+      raise ValueError(
+        f"{path}: found a kernel in the form of decoding (nn/output_major.py), expected one as it "
+        "is trained: models.joined.split_projections"
+      )
     if path not in found and any(map(cfg.selects, _parts(path))):
       raise _joined_error(path)
   if not found:

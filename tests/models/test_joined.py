@@ -12,6 +12,7 @@ from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.config import FP8Config, MoEConfig, QuantConfig
 from minicpm_jax.core import trees
 from minicpm_jax.models import convert, joined, transformer
+from minicpm_jax.nn import output_major
 from minicpm_jax.quant import awq, qtensor, rotate, tree
 from tests.models import common
 
@@ -164,3 +165,44 @@ def test_upcycled_codes_and_quantised_kernels_by_name(dense):
     rotate.rotate(cfg, low)
   with pytest.raises(ValueError, match="found a QTensor"):
     awq.fold_up_down(low["layers_0"], jnp.ones(cfg.mlp_dim))
+
+
+def test_output_major_kernels_give_equal_logits_and_come_back(dense, tmp_path):
+  cfg, params, expected = dense
+  new = joined.store_by_output(cfg, joined.join_projections(cfg, params))
+  attn = new["layers_0"]["attn"]
+  heads = cfg.num_heads + 2 * cfg.num_kv_heads
+  assert attn["qkv"]["kernel"].values.shape == (heads, cfg.head_dim, cfg.model_dim)
+  assert attn["o"]["kernel"].values.shape == (cfg.model_dim, cfg.num_heads, cfg.head_dim)
+  kernel = np.asarray(params["layers_0"]["attn"]["o"]["kernel"])
+  np.testing.assert_array_equal(attn["o"]["kernel"].values, np.moveaxis(kernel, 2, 0))
+  np.testing.assert_allclose(logits(cfg, new), expected, atol=1e-5)
+  again = joined.store_by_output(cfg, new)
+  assert jax.tree.structure(again) == jax.tree.structure(new)
+  back = joined.split_projections(cfg, new)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  model = transformer.Transformer(cfg)
+  ckpt.save_hf(tmp_path / "a", model, params)
+  ckpt.save_hf(tmp_path / "b", model, new)
+  one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
+  assert one == other
+
+
+def test_output_major_form_is_of_floats_that_run_as_they_are(dense):
+  cfg, params, _ = dense
+  latent = dataclasses.replace(cfg, quant=QuantConfig(scheme="ternary", include=("attn/o/",)))
+  new = joined.store_by_output(latent, joined.join_projections(latent, params))["layers_0"]
+  assert isinstance(new["attn"]["o"]["kernel"], jax.Array)
+  assert isinstance(new["mlp"]["down"]["kernel"], output_major.OutputMajor)
+  with pytest.raises(ValueError, match="scan_layers: found stacked layers"):
+    joined.store_by_output(dataclasses.replace(cfg, scan_layers=True), params)
+  apart = joined.store_by_output(cfg, params)  # nothing joined: not this form
+  assert isinstance(apart["layers_0"]["attn"]["o"]["kernel"], jax.Array)
+  wrong = joined.store_by_output(cfg, joined.join_projections(cfg, params))
+  down = QuantConfig(scheme="int8", weights="codes", include=("mlp/down/",))
+  with pytest.raises(ValueError, match="mlp/down/kernel/values: found a kernel in the form of dec"):
+    tree.quantize_params(down, wrong)
+  wrong["layers_0"]["mlp"]["down"]["kernel"] = output_major.store(jnp.zeros((3, 2)))
+  with pytest.raises(ValueError, match=r"layers_0/mlp/down/kernel: found shape \(3, 2\), expected"):
+    logits(cfg, wrong)
