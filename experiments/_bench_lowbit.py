@@ -1,7 +1,8 @@
 """Formulations of one row times a low-bit kernel on a CPU, side by side.
 
 Each takes a float kernel once (`prepare`) and is then a function of (x [1, D], arrays). The names
-say what is stored and how the sum is written; the one that the model uses is "fused rows".
+say what is stored and how the sum is written; the model uses "fused rows", and "16-bit sums" where
+its config rounds activations (quant.act_bits).
 """
 
 import statistics
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax.quant import qtensor
-from pallas_kernels.w4a16_gemm import packed, xla_rows
+from pallas_kernels.w4a16_gemm import packed, xla_int_rows, xla_rows
 
 TILE = 64  # outputs of a tile
 
@@ -103,6 +104,14 @@ def _rows(bits: int, low: int) -> Callable[..., Any]:
   return lambda x, codes, scale: xla_rows.matmul_rows(x, codes, scale, bits=bits, low=low)
 
 
+def _int_rows(bits: int, low: int) -> Callable[..., Any]:
+  def apply(x_1D: Any, codes: Any, scale: Any) -> Any:
+    x8_1D, x_scale_11 = qtensor.round_rows(x_1D)
+    return xla_int_rows.matmul_rows(x8_1D, codes, scale, bits=bits, low=low) * x_scale_11
+
+  return apply
+
+
 FORMULATIONS = {
   "float32: dot": Formulation(lambda w: (w,), jnp.matmul),
   "int8: int8 activations, int32 dot [D, F]": Formulation(_codes("int8"), _int8_dot(0)),
@@ -119,6 +128,11 @@ FORMULATIONS = {
   "int4: fused rows": Formulation(_packed("int4"), _rows(4, -8)),
   "int4 in groups of 64: fused rows": Formulation(_packed("int4", 64), _rows(4, -8)),
   "ternary: fused rows": Formulation(_packed("ternary"), _rows(2, -1)),
+  "int4: int8 activations, 16-bit sums": Formulation(_packed("int4"), _int_rows(4, -8)),
+  "int4 in groups of 64: int8 activations, 16-bit sums": Formulation(
+    _packed("int4", 64), _int_rows(4, -8)
+  ),
+  "ternary: int8 activations, 16-bit sums": Formulation(_packed("ternary"), _int_rows(2, -1)),
 }
 
 

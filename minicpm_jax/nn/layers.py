@@ -44,7 +44,7 @@ def kernel_leaf(
     if qtensor.is_qtensor(stored):
       leaf.check_leaf(stored, path, shape)
     if qat.is_leaf(stored):
-      return stored
+      return qat.view(cfg.quant, path, stored, **layout, dtype=types.dtype_of(cfg.dtype))
     if isinstance(stored, output_major.OutputMajor):
       if stored.shape != tuple(shape):
         raise ValueError(f"{path}: found shape {stored.shape}, expected {tuple(shape)}")

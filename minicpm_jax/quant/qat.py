@@ -130,6 +130,8 @@ def view(
   cfg: QuantConfig | None, path: str, w: Any, *, num_in: int, num_lead: int = 0, dtype: Any
 ) -> Any:
   """What the matmul gets for the leaf `w` at `path`: as it is, or prepared on the spot."""
+  if qtensor.is_qtensor(w) and cfg is not None and cfg.act_bits is not None:
+    return w.replace(act_bits=cfg.act_bits)
   if is_leaf(w) or not is_active(cfg) or not cfg.selects(path):
     return w
   return prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)
@@ -140,16 +142,16 @@ def view(
 
 def as_array(kernel: Any, dtype: Any) -> Float[types.AnyArray, "..."]:
   """A kernel as floats in `dtype` (experts, kv_b, sequences cut over cp), not of FP8."""
-  if qtensor.is_qtensor(kernel):
-    return qtensor.dequantize(kernel, dtype)
-  if not isinstance(kernel, Prepared):
+  if not is_leaf(kernel):
     return kernel.astype(dtype)
   for name in ("fp8", "act_bits"):
-    if (found := getattr(kernel, name)) is not None:
+    if (found := getattr(kernel, name, None)) is not None:
       raise NotImplementedError(
         f"quant.{name}: found {found} for a kernel that is not used as one matrix product "
         "(experts, kv_b, a sequence cut over cp), expected None"
       )
+  if qtensor.is_qtensor(kernel):
+    return qtensor.dequantize(kernel, dtype)
   value = kernel.value
   if kernel.scale is not None:
     lead = kernel.scale.shape[:-2]
@@ -162,7 +164,7 @@ def matmul(x_MK: Float[types.AnyArray, "M K"], kernel: Prepared) -> Float[types.
   """x times the quantised kernel in x's dtype, with the straight-through gradient."""
   K = x_MK.shape[1]
   if kernel.act_bits is not None:
-    x_MK = straight_through(x_MK, fake_rows(jax.lax.stop_gradient(x_MK)))
+    x_MK = straight_through(x_MK, qtensor.fake_rows(jax.lax.stop_gradient(x_MK)))
   flat = [a.reshape(K, -1) for a in (kernel.latent, kernel.value)]
   if kernel.fp8 is not None:
     return fp8.linear(x_MK, *flat, kernel.scale, kernel.fp8)
@@ -198,12 +200,7 @@ def _scaled_backward(saved: Any, dy_MN: Any) -> Any:
 scaled_matmul.defvjp(_scaled_forward, _scaled_backward)
 
 
-def fake_rows(x_MK: Float[types.AnyArray, "M K"]) -> Float[types.AnyArray, "M K"]:
-  """int8 fake quantisation of activations, one absmax scale a token (the optional hook)."""
-  x32 = x_MK.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x32), axis=-1, keepdims=True) * (1.0 / 127)
-  scale = jnp.where(scale > 0, scale, 1.0)
-  return (jnp.clip(jnp.round(x32 / scale), -127, 127) * scale).astype(x_MK.dtype)
+fake_rows = qtensor.fake_rows  # rounds the rows of a matrix to 8 bits
 
 
 # --- Health --------------------------------------------------------------------------------------

@@ -39,6 +39,29 @@ def test_tokens_are_those_of_the_dequantised_model(scheme, size):
   np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme, size", [("int4", 16), ("ternary", -1)])
+def test_rounded_inputs_are_those_of_training_with_them(scheme, size):
+  """act_bits on codes, decoded row by row in integers, against the latent model that rounds."""
+  quant = config.QuantConfig(scheme=scheme, group_size=size, act_bits=8)
+  cfg, params = common.config(), common.build(common.config())[1]
+  latent_cfg = dataclasses.replace(cfg, quant=quant)
+  codes_cfg, codes = convert.to_codes(latent_cfg, params, "packed")
+  assert codes_cfg.quant.act_bits == 8
+  model, codes = generate.for_decoding(transformer.Transformer(codes_cfg), codes)
+  greedy = config.SamplingConfig(max_new_tokens=6)
+  found = generate.generate(model, codes, [PROMPT], greedy)
+  latent = transformer.Transformer(latent_cfg)
+  tokens, forward = [*PROMPT, *found.tokens[0]], jax.jit(latent.apply)
+  logits = forward({"params": params}, np.asarray([tokens])).logits[0, len(PROMPT) - 1 : -1]
+  assert found.tokens[0] == logits.argmax(axis=-1).tolist()
+  expected = jax.nn.log_softmax(logits)[np.arange(6), np.asarray(found.tokens[0])]
+  np.testing.assert_allclose(found.logprobs[0], expected, atol=1e-3)
+  off = dataclasses.replace(codes_cfg.quant, act_bits=None)
+  plain = dataclasses.replace(model.cfg, quant=off)
+  other = generate.generate(transformer.Transformer(plain), codes, [PROMPT], greedy)
+  assert np.abs(np.subtract(found.logprobs[0][:1], other.logprobs[0][:1])).max() > 1e-4
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form for few rows is the CPU's")
 def test_unpacked_codes_do_not_travel_through_the_loop():
   """XLA moves what a loop does not change in front of it: unpacked codes as integers or floats."""

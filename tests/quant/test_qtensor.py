@@ -316,3 +316,26 @@ def test_recipe_text_round_trip():
   assert config.override(cfg, "quant.scheme", "ternary").quant.scheme == "ternary"
   off = common.config("minicpm4_8b")
   assert config.override(off, "quant.group_size", "32").quant == QuantConfig(group_size=32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize(
+  "scheme, size, packed",
+  [("int4", 32, True), ("int4", -1, True), ("ternary", -1, True), ("int8", -1, True)]
+  + [("int4", 32, False)],
+)
+def test_rounded_inputs_times_the_kernel(scheme, size, packed, rows):
+  """float64: each row by its largest value to -127..127, then the dequantised kernel."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(rows, 96)).astype(np.float32)
+  x[-1] = 0.0 if rows > 1 else x[-1]
+  qt = qtensor.quantize(jnp.asarray(rng.normal(size=(96, 5, 8)), jnp.float32), scheme, size)
+  qt = (qtensor.pack(qt) if packed else qt).replace(act_bits=8)
+  scale = np.abs(x.astype(np.float64)).max(axis=1, keepdims=True) / 127
+  rounded = np.round(x / np.where(scale > 0, scale, 1)) * scale
+  kernel = np.asarray(qtensor.dequantize(qt), np.float64).reshape(96, -1)
+  found = jax.jit(qtensor.matmul)(jnp.asarray(x), qt)
+  assert found.shape == (rows, 5, 8)
+  np.testing.assert_allclose(found.reshape(rows, -1), rounded @ kernel, rtol=1e-5, atol=1e-4)
+  plain = qtensor.matmul(jnp.asarray(x), qt.replace(act_bits=None))
+  assert np.abs(found - plain).max() > 1e-3
