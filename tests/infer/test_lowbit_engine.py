@@ -41,7 +41,7 @@ def test_tokens_are_those_of_the_dequantised_model(scheme, size):
 
 @pytest.mark.parametrize("scheme, size", [("int4", 16), ("ternary", -1)])
 def test_rounded_inputs_are_those_of_training_with_them(scheme, size):
-  """act_bits on codes, decoded row by row in integers, against the latent model that rounds."""
+  """act_bits on codes, decoded row by row, against the latent model that rounds."""
   quant = config.QuantConfig(scheme=scheme, group_size=size, act_bits=8)
   cfg, params = common.config(), common.build(common.config())[1]
   latent_cfg = dataclasses.replace(cfg, quant=quant)

@@ -11,7 +11,7 @@ import pytest
 
 from minicpm_jax.quant import qtensor
 from pallas_kernels.w4a16_gemm import cases as packed_cases
-from pallas_kernels.w4a16_gemm import ref, xla, xla_int_rows, xla_rows
+from pallas_kernels.w4a16_gemm import ref, xla, xla_rows
 from pallas_kernels.w8a16_gemm import api, cases
 
 
@@ -49,42 +49,6 @@ def test_few_rows_are_the_equation(name, bits):
   groups = 1 if case.group_size == -1 else case.num_in // case.group_size
   assert xla_rows.block_size(case.num_in, groups, bits) in (20, 24, 25, 32)
   suite.check(xla_rows.matmul_rows, case, bits)
-
-
-INT_ROWS = ROWS | {
-  "many_blocks": Case(rows=1, num_in=1664, num_out=24, group_size=-1),  # 104 sums a lane at 4 bits
-  "many_groups": Case(rows=2, num_in=1152, num_out=24, group_size=64, has_zero=True),
-}
-
-
-@pytest.mark.parametrize("bits", [4, 2])
-@pytest.mark.parametrize("name", INT_ROWS)
-def test_few_int8_rows_are_the_equation_exactly_rounded_once(name, bits):
-  """The largest inputs and codes too: a sum of 16 bits must hold them."""
-  case = INT_ROWS[name]
-  (x, codes, scale, zero), w = suite.inputs(case, bits)
-  rng = np.random.default_rng(0)
-  x8 = rng.integers(-127, 128, x.shape)
-  x8[:, : x.shape[1] // 2] = 127
-  high = suite.pack(np.full(w.shape, suite.RANGES[bits][1]), bits)
-  low = suite.RANGES[bits][0]
-  for packed in (codes, jnp.asarray(high)):
-    run = jax.jit(lambda x, c: xla_int_rows.matmul_rows(x, c, scale, zero, bits=bits, low=low))
-    kernel = ref.dequantize_ref(packed, scale, zero, num_in=case.num_in, bits=bits, low=low)
-    expected = x8 @ np.asarray(kernel, np.float64)
-    found = run(jnp.asarray(x8, jnp.int8), packed)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-
-
-def test_which_int8_rows_are_served():
-  x, scale = jnp.zeros((1, 64), jnp.int8), jnp.zeros((1, 8))
-  assert xla_int_rows.serves(x, scale, 4) == (jax.default_backend() == "cpu")
-  assert not xla_int_rows.serves(x, scale, 8)  # two products do not fit into 16 bits
-  assert not xla_int_rows.serves(jnp.zeros((xla_rows.MAX_ROWS + 1, 64)), scale, 4)
-  assert not xla_int_rows.serves(x, jnp.zeros((16, 8)), 4)  # groups of 4
-  for bits in (4, 2):
-    assert xla_int_rows.block_size(4096, 1, bits) * 127 * (2**bits - 1) < 2**15
 
 
 def test_few_rows_in_bf16_err_no_more_than_a_bf16_product():
