@@ -111,9 +111,9 @@ def _int_sums(bits: int, low: int) -> Callable[..., Any]:
   """
 
   def apply(x_1D: Any, codes_RF: Any, scale_QF: Any) -> Any:
-    x8_1D, x_scale_11 = qtensor.round_rows(x_1D)
+    x_scale = jnp.max(jnp.abs(x_1D)) / 127
     per_byte, (Q, F) = 8 // bits, scale_QF.shape
-    x_PJ = x8_1D.astype(jnp.int16).reshape(-1, xla_rows.UNROLL)
+    x_PJ = jnp.rint(x_1D / x_scale).astype(jnp.int16).reshape(-1, xla_rows.UNROLL)
     codes_PrF = codes_RF.reshape(x_PJ.shape[0], -1, F)
     sums_PF = 0
     for r in range(codes_PrF.shape[1]):
@@ -125,7 +125,7 @@ def _int_sums(bits: int, low: int) -> Callable[..., Any]:
     for p in range(x_PJ.shape[0]):
       q = p * Q // x_PJ.shape[0]
       y_1F += sums_PF[p : p + 1].astype(jnp.float32) * scale_QF[q : q + 1]
-    return y_1F * x_scale_11
+    return y_1F * x_scale
 
   return apply
 
