@@ -39,6 +39,7 @@ class QTensor:
   g_idx: [*lead, in] int32 group of every input, None = consecutive groups;
   order: [*lead, in] int32, of packed codes alone: row r of the codes is input order[r], and in this
     order groups are consecutive.
+  act_bits: 8 = `matmul` rounds every row of its inputs (`fake_rows`); the forward sets it.
   """
 
   codes: Any
@@ -51,6 +52,7 @@ class QTensor:
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
   num_in: int = flax.struct.field(pytree_node=False, default=1)
   is_packed: bool = flax.struct.field(pytree_node=False, default=False)
+  act_bits: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
   def lead(self) -> tuple[int, ...]:
@@ -305,6 +307,7 @@ _PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul, "int8": w8a1
 def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
   """x [*rows, *in] times the kernel, in x's dtype.
 
+  With `act_bits` the rows of x are rounded first (`fake_rows`; no gradient in x).
   Packed int4, int8 and ternary codes in consecutive or sorted groups go through the packed matmuls
   of `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others:
   with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
@@ -316,6 +319,7 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
   if tuple(x.shape[x.ndim - qt.num_in :]) != qt.shape[: qt.num_in]:
     raise ValueError(f"x: found shape {x.shape}, expected [..., *{qt.shape[: qt.num_in]}]")
   x_MK = x.reshape(-1, width)
+  x_MK = x_MK if qt.act_bits is None else fake_rows(x_MK)
   rule = schemes.get(qt.scheme)
   if has_packed_matmul(qt):
     x_MK = x_MK if qt.order is None else jnp.take(x_MK, qt.order, axis=1)
@@ -338,3 +342,11 @@ def _packed_matmul(x_MK: Float[types.AnyArray, "M K"], qt: QTensor) -> Float[typ
   arrays = [a.reshape(a.shape[0], -1) for a in (qt.codes, qt.scale, qt.zero) if a is not None]
   op = functools.partial(_PACKED[qt.scheme], group_size=qt.group_size)
   return mesh.by_rows(op, (x_MK,), tuple(arrays))
+
+
+def fake_rows(x_MK: Float[types.AnyArray, "M K"]) -> Float[types.AnyArray, "M K"]:
+  """x rounded to 8 bits, one scale a row: its largest value / 127. What is not finite stays so."""
+  x32_MK = x_MK.astype(jnp.float32)
+  scale_M1 = jnp.max(jnp.abs(x32_MK), axis=-1, keepdims=True) * (1.0 / 127)
+  scale_M1 = jnp.where(scale_M1 > 0, scale_M1, 1.0)
+  return (jnp.clip(jnp.round(x32_MK / scale_M1), -127, 127) * scale_M1).astype(x_MK.dtype)
