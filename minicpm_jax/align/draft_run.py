@@ -1,13 +1,16 @@
 """One run that trains a draft for a frozen target: resumable, sharded, with acceptance curves.
 
 A workdir holds config.py, checkpoints/ (the draft and its optimiser; the target is read anew),
-metrics.jsonl, vocab_ids.npy (the reduced vocabulary of EAGLE-3's head or of the loss), features/
-(`align.draft_features`, with stored_rows), and what `align.draft_export` writes at the end.
-Starting it again goes on from the newest checkpoint.
+metrics.jsonl, vocab_ids.npy (the reduced vocabulary of EAGLE-3's head or of the loss),
+feature_exponent.json (`align.draft_scale`), features/ (`align.draft_features`, with stored_rows),
+and what `align.draft_export` writes at the end. Starting it again goes on from the newest
+checkpoint.
 """
 
 import contextlib
+import dataclasses
 import functools
+import json
 import os
 import pathlib
 import time
@@ -20,7 +23,7 @@ import numpy as np
 from minicpm_jax import ckpt, config
 from minicpm_jax.align import bita as bita_loss
 from minicpm_jax.align import draft as draft_loss
-from minicpm_jax.align import draft_export, draft_features
+from minicpm_jax.align import draft_export, draft_features, draft_scale
 from minicpm_jax.ckpt import bita_io, draft_io, orbax_io, run_config
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
@@ -123,15 +126,16 @@ class _Run:
     optimizer = objective.make_optimizer(cfg, both)
     self.abstract = _abstract_state(optimizer, both, places, self.mesh)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
+    self.trained = self._trained_config(params)
     self.state, self.step, self.tokens = self._begin(optimizer, params)
 
     # --- Step functions --------------------------------------------------------------------------
-    loss_fn = objective.make_loss_fn(cfg, self.model, self.ids)
+    loss_fn = objective.make_loss_fn(self.trained, self.model, self.ids)
     step_fn = step_lib.make_train_step(
       loss_fn, objective.make_totals_fn(cfg), optimizer, grad_accum=cfg.grad_accum
     )
     self.train_step = step_lib.jit_train_step(step_fn, self.abstract, self.mesh)
-    acceptance = objective.make_acceptance_fn(cfg, self.model, self.ids)
+    acceptance = objective.make_acceptance_fn(self.trained, self.model, self.ids)
     self.eval_step = step_lib.jit_eval_step(acceptance, self.abstract, self.mesh)
     self.schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
 
@@ -215,6 +219,28 @@ class _Run:
     self.batches.close()
     self.batches = draft_features.Epochs(rows, size, cfg.seed)
 
+  def _trained_config(self, params: types.Params) -> config.DistillConfig:
+    """The config whose draft is in the state: EAGLE-3 has its features at unit size there."""
+    cfg, path = self.cfg, self.workdir / "feature_exponent.json"
+    if cfg.draft.kind != "eagle3" or not cfg.unit_features:
+      return cfg
+    if path.exists():
+      k = json.loads(path.read_text())["exponent"]
+    elif self.store.latest_step() is not None:  # of a run before there was such a file
+      k = 0
+    else:
+      size = cfg.data.batch_size
+      with contextlib.closing(
+        iterator.make_iterator(cfg.data, batch_size_per_host=size, process_count=1)
+      ) as batches:
+        k = draft_scale.exponent(cfg.draft, self.model, params, next(batches))
+      if mesh_lib.is_main_process():
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps({"exponent": k}) + "\n")
+        partial.replace(path)
+    return dataclasses.replace(cfg, draft=draft_scale.scaled(cfg.draft, k))
+
   def _begin(self, optimizer: Any, target_params: types.Params) -> Any:
     """(state, step, tokens seen): own checkpoint, a given draft, the MTP module, random."""
     cfg, places = self.cfg, step_lib.shardings_of(self.abstract)
@@ -237,7 +263,11 @@ class _Run:
       return state, newest, int(self.store.meta(newest)["tokens"])
     if cfg.init_from is not None:
       load = bita_io.load_bita if self.is_bita else draft_io.load_draft
-      draft = load(cfg.init_from, self.model.cfg).params
+      loaded = load(cfg.init_from, self.model.cfg)
+      draft = loaded.params
+      if cfg.draft.kind == "eagle3":
+        new = self.trained.draft.feature_scale
+        draft = draft_scale.moved(draft, loaded.cfg.feature_scale, new)
     elif self.is_bita:
       draft = bita_lib.init_params(cfg.draft, self.model.cfg, rng.key(cfg.seed, "draft_init"))
     elif cfg.from_mtp:
@@ -300,6 +330,9 @@ class _Run:
     else:
       # The head of the other kinds is the target's.
       ids = self.ids if self.cfg.draft.kind == "eagle3" else None
+      if self.cfg.draft.kind == "eagle3":
+        scales = (self.trained.draft.feature_scale, self.cfg.draft.feature_scale)
+        params = draft_scale.moved(params, *scales)
       draft = draft_lib.Draft(self.cfg.draft, params, ids)
     if mesh_lib.is_main_process():
       draft_export.write(self.workdir, draft, self.model.cfg)

@@ -104,6 +104,7 @@ class DistillConfig:
   init_from: str | None = None  # draft folder; None = random, or the target's MTP module
   from_mtp: bool = False  # start from the target's MTP module (kind minicpm)
   head_from_target: bool = True  # eagle3: norm and head start as the target's rows, else random
+  unit_features: bool = True  # eagle3: features at rms 1 while training (`align.draft_scale`)
   num_steps: int = 1000
   seed: int = 0
   grad_accum: int = 1
