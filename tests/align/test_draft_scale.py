@@ -56,8 +56,8 @@ def test_training_in_other_units_gives_the_same_file(tmp_path, target):
   assert loaded.cfg.feature_scale == cfg.draft.feature_scale
   model, moved = draft_lib.DraftModel(cfg.draft), draft_scale.moved(found.params, 0.5, 2.0)
   feature = np.random.default_rng(0).normal(size=(1, 3, cfg.draft.feature_dim)).astype(np.float32)
-  feature = jnp.asarray(feature)
-  x, y = (model.apply({"params": p}, feature, method="fuse") for p in (found.params, moved))
+  fuse = jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(feature), method="fuse"))
+  x, y = fuse(found.params), fuse(moved)
   np.testing.assert_array_equal(y, x / 4)
 
 
