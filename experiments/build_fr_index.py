@@ -47,6 +47,9 @@ def run(values: flags.FlagValues) -> None:
   if tok is None:
     raise ValueError(f"--tokenizer: found none in {values.tokenizer}")
   vocab_size = values.vocab_size or tok.vocab_size
+  sizes = [size_of(text, vocab_size) for text in values.sizes]  # before hours of counting
+  if not sizes:
+    raise ValueError("--sizes: found none, expected numbers of ids or shares like 25%")
   counts = []
   for path in values.corpus:
     docs = documents.read([path], text_field=values.text_field, text_split="line")
@@ -57,8 +60,8 @@ def run(values: flags.FlagValues) -> None:
   weights = [float(w) for w in values.weights] or [float(c.sum()) for c in counts]
   mixed = frspec.mix(counts, weights)
   forced = frspec.forced_ids(tok)
-  for text in values.sizes:
-    ids = frspec.build_index(mixed, size_of(text, vocab_size), forced)
+  for size in sizes:
+    ids = frspec.build_index(mixed, size, forced)
     paths = frspec.save_index(values.output, ids)
     print(
       f"{len(ids):,} ids ({len(ids) / vocab_size:.1%} of the vocabulary) keep "

@@ -159,3 +159,6 @@ def test_command_counts_lines_and_forces_markers(tmp_path, capsys):
   assert build_fr_index.main(args[:2]) == 1
   assert build_fr_index.main([*args, "--sizes=many"]) == 1
   assert "expected a number of ids" in capsys.readouterr().err
+  assert build_fr_index.main([*args, "--sizes="]) == 1
+  out, err = capsys.readouterr()
+  assert "--sizes: found none" in err and not out  # nothing is counted in vain
