@@ -189,6 +189,7 @@ def test_smoothing_of_latent_attention():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["minicpm_moe_8x2b", "minicpm3_4b"])
 def test_smoothed_kinds_are_quantised(name):
   model, params = common.build(common.config(name, num_layers=1))
