@@ -101,35 +101,47 @@ def draft_ms(drafter: Any, model: Any, params: base.Params, repeats: int = 30) -
   return 1e3 * float(np.median(taken))
 
 
-def row(
-  name: str,
+def rows(
   model: Any,
   params: Any,
-  drafter: Drafter | None,
+  named: dict[str, Drafter | None],
   prompts: list[list[int]],
   sampling: config.SamplingConfig,
-  expected: list[list[int]] | None,
-) -> tuple[dict[str, Any], list[list[int]]]:
-  """One drafter over all prompts, one after the other; the first prompt is run twice (compiles)."""
+) -> list[dict[str, Any]]:
+  """A row a drafter (the first is None: plain decoding), all of them in turn on every prompt.
+
+  In turn, because a machine's speed drifts by more than drafters differ. Programs are compiled
+  before, on the first prompt.
+  """
   longest = max(map(len, prompts)) + sampling.max_new_tokens
   cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
-  more = {} if drafter is None else dict(drafter=drafter[0], draft_params=drafter[1])
-  engine = engine_lib.Engine(model, params, cfg, **more)
-  engine.generate(prompts[:1], sampling)
-  out = engine.generate(prompts, sampling)
-  accepted = [n for stats in out.stats for n in stats.accepted]
-  seconds = sum(stats.decode_seconds for stats in out.stats)
-  num_new = sum(len(tokens) - 1 for tokens in out.tokens)
-  found = {
-    "drafter": name,
-    "mean_accept_length": float(np.mean(accepted)),
-    "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
-    "tokens_per_second": num_new / seconds,
-    "tokens_equal_plain": None if expected is None else out.tokens == expected,
-  }
-  if drafter is not None:
-    found["draft_ms"] = draft_ms(drafter[0], model, base.Params(params, drafter[1]))
-  return found, out.tokens
+  engines = {}
+  for name, drafter in named.items():
+    more = {} if drafter is None else dict(drafter=drafter[0], draft_params=drafter[1])
+    engines[name] = engine_lib.Engine(model, params, cfg, **more)
+    engines[name].generate(prompts[:1], sampling)
+  outs = {name: [] for name in named}
+  for prompt in prompts:
+    for name, engine in engines.items():
+      outs[name].append(engine.generate([prompt], sampling))
+  tokens = {name: [out.tokens[0] for out in found] for name, found in outs.items()}
+  expected = tokens[next(iter(named))]
+  found = []
+  for name, drafter in named.items():
+    stats = [out.stats[0] for out in outs[name]]
+    accepted = [n for one in stats for n in one.accepted]
+    num_new = sum(len(one) - 1 for one in tokens[name])
+    row = {
+      "drafter": name,
+      "mean_accept_length": float(np.mean(accepted)),
+      "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
+      "tokens_per_second": num_new / sum(one.decode_seconds for one in stats),
+      "tokens_equal_plain": None if drafter is None else tokens[name] == expected,
+    }
+    if drafter is not None:
+      row["draft_ms"] = draft_ms(drafter[0], model, base.Params(params, drafter[1]))
+    found.append(row)
+  return found
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:

@@ -54,17 +54,13 @@ def run(values: flags.FlagValues) -> None:
     found = values.draft_logit_scale
     raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
   named = lib.drafters(model, params, values.draft, fr_ids, sizes, scales)
-  plain, expected = lib.row("plain", model, params, None, prompts, sampling, None)
-  rows = [plain]
-  print(f"plain: {plain['tokens_per_second']:.1f} tok/s", flush=True)
-  for name, drafter in named.items():
-    found, _ = lib.row(name, model, params, drafter, prompts, sampling, expected)
-    rows.append(found)
+  rows = lib.rows(model, params, {"plain": None, **named}, prompts, sampling)
+  print(f"plain: {rows[0]['tokens_per_second']:.1f} tok/s")
+  for found in rows[1:]:
     print(
-      f"{name}: accept length {found['mean_accept_length']:.2f}, "
+      f"{found['drafter']}: accept length {found['mean_accept_length']:.2f}, "
       f"{found['tokens_per_second']:.1f} tok/s, tree {found['draft_ms']:.2f} ms, "
-      f"tokens equal plain: {found['tokens_equal_plain']}",
-      flush=True,
+      f"tokens equal plain: {found['tokens_equal_plain']}"
     )
   title = (
     f"{model.cfg.name}: tree {values.levels}/{values.top_k}/{values.nodes}, temperature "

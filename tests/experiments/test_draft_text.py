@@ -17,6 +17,7 @@ from experiments import (
 from minicpm_jax import ckpt, config
 from minicpm_jax.data import documents, shards, sources
 from minicpm_jax.infer import generate
+from minicpm_jax.infer.drafters import ngram
 from minicpm_jax.models import draft as draft_lib
 from tests.models import common
 
@@ -114,6 +115,20 @@ def test_trees_and_variants_are_parsed_or_refused():
   assert found == [("x", "eagle3", ["a.b=1,2", "c=3"]), ("eagle", "eagle", [])]
   with pytest.raises(ValueError, match="--variant: found 'x:other'"):
     list(_compare_drafts.variants(["x:other"]))
+
+
+def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
+  """2 prompts of 9 tokens: the first of each comes from its prefill, 8 from rounds."""
+  model, params = common.build(common.config(num_layers=1))
+  named = {"plain": None, "ngram": (ngram.NGramDrafter(num_levels=2), ())}
+  sampling = config.SamplingConfig(max_new_tokens=9)
+  plain, drafted = _bench_drafts.rows(model, params, named, [[3, 4, 3, 4], [5, 6]], sampling)
+  assert plain["accepted"] == [16] and plain["mean_accept_length"] == 1
+  assert plain["tokens_equal_plain"] is None and drafted["tokens_equal_plain"] is True
+  counts = np.arange(1, len(drafted["accepted"]) + 1)
+  assert np.dot(counts, drafted["accepted"]) == 16 and sum(drafted["accepted"]) < 16
+  assert drafted["mean_accept_length"] == pytest.approx(16 / sum(drafted["accepted"]))
+  assert plain["tokens_per_second"] > 0 and drafted["draft_ms"] > 0
 
 
 def test_every_logit_scale_is_a_row_of_its_own(tmp_path):
