@@ -46,13 +46,14 @@ def fold_to_llama(cfg: ModelConfig, params: types.Params) -> Converted:
   """muP multipliers multiplied into the weights: a plain Llama (Mixtral for experts), untied.
 
   Exact in real arithmetic; in bf16 the factors round, so fold in float32 and cast last. Not for
-  training: Adam, weight decay and the muP learning rates act on the unfolded tensors.
+  training: Adam, weight decay and the muP learning rates act on the unfolded tensors. The form of
+  decoding (`models.joined`) is undone first.
   """
   if cfg.mla is not None:
     raise ValueError(f"model.arch: found {cfg.arch!r}, expected 'minicpm' or 'llama' for folding")
   if cfg.mtp is not None:
     raise ValueError("model.mtp: found an MTP module, expected none (drop params['mtp'] first)")
-  _, params = untie(cfg, params)
+  _, params = untie(cfg, joined.split_projections(cfg, params))
   params = _scale_params(params, cfg.scale_emb, cfg.residual_scale, 1.0 / cfg.logit_divisor)
   folded = dataclasses.replace(
     cfg,
@@ -77,6 +78,7 @@ def unfold_from_llama(
     original_cfg, vocab_multiple=llama_cfg.vocab_multiple, scan_layers=llama_cfg.scan_layers
   )
   scale = 1.0 / cfg.residual_scale
+  params = joined.split_projections(llama_cfg, params)
   params = _scale_params(params, 1.0 / cfg.scale_emb, scale, cfg.logit_divisor)
   if cfg.tie_embeddings:
     params = {name: leaf for name, leaf in params.items() if name != "lm_head"}

@@ -34,10 +34,7 @@ def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
   for path in leaves:
     kernel = path.removesuffix("/values")
     if kernel != path and any(map(cfg.selects, (kernel, *_parts(kernel)))):
-      raise ValueError(
-        f"{path}: found a kernel in the form of decoding (nn/output_major.py), expected one as it "
-        "is trained: models.joined.split_projections"
-      )
+      raise _output_major_error(path)
     if path not in found and any(map(cfg.selects, _parts(path))):
       raise _joined_error(path)
   if not found:
@@ -49,8 +46,10 @@ def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
 
 
 def check_floats(params: types.Params) -> None:
-  """Refuses what rewriting kernels by name would miss: joined projections, and QTensors."""
+  """Refuses what rewriting kernels by name would miss: forms of decoding, and QTensors."""
   for path, w in trees.flatten_paths(params, qtensor.is_qtensor).items():
+    if path.endswith("/kernel/values"):
+      raise _output_major_error(path)
     if _parts(path):
       raise _joined_error(path)
     if qtensor.is_qtensor(w):
@@ -64,6 +63,13 @@ def _parts(path: str) -> list[str]:
       block = path.removesuffix(f"{name.split('/')[1]}/kernel")
       return [f"{block}{part}/kernel" for part in parts]
   return []
+
+
+def _output_major_error(path: str) -> ValueError:
+  return ValueError(
+    f"{path}: found a kernel in the form of decoding (nn/output_major.py), expected one as it is "
+    "trained: models.joined.split_projections"
+  )
 
 
 def _joined_error(path: str) -> ValueError:

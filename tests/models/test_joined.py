@@ -203,6 +203,18 @@ def test_output_major_form_is_of_floats_that_run_as_they_are(dense):
   down = QuantConfig(scheme="int8", weights="codes", include=("mlp/down/",))
   with pytest.raises(ValueError, match="mlp/down/kernel/values: found a kernel in the form of dec"):
     tree.quantize_params(down, wrong)
+  for call in (
+    lambda: rotate.rotate(cfg, wrong),
+    lambda: awq.fold_up_down(wrong["layers_0"], jnp.ones(cfg.mlp_dim)),
+  ):
+    with pytest.raises(ValueError, match="/kernel/values: found a kernel in the form of decoding"):
+      call()
+  llama_cfg, llama = convert.fold_to_llama(cfg, wrong)  # o and down carry the residual scale
+  np.testing.assert_allclose(logits(llama_cfg, llama), dense[2], atol=1e-4)
+  _, back = convert.unfold_from_llama(
+    llama_cfg, joined.store_by_output(llama_cfg, joined.join_projections(llama_cfg, llama)), cfg
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, params)
   wrong["layers_0"]["mlp"]["down"]["kernel"] = output_major.store(jnp.zeros((3, 2)))
   with pytest.raises(ValueError, match=r"layers_0/mlp/down/kernel: found shape \(3, 2\), expected"):
     logits(cfg, wrong)
