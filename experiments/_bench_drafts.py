@@ -25,7 +25,11 @@ Drafter = tuple[Any, Any]
 def prompts_of(path: str, tok: Any, num: int, max_tokens: int) -> list[list[int]]:
   """Beginnings of held-out token documents, or prompts of a JSONL file (turns, prompt or text)."""
   if (pathlib.Path(path) / shards.INDEX_FILE).exists():
-    return list(_regenerate.beginnings([path], num, seed=2))
+    found = list(_regenerate.beginnings([path], num, seed=2))
+    if not found:
+      least = _regenerate.PROMPT_TOKENS
+      raise ValueError(f"--prompts: {path}: found no document of {least} tokens, expected one")
+    return found
   texts = _regenerate.prompt_texts(path)
   spread = texts[:: max(1, len(texts) // num)][:num]
   return [_regenerate.encode_prompt(tok, text)[:max_tokens] for text in spread]

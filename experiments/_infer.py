@@ -247,7 +247,9 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
     )
   if kind in ("eagle", "eagle3", "chain", "hier", "bita") and cfg.draft_model_path is None:
     raise ValueError(f"--draft_model_path: found none, expected a draft for --draft_kind={kind}")
-  if cfg.use_eagle3 and kind != "eagle3":
+  # The draft of a hierarchy's small model may be one too.
+  is_used = kind == "eagle3" or (kind == "hier" and cfg.hier_draft_path is not None)
+  if cfg.use_eagle3 and not is_used:
     raise ValueError(f"--use_eagle3: found with {kind} drafts, expected an EAGLE-3 draft's folder")
   if kind == "none":
     return None, ()

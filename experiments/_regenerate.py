@@ -56,7 +56,8 @@ def regenerate(
   made, tested = (workdir / "generated" / name for name in ("train", "heldout"))
   if values.prompts:
     prompts = chat_prompts(values.prompts, target[2], values.regenerate + HELDOUT)
-    train, test = prompts[HELDOUT:], prompts[:HELDOUT]
+    cut = min(HELDOUT, len(prompts) // 2)
+    test, train = prompts[:cut], prompts[cut : cut + values.regenerate]
   else:
     trained = [s.path for s in cfg.data.sources if s.name not in cfg.eval_sources]
     if held_out:
@@ -89,6 +90,8 @@ def write_generated(
   """
   if (out / shards.INDEX_FILE).exists():
     return
+  if not prompts:
+    raise ValueError(f"{out.name}: found no prompts, expected some to go on with (--regenerate)")
   model, params, tok = target
   model, params = generate.for_decoding(model, params)
   capacity = generate.bucket(max(map(len, prompts)) + sampling.max_new_tokens)
@@ -180,16 +183,23 @@ def prompt_texts(path: str) -> list[str]:
 
 
 def _prompt_text(path: str, index: int, row: dict[str, Any]) -> str:
-  if "messages" in row:
-    return row["messages"][0]["content"]
-  if "turns" in row:
-    return row["turns"][0]
-  if "question" in row:
-    return f"{row['text']}\n\n{row['question']}" if "text" in row else row["question"]
-  for name in ("prompt", "text"):
-    if name in row:
-      return row[name]
-  raise ValueError(
-    f"{path}: row {index}: found fields {sorted(row)}, expected messages, turns, question, prompt "
-    "or text"
-  )
+  expected = "expected messages, turns, question, prompt or text"
+  if not isinstance(row, dict) or not {"messages", "turns", "question", "prompt", "text"} & set(
+    row
+  ):
+    found = f"fields {sorted(row)}" if isinstance(row, dict) else f"{row!r:.60}"
+    raise ValueError(f"{path}: row {index}: found {found}, {expected}")
+  try:
+    if "messages" in row:
+      text = row["messages"][0]["content"]
+    elif "turns" in row:
+      text = row["turns"][0]
+    elif "question" in row and "text" in row:
+      text = f"{row['text']}\n\n{row['question']}"
+    else:
+      text = next(row[name] for name in ("question", "prompt", "text") if name in row)
+  except (LookupError, TypeError):
+    text = None
+  if not isinstance(text, str):
+    raise ValueError(f"{path}: row {index}: found {row!r:.80} without a text, {expected}")
+  return text

@@ -23,6 +23,7 @@ from minicpm_jax.core import logging as logging_lib
 def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   define = {"flag_values": values}
+  count = define | {"lower_bound": 1}
   flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
   flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
   flags.DEFINE_multi_string("draft", [], "NAME:FOLDER[:3/4/12]; repeatable.", **define)
@@ -32,9 +33,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("top_k", 4, "Nodes that a level grows from.", **define)
   flags.DEFINE_integer("nodes", 12, "Nodes of the tree, root included.", **define)
   flags.DEFINE_list("draft_logit_scale", [], "Of drafts, a row each; default: theirs.", **define)
-  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
-  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
-  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
+  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **count)
+  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **count)
+  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", lower_bound=2, **define)
   flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
   flags.DEFINE_string("output", "benchmarks/results/drafts", "Without suffix.", **define)
   return _command.parse(values, argv, __doc__, needed=("target", "prompts"))

@@ -3,8 +3,8 @@
   python -m experiments.bench_serve                          (the 135M model of fetch_model)
   python -m experiments.bench_serve --model=RUN --concurrency=1,16 --max_batch=16
 
-Closed loop: each of the clients (a process of its own) streams one answer after the other from
-/v1/completions, greedily, all of --new_tokens. Beside it "engine alone": such requests at the
+Closed loop: each of the clients (threads of another process) streams one answer after the other
+from /v1/completions, greedily, all of --new_tokens. Beside it "engine alone": such requests at the
 same concurrency put into the same engine without HTTP, text or threads, in the same run: as many,
 as long, but every prompt is sent once, so that the prompt cache holds none. Compilation is in no
 number.

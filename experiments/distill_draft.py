@@ -64,6 +64,8 @@ def run(values: flags.FlagValues) -> None:
     cfg = config.overrides(run_config.read(workdir), values["set"].value)
     draft_run.train(cfg, workdir)
     return
+  if values.prompts and not values.regenerate:
+    raise ValueError("--prompts: found without --regenerate, expected how many to answer")
   target = draft_run.load_target(values.target)
   cfg = lib.make_config(values, target[0].cfg)
   if values.regenerate:

@@ -27,17 +27,18 @@ from minicpm_jax.infer.drafters import base, eagle, mtp
 def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   define = {"flag_values": values}
+  count = define | {"lower_bound": 1}
   flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
   flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **define)
   flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
   flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **define)
   flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **define)
-  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **define)
-  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **define)
-  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", **define)
+  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **count)
+  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **count)
+  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", lower_bound=2, **define)
   flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
-  flags.DEFINE_integer("length", 256, "Context at which steps are timed.", **define)
-  flags.DEFINE_integer("repeats", 15, "Timed runs of every size.", **define)
+  flags.DEFINE_integer("length", 256, "Context at which steps are timed.", **count)
+  flags.DEFINE_integer("repeats", 15, "Timed runs of every size.", **count)
   flags.DEFINE_integer("spec_num_iter", 6, "Levels of the tree.", **define)
   flags.DEFINE_integer("spec_topk_per_iter", 10, "Nodes that a level grows from.", **define)
   flags.DEFINE_list("sizes", [str(n) for n in tune.SIZES], "Tree sizes, root included.", **define)

@@ -264,6 +264,8 @@ class _Run:
     if cfg.init_from is not None:
       load = bita_io.load_bita if self.is_bita else draft_io.load_draft
       loaded = load(cfg.init_from, self.model.cfg)
+      if not self.is_bita and loaded.cfg.layer.quant is not None:
+        raise ValueError(f"init_from: {cfg.init_from}: found quantised weights, expected floats")
       draft = loaded.params
       if cfg.draft.kind == "eagle3":
         new = self.trained.draft.feature_scale

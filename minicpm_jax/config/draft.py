@@ -1,6 +1,7 @@
 """Draft models of speculative decoding: shapes, scales, head (inference.md sections 10-12)."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from minicpm_jax.config.data import DataConfig
@@ -151,7 +152,7 @@ class DistillConfig:
       require(ok, "loss_vocab_size", self.loss_vocab_size, expected)
     require(0 < self.ttt_decay <= 1, "ttt_decay", self.ttt_decay, "in (0, 1]")
     found = self.loss_temperature
-    require(found > 0, "loss_temperature", found, "> 0")
+    require(0 < found < math.inf, "loss_temperature", found, "a number > 0")
     ok = found == 1 or self.draft.kind != "bita"
     require(ok, "loss_temperature", found, "1 for bita (its target is a token)")
     require(

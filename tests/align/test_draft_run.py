@@ -122,3 +122,6 @@ def test_command_regenerates_text_and_trains_from_the_mtp_module(tmp_path, capsy
   second = [f"--workdir={tmp_path / 'two'}", f"--init_from={tmp_path / 'one' / 'draft'}"]
   assert distill_draft.main(["x", *common_args, *second, "--int4=16"]) == 0
   assert distill_draft.main(["x", f"--workdir={tmp_path / 'two'}"]) == 0  # nothing left to do
+  third = [f"--workdir={tmp_path / 'three'}", f"--init_from={tmp_path / 'two' / 'draft_int4'}"]
+  assert distill_draft.main(["x", *common_args, *third]) == 1
+  assert "draft_int4: found quantised weights, expected floats" in capsys.readouterr().err

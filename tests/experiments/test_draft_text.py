@@ -12,7 +12,9 @@ from experiments import (
   _compare_drafts,
   _distill_draft,
   _regenerate,
+  bench_drafts,
   distill_draft,
+  tune_tree,
 )
 from minicpm_jax import ckpt, config
 from minicpm_jax.data import documents, shards, sources
@@ -48,6 +50,11 @@ def test_prompts_of_every_form_of_row(tmp_path):
   assert found == ["a", "c", "f\n\ne", "g", "h", "i"]
   with pytest.raises(ValueError, match=r"row 1: found fields \['x'\], expected messages"):
     _regenerate.prompt_texts(jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"x": 1}]))
+  for row in ({"messages": []}, {"messages": [{"role": "user"}]}, {"turns": 3}, {"text": None}):
+    with pytest.raises(ValueError, match="bad.jsonl: row 0: found .* without a text, expected"):
+      _regenerate.prompt_texts(jsonl(tmp_path / "bad.jsonl", [row]))
+  with pytest.raises(ValueError, match="row 0: found 5, expected messages"):
+    _regenerate.prompt_texts(jsonl(tmp_path / "bad.jsonl", [5]))
   with pytest.raises(ValueError, match="found no rows"):
     _regenerate.prompt_texts(jsonl(tmp_path / "c.jsonl", []))
 
@@ -103,6 +110,40 @@ def test_held_out_answers_begin_otherwise_than_those_trained_on(tmp_path, monkey
   assert found.eval_sources == ("generated_heldout",)
 
 
+def test_prompts_that_are_too_few_or_too_short_are_refused(tmp_path, capsys):
+  docs = documents.from_texts(["1 2 3"])
+  shards.prepare(docs, tmp_path / "t", name="t", tokenizer=_regenerate.Ids(64), add_eos=False)
+  with pytest.raises(ValueError, match="--prompts: .*found no document of 32 tokens"):
+    _bench_drafts.prompts_of(str(tmp_path / "t"), None, 2, 192)
+  for command, flag in ((bench_drafts, "--num_prompts=0"), (tune_tree, "--new_tokens=1")):
+    assert command.main(["x", "--target=t", f"--prompts={tmp_path / 't'}", flag]) == 1
+    assert flag[2:].split("=")[0] in capsys.readouterr().err
+
+
+def test_few_prompts_are_halved_and_none_is_an_error(tmp_path, monkeypatch):
+  model, params = common.build(common.config(num_layers=1))
+  target = (model, params, ChatIds(64))
+  written = {}
+  monkeypatch.setattr(
+    _regenerate,
+    "write_generated",
+    lambda out, target, prompts, s: written.update({out.name: prompts}),
+  )
+  path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"{n}"} for n in range(10, 15)])
+  args = ["x", f"--workdir={tmp_path}", "--regenerate=9", f"--prompts={path}"]
+  cfg = _distill_draft.distill_config(model.cfg, "x", "eagle", [], 4, needs_data=False)
+  _regenerate.regenerate(cfg, target, tmp_path, distill_draft.parse(args))
+  assert (len(written["heldout"]), len(written["train"])) == (2, 3)
+  assert {p[1] for p in sum(written.values(), [])} == set(range(10, 15))
+  _regenerate.regenerate(cfg, target, tmp_path, distill_draft.parse([*args, "--regenerate=1"]))
+  assert len(written["train"]) == 1
+  monkeypatch.undo()
+  with pytest.raises(ValueError, match="train: found no prompts, expected some"):
+    _regenerate.write_generated(tmp_path / "train", target, [], config.SamplingConfig())
+  with pytest.raises(ValueError, match="--prompts: found without --regenerate"):
+    distill_draft.run(distill_draft.parse(["x", "--target=t", *args[1::2]]))
+
+
 def test_trees_and_variants_are_parsed_or_refused():
   sizes = {"num_levels": 3, "top_k": 4, "num_nodes": 12}
   assert _bench_drafts._named("a:dir", sizes) == ("a", "dir", sizes)
@@ -151,7 +192,7 @@ def test_every_logit_scale_is_a_row_of_its_own(tmp_path):
   [
     (["--int4=16", "--ternary=16"], "--int4, --ternary: found 16 and 16"),
     (["--kind=bita", "--ternary=16"], "which has no layer"),
-    (["--set=loss_temperature=0"], "loss_temperature: found 0.0, expected > 0"),
+    (["--set=loss_temperature=0"], "loss_temperature: found 0.0, expected a number > 0"),
   ],
 )
 def test_settings_of_training_that_are_refused(argv, match):

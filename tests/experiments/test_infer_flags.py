@@ -293,6 +293,9 @@ def test_bita_and_hierarchical_drafts_on_disk_give_the_plain_text(folder, tmp_pa
     assert out == plain
     if more[0] == hier[0]:
       assert float(re.search(r"mean accept length: +([\d.]+)", err)[1]) > 3
+  inner = [*hier, f"--hier_draft_path={tmp_path / 'draft'}", *sizes, "--use_eagle3"]
+  assert generate.main([*common, *inner]) == 1  # the flag is of the inner draft
+  assert "found a draft of kind minicpm, expected eagle3" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -308,6 +311,10 @@ def test_bita_and_hierarchical_drafts_on_disk_give_the_plain_text(folder, tmp_pa
     ),
     (["--draft_model_path=/no"], "/no"),
     (["--use_eagle3"], "use_eagle3: found with none drafts"),
+    (
+      ["--use_eagle3", "--draft_kind=hier", "--draft_model_path=/no"],
+      "use_eagle3: found with hier drafts",
+    ),
     (["--block_window_size=-1"], "block_window_size: found -1, expected >= 0"),
   ],
 )

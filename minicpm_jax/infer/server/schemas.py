@@ -16,6 +16,7 @@ from minicpm_jax import config
 from minicpm_jax.text import tools as tools_lib
 
 MAX_STOPS = 16  # stop strings of a request
+MAX_DEPTH = 100  # levels of a body: objects and lists in each other
 MAX_CHOICES = 16  # answers to one request
 MAX_TOP = {"chat": 20, "completion": 5}  # most likely tokens beside each of the answer's (OpenAI's)
 Kind = Literal["chat", "completion"]
@@ -106,7 +107,7 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody:
   """A request of /v1/chat/completions."""
-  _check_unicode(body)
+  _check_body(body)
   fields = _Fields(body)
   messages = _messages(fields)
   entries = fields.take("tools", list, [])
@@ -140,7 +141,7 @@ def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody
 
 def parse_completion(body: Mapping[str, Any], limits: config.ServerConfig) -> CompletionBody:
   """A request of /v1/completions: one prompt, as text or as token ids."""
-  _check_unicode(body)
+  _check_body(body)
   fields = _Fields(body)
   prompt = fields.take("prompt", (str, list), None)
   if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
@@ -159,13 +160,25 @@ def parse_completion(body: Mapping[str, Any], limits: config.ServerConfig) -> Co
 # --- Parts ------------------------------------------------------------------------------------
 
 
-def _check_unicode(body: Mapping[str, Any]) -> None:
-  """JSON may escape half of a surrogate pair; no tokenizer and no answer can hold it."""
+def _check_body(body: Mapping[str, Any]) -> None:
+  """Bounds the nesting, before something recurses into it, and refuses half surrogate pairs.
+
+  JSON may escape half of such a pair; no tokenizer and no answer can hold it.
+  """
+  level, depth = [body], 0
+  while level := [y for x in level for y in _children(x)]:
+    depth += 1
+    if depth > MAX_DEPTH:
+      raise ApiError(f"body: found more than {MAX_DEPTH} levels of nesting, expected at most that")
   try:
     json.dumps(body, ensure_ascii=False, default=str).encode()
   except UnicodeEncodeError as error:
     found = error.object[error.start]
     raise ApiError(f"body: found half a surrogate pair, {found!r}, expected text") from error
+
+
+def _children(value: Any) -> Any:
+  return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 class _Fields:

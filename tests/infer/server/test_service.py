@@ -40,6 +40,14 @@ def make(byte_tokenizer):
     item.close(0.0)
 
 
+def nested(levels):
+  """A schema of lists of lists, `levels` objects deep below response_format."""
+  schema = {"type": "integer"}
+  for _ in range(levels - 3):
+    schema = {"type": "array", "items": schema}
+  return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
 def text_of(chunks):
   return "".join(
     choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
@@ -366,6 +374,11 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
 # --- Refusals ---------------------------------------------------------------------------------
 
 
+def test_a_body_of_a_hundred_levels_is_read():
+  body = HELLO | {"response_format": nested(99)}
+  assert schemas.parse_chat(body, config.ServerConfig()).options.format.kind == "json_schema"
+
+
 @pytest.mark.parametrize(
   "fields, param, message",
   [
@@ -397,6 +410,7 @@ def test_a_required_call_is_in_the_style_of_the_template(make, template, call):
     ),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half a surrogate pair"),
     ({"tools": [{"\ud800": 1}]}, None, "half a surrogate pair"),
+    ({"response_format": nested(100)}, None, "body: found more than 100 levels of nesting"),
     ({"temperature": 2.5}, "temperature", r"temperature: found 2.5, expected 0.0..2.0"),
     ({"temperature": "hot"}, "temperature", "expected float"),
     ({"temperature": float("nan")}, "temperature", "expected a finite number"),
