@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   return _command.parse(values, argv, __doc__, needed=("target", "prompts"))
 
 
-def run(values: flags.FlagValues) -> tune.TreeCost:
+def run(values: flags.FlagValues) -> None:
   model, params, tok = _models.load(values.target)
   shape = dict(num_levels=values.spec_num_iter, top_k=values.spec_topk_per_iter)
   shape["num_nodes"] = shape["num_levels"] + 1
@@ -97,7 +97,6 @@ def run(values: flags.FlagValues) -> tune.TreeCost:
     print(f"{times}  {r.accept_length:13.2f}  {r.speedup:7.2f}")
   use = f"--spec_tree_size={chosen.num_nodes}" if chosen.num_nodes > 1 else "no speculation"
   print(f"best here: {use}")
-  return chosen
 
 
 def _plot(rows: list[tune.TreeCost], path: pathlib.Path) -> None:

@@ -120,6 +120,24 @@ def test_prompts_that_are_too_few_or_too_short_are_refused(tmp_path, capsys):
     assert flag[2:].split("=")[0] in capsys.readouterr().err
 
 
+def test_tune_tree_ends_with_status_0_and_writes_its_choice(tmp_path, monkeypatch):
+  pytest.importorskip("matplotlib")
+  model, params = common.build(common.config(num_layers=1))
+  draft_cfg = draft_lib.for_target(model.cfg, "minicpm")
+  draft = draft_lib.Draft(draft_cfg, draft_lib.init_params(draft_cfg, jax.random.key(0)))
+  ckpt.save_draft(tmp_path / "d", draft, model.cfg)
+  np.save(tmp_path / "fr.npy", np.arange(0, 64, 2, dtype=np.int32))
+  monkeypatch.setattr(tune_tree._models, "load", lambda path: (model, params, ChatIds(64)))
+  path = jsonl(tmp_path / "p.jsonl", [{"prompt": "10"}])
+  args = ["x", "--target=t", f"--draft=a:{tmp_path / 'd'}", f"--prompts={path}", "--repeats=1"]
+  args += [f"--fr={tmp_path / 'fr.npy'}", "--new_tokens=4", "--length=8", "--sizes=4"]
+  more = ["--spec_num_iter=2", "--spec_topk_per_iter=2", f"--output={tmp_path / 'tree'}"]
+  assert tune_tree.main([*args, *more]) == 0
+  found = json.loads((tmp_path / "tree.json").read_text())
+  assert [row["num_nodes"] for row in found["rows"]] == [1, 4] and found["fr_size"] == 32
+  assert found["num_nodes"] in (1, 4) and (tmp_path / "tree.png").stat().st_size
+
+
 def test_few_prompts_are_halved_and_none_is_an_error(tmp_path, monkeypatch):
   model, params = common.build(common.config(num_layers=1))
   target = (model, params, ChatIds(64))
