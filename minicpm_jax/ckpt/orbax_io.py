@@ -24,7 +24,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, run_config
+from minicpm_jax.ckpt import errors, orbax_codes, run_config
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import joined, transformer
@@ -191,7 +191,12 @@ class CheckpointStore:
     return self._restore(step, "data", _ProcessJson())
 
   def params(self, step: int, target: types.Params) -> types.Params:
-    """Parameters laid out as `target`: a tree of ShapeDtypeStruct with shardings, of any mesh."""
+    """Parameters laid out as `target`: a tree of ShapeDtypeStruct with shardings, of any mesh.
+
+    QTensors have the zero points and the act order of the checkpoint, which no config foresees.
+    """
+    self._check_step(step, "params")
+    target = orbax_codes.as_stored(target, self._metadata(step, "params"))
     return self._arrays(step, "params", target)
 
   def opt_state(self, step: int, target: Any) -> Any:
@@ -237,14 +242,14 @@ class CheckpointStore:
         f"truncated or damaged; delete this step or use an earlier one ({_first_line(error)})"
       ) from error
 
-  def _check_leaves(self, step: int, item: str, target: Any) -> None:
-    """Orbax casts dtypes silently and names no leaf for shapes: compare with the metadata first."""
+  def _metadata(self, step: int, item: str) -> dict[str, Any]:
+    """Path -> shape and dtype of every stored array."""
     where = self.directory / str(step) / item
     try:
       metadata = self._manager.item_metadata(step)[item]
       if metadata is None:
         raise KeyError(f"no metadata of {item}")
-      stored = trees.flatten_paths(metadata.tree)
+      return trees.flatten_paths(metadata.tree)
     except Exception as error:
       if not _is_damage(error):
         raise
@@ -252,6 +257,10 @@ class CheckpointStore:
         f"{where}: found no readable metadata, expected a complete checkpoint "
         f"({_first_line(error)})"
       ) from error
+
+  def _check_leaves(self, step: int, item: str, target: Any) -> None:
+    """Orbax casts dtypes silently and names no leaf for shapes: compare with the metadata first."""
+    where, stored = self.directory / str(step) / item, self._metadata(step, item)
     wanted = trees.flatten_paths(target)
     for path, leaf in wanted.items():
       if path not in stored:
@@ -372,14 +381,14 @@ def import_params(
 ) -> None:
   """Writes weights as step 0 of a new run folder that `load_run` and `init_from` accept.
 
-  Projections joined for decoding are written apart.
+  Projections joined for decoding are written apart, and codes in the form of `model.quant`.
   """
   workdir = pathlib.Path(workdir)
   if (workdir / run_config.FILE_NAME).exists() or (workdir / "checkpoints").exists():
     raise errors.CheckpointError(f"{workdir}: found a run there already, expected a new folder")
   if isinstance(cfg, config.ModelConfig):
     cfg = config.TrainConfig(name=cfg.name, model=cfg)
-  params = joined.split_projections(cfg.model, params)
+  params = orbax_codes.in_form(cfg.model, joined.split_projections(cfg.model, params))
   with CheckpointStore(workdir, cfg.checkpoint) as store:
     store.save(0, params=params, meta={"tokens": 0, "config_hash": config_hash(cfg)})
     store.wait()

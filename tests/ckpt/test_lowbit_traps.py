@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minicpm_jax import ckpt
-from minicpm_jax.ckpt import errors
-from minicpm_jax.config import QuantConfig
+from minicpm_jax.ckpt import errors, orbax_io
+from minicpm_jax.config import MeshConfig, QuantConfig
+from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees
 from minicpm_jax.deploy import quantize
 from minicpm_jax.infer import generate
@@ -104,6 +105,36 @@ def test_sorted_groups_are_the_same_tensor():
   np.testing.assert_allclose(qtensor.matmul(jnp.asarray(x), one), product, rtol=1e-5, atol=1e-5)
   odd = qtensor.make(codes, jnp.asarray(scale), "int4", g_idx=np.maximum(g_idx, 1), **more)
   assert qtensor.sort_groups(odd) is odd
+
+
+@pytest.mark.parametrize("weights", ["codes", "packed"])
+def test_act_order_and_zero_points_go_through_a_run_folder(tmp_path, weights):
+  """Arrays that no config foresees; the form of decoding comes back in that of the config."""
+  model, params = act_ordered(symmetric=False)
+  ckpt.save_gptq(tmp_path / "m", model, params)
+  model, params, _ = ckpt.load_hf(tmp_path / "m")
+  cfg, params = convert.to_codes(model.cfg, params, weights)
+  model = transformer.Transformer(cfg)
+  orbax_io.import_params(tmp_path / "a", model.cfg, params)
+  mesh = mesh_lib.make_mesh(MeshConfig(tp=2, fsdp=2, dp=1), jax.devices()[:4])
+  for found in (ckpt.load_run(tmp_path / "a")[1], ckpt.load_run(tmp_path / "a", mesh=mesh)[1]):
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+  fast, low = generate.for_decoding(model, params)
+  orbax_io.import_params(tmp_path / "b", fast.cfg, low)
+  found, wanted = ckpt.load_run(tmp_path / "b")[1], convert.unstack_layers(model.cfg, params)[1]
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_codes_that_a_run_folder_could_not_give_back_are_refused(tmp_path):
+  model, params = act_ordered()
+  with pytest.raises(errors.CheckpointError, match="attn/k/kernel: found a QTensor .int4., expec"):
+    orbax_io.import_params(tmp_path / "a", model.cfg, params)
+  quant = QuantConfig(scheme="int4", group_size=8, weights="codes", scale_dtype="bf16")
+  with pytest.raises(errors.CheckpointError, match="k/kernel/scale: found float16 scales that mod"):
+    orbax_io.import_params(tmp_path / "a", dataclasses.replace(model.cfg, quant=quant), params)
+  assert not (tmp_path / "a").exists()
 
 
 def folder_of(tmp_path, model, params, drop="", **settings):
