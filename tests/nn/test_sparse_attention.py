@@ -487,6 +487,21 @@ def test_chunks_and_tiles_agree():
   assert set(cases.TINY) and rule.Rule().num_selected == 96
 
 
+def test_values_far_above_one_are_averaged_where_a_query_scores_its_own_key_lowest():
+  """All keys but the query's own score 120 above it: the largest reference that is not exact."""
+  T, S, H, block = 32, 4096, 8, 64
+  k, v = np.zeros((1, S, 1, H), np.float32), np.full((1, S, 1, H), 1e4, np.float32)
+  k[0, :-T, 0, 0], k[0, -T:, 0, 0] = 10.0, -2.0
+  q = np.zeros((1, T, 2, H), np.float32)
+  q[..., 0] = 10 * H**0.5  # scores 100 and -20
+  ids = np.broadcast_to(np.arange(S // block, dtype=np.int32), (1, 1, T, S // block))
+  for num_local in (0, 3):
+    more = dict(num_local=num_local, q_offset=S - T, implementation="xla")
+    out, lse = attention_api.attend_blocks(*map(jnp.asarray, (q, k, v, ids)), **more)
+    np.testing.assert_allclose(out, 1e4, rtol=1e-4)
+    np.testing.assert_allclose(lse, 100 + np.log(S - T), rtol=1e-5)
+
+
 # --- Offsets, chunks, causality ------------------------------------------------------------------
 
 
