@@ -1,7 +1,7 @@
 """Which backend serves a call of an op (style.md 2.7)."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 
@@ -32,6 +32,21 @@ def dispatch(op: str, implementation: str, servers: dict[str, Callable[[], Resul
   return servers["xla"]()
 
 
-def config_of(config_class: type[Result], config) -> Result | None:
-  """`config` where it is of the class: a server that `auto` tries takes no other's tiles."""
-  return config if isinstance(config, config_class) else None
+def configs(op: str, implementation: str, config: Any, **classes: type) -> dict[str, Any]:
+  """Server -> `config` where it is of the server's class, else None: the server's own tiles.
+
+  `classes` are of the servers that take a config. With `auto` it is one of theirs, which the others
+  that are tried do not get; a named server takes its own alone. TypeError for any other.
+  """
+  served = {n: c for n, c in classes.items() if implementation in ("auto", n)}
+  if config is not None and not isinstance(config, tuple(served.values())):
+    expected = " or ".join(["None", *sorted({_full_name(c) for c in served.values()})])
+    raise TypeError(
+      f"{op}: config: found {_full_name(type(config))}, expected {expected} with implementation "
+      f"{implementation!r}"
+    )
+  return {n: config if isinstance(config, c) else None for n, c in classes.items()}
+
+
+def _full_name(kind: type) -> str:
+  return f"{kind.__module__}.{kind.__qualname__}"

@@ -35,11 +35,13 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper; `triton`: a CUDA device of
   compute capability 8.9 or later, as older ones have no FP8 tensor cores); `auto` takes the next.
-  `config` is of the implementation of its class, others take their own. `interpret` is of
-  mosaic_gpu: None = on a CPU. Not differentiable: quantising is not (quant/fp8.py has the training
-  rule). 2 M N K FLOPs.
+  `config` is of the implementation of its class; others that `auto` tries take their own.
+  `interpret` is of mosaic_gpu: None = on a CPU. Not differentiable: quantising is not (quant/fp8.py
+  has the training rule). 2 M N K FLOPs.
   """
   check(xq_MK, xs_MQ, wq_KN, ws_QP)
+  classes = dict(mosaic_gpu=mosaic_gpu.MosaicGpuConfig, triton=triton.TritonConfig)
+  tiles = spec.configs(OP, implementation, config, **classes)
   args = (xq_MK, xs_MQ, wq_KN, ws_QP, out_dtype)
   return spec.dispatch(
     OP,
@@ -48,11 +50,9 @@ def matmul(
       "ref": lambda: ref.matmul_ref(*args),
       "xla": lambda: xla.matmul_xla(*args),
       "mosaic_gpu": lambda: mosaic_gpu.matmul_mosaic_gpu(
-        *args, config=spec.config_of(mosaic_gpu.MosaicGpuConfig, config), interpret=interpret
+        *args, config=tiles["mosaic_gpu"], interpret=interpret
       ),
-      "triton": lambda: triton.matmul_triton(
-        *args, config=spec.config_of(triton.TritonConfig, config)
-      ),
+      "triton": lambda: triton.matmul_triton(*args, config=tiles["triton"]),
     },
   )
 

@@ -1,6 +1,5 @@
 """Attention over selected blocks behind one function; see `attend_blocks`."""
 
-import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ def attend_blocks(
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
 
-  ids_BKTW: block ids on the row's grid, -1 = none; a block of the list counts once, in any order.
+  ids_BKTW: block ids on the row's grid in any order, none of them twice; -1 = none, at the end.
   num_local: promise that every list ascends and ends with the last `num_local` blocks up to the
     current one (fewer where the document is younger): they then run as a band. 0 = no promise.
   counts_BKT: entries of each list, for backends that stop there.
@@ -44,10 +43,19 @@ def attend_blocks(
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
   `mosaic_gpu` (Hopper, 16-bit floats; backward too, or Triton's where its own tiles do not fit)
-  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of the implementation of its class,
-  others take their own.
+  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of the implementation of its class;
+  others that `auto` tries take their own.
   """
   del counts_BKT
+  tiles = spec.configs(
+    "sparse_attention",
+    implementation,
+    config,
+    xla=xla.XlaConfig,
+    mosaic_gpu=mosaic_gpu.MosaicGpuConfig,
+    triton=triton.TritonConfig,
+    mosaic_tpu=mosaic_tpu.TpuConfig,
+  )
   B, T = q_BTNH.shape[:2]
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
   pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
@@ -63,18 +71,15 @@ def attend_blocks(
   if base_B is not None:
     raise NotImplementedError("sparse_attention: base_B is served by 'gather' only")
   sizes = dict(block_size=block_size, num_local=num_local)
-  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_attention",
     implementation,
     {
-      "xla": lambda: vjp.attend_xla(*args, **sizes, config=tiles(xla.XlaConfig)),
+      "xla": lambda: vjp.attend_xla(*args, **sizes, config=tiles["xla"]),
       "mosaic_gpu": lambda: mosaic_gpu.attend_mosaic_gpu(
-        *args, **sizes, config=tiles(mosaic_gpu.MosaicGpuConfig)
+        *args, **sizes, config=tiles["mosaic_gpu"]
       ),
-      "triton": lambda: triton.attend_triton(*args, **sizes, config=tiles(triton.TritonConfig)),
-      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(
-        *args, **sizes, config=tiles(mosaic_tpu.TpuConfig)
-      ),
+      "triton": lambda: triton.attend_triton(*args, **sizes, config=tiles["triton"]),
+      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes, config=tiles["mosaic_tpu"]),
     },
   )

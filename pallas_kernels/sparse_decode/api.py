@@ -1,7 +1,5 @@
 """Decoding against selected blocks behind one function; see `decode_blocks`."""
 
-import functools
-
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
@@ -29,16 +27,24 @@ def decode_blocks(
 
   k, v: the cache [B, S, K, H], where position p of row b is slot base_B[b] + p (default p);
     or pages [P, block_size, K, H], where block m of row b is page page_table_BM[b, m] (int32).
-  ids_BKTW: block ids, -1 = none at the end; a block of the list counts once.
+  ids_BKTW: block ids, none of them twice; -1 = none, at the end.
   q_offset: int or int32 [] or [B], position of the first query; it sees tokens up to its own.
   kv_length: queries at or beyond it are padding. start_BT: first position of the query's document
     (`rules.NOWHERE` = padding: sees nothing, gives 0 and lse -inf); None = 0.
 
   Returns (out [B, T, N, H] in v's dtype, lse [B, T, N] float32). No gradient: see
   `sparse_attention`. Reads 2 * W * block_size * H numbers a query and key head
-  (infllm_v2.md sections 13 and 15). `config` is of the implementation of its class,
-  others take their own.
+  (infllm_v2.md sections 13 and 15). `config` is of the implementation of its class;
+  others that `auto` tries take their own.
   """
+  tiles = spec.configs(
+    "sparse_decode",
+    implementation,
+    config,
+    mosaic_gpu=mosaic_gpu.MosaicGpuConfig,
+    triton=triton.TritonConfig,
+    mosaic_tpu=tpu_config.TpuConfig,
+  )
   if page_table_BM is not None and base_B is not None:
     raise ValueError("sparse_decode: base_B and page_table_BM are both given, expected one at most")
   if page_table_BM is not None and k.shape[1] != block_size:
@@ -51,7 +57,6 @@ def decode_blocks(
     length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]
     start_BT = jnp.where(pos_BT < length_B1, start_BT, rules.NOWHERE)
   args = (q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM)
-  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_decode",
     implementation,
@@ -59,13 +64,11 @@ def decode_blocks(
       "ref": lambda: ref.decode_ref(*args, block_size=block_size),
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
       "mosaic_gpu": lambda: mosaic_gpu.decode_mosaic_gpu(
-        *args, block_size=block_size, config=tiles(mosaic_gpu.MosaicGpuConfig)
+        *args, block_size=block_size, config=tiles["mosaic_gpu"]
       ),
-      "triton": lambda: triton.decode_triton(
-        *args, block_size=block_size, config=tiles(triton.TritonConfig)
-      ),
+      "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=tiles["triton"]),
       "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(
-        *args, block_size=block_size, config=tiles(tpu_config.TpuConfig)
+        *args, block_size=block_size, config=tiles["mosaic_tpu"]
       ),
     },
   )

@@ -1,7 +1,5 @@
 """Block selection behind one function; see `select_blocks`."""
 
-import functools
-
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
@@ -36,19 +34,27 @@ def select_blocks(
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
   O(T * num_slots / kernel_stride) with the causal half skipped when q_offset is a Python int;
   memory is one chunk's logits. `config` is of the implementation of its
-  class, others take their own.
+  class; others that `auto` tries take their own.
   """
+  tiles = spec.configs(
+    "sparse_topk",
+    implementation,
+    config,
+    xla=xla.XlaConfig,
+    mosaic_gpu=mosaic_gpu.MosaicGpuConfig,
+    triton=triton.TritonConfig,
+    mosaic_tpu=mosaic_tpu.TpuConfig,
+  )
   B, T = q_BTNH.shape[:2]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
-  tiles = functools.partial(spec.config_of, config=config)
   return spec.dispatch(
     "sparse_topk",
     implementation,
     {
-      "xla": lambda: xla.select_xla(*args, tiles(xla.XlaConfig)),
-      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, tiles(mosaic_gpu.MosaicGpuConfig)),
-      "triton": lambda: triton.select_triton(*args, tiles(triton.TritonConfig)),
-      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, tiles(mosaic_tpu.TpuConfig)),
+      "xla": lambda: xla.select_xla(*args, tiles["xla"]),
+      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, tiles["mosaic_gpu"]),
+      "triton": lambda: triton.select_triton(*args, tiles["triton"]),
+      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, tiles["mosaic_tpu"]),
     },
   )

@@ -32,10 +32,10 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
   multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
-  the next. `config` is of the implementation of its class, others take their own. `interpret` is
-  of mosaic_gpu: None = on a CPU, where it serves float32 too. Differentiable in x and scale
-  (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes (quantization.md
-  section 10).
+  the next. `config` is of the implementation of its class; others that `auto` tries take their
+  own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves float32 too. Differentiable in
+  x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes
+  (quantization.md section 10).
   """
   options = dict(group_size=group_size, config=config, interpret=interpret)
   return serve(OP, CODE, (x_MK, codes_RN, scale_QN, zero_QN), implementation, **options)
@@ -46,12 +46,11 @@ def serve(
 ):
   """The call of an op whose codes are of `code`: checks, then the implementation asked for."""
   packed.check(op, code["bits"], *arrays, group_size)
-  tiles = functools.partial(spec.config_of, config=config)
-  options = dict(config=tiles(mosaic_gpu.MosaicGpuConfig), interpret=interpret)
+  classes = dict(mosaic_gpu=mosaic_gpu.MosaicGpuConfig, triton=triton.TritonConfig)
+  tiles = spec.configs(op, implementation, config, **classes)
+  options = dict(config=tiles["mosaic_gpu"], interpret=interpret)
   on_mosaic = functools.partial(mosaic_gpu.matmul_mosaic_gpu, op=op, **options, **code)
-  on_triton = functools.partial(
-    triton.matmul_triton, op=op, config=tiles(triton.TritonConfig), **code
-  )
+  on_triton = functools.partial(triton.matmul_triton, op=op, config=tiles["triton"], **code)
   return spec.dispatch(
     op,
     implementation,

@@ -1,10 +1,11 @@
-"""Which server of a sparse op is given the caller's config."""
+"""Which server of an op is given the caller's config."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.fp8_gemm import api as fp8
 from pallas_kernels.sparse_attention import api as attention
 from pallas_kernels.sparse_attention import mosaic_gpu as attention_mosaic
 from pallas_kernels.sparse_attention import mosaic_tpu as attention_tpu
@@ -20,6 +21,7 @@ from pallas_kernels.sparse_topk import mosaic_gpu as topk_mosaic
 from pallas_kernels.sparse_topk import mosaic_tpu as topk_tpu
 from pallas_kernels.sparse_topk import rule, xla
 from pallas_kernels.sparse_topk import triton as topk_triton
+from pallas_kernels.w4a16_gemm import api as w4a16
 
 T, BLOCK = 32, 16  # more queries than those whose blocks are gathered
 RULE = rule.Rule(kernel_size=8, kernel_stride=4, block_size=BLOCK, local_blocks=1, topk=1)
@@ -29,21 +31,34 @@ def draw(*shape):
   return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
 
 
-def attend(config):
+def attend(config, **options):
   ids = jnp.arange(T, dtype=jnp.int32)[None, None, :, None] // BLOCK
   q, k, v = draw(1, T, 2, 8), draw(1, T, 1, 8), draw(1, T, 1, 8)
-  return attention.attend_blocks(q, k, v, ids, block_size=BLOCK, num_local=1, config=config)
+  sizes = dict(block_size=BLOCK, num_local=1)
+  return attention.attend_blocks(q, k, v, ids, **sizes, config=config, **options)
 
 
-def select(config):
+def select(config, **options):
   q, fine = draw(1, 3 * BLOCK, 2, 8), draw(1, RULE.num_windows(3 * BLOCK), 1, 8)
-  return topk.select_blocks(q, fine, fine, rule=RULE, num_slots=3 * BLOCK, config=config)
+  sizes = dict(rule=RULE, num_slots=3 * BLOCK)
+  return topk.select_blocks(q, fine, fine, **sizes, config=config, **options)
 
 
-def read(config):
+def read(config, **options):
   ids = jnp.zeros((1, 1, 1, 1), jnp.int32)
   k, v = draw(1, T, 1, 8), draw(1, T, 1, 8)
-  return decode.decode_blocks(draw(1, 1, 2, 8), k, v, ids, block_size=BLOCK, config=config)
+  q, sizes = draw(1, 1, 2, 8), dict(block_size=BLOCK)
+  return decode.decode_blocks(q, k, v, ids, **sizes, config=config, **options)
+
+
+def multiply_int4(config, **options):
+  codes = jnp.zeros((16, 8), jnp.uint8)
+  return w4a16.matmul(draw(2, 32), codes, draw(1, 8), group_size=-1, config=config, **options)
+
+
+def multiply_fp8(config, **options):
+  x, w = (draw(*s).astype(jnp.float8_e4m3fn) for s in ((2, 128), (128, 8)))
+  return fp8.matmul(x, draw(2, 1), w, draw(1, 1), config=config, **options)
 
 
 # op: call, then the module, function and class of each server with tiles of its own
@@ -101,3 +116,25 @@ def test_a_server_that_auto_tries_takes_no_config_of_another(op, backend, monkey
     assert given == {name: config if kind is config_class else None for _, name, kind in tried}
     for a, b in zip(found, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "call, implementation, expected",
+  [
+    (attend, "xla", "None or pallas_kernels.sparse_attention.xla.XlaConfig"),
+    (attend, "gather", "None"),
+    (select, "xla", "None or pallas_kernels.sparse_topk.xla.XlaConfig"),
+    (read, "triton", "None or pallas_kernels.sparse_decode.triton.TritonConfig"),
+    (multiply_int4, "xla", "None"),
+    (multiply_fp8, "ref", "None"),
+  ],
+)
+def test_a_named_server_refuses_a_config_of_another(call, implementation, expected):
+  """Nothing is tuned by tiles that nobody takes; `auto` wants one that some server takes."""
+  config = decode_mosaic.MosaicGpuConfig()
+  message = f"config: found {type(config).__module__}.MosaicGpuConfig, expected {expected} with "
+  with pytest.raises(TypeError, match=message):
+    call(config, implementation=implementation)
+  call(None, implementation="auto")
+  with pytest.raises(TypeError, match="found builtins.dict, expected None or .* .auto"):
+    call({}, implementation="auto")
