@@ -359,7 +359,7 @@ def table(report: dict[str, Any], suite: str) -> list[dict[str, Any]]:
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
-  """One panel a suite: held-out loss of every arm and seed, and loss curves of the share sweep."""
+  """One panel a suite: held-out loss of every arm and seed, and loss curves of the first one."""
   from minicpm_jax.core import extras
 
   figures = extras.require_extra("matplotlib.figure", extra="plot")
@@ -373,14 +373,15 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     axis.set_yticks(range(len(table(report, suite))), [r["arm"] for r in table(report, suite)])
     axis.invert_yaxis()
     axis.set(title=suite, xlabel="held-out nats a byte")
-  for arm in arms_of("share"):
+  for arm in arms_of(shown[0]) if shown else ():
     run = report["arms"].get(arm.name, {}).get("0")
     if run and "loss" in run:
       steps = report["size"]["steps"]
       x = np.linspace(steps * (1 - arm.share), steps, len(run["loss"]))
       axes[-1].plot(x, run["loss"], label=arm.name, linewidth=1)
   axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
-  axes[-1].legend(fontsize=7)
+  if axes[-1].lines:
+    axes[-1].legend(fontsize=7)
   partial = path.with_suffix(".tmp.png")
   figure.savefig(partial, dpi=90)
   os.replace(partial, path)
