@@ -120,6 +120,7 @@ def test_epochs_show_every_row_once_in_new_orders():
     draft_features.Epochs(Numbers(), 2, seed=3).set_state(epochs.get_state())
 
 
+@pytest.mark.slow
 def test_a_run_on_stored_rows_resumes_bitwise_and_measures_the_same_acceptance(
   tmp_path, target, cfg
 ):

@@ -31,6 +31,7 @@ def check_codes(found, w_IO, x_MI):
   assert np.mean(mine.T == codes) > 0.93  # float16 scales move a few codes
 
 
+@pytest.mark.slow
 def test_experts_see_the_tokens_that_the_router_gives_them():
   model, params = common.build(common.config("minicpm_moe_8x2b", num_layers=1))
   calibration = batches()
