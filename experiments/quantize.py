@@ -5,9 +5,9 @@
 
 Methods: rtn, gptq, p-gptq, s-gptq, s-p-gptq (MiniCPM4 4.1.2), ternary (untrained: a start for
 QAT); --rotate applies QuaRot's rotations first (the model gets untied). P- of the report leaves the
-first positions out (--p_first=drop); bounding them, the default, keeps attention sinks. Calibration
-text is .txt or .jsonl (.gz). JSON beside the output: every projection's relative output error,
-seconds, the cost at 8B. GGUF output: blocks of --kind (q4_0 keeps the codes as they are).
+first positions out (--p_first=drop); bounding them, the default, keeps attention sinks, and S-P-
+bounds them in its search. Calibration text is .txt or .jsonl (.gz). JSON beside the output: errors
+of the projections, seconds, the cost at 8B. GGUF: blocks of --kind (q4_0 keeps the codes).
 """
 
 import json
@@ -75,8 +75,8 @@ def _run() -> None:
   if _ROTATE.value:
     cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
     model = transformer.Transformer(cfg)
-  more = {"skip": _SKIP.value, "p_layers": _LAYERS.value, "p_first": _FIRST.value}
-  cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, **more)
+  more = {"p_layers": _LAYERS.value} | dict.fromkeys(("p_first", "awq_first"), _FIRST.value)
+  cfg = quantize.QuantizeConfig(method=_METHOD.value, solver=solver, skip=_SKIP.value, **more)
   batches, tokens, before, start = [], 0, None, time.perf_counter()
   if cfg.is_calibrated or _PREFIX.value:
     if not _TEXT.value or tok is None:

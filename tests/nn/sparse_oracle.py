@@ -131,3 +131,14 @@ def attend_with(q_TNH, k_LKH, v_LKV, cfg, ids_KTW, q_offset=0):
       heads = slice(h * G, (h + 1) * G)
       out[t, heads] = attend(q_TNH[t, heads], k_LKH[:, h], v_LKV[:, h], blocks, q_offset + t, cfg)
   return out
+
+
+def small_lists(seed, num_queries, num_blocks, width):
+  """Lists of distinct blocks up to the current one that contain it."""
+  rng = np.random.default_rng(seed)
+  ids = np.full((1, 1, num_queries, width), -1, np.int32)
+  for t in range(num_queries):
+    cur = t * num_blocks // num_queries
+    others = rng.permutation(cur)[: rng.integers(0, width)]
+    ids[0, 0, t, : len(others) + 1] = np.sort(np.append(others, cur))
+  return ids

@@ -65,3 +65,21 @@ def real_server(tiny_engine_parts):
   chat = service.ChatService(decoder, tok, name="tiny", cfg=cfg)
   with run_server(chat) as url:
     yield url, chat
+
+
+@pytest.fixture
+def make(byte_tokenizer):
+  """make(script or text, ...) -> (started service, engine); all are closed at the end."""
+  made = []
+
+  def start(script, *, template=scripted.TEMPLATE, max_batch=2, capacity=600, **fields):
+    steps = (lambda _: scripted.bytewise(script)) if isinstance(script, str) else script
+    engine = scripted.ScriptedEngine(steps, max_batch=max_batch, capacity=capacity)
+    cfg = config.ServerConfig(**{"shutdown_seconds": 5.0} | fields)
+    tok = byte_tokenizer(chat_template=template)
+    made.append(service.ChatService(engine, tok, name="tiny", cfg=cfg).start())
+    return made[-1], engine
+
+  yield start
+  for item in made:
+    item.close(0.0)

@@ -9,6 +9,16 @@ TEMPLATE = (
   "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}"
   "{% if add_generation_prompt %}[a]{% endif %}"
 )
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+TOOLS = [
+  {
+    "type": "function",
+    "function": {
+      "name": "get-weather",
+      "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+  }
+]
 
 
 def bytewise(text):
