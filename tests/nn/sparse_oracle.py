@@ -142,3 +142,22 @@ def small_lists(seed, num_queries, num_blocks, width):
     others = rng.permutation(cur)[: rng.integers(0, width)]
     ids[0, 0, t, : len(others) + 1] = np.sort(np.append(others, cur))
   return ids
+
+
+def gradients(q_TNH, k_LKH, v_LKV, dout_TNV, cfg, ids_KTW):
+  """dq, dk, dv of stage 2 in float64 (section 11), over the listed blocks."""
+  q, k, v, dout = (np.asarray(x, np.float64) for x in (q_TNH, k_LKH, v_LKV, dout_TNV))
+  dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+  scale = q.shape[2] ** -0.5
+  G = q.shape[1] // k.shape[1]
+  for t, n in np.ndindex(*q.shape[:2]):
+    h = n // G
+    tokens = [s for s in range(t + 1) if s // cfg.block_size in set(ids_KTW[h, t].tolist())]
+    a = scale * (k[tokens, h] @ q[t, n])
+    p = np.exp(a - a.max())
+    p /= p.sum()
+    ds = scale * p * (v[tokens, h] @ dout[t, n] - dout[t, n] @ (p @ v[tokens, h]))
+    dq[t, n] = ds @ k[tokens, h]
+    dk[tokens, h] += ds[:, None] * q[t, n]
+    dv[tokens, h] += p[:, None] * dout[t, n]
+  return dq, dk, dv

@@ -17,25 +17,6 @@ T = 203  # 13 blocks of 16, budget 5, the last one ragged
 select = jax.jit(sparse_attention.select_blocks, static_argnames="cfg")
 
 
-def analytic_gradients(q_TNH, k_LKH, v_LKV, dout_TNV, cfg, ids_KTW):
-  """dq, dk, dv of stage 2 in float64 (section 11), over the listed blocks."""
-  q, k, v, dout = (np.asarray(x, np.float64) for x in (q_TNH, k_LKH, v_LKV, dout_TNV))
-  dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-  scale = q.shape[2] ** -0.5
-  G = q.shape[1] // k.shape[1]
-  for t, n in np.ndindex(*q.shape[:2]):
-    h = n // G
-    tokens = [s for s in range(t + 1) if s // cfg.block_size in set(ids_KTW[h, t].tolist())]
-    a = scale * (k[tokens, h] @ q[t, n])
-    p = np.exp(a - a.max())
-    p /= p.sum()
-    ds = scale * p * (v[tokens, h] @ dout[t, n] - dout[t, n] @ (p @ v[tokens, h]))
-    dq[t, n] = ds @ k[tokens, h]
-    dk[tokens, h] += ds[:, None] * q[t, n]
-    dv[tokens, h] += p[:, None] * dout[t, n]
-  return dq, dk, dv
-
-
 @functools.partial(jax.jit, static_argnames="form")
 def gradients(q, k, v, ids, dout, form):
   """dq, dk, dv with the implementation's own selection ("band") or lists without a promise."""
@@ -56,7 +37,7 @@ def test_gradients_against_the_formula(form):
   found, again = (gradients(q, k, v, ids, dout, form) for _ in range(2))
   for a, b in zip(found, again, strict=True):
     np.testing.assert_array_equal(a, b)  # bitwise repeatable
-  expected = analytic_gradients(q[0], k[0], v[0], dout[0], cfg, np.asarray(ids[0]))
+  expected = oracle.gradients(q[0], k[0], v[0], dout[0], cfg, np.asarray(ids[0]))
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a[0], b, atol=1e-4)
 
