@@ -1,5 +1,6 @@
 """Rows of `bench_drafts`: mean accept length, tokens a second and draft time of each drafter."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -114,8 +115,9 @@ def rows(
 ) -> list[dict[str, Any]]:
   """A row a drafter (the first is None: plain decoding), all of them in turn on every prompt.
 
-  In turn, because a machine's speed drifts by more than drafters differ. Programs are compiled
-  before, on the first prompt.
+  In turn, because a machine's speed drifts by more than drafters differ. A round's processor time
+  drifts least: round_cpu_ms is that of this process for a request less that of its prefill, over
+  the rounds.
   """
   longest = max(map(len, prompts)) + sampling.max_new_tokens
   cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
@@ -123,11 +125,13 @@ def rows(
   for name, drafter in named.items():
     more = {} if drafter is None else dict(drafter=drafter[0], draft_params=drafter[1])
     engines[name] = engine_lib.Engine(model, params, cfg, **more)
-    engines[name].generate(prompts[:1], sampling)
-  outs = {name: [] for name in named}
+  only_prefill = dataclasses.replace(sampling, max_new_tokens=1)
+  outs, cpu_seconds = {name: [] for name in named}, dict.fromkeys(named, 0.0)
   for prompt in prompts:
     for name, engine in engines.items():
-      outs[name].append(engine.generate([prompt], sampling))
+      out, seconds = _timed(engine, prompt, sampling)
+      outs[name].append(out)
+      cpu_seconds[name] += seconds - _timed(engine, prompt, only_prefill)[1]
   tokens = {name: [out.tokens[0] for out in found] for name, found in outs.items()}
   expected = tokens[next(iter(named))]
   found = []
@@ -135,11 +139,14 @@ def rows(
     stats = [out.stats[0] for out in outs[name]]
     accepted = [n for one in stats for n in one.accepted]
     num_new = sum(len(one) - 1 for one in tokens[name])
+    seconds = sum(one.decode_seconds for one in stats)
     row = {
       "drafter": name,
       "mean_accept_length": float(np.mean(accepted)),
       "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
-      "tokens_per_second": num_new / sum(one.decode_seconds for one in stats),
+      "tokens_per_second": num_new / seconds,
+      "round_ms": 1e3 * seconds / len(accepted),
+      "round_cpu_ms": 1e3 * cpu_seconds[name] / len(accepted),
       "tokens_equal_plain": None if drafter is None else tokens[name] == expected,
     }
     if drafter is not None:
@@ -148,8 +155,18 @@ def rows(
   return found
 
 
+def _timed(engine: Any, prompt: list[int], sampling: config.SamplingConfig) -> tuple[Any, float]:
+  """(answer, processor seconds), again where something was compiled."""
+  while True:
+    compiled, began = engine.compile_seconds, time.process_time()
+    out = engine.generate([prompt], sampling)
+    seconds = time.process_time() - began
+    if engine.compile_seconds == compiled:
+      return out, seconds
+
+
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-  """JSON, and a picture of accept lengths and speeds beside it."""
+  """JSON at `path`, a name in .json, and a picture of accept lengths and speeds beside it."""
   result["environment"] = _bench_train.environment()
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")

@@ -75,14 +75,14 @@ def score(row: dict[str, Any]) -> float:
 
 
 def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any]]) -> None:
-  """JSON, and acc_1 and acc_3 over steps: each variant at its best rate, every seed a line."""
+  """JSON at `path`, a name in .json, and acc_1 and acc_3 over steps: each variant at its best rate, every seed a line."""
   names = ("target", "regenerate", "regenerate_tokens", "steps", "rows", "seq_len")
   result = {name: values[name].value for name in names}
   result |= {"rows": rows, "environment": _bench_train.environment()}
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")
   partial.write_text(json.dumps(result, indent=1) + "\n")
-  partial.replace(path.with_suffix(".json"))
+  partial.replace(path)
   matplotlib = extras.require_extra("matplotlib", extra="plot")
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt

@@ -247,10 +247,17 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
     )
   if kind in ("eagle", "eagle3", "chain", "hier", "bita") and cfg.draft_model_path is None:
     raise ValueError(f"--draft_model_path: found none, expected a draft for --draft_kind={kind}")
-  # The draft of a hierarchy's small model may be one too.
-  is_used = kind == "eagle3" or (kind == "hier" and cfg.hier_draft_path is not None)
-  if cfg.use_eagle3 and not is_used:
+  has_inner = kind == "hier" and cfg.hier_draft_path is not None  # of the small model
+  if cfg.use_eagle3 and not (kind == "eagle3" or has_inner):
     raise ValueError(f"--use_eagle3: found with {kind} drafts, expected an EAGLE-3 draft's folder")
+  has_target_head = kind in ("eagle", "mtp") or (has_inner and not cfg.use_eagle3)
+  if cfg.frspec_path is not None and not has_target_head:
+    raise ValueError(
+      f"--frspec_path: found with {kind} drafts, expected EAGLE or MTP drafts (their head is the "
+      "target's)"
+    )
+  if cfg.draft_logit_scale is not None and not (kind in ("eagle", "eagle3") or has_inner):
+    raise ValueError(f"--draft_logit_scale: found with {kind} drafts, expected EAGLE drafts")
   if kind == "none":
     return None, ()
   if kind == "ngram":

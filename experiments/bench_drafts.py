@@ -56,19 +56,20 @@ def run(values: flags.FlagValues) -> None:
     raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
   named = lib.drafters(model, params, values.draft, fr_ids, sizes, scales)
   rows = lib.rows(model, params, {"plain": None, **named}, prompts, sampling)
-  print(f"plain: {rows[0]['tokens_per_second']:.1f} tok/s")
-  for found in rows[1:]:
-    print(
-      f"{found['drafter']}: accept length {found['mean_accept_length']:.2f}, "
-      f"{found['tokens_per_second']:.1f} tok/s, tree {found['draft_ms']:.2f} ms, "
-      f"tokens equal plain: {found['tokens_equal_plain']}"
-    )
+  for found in rows:
+    said = f"{found['drafter']}: {found['tokens_per_second']:.1f} tok/s, a round takes "
+    said += f"{found['round_ms']:.1f} ms, {found['round_cpu_ms']:.1f} ms of processor time"
+    if "draft_ms" in found:
+      said += f", its tree {found['draft_ms']:.2f} ms; accept length "
+      said += f"{found['mean_accept_length']:.2f}, tokens equal plain: "
+      said += str(found["tokens_equal_plain"])
+    print(said)
   title = (
     f"{model.cfg.name}: tree {values.levels}/{values.top_k}/{values.nodes}, temperature "
     f"{values.temperature:g}, {len(prompts)} prompts x {values.new_tokens} tokens"
   )
   result = {"title": title, **sizes, "fr_size": None if fr_ids is None else len(fr_ids)}
-  lib.write(pathlib.Path(values.output).with_suffix(".json"), result | {"rows": rows})
+  lib.write(pathlib.Path(f"{values.output}.json"), result | {"rows": rows})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ SIZE ids. --sizes also takes shares of the vocabulary: 25%.
 """
 
 import itertools
+import math
 import sys
 
 from absl import flags
@@ -42,6 +43,20 @@ def size_of(text: str, vocab_size: int) -> int:
     raise ValueError(f"--sizes: found {text!r}, expected a number of ids or a share 25%") from None
 
 
+def weights_of(texts: list[str], num: int) -> list[float]:
+  """[] where none was given, else `num` numbers."""
+  try:
+    weights = [float(text) for text in texts]
+  except ValueError:
+    weights = [-1.0]
+  if weights and (len(weights) != num or min(weights) < 0 or not 0 < sum(weights) < math.inf):
+    found = ",".join(texts)
+    raise ValueError(
+      f"--weights: found {found}, expected {num} numbers >= 0 with a sum > 0, one a --corpus"
+    )
+  return weights
+
+
 def run(values: flags.FlagValues) -> None:
   tok = tokenizer_lib.load_tokenizer(values.tokenizer)
   if tok is None:
@@ -50,6 +65,7 @@ def run(values: flags.FlagValues) -> None:
   sizes = [size_of(text, vocab_size) for text in values.sizes]  # before hours of counting
   if not sizes:
     raise ValueError("--sizes: found none, expected numbers of ids or shares like 25%")
+  weights = weights_of(values.weights, len(values.corpus))
   counts = []
   for path in values.corpus:
     docs = documents.read([path], text_field=values.text_field, text_split="line")
@@ -57,7 +73,7 @@ def run(values: flags.FlagValues) -> None:
     lines = itertools.islice((line for line in lines if line.strip()), values.max_lines)
     counts.append(frspec.count_tokens(map(tok.encode, lines), vocab_size))
     print(f"{path}: {counts[-1].sum():,} tokens, {(counts[-1] > 0).sum():,} of {vocab_size} ids")
-  weights = [float(w) for w in values.weights] or [float(c.sum()) for c in counts]
+  weights = weights or [float(c.sum()) for c in counts]
   mixed = frspec.mix(counts, weights)
   forced = frspec.forced_ids(tok)
   for size in sizes:

@@ -46,7 +46,7 @@ def run() -> None:
     best = max(found, key=lib.score)
     rows += found
     rows += [runs.run(name, kind, changes, best["rate"], seed) for seed in range(1, FLAGS.seeds)]
-    lib.write(pathlib.Path(FLAGS.output), FLAGS, rows)
+    lib.write(pathlib.Path(f"{FLAGS.output}.json"), FLAGS, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def run(values: flags.FlagValues) -> None:
   times = tune.measure(model, both, drafters, length=values.length, repeats=values.repeats)
   rows = tune.costs(*times, lengths)
   chosen = tune.best(rows)
-  path = pathlib.Path(values.output)
+  path = pathlib.Path(f"{values.output}.json")
   result = {
     "target": model.cfg.name,
     "draft": name,
@@ -88,8 +88,9 @@ def run(values: flags.FlagValues) -> None:
     "environment": _bench_train.environment(),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
-  path.with_suffix(".partial").replace(path.with_suffix(".json"))
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text(json.dumps(result, indent=1) + "\n")
+  partial.replace(path)
   _plot(rows, path.with_suffix(".png"))
   print("nodes  verify ms  draft ms  accept length  speedup")
   for r in rows:

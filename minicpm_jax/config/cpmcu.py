@@ -51,7 +51,7 @@ class InferConfig:
   draft_kind: Literal["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"] | None = (
     None  # None: bita by the draft folder, else eagle3 or eagle by use_eagle3; none without
   )
-  draft_logit_scale: float = 1.0
+  draft_logit_scale: float | None = None  # None: what the draft's folder says, else 1
   hier_draft_path: str | None = None  # hier: EAGLE draft of the small model; None = n-grams
   hier_min_length: int = 6  # hier: tokens of a chain at least
   bita_width: int = 5  # bita: candidates of the first level

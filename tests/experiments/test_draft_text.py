@@ -131,11 +131,11 @@ def test_tune_tree_ends_with_status_0_and_writes_its_choice(tmp_path, monkeypatc
   path = jsonl(tmp_path / "p.jsonl", [{"prompt": "10"}])
   args = ["x", "--target=t", f"--draft=a:{tmp_path / 'd'}", f"--prompts={path}", "--repeats=1"]
   args += [f"--fr={tmp_path / 'fr.npy'}", "--new_tokens=4", "--length=8", "--sizes=4"]
-  more = ["--spec_num_iter=2", "--spec_topk_per_iter=2", f"--output={tmp_path / 'tree'}"]
+  more = ["--spec_num_iter=2", "--spec_topk_per_iter=2", f"--output={tmp_path / 'tree.b'}"]
   assert tune_tree.main([*args, *more]) == 0
-  found = json.loads((tmp_path / "tree.json").read_text())
+  found = json.loads((tmp_path / "tree.b.json").read_text())
   assert [row["num_nodes"] for row in found["rows"]] == [1, 4] and found["fr_size"] == 32
-  assert found["num_nodes"] in (1, 4) and (tmp_path / "tree.png").stat().st_size
+  assert found["num_nodes"] in (1, 4) and (tmp_path / "tree.b.png").stat().st_size
 
 
 def test_few_prompts_are_halved_and_none_is_an_error(tmp_path, monkeypatch):
@@ -188,6 +188,7 @@ def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
   assert np.dot(counts, drafted["accepted"]) == 16 and sum(drafted["accepted"]) < 16
   assert drafted["mean_accept_length"] == pytest.approx(16 / sum(drafted["accepted"]))
   assert plain["tokens_per_second"] > 0 and drafted["draft_ms"] > 0
+  assert plain["round_ms"] * plain["tokens_per_second"] == pytest.approx(1e3)
 
 
 def test_every_logit_scale_is_a_row_of_its_own(tmp_path):

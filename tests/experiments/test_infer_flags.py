@@ -219,16 +219,19 @@ def test_speculative_text_is_the_plain_text_and_a_schema_holds(folder, tmp_path,
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 def test_drafts_on_disk_give_the_plain_text(folder, tmp_path, capfd, kind):
-  target = ckpt.load_hf(folder)[0].cfg
-  cfg = draft_lib.for_target(
-    target, kind, **({"feature_layers": (0, 0, 0)} if kind == "eagle3" else {})
-  )
+  model, params, _ = ckpt.load_hf(folder)
+  target, own = model.cfg, {"feature_layers": (0, 0, 0)} if kind == "eagle3" else {}
+  cfg = draft_lib.for_target(target, kind, draft_logit_scale=0.75, **own)
   rng = np.random.default_rng(0)
   weights = trees.map_with_path(
     lambda path, x: jnp.asarray(rng.normal(size=x.shape) * 0.1 + path.endswith("scale"), x.dtype),
     draft_lib.abstract_params(cfg)[0],
   )
   draft_io.save_draft(tmp_path / "draft", draft_lib.Draft(cfg, weights, None), target)
+  asked = config.InferConfig(draft_model_path=str(tmp_path / "draft"), use_eagle3=kind == "eagle3")
+  for scale, expected in ((None, 0.75), (1.0, 1.0)):
+    asked = dataclasses.replace(asked, draft_logit_scale=scale)
+    assert _infer._draft(asked, model, params)[0].cfg.draft_logit_scale == expected
   common = ["g", f"--model={folder}", "--prompt=the the", "--raw", "--num_generate=12"]
   assert generate.main(common) == 0
   plain = capfd.readouterr().out
@@ -315,6 +318,13 @@ def test_bita_and_hierarchical_drafts_on_disk_give_the_plain_text(folder, tmp_pa
       ["--use_eagle3", "--draft_kind=hier", "--draft_model_path=/no"],
       "use_eagle3: found with hier drafts",
     ),
+    (["--frspec_path=x"], "--frspec_path: found with none drafts, expected EAGLE or MTP"),
+    (["--frspec_path=x", "--draft_kind=ngram"], "--frspec_path: found with ngram drafts"),
+    (
+      ["--frspec_path=x", "--use_eagle3", "--draft_model_path=/no"],
+      "--frspec_path: found with eagle3 drafts",
+    ),
+    (["--draft_logit_scale=2"], "--draft_logit_scale: found with none drafts"),
     (["--block_window_size=-1"], "block_window_size: found -1, expected >= 0"),
   ],
 )

@@ -162,3 +162,7 @@ def test_command_counts_lines_and_forces_markers(tmp_path, capsys):
   assert build_fr_index.main([*args, "--sizes="]) == 1
   out, err = capsys.readouterr()
   assert "--sizes: found none" in err and not out  # nothing is counted in vain
+  for weights in ("a,b", "1", "0,0", "-1,2", "nan,1"):
+    assert build_fr_index.main([*args, f"--weights={weights}"]) == 1
+    out, err = capsys.readouterr()
+    assert f"--weights: found {weights}, expected 2 numbers >= 0" in err and not out
