@@ -75,7 +75,7 @@ def score(row: dict[str, Any]) -> float:
 
 
 def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any]]) -> None:
-  """JSON at `path`, a name in .json, and acc_1 and acc_3 over steps: each variant at its best rate, every seed a line."""
+  """JSON at `path` (in .json), and acc_1 and acc_3 over steps: each variant at its best rate."""
   names = ("target", "regenerate", "regenerate_tokens", "steps", "rows", "seq_len")
   result = {name: values[name].value for name in names}
   result |= {"rows": rows, "environment": _bench_train.environment()}

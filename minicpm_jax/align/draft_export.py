@@ -12,6 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import bita_io, draft_io
@@ -19,6 +20,7 @@ from minicpm_jax.core import extras, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import draft as draft_lib
+from minicpm_jax.quant import qtensor
 from minicpm_jax.quant import tree as quant_tree
 
 
@@ -37,12 +39,35 @@ def write(
 
 
 def as_int4(draft: draft_lib.Draft) -> draft_lib.Draft:
-  """A draft that was trained with fake quantisation in the form that runs, same values."""
+  """A draft that was trained with fake quantisation in the form that runs, same values.
+
+  EAGLE-3's fc carries a power of two (`align.draft_scale`); where its scales in float16 do not hold
+  that, they being subnormal then, fc is stored as floats, which readers take.
+  """
   quant = draft.cfg.layer.quant
   if quant is None or quant.scheme != "int4" or quant.weights != "latent":
     raise ValueError(f"draft.layer.quant: found {quant!r}, expected latent int4 weights")
-  quant = dataclasses.replace(quant, weights="codes")
-  return _with_quant(draft, quant, _codes(draft))
+  runs = _with_quant(draft, dataclasses.replace(quant, weights="codes"), _codes(draft))
+  return _with_exact_fc(draft, runs) if draft.cfg.kind == "eagle3" else runs
+
+
+def _with_exact_fc(draft: draft_lib.Draft, runs: draft_lib.Draft) -> draft_lib.Draft:
+  """The int4 draft `runs`, fc as floats where its scales are not those of a larger fc times 2^k."""
+  kernel = np.asarray(draft.params["fc"]["kernel"], np.float32)
+  up = np.float32(2.0 ** -np.floor(np.log2(max(np.abs(kernel).max(), 1e-30))))
+  larger = {**draft.params, "fc": {"kernel": kernel * up}}
+  fc = _codes(dataclasses.replace(draft, params=larger))["fc"]["kernel"]
+  exact = np.asarray(fc.scale, np.float32) / up
+  if np.array_equal(np.asarray(runs.params["fc"]["kernel"].scale, np.float32), exact):
+    return runs
+  logging.warning(
+    "draft_int4: fc/kernel: found int4 scales down to %.2g, expected at least float16's %.2g: "
+    "stored as floats of the same values",
+    *(exact.min(), np.finfo(np.float16).tiny),
+  )
+  cfg = draft_lib.quantized(runs.cfg, fc.group_size, "codes", has_fc=False)
+  params = {**runs.params, "fc": {"kernel": qtensor.dequantize(fc) / up}}
+  return draft_lib.Draft(cfg, params, runs.ids)
 
 
 def fused(draft: draft_lib.Draft) -> draft_lib.Draft:

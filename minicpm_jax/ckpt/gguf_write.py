@@ -195,13 +195,13 @@ def _warn_of_rounding(tensors: list[_Tensor], leaves: dict[str, Any]) -> None:
   again = [
     t.path
     for t in tensors
-    if t.kind in ("q4_0", "q4_1") and qtensor.is_qtensor(leaves[t.path])
-    if t.kind == "q4_1" or not _fits_q4_0(leaves[t.path])
+    if t.kind in ("q4_0", "q4_1", "q8_0") and qtensor.is_qtensor(leaves[t.path])
+    if not _fits(t.kind, leaves[t.path])
   ]
   if again:
     logging.warning(
       "save_gguf: %d quantised kernels are rounded a second time, to the grid of the file's type "
-      "(only symmetric int4 codes in groups of whole blocks of 32 go into q4_0 as they are): %s",
+      "(in groups of whole blocks of 32, q4_0 holds symmetric int4 codes, q8_0 ternary ones): %s",
       *(len(again), hf_tensors.listed(sorted(set(again)))),
     )
 
@@ -261,7 +261,7 @@ def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool)
   """
   if qtensor.is_qtensor(leaf):
     one = jax.tree.map(lambda x: x[t.index] if t.index else x, leaf)
-    if t.kind == "q4_0" and _fits_q4_0(one):
+    if t.kind == "q4_0" and _fits(t.kind, one):
       return _packed_codes(cfg, t, qtensor.unpack(one))
     leaf, t = qtensor.dequantize(one), dataclasses.replace(t, index=())
   x = np.asarray(leaf[t.index] if t.index else leaf)
@@ -294,10 +294,11 @@ def _interleaved(cfg: config.ModelConfig, t: _Tensor, x: np.ndarray) -> np.ndarr
   return x
 
 
-def _fits_q4_0(qt: qtensor.QTensor) -> bool:
-  is_ordered = qt.g_idx is None and qt.order is None
-  plain = qt.scheme == "int4" and qt.zero is None and is_ordered
-  return plain and qt.in_size // qt.num_groups % 32 == 0
+def _fits(kind: str, qt: qtensor.QTensor) -> bool:
+  """Whether a file of this kind holds the codes (q8_0: 127 times a scale in float16)."""
+  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None
+  is_held = (kind, qt.scheme) in (("q4_0", "int4"), ("q8_0", "ternary"))
+  return is_held and is_plain and qt.in_size // qt.num_groups % 32 == 0
 
 
 def _packed_codes(cfg: config.ModelConfig, t: _Tensor, qt: qtensor.QTensor) -> np.ndarray:

@@ -54,7 +54,12 @@ def smooth(
   model_cfg: ModelConfig, layer: types.Params, text: Text, cfg: gptq.GPTQConfig, num_ratios: int
 ) -> tuple[types.Params, dict[str, Any]]:
   """The layer with the best factors folded in, and the ratio by the first kernel of every pair (of
-  "moe/down": one an expert)."""
+  "moe/down": one an expert; 0 of an expert without a token)."""
+  if not sum(int(keep.sum()) for keep in text.keep):
+    raise ValueError(
+      f"smoothing: found no token that counts in the first {len(text.keep)} batches, expected some "
+      "(longer texts, or more of them: awq_tokens)"
+    )
   found: dict[str, Any] = {}
   run = _Search(model_cfg, text, cfg, num_ratios)
   for norm, names in pairs(model_cfg):

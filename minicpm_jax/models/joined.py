@@ -45,6 +45,9 @@ def join_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
       return block
     if any(_is_rounded(cfg, f"{path}/{part}", kernels[0]) for part in (*parts, name)):
       return block
+    if cfg.quant is not None and cfg.quant.act_bits is not None:
+      if len({cfg.quant.selects(f"{path}/{part}/kernel") for part in parts}) > 1:
+        return block  # inputs that some round and others do not
     rest = {n: leaf for n, leaf in block.items() if n not in parts}
     joined = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
     return {**rest, name: {"kernel": _changed(joined, axis, *kernels)}}

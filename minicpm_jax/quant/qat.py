@@ -131,7 +131,7 @@ def view(
 ) -> Any:
   """What the matmul gets for the leaf `w` at `path`: as it is, or prepared on the spot."""
   if qtensor.is_qtensor(w) and cfg is not None and cfg.act_bits is not None:
-    return w.replace(act_bits=cfg.act_bits)
+    return w.replace(act_bits=cfg.act_bits) if tree.selects(cfg, path) else w
   if is_leaf(w) or not is_active(cfg) or not cfg.selects(path):
     return w
   return prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)

@@ -56,6 +56,11 @@ def check_floats(params: types.Params) -> None:
       raise ValueError(f"{path}: found a QTensor ({w.scheme}), expected floats")
 
 
+def selects(cfg: QuantConfig, path: str) -> bool:
+  """`cfg.selects`, of joined projections whether it selects any of their parts."""
+  return any(map(cfg.selects, _parts(path) or (path,)))
+
+
 def _parts(path: str) -> list[str]:
   """Paths of the projections that the kernel at `path` holds, [] for a kernel of one."""
   for name, parts in JOINED.items():

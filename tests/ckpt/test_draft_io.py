@@ -293,6 +293,23 @@ def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target)
     draft_export.as_int4(found)
 
 
+def test_an_fc_too_small_for_scales_of_float16_is_stored_as_floats(tmp_path, target, caplog):
+  """EAGLE-3 trained in units 2^20 times as large: all values are those of the training."""
+  cfg = draft_lib.quantized(draft_lib.for_target(target, "eagle3"), GROUP)
+  trained = draft_lib.init_params(cfg, jax.random.key(0))
+  values = {}
+  for power in (0, -20):
+    fc = {"fc": {"kernel": trained["fc"]["kernel"] * 2.0**power}}
+    draft = draft_export.as_int4(draft_lib.Draft(cfg, trained | fc))
+    assert ("fc/kernel: found int4 scales down to" in caplog.text) == (power < 0)
+    draft_io.save_draft(tmp_path / "d", draft, target)
+    found = ckpt.load_draft(tmp_path / "d", target)
+    assert found.cfg.layer.quant.selects("fc/kernel") == (power == 0)
+    values[power] = quant_tree.dequantize_params(found.params, np.float32)
+  expected = values[0]["fc"]["kernel"] * 2.0**-20
+  common.assert_trees_close(values[-20], values[0] | {"fc": {"kernel": expected}}, atol=0, rtol=0)
+
+
 def test_a_ternary_draft_leaves_latents_and_the_values_that_run(tmp_path, target):
   """Values by the rule: s = mean|w| of a group of inputs, rounded to float16, times -1, 0 or 1."""
   cfg = draft_lib.quantized(draft_lib.for_target(target, "minicpm"), GROUP, scheme="ternary")

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minicpm_jax import ckpt
-from minicpm_jax.ckpt import errors, orbax_io
+from minicpm_jax.ckpt import errors, gguf_write, orbax_io
 from minicpm_jax.config import MeshConfig, QuantConfig
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees
 from minicpm_jax.deploy import quantize
 from minicpm_jax.infer import generate
 from minicpm_jax.models import convert, transformer
-from minicpm_jax.quant import gptq, int4, qtensor, ternary, tree
+from minicpm_jax.quant import gguf_types, gptq, int4, qtensor, ternary, tree
 from tests.models import common
 
 TOKENS = common.tokens((1, 12))
@@ -269,6 +269,20 @@ def test_a_gptq_folder_becomes_a_gguf_file(tmp_path, caplog):
     fine = tree.quantize_params(quant, params)
     ckpt.save_gguf(tmp_path / "m.gguf", model, fine, kind="q4_0")
   assert "kernels are rounded a second time" in caplog.text
+  caplog.clear()
+  with caplog.at_level(logging.WARNING):
+    ckpt.save_gguf(tmp_path / "m.gguf", model, low, kind="q8_0")
+  assert "kernels are rounded a second time" in caplog.text
+
+
+@pytest.mark.parametrize("scheme, limit", [("int4", 2**-6), ("ternary", 2**-11)])
+def test_which_codes_q8_0_holds(scheme, limit):
+  """Codes times a scale in blocks of 32: seven levels are no multiples of 1/127, one is."""
+  w = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  qt = qtensor.quantize(jnp.asarray(w), scheme, 32)
+  x = np.ascontiguousarray(np.asarray(qtensor.dequantize(qt)).T)
+  off = np.abs(gguf_types.unpack(gguf_types.pack(x, "q8_0"), "q8_0") - x).max() / np.abs(x).max()
+  assert 0 < off <= limit and gguf_write._fits("q8_0", qt) == (off < 2**-10)
 
 
 def test_a_loaded_gptq_model_is_exported_with_its_own_config(tmp_path):

@@ -79,6 +79,11 @@ def test_latent_weights_and_unlike_kernels_stay_apart(dense):
   mixed["layers_0"]["attn"]["q"]["kernel"] = qtensor.quantize(kernel, "int8")
   new = joined.join_projections(cfg, mixed)
   assert "q" in new["layers_0"]["attn"] and "qkv" in new["layers_1"]["attn"]
+  codes = tree.quantize_params(QuantConfig(scheme="int8", weights="codes"), params)
+  for exclude, is_apart in ((("attn/v",), True), (("attn/",), False)):
+    part = QuantConfig(scheme="int8", weights="codes", act_bits=8, exclude=exclude)
+    new = joined.join_projections(dataclasses.replace(cfg, quant=part), codes)
+    assert ("q" in new["layers_0"]["attn"]) == is_apart
 
 
 QKV = r"attn/[qkv]/"

@@ -12,7 +12,7 @@ from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees
 from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
-from minicpm_jax.quant import qat, tree
+from minicpm_jax.quant import qat, qtensor, tree
 from minicpm_jax.train import step as step_lib
 from tests.models import common
 from tests.train import conftest as training
@@ -128,6 +128,15 @@ def test_int8_activations_by_hand():
   np.testing.assert_allclose(qat.matmul(x, kernel)[0], float(found[0].sum()), rtol=1e-6)
   grad = jax.grad(lambda x: jnp.sum(qat.matmul(x, kernel)))(x)
   np.testing.assert_allclose(grad, 2.0, rtol=1e-6)
+
+
+def test_inputs_are_rounded_for_the_selected_codes_alone():
+  cfg = QuantConfig(scheme="int4", weights="codes", act_bits=8, exclude=("mlp/", "attn/o"))
+  qt = qtensor.quantize(jnp.ones((8, 4)), "int4")
+  layout = dict(num_in=1, num_lead=0, dtype=jnp.float32)
+  found = {n: qat.view(cfg, f"a/{n}/kernel", qt, **layout).act_bits
+           for n in ("attn/q", "attn/o", "attn/qkv", "mlp/gate_up", "mlp/down")}  # fmt: skip
+  assert found == dict.fromkeys(found) | {"attn/q": 8, "attn/qkv": 8}
 
 
 def test_only_projections_are_touched():
