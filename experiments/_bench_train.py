@@ -94,10 +94,10 @@ class Ours:
         weights=step_lib.quantized_weights(cfg),
       )
       self._schedule = schedules.schedule_arrays(optim.schedule, optim.peak_lr)
-      self._batch = mesh_lib.shard_batch(self.mesh, random_batch(cfg, batch_size, seq_len))
+      self.batch = mesh_lib.shard_batch(self.mesh, random_batch(cfg, batch_size, seq_len))
       jitted = step_lib.jit_train_step(step, self._abstract, self.mesh)
       began = time.perf_counter()
-      lowered = jitted.lower(self._abstract, self._batch, self._schedule)
+      lowered = jitted.lower(self._abstract, self.batch, self._schedule)
       self.lower_seconds = time.perf_counter() - began
       began = time.perf_counter()
       self.compiled = lowered.compile()
@@ -106,12 +106,17 @@ class Ours:
 
   def step(self) -> float:
     """One update; waits for its loss."""
+    loss = self.dispatch(self.batch)
+    return float(loss.sum) / float(loss.weight)
+
+  def dispatch(self, batch: dict[str, jax.Array]) -> metrics.Metric:
+    """One update; its loss, not waited for."""
     with jax.set_mesh(self.mesh):
       if self._state is None:
         params = step_lib.init_params(self._model, self._abstract, 0)
         self._state = step_lib.fresh_state(self._optimizer, params, self._abstract)
-      self._state, values, _ = self.compiled(self._state, self._batch, self._schedule)
-      return float(values["loss"].sum) / float(values["loss"].weight)
+      self._state, values, _ = self.compiled(self._state, batch, self._schedule)
+      return values["loss"]
 
 
 def random_batch(cfg: config.ModelConfig, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -320,23 +325,6 @@ def reset_peak() -> float:
   return peak_mb("VmRSS")
 
 
-def mfu_rows(repeats: int, seq_len: int = 4096) -> list[dict[str, Any]]:
-  """The 1.2B and 2.4B models in bf16; the row counts are untested guesses for an 80 GB card."""
-  device = jax.devices()[0]
-  if device.platform == "cpu":
-    raise ValueError(f"--suite=mfu: found device {device.platform}, expected a GPU or TPU")
-  rows = []
-  for name, batch_size in (("minicpm_1b", 4), ("minicpm_2b", 2)):
-    cfg = zoo.ZOO[name](dtype="bf16", remat="dots")
-    run = Ours(cfg, batch_size=batch_size, seq_len=seq_len)
-    speed = run.tokens / interleave({"ours": run.step}, repeats)["ours"].median
-    kind = device.device_kind
-    used = metrics.mfu(cfg, seq_len=seq_len, tokens_per_second=speed, device_kind=kind)
-    shown = "unknown peak" if used is None else f"{used:.1%}"
-    rows.append({"model": name, "device": kind, "batch": batch_size, "tok/s": speed, "MFU": shown})
-  return rows
-
-
 # --- Reports ------------------------------------------------------------------------------------
 
 
@@ -364,11 +352,12 @@ def _is_installed(package: str) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """A markdown table; the columns are those of the first row."""
-  names = list(rows[0])
+  """A markdown table of the columns of all rows."""
+  names = list(dict.fromkeys(name for row in rows for name in row))
   lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
   for row in rows:
-    cells = (f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names)
+    found = (row.get(name, "") for name in names)
+    cells = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in found)
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
 

@@ -8,10 +8,10 @@ AdamW, clipping, threads), one step each in turn, medians. compile: scan, unroll
 of layers, each with an empty and with a filled persistent cache. memory: temporary bytes of the
 compiled step and the peak of the process, with and without remat. scaling: one global batch over
 1, 2, 4, 8 host devices (on a machine with fewer cores this measures what sharding costs). Every
-row of these three is a process of its own. mfu: model FLOPs utilisation on an accelerator at
-sequence 4096 (convention: minicpm_jax.core.metrics). qat: the step with ternary weights against the
-plain one, in turn. Results go to
-OUTPUT/bench_train_SUITE[_SIZES].json.
+row of these three is a process of its own. mfu: whole steps of the 0.5B shape on an accelerator
+(`_bench_mfu`; convention of MFU: minicpm_jax.core.metrics). qat: the step with low-bit weights
+against the plain one, in turn; on an accelerator that of the 0.5B shape, FP8 too. Status 1 where a
+row of these two failed. Results go to OUTPUT/bench_train_SUITE[_SIZES].json.
 """
 
 import json
@@ -28,29 +28,28 @@ from experiments import _command
 _SUITES = ("peer", "compile", "memory", "scaling", "mfu", "qat")
 VALUES = flags.FlagValues()
 _SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.", flag_values=VALUES)
-_SIZES = flags.DEFINE_list("sizes", ["20m", "60m"], "Of tiny, 20m, 60m.", flag_values=VALUES)
-_BATCH = flags.DEFINE_integer(
-  "batch_size", 4, "Rows a step (scaling: 8 or more).", flag_values=VALUES
+_SIZES = flags.DEFINE_list(
+  "sizes", ["20m", "60m"], "Of tiny, 20m, 60m; of whole steps 0p5b.", flag_values=VALUES
 )
+_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows (scaling: 8 or more).", flag_values=VALUES)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.", flag_values=VALUES)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.", flag_values=VALUES)
-_THREADS = flags.DEFINE_integer(
-  "threads", 0, "CPU cores for both sides; 0 = all.", flag_values=VALUES
-)
+_THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.", flag_values=VALUES)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Folder; default: benchmarks/results.", flag_values=VALUES
 )
+_PARTS = flags.DEFINE_list("parts", [], "Whole steps: names begin so.", flag_values=VALUES)
+_BUDGET = flags.DEFINE_float("budget", 55.0, "Seconds to begin a part in.", flag_values=VALUES)
 _ROW = flags.DEFINE_string(
   "row", None, "Internal: measure this one row, print it as JSON.", flag_values=VALUES
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Status 0, or 1 and one line on stderr for bad input."""
   return _command.run(_run, VALUES, argv)
 
 
-def _run() -> None:
+def _run() -> int | None:
   if _THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
   from minicpm_jax.core import host_memory
@@ -58,15 +57,20 @@ def _run() -> None:
   suite, sizes, shape = _SUITE.value, _SIZES.value, dict(seq_len=_SEQ_LEN.value)
   shape["batch_size"] = max(_BATCH.value, 8) if suite == "scaling" else _BATCH.value
   is_kept = host_memory.keep() if suite != "memory" else False  # it would hold its peak
-  from experiments import _bench_train as bench
+  from experiments import _bench_mfu, _bench_train
 
-  if wrong := sorted(set(sizes) - set(bench.SIZES)):
-    raise ValueError(f"--sizes: found {wrong}, expected of {sorted(bench.SIZES)}")
+  bench, is_whole = _bench_train, _bench_mfu.is_served(suite)
+  known = _bench_mfu.SHAPES if is_whole else bench.SIZES
+  if is_whole and not VALUES["sizes"].present:
+    sizes = ["0p5b"]
+  if wrong := sorted(set(sizes) - set(known)):
+    raise ValueError(f"--sizes: found {wrong}, expected of {sorted(known)}")
   if _ROW.value is not None:
     print(json.dumps(bench.row(json.loads(_ROW.value), _REPEATS.value, **shape)))
-    return
-  if suite == "mfu":
-    rows = bench.mfu_rows(_REPEATS.value)
+    return None
+  if is_whole:
+    more, shape = dict(budget=_BUDGET.value, only=_PARTS.value), {}
+    rows = [r for size in sizes for r in _bench_mfu.rows(suite, size, _REPEATS.value, **more)]
   elif suite == "peer":
     rows = [row for size in sizes for row in bench.peer_rows(size, _REPEATS.value, **shape)]
   elif suite == "qat":
@@ -77,11 +81,10 @@ def _run() -> None:
     for row in rows:
       row["speed-up"] = row["tok/s"] / next(r["tok/s"] for r in rows if r["size"] == row["size"])
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else bench.RESULTS
-  is_all = suite == "mfu" or sizes == ["20m", "60m"]
-  name = f"bench_train_{suite}" + ("" if is_all else "_" + "_".join(sizes))
-  bench.write(
-    folder / f"{name}.json", rows, repeats=_REPEATS.value, is_memory_kept=is_kept, **shape
-  )
+  name = f"bench_train_{suite}" + ("" if sizes == ["20m", "60m"] else "_" + "_".join(sizes))
+  measured = dict(repeats=_REPEATS.value, is_memory_kept=is_kept, **shape)
+  bench.write(folder / f"{name}.json", rows, **measured)
+  return int(any("error" in row for row in rows))
 
 
 def _processes(specs: list[dict]) -> list[dict]:

@@ -17,9 +17,17 @@ def rms_norm(
   x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
 ) -> Float[Array, "*rows D"]:
   """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, times `scale` (Llama's order)."""
-  x32 = x.astype(jnp.float32)
-  normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  normed = _normalized(x, eps) if x.dtype == jnp.float32 else _recomputed_normalized(x, eps)
   return normed.astype(x.dtype) * jnp.reshape(scale.astype(x.dtype), (1,) * (x.ndim - 1) + (-1,))
+
+
+def _normalized(x, eps: float):
+  x32 = x.astype(jnp.float32)
+  return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
+# Of 16-bit inputs the backward pass keeps x, not the float32 values made of it.
+_recomputed_normalized = jax.checkpoint(_normalized, static_argnums=1, prevent_cse=False)
 
 
 def activation(

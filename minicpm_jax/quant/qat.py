@@ -180,12 +180,18 @@ def scaled_matmul(
   codes_KN: Float[types.AnyArray, "K N"],
   scale_1N: Float[types.AnyArray, "1 N"],
 ) -> Float[types.AnyArray, "M N"]:
-  """(x @ codes) * scale, sums and scale in float32; d latent = x^T dy."""
+  """(x @ codes) * scale, sums and scale in float32; d latent = x^T dy.
+
+  Where x is of 16 bits and not on a CPU, the sums are rounded to x's type before they are scaled:
+  a product's result is written to memory there, and float32 ones cost more than the scale.
+  """
   return _scaled_forward(x_MK, latent_KN, codes_KN, scale_1N)[0]
 
 
 def _scaled_forward(x_MK: Any, latent_KN: Any, codes_KN: Any, scale_1N: Any) -> Any:
-  y_MN = jnp.matmul(x_MK, codes_KN, preferred_element_type=jnp.float32) * scale_1N
+  written = jnp.float32 if jax.default_backend() == "cpu" else x_MK.dtype
+  sums_MN = jnp.matmul(x_MK, codes_KN, preferred_element_type=written)
+  y_MN = sums_MN.astype(jnp.float32) * scale_1N
   return y_MN.astype(x_MK.dtype), (x_MK, codes_KN, scale_1N, jnp.zeros((), latent_KN.dtype))
 
 

@@ -1,5 +1,7 @@
 """cuDNN's fused attention through `jax.nn.dot_product_attention` (NVIDIA, sm_80 and later)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -36,19 +38,32 @@ def flash_attention_cudnn(
     raise NotImplementedError(f"cudnn: head widths {H} and {v_BSKV.shape[-1]}")
   if not isinstance(q_offset, int) or q_offset != 0 or T != S or kv_length is not None:
     raise NotImplementedError("cudnn: serves whole sequences only (no offset, no cache)")
-  mask_B1TS, is_causal = None, True
-  if q_segment_ids_BT is not None:
+  one_run = functools.partial(_attend, scale=scale, is_causal=True)
+  if q_segment_ids_BT is None:
+    return one_run(q_BTNH, k_BSKH, v_BSKV)
+
+  @jax.checkpoint  # or the gradient of the other branch would carry a mask of zeros
+  def packed(q_BTNH, k_BSKH, v_BSKV):
     mask_BTS = ref.attention_mask(
       T, S, q_segment_ids_BT=q_segment_ids_BT, kv_segment_ids_BS=kv_segment_ids_BS
     )
     # A row of padding must not be all masked (NaN): it sees itself, its output is zeroed below.
     mask_B1TS = (mask_BTS | jnp.eye(T, dtype=bool)[None])[:, None]
-    is_causal = False
-  options = dict(mask=mask_B1TS, scale=scale, is_causal=is_causal, implementation="cudnn")
+    return _attend(q_BTNH, k_BSKH, v_BSKV, scale=scale, is_causal=False, mask=mask_B1TS)
+
+  is_plain = is_one_run(q_segment_ids_BT) & jnp.all(q_segment_ids_BT == kv_segment_ids_BS)
+  out_BTNV = jax.lax.cond(is_plain, one_run, packed, q_BTNH, k_BSKH, v_BSKV)
+  return jnp.where((q_segment_ids_BT != 0)[:, :, None, None], out_BTNV, 0)
+
+
+def is_one_run(ids_BT):
+  """True where every row is one document, then nothing but padding: plain causal attention."""
+  same_BT = (ids_BT[:, 1:] == ids_BT[:, :-1]) | (ids_BT[:, 1:] == 0)
+  return jnp.all(same_BT)
+
+
+def _attend(q_BTNH, k_BSKH, v_BSKV, **options):
   try:
-    out_BTNV = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKV, **options)
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKV, **options, implementation="cudnn")
   except RuntimeError as error:  # jax looks for the library, its version and the device here
     raise NotImplementedError(f"cudnn: {error}") from error
-  if q_segment_ids_BT is None:
-    return out_BTNV
-  return jnp.where((q_segment_ids_BT != 0)[:, :, None, None], out_BTNV, 0)

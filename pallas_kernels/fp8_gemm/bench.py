@@ -1,8 +1,10 @@
 """FP8 products of MiniCPM4's feed-forward shapes: `python -m pallas_kernels.fp8_gemm.bench`.
 
-The product alone, from codes: quantising activations is the caller's. `x dense` is against the
+Three rows a case: the product alone, from codes; `linear`, which quantises its 16-bit activations
+first, as a training step does (weights are quantised once a step, outside); and `input_gradient`,
+which quantises dy and multiplies by the transpose of the same codes. `x dense` is against the
 product of the same values in bf16 (float32 on a CPU); the bar of quantization.md section 9 is 1.3
-with at least 4096 rows of 4096 x 16384 on an H200, quantising included.
+for `linear` with at least 4096 rows of 4096 x 16384 on an H200.
 """
 
 import functools
@@ -16,7 +18,7 @@ from pallas_kernels.fp8_gemm import api, cases, mosaic_gpu, ref, triton
 
 
 def quantize(x_MK, rows: int):
-  """(codes, scales) of normal values in blocks of `rows` x 128."""
+  """(codes, scales) of normal values in blocks of `rows` x 128 (whole blocks only)."""
   M, K = x_MK.shape
   blocks = x_MK.astype(jnp.float32).reshape(M // rows, rows, K // ref.BLOCK, ref.BLOCK)
   scale = jnp.max(jnp.abs(blocks), axis=(1, 3), keepdims=True) / 448
@@ -36,6 +38,27 @@ def work(case: cases.Case, itemsize: int) -> tuple[float, float]:
   M, K, N = case.rows, case.num_in, case.num_out
   scales = 4 * (M + N / ref.BLOCK) * K / ref.BLOCK
   return 2.0 * M * K * N, K * (M + N) + scales + itemsize * M * N
+
+
+def programs(run, arrays, plain, dtype):
+  """Suffix of the case -> (function of the product and its arrays, the arrays, the bf16 product).
+
+  The function takes the product first: `run`, or the reference for the same codes.
+  """
+  (_, _, wq, ws), (x, w) = arrays, plain
+  dy = jax.random.normal(jax.random.key(1), (x.shape[0], w.shape[1]), dtype)
+
+  def linear(product, x, wq, ws):
+    return product(*quantize(x, 1), wq, ws)
+
+  def input_gradient(product, dy, wq, ws):
+    return product(*quantize(dy, 1), wq.T, ws.T)
+
+  return {
+    "": (lambda product, *codes: product(*codes), arrays, (jnp.matmul, plain)),
+    "_linear": (linear, (x, wq, ws), (jnp.matmul, plain)),
+    "_input_gradient": (input_gradient, (dy, wq, ws), (lambda dy, w: dy @ w.T, (dy, w))),
+  }
 
 
 def candidates(implementation: str):
@@ -70,23 +93,24 @@ def main(shapes: dict[str, cases.Case] = cases.REAL):
       entry = key(case.rows, case.num_out, case.num_in, arrays[0].dtype)
       print(tune.save(api.OP, entry, best))
     run = functools.partial(run, implementation=args.implementation)
-    found = jax.jit(run)(*arrays).astype(jnp.float32)
-    expected = jax.jit(ref.matmul_ref)(*arrays)
     flops, size = work(case, jnp.dtype(dtype).itemsize)
-    rows.append(
-      bench.Row(
+    for suffix, (function, given, (dense, floats)) in programs(run, arrays, plain, dtype).items():
+      exact = jax.jit(functools.partial(function, ref.matmul_ref))(*given)
+      function = functools.partial(function, run)
+      found = jax.jit(function)(*given).astype(jnp.float32)
+      row = bench.Row(
         op=api.OP,
-        case=name,
+        case=name + suffix,
         implementation=args.implementation,
-        seconds=bench.seconds(run, *arrays, repeats=args.repeats),
+        seconds=bench.seconds(function, *given, repeats=args.repeats),
         flops=flops,
         bytes=size,
-        dense_seconds=bench.seconds(jnp.matmul, *plain, repeats=args.repeats),
+        dense_seconds=bench.seconds(dense, *floats, repeats=args.repeats),
         peak_factor=2.0,
       )
-    )
-    error = float(jnp.max(jnp.abs(found - expected)))
-    print(f"{rows[-1].printed()}  max error {error:.1e}", flush=True)
+      rows.append(row)
+      error = float(jnp.max(jnp.abs(found - exact)))
+      print(f"{row.printed()}  max error {error:.1e}", flush=True)
   bench.report(rows, args.json)
 
 

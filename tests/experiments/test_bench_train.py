@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import _bench_decode, _bench_train
+from experiments import _bench_decode, _bench_mfu, _bench_train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -19,7 +19,31 @@ def run(script, *args):
 
 def test_mfu_wants_an_accelerator():
   with pytest.raises(ValueError, match="--suite=mfu: found device cpu, expected a GPU or TPU"):
-    _bench_train.mfu_rows(1)
+    _bench_mfu.rows("mfu", "0p5b", 1, budget=1.0)
+
+
+def test_a_failed_part_leaves_its_error_and_the_others_go_on(capsys, monkeypatch):
+  """Whole steps at test size: a packed row is another batch of the same program."""
+  real = _bench_mfu.Step
+
+  def breaks(cfg, *args):
+    if cfg.sparse is not None:
+      raise RuntimeError("no such kernel")
+    return real(cfg, *args)
+
+  monkeypatch.setattr(_bench_mfu, "Step", breaks)
+  found = _bench_mfu.rows("mfu", "tiny", 1, budget=60.0, only=("dense, 64", "sparse"))
+  assert [row["part"] for row in found] == [
+    "dense, 64",
+    "dense, 64, 4 documents a row",
+    "sparse, 128, remat dots",
+  ]
+  assert [row.get("error") for row in found] == [None, None, "RuntimeError: no such kernel"]
+  assert found[0]["compile s"] == found[1]["compile s"] and found[0]["loss"] != found[1]["loss"]
+  assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
+  assert "| error |" in _bench_train.table(found).splitlines()[0]
+  late = _bench_mfu.rows("qat", "tiny", 1, budget=-1.0)
+  assert [row["error"] for row in late] == ["not begun: -1 s are over"] * 5
 
 
 def test_every_row_is_its_own_measurement():

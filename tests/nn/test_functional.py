@@ -1,5 +1,6 @@
 """Norm, activations and head against numpy."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,23 @@ def test_rms_norm_rounds_before_the_weight(dtype):
   assert found.dtype == dtype
   rtol = 1e-6 if dtype == np.float32 else 0
   np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+def test_gradient_of_rms_norm(dtype):
+  """Against the equation in float64; of bf16 inputs no float32 copy waits for the backward pass."""
+  x, w, dy = (rng.normal(size=s).astype(dtype) for s in ((5, 16), (16,), (5, 16)))
+  _, pull = jax.vjp(lambda x, w: functional.rms_norm(x, w, 1e-5), jnp.asarray(x), jnp.asarray(w))
+  if dtype != np.float32:
+    assert not any(r.shape == x.shape and r.dtype == jnp.float32 for r in jax.tree.leaves(pull))
+  x64, w64, dy64 = (a.astype(np.float64) for a in (x, w, dy))
+  inverse = 1 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + 1e-5)
+  dn = dy64 * w64
+  dx = inverse * (dn - x64 * inverse**2 * np.mean(dn * x64, axis=-1, keepdims=True))
+  found = [np.asarray(g, np.float64) for g in pull(jnp.asarray(dy))]
+  tolerance = 1e-5 if dtype == np.float32 else 0.04
+  np.testing.assert_allclose(found[0], dx, atol=tolerance, rtol=tolerance)
+  np.testing.assert_allclose(found[1], (dy64 * x64 * inverse).sum(0), atol=2 * tolerance)
 
 
 def test_fatrelu_is_strict():

@@ -70,9 +70,13 @@ def test_matmul_benches_print_and_write_a_row_a_case(op, device, tmp_path, monke
   monkeypatch.setattr(sys, "argv", ["bench", *flags])
   main(shapes={"one": case, "two": case})
   printed = capsys.readouterr().out.splitlines()
-  assert [line.split()[:3] for line in printed] == [[op, x, implementation] for x in ("one", "two")]
+  suffixes = ("", "_linear", "_input_gradient") if op == "fp8_gemm" else ("",)
+  names = [case + suffix for case in ("one", "two") for suffix in suffixes]
+  assert [line.split()[:3] for line in printed] == [[op, x, implementation] for x in names]
   rows = json.loads((tmp_path / "rows").read_text())["rows"]
-  assert [row["case"] for row in rows] == ["one", "two"] and all(r["seconds"] > 0 for r in rows)
+  assert [row["case"] for row in rows] == names and all(r["seconds"] > 0 for r in rows)
+  if op == "fp8_gemm":
+    assert all(float(line.split()[-1]) < 1e-3 for line in printed)  # the same codes, by `ref`
 
 
 def test_attention_work_counts_the_visible_tokens_of_random_lists():

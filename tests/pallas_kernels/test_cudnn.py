@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels.flash import api, cudnn, ref
 
 IDS = np.array([[1] * 50 + [2] * 70 + [0] * 8, [0] * 3 + [1] * 125])
+PLAIN = np.array([[3] * 128, [1] * 100 + [0] * 28])  # a document a row, padding behind it
 
 
 def arrays(dtype=jnp.bfloat16):
@@ -44,7 +45,8 @@ def calls(fn, *args) -> list[str]:
 def test_lowers_to_the_fused_calls(gpu):
   q, k, v = arrays()
   assert calls(attend, q, k, v) == ["fmhaSoftmax"]
-  assert calls(attend, q, k, v, IDS) == ["fmhaScaleBiasSoftmax"]  # packed rows: a mask
+  # Rows of documents: a mask, or none where the rows are seen to need none.
+  assert calls(attend, q, k, v, IDS) == ["fmhaScaleBiasSoftmax", "fmhaSoftmax"]
 
   def loss(q, k, v):
     return jnp.sum(api.flash_attention(q, k, v).astype(jnp.float32))  # auto
@@ -53,7 +55,22 @@ def test_lowers_to_the_fused_calls(gpu):
   assert backward == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
 
 
-@pytest.mark.parametrize("ids", [None, IDS], ids=["causal", "packed"])
+@pytest.mark.parametrize(
+  "row, is_plain",
+  [
+    ([1, 1, 1, 1], True),
+    ([7, 7, 0, 0], True),
+    ([0, 0, 0, 0], True),
+    ([1, 1, 2, 2], False),
+    ([0, 1, 1, 1], False),
+    ([1, 0, 0, 1], False),
+  ],
+)
+def test_rows_that_need_no_mask(row, is_plain):
+  assert bool(cudnn.is_one_run(np.array([[5, 5, 5, 5], row]))) == is_plain
+
+
+@pytest.mark.parametrize("ids", [None, IDS, PLAIN], ids=["causal", "packed", "one document a row"])
 def test_masks_and_padding(gpu, monkeypatch, ids):
   """What cuDNN is asked for, computed by jax's own XLA form of the same function."""
   asked = jax.nn.dot_product_attention
@@ -70,6 +87,21 @@ def test_masks_and_padding(gpu, monkeypatch, ids):
   np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)  # bfloat16
   if ids is not None:
     assert not np.any(np.asarray(out)[ids == 0])
+  # Only real rows have a gradient, as behind the loss mask.
+  keep = 1.0 if ids is None else (ids != 0)[:, :, None, None].astype(np.float32)
+
+  def loss(function, *qkv):
+    return jnp.sum(keep * jnp.sin(function(*qkv).astype(jnp.float32)))
+
+  def whole(*qkv):
+    return ref.flash_attention_ref(*qkv, scale=0.125, **more)
+
+  found = jax.jit(jax.grad(lambda *x: loss(lambda *y: attend(*y, ids), *x), (0, 1, 2)))(q, k, v)
+  want = jax.grad(lambda *x: loss(whole, *x), (0, 1, 2))(
+    *(x.astype(jnp.float32) for x in (q, k, v))
+  )
+  for a, b in zip(found, want, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.06, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,13 @@ def test_logits_are_never_held_whole():
   assert compiled.memory_analysis().temp_size_in_bytes < T * V * 4 / 2
 
 
+@pytest.mark.parametrize("V", [73472, 4096, 130560])
+def test_chunks_of_an_accelerator_divide_the_usual_batches(V, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  chunk = xla.default_config(V).chunk
+  assert (8 * 32768) % chunk == 0 and 2**30 < 4 * V * chunk <= 2**31
+
+
 def test_bf16_gradients_keep_the_dtype():
   hidden, weight, targets, mask = inputs(64, 16, 32)
   low = [x.astype(jnp.bfloat16) for x in (hidden, weight)]

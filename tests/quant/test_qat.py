@@ -94,9 +94,13 @@ def test_a_quantised_step_on_a_mesh(batch, quant, fsdp, tp):
   common.assert_trees_close(jax.device_get(found_norms), norms, atol=1e-5)
 
 
-@pytest.mark.parametrize("g", [-1, 16])
-def test_low_precision_keeps_the_scale_out_of_the_product(g):
-  """bf16 compute, one scale a channel: T is exact, so only x, dy and the result are rounded."""
+@pytest.mark.parametrize("g, device", [(-1, "cpu"), (-1, "gpu"), (16, "cpu")])
+def test_low_precision_keeps_the_scale_out_of_the_product(g, device, monkeypatch):
+  """bf16 compute, one scale a channel: T is exact, so only x, dy and the result are rounded.
+
+  (On an accelerator the sums too, before the scale.)
+  """
+  monkeypatch.setattr(jax, "default_backend", lambda: device)
   rng = np.random.default_rng(0)
   w = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
   x = jnp.asarray(rng.integers(-8, 9, (16, 64)), jnp.bfloat16)  # exact in bf16
