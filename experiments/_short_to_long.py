@@ -32,11 +32,11 @@ class Plan:
   bins: int = 4  # lengths of the long stage, long * (1, ..., bins) / bins, equal shares of tokens
   tokens: int = 4096  # a step
   short_steps: int = 400
-  long_steps: int = 700
+  long_steps: int = 800
   peak_lr: float = 0.01
   short_rest: float = 0.3  # weight of targets that are no answers, in the short stage
-  rest: float = 0.1  # in the long stage
-  near: float = 0.2  # share of near questions, in the long stage and in the evaluation
+  rest: float = 0.3  # in the long stage
+  near: float = 0.4  # share of near questions, in the long stage and in the evaluation
   every: int = 100  # steps between evaluations
   eval_rows: int = 256  # of the last evaluation; a quarter of it on the way
 
