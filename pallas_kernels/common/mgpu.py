@@ -48,6 +48,11 @@ def check_shared_memory(op: str, num_bytes: int, what: str) -> None:
     )
 
 
+def num_cores() -> int:
+  """Multiprocessors of the device in use, or of an H100 where there is none."""
+  return getattr(jax.devices()[0], "core_count", None) or 132
+
+
 def check_installed(op: str) -> None:
   try:
     from jax.experimental.pallas import mosaic_gpu  # noqa: F401

@@ -1,8 +1,7 @@
 """Block-scaled FP8 product on Hopper GPUs through Pallas Mosaic GPU; no gradient.
 
-Rows are padded to whole tiles of 64, outputs to whole blocks of `block_n`, inputs to 128 (copies
-where a size is no multiple). Deterministic. Lowered and checked in the interpreter; it has not run
-on a device.
+Rows are padded to whole tiles of `block_m`, outputs to whole tiles of `block_n`, inputs to 128
+(copies where a size is no multiple). Deterministic.
 """
 
 import dataclasses
@@ -17,20 +16,45 @@ OP = "fp8_gemm"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicGpuConfig:
-  """`block_n` outputs a program of 64 rows; `num_stages` steps of 128 inputs are in flight."""
+  """Tiles of a program. `consumers` warpgroups share the rows; a step is one block of 128 inputs.
 
+  `group_m` rows of tiles are walked together, column by column (`mgpu_kernels.place`).
+  """
+
+  block_m: int = 256
   block_n: int = 128
+  consumers: int = 2
   num_stages: int = 4
+  group_m: int = 16
 
   def __post_init__(self):
-    if self.block_n not in (64, ref.BLOCK):
-      raise ValueError(f"MosaicGpuConfig.block_n: found {self.block_n}, expected 64 or {ref.BLOCK}")
-    if not 2 <= self.num_stages <= 8:
-      raise ValueError(f"MosaicGpuConfig.num_stages: found {self.num_stages}, expected 2 to 8")
+    for name, choices in (
+      ("block_m", (64, 128, 256)),
+      ("block_n", (64, ref.BLOCK)),
+      ("consumers", (1, 2)),
+      ("num_stages", (2, 3, 4, 5, 6, 7, 8)),
+    ):
+      value = getattr(self, name)
+      if value not in choices:
+        raise ValueError(f"MosaicGpuConfig.{name}: found {value}, expected one of {choices}")
+    height = self.block_m // self.consumers
+    if height not in (mgpu.ROWS, 2 * mgpu.ROWS):
+      raise ValueError(
+        f"MosaicGpuConfig.block_m: found {self.block_m} for {self.consumers} consumers, expected "
+        "64 or 128 rows each"
+      )
+    if self.group_m < 1:
+      raise ValueError(f"MosaicGpuConfig.group_m: found {self.group_m}, expected at least 1")
 
 
-def default_config(N: int) -> MosaicGpuConfig:
-  return MosaicGpuConfig(block_n=ref.BLOCK if N % ref.BLOCK == 0 else 64)
+def default_config(M: int, N: int) -> MosaicGpuConfig:
+  """256 x 128 where that fills a device; smaller where there are fewer rows or columns."""
+  block_n = ref.BLOCK if N % ref.BLOCK == 0 else 64
+  if M <= 64:
+    return MosaicGpuConfig(block_m=64, block_n=block_n, consumers=1, num_stages=6)
+  if M <= 128 or -(-M // 256) * -(-N // block_n) < 100:
+    return MosaicGpuConfig(block_m=128, block_n=block_n, num_stages=5)
+  return MosaicGpuConfig(block_n=block_n)
 
 
 def key(M: int, N: int, K: int, dtype) -> str:
@@ -52,19 +76,21 @@ def matmul_mosaic_gpu(
   if str(jnp.dtype(out_dtype)) not in gpu.FLOATS:
     raise NotImplementedError(f"{OP}: found output {out_dtype}, expected one of {gpu.FLOATS}")
   config = config or tune.lookup(OP, MosaicGpuConfig, key(M, N, K, xq_MK.dtype))
-  config = config or default_config(N)
+  config = config or default_config(M, N)
   from pallas_kernels.fp8_gemm import mgpu_kernels
 
-  itemsize = jnp.dtype(out_dtype).itemsize
-  size = mgpu_kernels.shared_bytes(ref.BLOCK, config.block_n, config.num_stages, itemsize)
-  mgpu.check_shared_memory(OP, size, f"{config.num_stages} stages of 64 x {config.block_n}")
+  tiles = dataclasses.asdict(config)
+  size = mgpu_kernels.shared_bytes(ref.BLOCK, tiles, jnp.dtype(out_dtype).itemsize)
+  what = f"{config.num_stages} stages of {config.block_m} x {config.block_n}"
+  mgpu.check_shared_memory(OP, size, what)
+  num_tiles = -(-M // config.block_m) * -(-N // config.block_n)
   y_MN = mgpu_kernels.matmul(
-    _padded(xq_MK, mgpu.ROWS, ref.BLOCK),
-    _padded(xs_MQ.T, 1, mgpu.ROWS),
+    _padded(xq_MK, config.block_m, ref.BLOCK),
+    _padded(xs_MQ.T, 1, config.block_m),
     _padded(wq_KN.T, config.block_n, ref.BLOCK),
     ws_QP,
-    block_n=config.block_n,
-    num_stages=config.num_stages,
+    tiles=tiles,
+    programs=min(num_tiles, 2 if interpreted else mgpu.num_cores()),
     out_dtype=out_dtype,
     interpreted=interpreted,
   )

@@ -62,17 +62,36 @@ def test_packed_matmul_in_bf16():
   )
 
 
+# Several tiles a program, each with several steps; the last group of rows of tiles is lower.
+FP8 = {**fp8_cases.TINY, "tall": fp8_cases.Case(rows=300, num_in=256, num_out=130)}
+
+
+def fp8_backend(config):
+  config = fp8.MosaicGpuConfig(**config) if config else None
+  return functools.partial(fp8.matmul_mosaic_gpu, config=config)
+
+
 @pytest.mark.parametrize(
   "name, dtype, config",
   [
     ("tiny_whole", jnp.float8_e4m3fn, None),
-    ("tiny_edges", jnp.float8_e4m3fn, fp8.MosaicGpuConfig(block_n=64, num_stages=2)),
     ("tiny_short", jnp.float8_e5m2, None),
+    ("tiny_edges", jnp.float8_e4m3fn, dict(block_m=64, block_n=64, consumers=1, num_stages=2)),
+    ("tall", jnp.float8_e4m3fn, dict(block_m=128, num_stages=3, group_m=2)),
+    ("tall", jnp.float8_e4m3fn, dict(block_m=256, block_n=64, num_stages=2)),
   ],
 )
 def test_fp8_matmul_is_the_equation(name, dtype, config):
-  backend = functools.partial(fp8.matmul_mosaic_gpu, config=config)
-  fp8_suite.check(backend, fp8_cases.TINY[name], dtype)
+  fp8_suite.check(fp8_backend(config), FP8[name], dtype)
+
+
+@pytest.mark.parametrize("rows, columns, group", [(5, 3, 2), (4, 7, 4), (3, 2, 8), (1, 5, 1)])
+def test_every_tile_has_one_place(rows, columns, group):
+  places = [fp8_kernels.place(i, rows, columns, group) for i in range(rows * columns)]
+  places = [(int(m), int(n)) for m, n in places]
+  assert sorted(places) == [(m, n) for m in range(rows) for n in range(columns)]
+  first = min(group, rows)
+  assert places[: first + 1] == [(m, 0) for m in range(first)] + [(0, 1)]
 
 
 def test_named_on_a_cpu_they_are_interpreted_and_have_gradients():
@@ -165,8 +184,8 @@ def test_tiles_beyond_shared_memory_are_refused():
   with pytest.raises(NotImplementedError, match="5 stages of 256 x 128 take .* shared memory"):
     jax.eval_shape(functools.partial(run, config=config), *avals)
   run, avals = fp8_program(64, 256, 128)
-  with pytest.raises(NotImplementedError, match="8 stages of 64 x 128 take .* shared memory"):
-    config = fp8.MosaicGpuConfig(num_stages=8)
+  with pytest.raises(NotImplementedError, match="5 stages of 256 x 128 take .* shared memory"):
+    config = fp8.MosaicGpuConfig(num_stages=5)
     jax.eval_shape(functools.partial(run, config=config, out_dtype=jnp.float32), *avals)
 
 
@@ -176,8 +195,11 @@ def test_tiles_beyond_shared_memory_are_refused():
     (lambda: mosaic_gpu.MosaicGpuConfig(block_n=96), r"block_n: found 96, expected one of \(64"),
     (lambda: mosaic_gpu.MosaicGpuConfig(num_splits=3), "num_splits: found 3, expected one of"),
     (lambda: mosaic_gpu.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected one of"),
-    (lambda: fp8.MosaicGpuConfig(block_n=256), "block_n: found 256, expected 64 or 128"),
-    (lambda: fp8.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected 2 to 8"),
+    (lambda: fp8.MosaicGpuConfig(block_n=256), r"block_n: found 256, expected one of \(64, 128"),
+    (lambda: fp8.MosaicGpuConfig(num_stages=1), r"num_stages: found 1, expected one of \(2, 3"),
+    (lambda: fp8.MosaicGpuConfig(consumers=3), r"consumers: found 3, expected one of \(1, 2"),
+    (lambda: fp8.MosaicGpuConfig(block_m=64), "block_m: found 64 for 2 consumers, expected 64 or"),
+    (lambda: fp8.MosaicGpuConfig(group_m=0), "group_m: found 0, expected at least 1"),
   ],
 )
 def test_bad_configs_name_the_field(make, message):
@@ -220,6 +242,26 @@ def test_auto_takes_mosaic_on_hopper_alone_and_triton_where_it_serves(capability
 def test_packed_matmul_on_the_device(name, dtype):
   bits, case, config = PACKED[name]
   packed_suite.check(packed_backend(config), case, bits, dtype)
+
+
+DEVICE_TILES = {
+  "default": None,
+  "256": dict(),
+  "128": dict(block_m=128, num_stages=6, group_m=2),
+  "128x64": dict(block_m=128, block_n=64, num_stages=3),
+  "one_consumer": dict(block_m=128, consumers=1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", DEVICE_TILES)
+def test_fp8_tiles_on_the_device(tiles):
+  """More tiles than multiprocessors, an edge in every dimension."""
+  case = fp8_cases.Case(rows=2100, num_in=1000, num_out=2200)
+  config = DEVICE_TILES[tiles]
+  config = None if config is None else fp8.MosaicGpuConfig(**config)
+  backend = functools.partial(fp8.matmul_mosaic_gpu, config=config)
+  fp8_suite.check(backend, case, tolerance=1e-3)
 
 
 @pytest.mark.gpu
