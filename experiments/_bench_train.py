@@ -364,10 +364,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> pathlib.Path:
   """The rows as JSON, and as a table on the screen."""
+  save(path, rows, **more)
+  print(table(rows), f"\n\n{path}", flush=True)
+  return path
+
+
+def save(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> None:
+  """The rows as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".tmp")
   text = json.dumps({"environment": environment(), **more, "rows": rows}, indent=1)
   partial.write_text(text + "\n")
   os.replace(partial, path)
-  print(table(rows), f"\n\n{path}", flush=True)
-  return path

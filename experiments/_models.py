@@ -22,10 +22,10 @@ def load(spec: str) -> tuple[transformer.Transformer, types.Params, tokenizer.To
   path = pathlib.Path(spec)
   is_cpu = jax.default_backend() == "cpu"
   if path.is_file() and path.suffix == ".gguf":
-    model, params, tok = ckpt.load_gguf(path, scan_layers=not is_cpu)
+    model, params, tok = ckpt.load_gguf(path, scan_layers=generate.is_scanned())
   elif (path / "config.json").is_file():
     dtype = "f32" if is_cpu else None
-    model, params, tok = ckpt.load_hf(path, dtype=dtype, scan_layers=not is_cpu)
+    model, params, tok = ckpt.load_hf(path, dtype=dtype, scan_layers=generate.is_scanned())
   elif (orbax_io.split_step(spec)[0] / run_config.FILE_NAME).is_file():
     model, params, tok = ckpt.load_run(spec)
   else:

@@ -4,6 +4,7 @@
   python -m experiments.bench_decode --suite=speculative      (prompt lookup; table and free text)
   python -m experiments.bench_decode --suite=lowbit           (int8, int4, ternary against float32)
   python -m experiments.bench_decode --shape=minicpm4_0p5b    (random weights in that shape)
+  python -m experiments.bench_decode --suite=gpu              (ours alone, the 8B shape, one GPU)
 
 All sides decode the same prompt greedily, in turn; medians. prefill tok/s and first token: the
 prompt up to the first new token. decode tok/s: the tokens after it. Compilation is apart. "equal
@@ -21,8 +22,9 @@ from absl import flags
 from experiments import _command
 
 VALUES = flags.FlagValues()
+GPU = "gpu"  # the suite of _bench_gpu_suite
 _SUITE = flags.DEFINE_string(
-  "suite", "plain", "Which sides; a name of _bench_decode.SUITES.", flag_values=VALUES
+  "suite", "plain", "A name of _bench_decode.SUITES, or gpu.", flag_values=VALUES
 )
 _MODEL = flags.DEFINE_string(
   "model", None, "A GGUF; default: the 135M model of fetch_model.", flag_values=VALUES
@@ -40,6 +42,15 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds.", lower_bound=1, fl
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Folder; default: benchmarks/results.", flag_values=VALUES
 )
+_PARTS = flags.DEFINE_list(
+  "parts", None, "Of --suite=gpu; default: all but prefill.", flag_values=VALUES
+)
+_WEIGHTS = flags.DEFINE_list(
+  "weights", ["bf16", "int4"], "Of --suite=gpu: bf16, int4, ternary.", flag_values=VALUES
+)
+_COMPILERS = flags.DEFINE_integer(
+  "compilers", 4, "Programs of --suite=gpu compiled together.", lower_bound=1, flag_values=VALUES
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,14 +58,18 @@ def main(argv: list[str] | None = None) -> int:
   return _command.run(_run, VALUES, argv)
 
 
-def _run() -> None:
+def _run() -> int | None:
+  if _SUITE.value == GPU:
+    return _run_gpu()
   from experiments import _bench_decode as bench
   from experiments import _bench_train as reports
   from minicpm_jax.core import fetch
   from minicpm_jax.models import zoo
 
   if _SUITE.value not in bench.SUITES:
-    raise ValueError(f"--suite: found {_SUITE.value!r}, expected one of {sorted(bench.SUITES)}")
+    raise ValueError(
+      f"--suite: found {_SUITE.value!r}, expected {GPU} or one of {sorted(bench.SUITES)}"
+    )
   shape, path = _SHAPE.value, _MODEL.value or fetch.cached()
   if shape is not None and shape not in zoo.ZOO:
     raise ValueError(f"--shape: found {shape!r}, expected one of {sorted(zoo.ZOO)}")
@@ -81,6 +96,28 @@ def _run() -> None:
   suffix = f"_{shape}" if shape else ""
   name = f"bench_decode_{_SUITE.value}{suffix}.json"
   reports.write(folder / name, rows, left_out=missing, **more)
+
+
+def _run_gpu() -> int:
+  from experiments import _bench_gpu as bench
+  from experiments import _bench_gpu_suite as suites
+  from experiments import _bench_train as reports
+
+  parts = [p for p in suites.PARTS if p != "prefill"] if _PARTS.value is None else _PARTS.value
+  for flag, found, expected in (
+    ("parts", parts, suites.PARTS),
+    ("weights", _WEIGHTS.value, tuple(bench.QUANT)),
+  ):
+    if unknown := sorted(set(found) - set(expected)):
+      raise ValueError(f"--{flag}: found {unknown}, expected some of {list(expected)}")
+  shape = _SHAPE.value or "minicpm4_8b"
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  path = folder / f"bench_decode_gpu_{shape}.json"
+  suite = suites.Suite(bench.sizes(shape), parts, _COMPILERS.value)
+  try:
+    return suite.run(_WEIGHTS.value, lambda: reports.save(path, suite.rows, errors=suite.errors))
+  finally:
+    print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def put(whole: Answer, round_: Any, one: Answer) -> Answer:
 
 
 def likeliest(logits_NV: Any, is_wanted: Any) -> tuple[Any, Any]:
-  """(ids [N, K], log-probabilities); zeros where nobody wants them."""
+  """(ids [N, K], log-probabilities); zeros where nobody wants them (bool, or False at once)."""
   N, V = logits_NV.shape
   K = min(requests.MAX_TOP, V)
 
@@ -53,4 +53,6 @@ def likeliest(logits_NV: Any, is_wanted: Any) -> tuple[Any, Any]:
     return ids_NK.astype(jnp.int32), best_NK
 
   nothing = (jnp.zeros((N, K), jnp.int32), jnp.zeros((N, K), jnp.float32))
+  if is_wanted is False:
+    return nothing
   return jax.lax.cond(is_wanted, found, lambda: nothing)

@@ -42,7 +42,7 @@ FinishReason, check_prompt = requests.FinishReason, requests.check_prompt
 class Engine(driver_lib.Driver):
   """Continuous batching over `cfg.max_batch` rows; see the module docstring.
 
-  `model` and `params` as they are to run: on a CPU pass them through `generate.for_decoding` first.
+  `model` and `params` as they are to run: pass them through `generate.for_decoding` first.
   `drafter` with its `draft_params` proposes tokens (infer/drafters); None decodes plainly.
   `before`: prefix tokens whose stored keys and values every request starts with (quant.prefix).
   """
@@ -88,6 +88,7 @@ class Engine(driver_lib.Driver):
     self._ids = itertools.count()
     self._clock = time.perf_counter()
     self.compile_seconds = 0.0  # of all functions so far
+    self.tells = jax.default_backend() != "cpu"  # rounds.Known
     self._free_mask = jnp.full((1, -(-model.cfg.vocab_size // 32)), -1, jnp.int32)
 
   # --- Requests -----------------------------------------------------------------------------------
@@ -233,7 +234,8 @@ class Engine(driver_lib.Driver):
       *(tokens_1C, np.int32(job.row), np.int32(num), np.int32(len(prompt))),
       *(np.int32(NO_TOKEN if is_last else prompt[start + num]), mask_1W),
     )
-    answer = self._call(rounds_lib.prefill, [job], *args, span=self._span(start + size))
+    static = dict(span=self._span(start + size), known=self._known([job], len(prompt)))
+    answer = self._call(rounds_lib.prefill, [job], *args, **static)
     job.num_cached += num
     self._rows[job.row].held += prompt[start : start + num]
     if is_last:
@@ -245,8 +247,17 @@ class Engine(driver_lib.Driver):
     ahead = sum(p.rounds for p in self._pending) * A
     length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
     span = self._span(length + rounds * A + self._num_rows)
-    answer = self._call(rounds_lib.run, live, span=span, rounds=rounds)
+    known = self._known(live, min(len(job.request.prompt) + len(job.tokens) for job in live))
+    answer = self._call(rounds_lib.run, live, span=span, rounds=rounds, known=known)
     self._await(rows_lib.Answer(answer, self._jobs_by_row(live), rounds))
+
+  def _known(self, jobs: list[rows_lib.Job], length: int) -> rounds_lib.Known:
+    """`length`: tokens of the shortest sequence. On a CPU a branch is free and a program is not."""
+    if not self.tells:
+      return rounds_lib.Known()
+    is_bare = all(rows_lib.is_bare(job.request) for job in jobs)
+    sparse = self.model.cfg.sparse
+    return rounds_lib.Known(is_bare, sparse is not None and length >= sparse.dense_len)
 
   def _constrained_round(self, live: list[rows_lib.Job]) -> None:
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""

@@ -5,6 +5,7 @@ Plain decoding is a tree of the root alone. All functions are of static shape; t
 The root is sampled but not yet in the cache; its position is the row's length.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,12 +23,28 @@ from minicpm_jax.models import cache as cache_lib
 NO_TOKEN = answers.NO_TOKEN
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What the host knows of all live rows, so that a round need not branch on it.
+
+  A GPU asks the host at every branch (`lax.cond`), with all work before it done: in every layer,
+  for the switch between dense and sparse attention. is_bare: greedy without penalty, nobody wants
+  the likeliest tokens. is_long: with the root, every sequence has sparse.dense_len tokens.
+  """
+
+  is_bare: bool = False
+  is_long: bool = False
+
+
 def _rope_length(cfg: config.ModelConfig, length_B: Any) -> Any:
   """None where the model does not ask for it: then the tables need no data."""
   return length_B if cfg.rope.kind in ("dynamic", "longrope") else None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
+_STATIC = ("model", "drafter", "span", "known")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def prefill(
   model: Any,
   drafter: base.Drafter,
@@ -41,6 +58,7 @@ def prefill(
   mask_1W: Any,
   *,
   span: int,
+  known: Known = Known(),
 ) -> tuple[state_lib.State, answers.Answer]:
   """One chunk of a prompt of `total` tokens, padded to C; samples the root where next_id < 0.
 
@@ -48,11 +66,12 @@ def prefill(
   may be the root.
   """
   start = state.cache.length[row]
+  step = cache_lib.Step(num_new_B=num_real[None], row=row, total_B=total[None], span=span)
   out = model.apply(
     {"params": params.target},
     tokens_1C,
     cache=state.cache,
-    step=cache_lib.Step(num_new_B=num_real[None], row=row, total_B=total[None], span=span),
+    step=step.replace(is_long=known.is_long),
     rope_length=_rope_length(model.cfg, state.rope_length_B[row][None]),
     tap_layers=drafter.tap_layers,
     return_logits=False,
@@ -105,12 +124,12 @@ def _draft(drafter: base.Drafter, params: base.Params, state: state_lib.State, s
   return tree, state.replace(draft=draft)
 
 
-def _round(model, drafter, params, state: state_lib.State, span):
+def _round(model, drafter, params, state: state_lib.State, span, known: Known = Known()):
   """(state after a round, its Answer)."""
   tree, state = _draft(drafter, params, state, span)
   D = drafter.num_levels
   if not getattr(drafter, "may_pass", False):
-    return _verify(model, drafter, params, state, tree, None, span, D)
+    return _verify(model, drafter, params, state, tree, None, span, D, known)
 
   def plainly(state):
     root = base.Tree(
@@ -119,11 +138,11 @@ def _round(model, drafter, params, state: state_lib.State, span):
       depth_BP=tree.depth_BP[:, :1],
       anc_BPP=tree.anc_BPP[:, :1, :1],
     )
-    state, short = _verify(model, drafter, params, state, root, None, span, 0)
+    state, short = _verify(model, drafter, params, state, root, None, span, 0, known)
     return state, answers.put(nothing, 0, short)
 
   def whole(state):
-    return _verify(model, drafter, params, state, tree, None, span, D)
+    return _verify(model, drafter, params, state, tree, None, span, D, known)
 
   is_any = jnp.any((tree.tok_BP[:, 1:] >= 0) & state.is_live_B[:, None])
   nothing = answers.no_answer(state.root_B.shape[0], 1, D, model.cfg.vocab_size)
@@ -142,23 +161,34 @@ def _if(is_wanted: Any, function: Any, given: Any) -> Any:
 
 
 def _verify(
-  model, drafter, params, state: state_lib.State, tree: base.Tree, mask_BPW, span, num_levels
+  model,
+  drafter,
+  params,
+  state: state_lib.State,
+  tree: base.Tree,
+  mask_BPW,
+  span,
+  num_levels,
+  known: Known = Known(),
 ):
   """(state after the round, its Answer)."""
   cfg, D = model.cfg, num_levels
   B, P = tree.tok_BP.shape
   length_B = state.cache.length
-  out = _forward(model, drafter, params, state, tree, span)
+  out = _forward(model, drafter, params, state, tree, span, known)
   logits_NV = jnp.reshape(out.logits, (B * P, -1))
   masked_NV = logits_NV
   if mask_BPW is not None:
     masked_NV = constrained.apply_bitmask(logits_NV, jnp.reshape(mask_BPW, (B * P, -1)))
-  y_N = sampling_lib.sample(
-    masked_NV,
-    state.sampling.rows(P),
-    jnp.reshape(length_B[:, None] + tree.depth_BP + 1, (-1,)),
-    lambda: tree_lib.seen_by_nodes(state.seen_BV, tree, D),
-  )
+  if known.is_bare:
+    y_N = jnp.argmax(masked_NV, axis=1).astype(jnp.int32)
+  else:
+    y_N = sampling_lib.sample(
+      masked_NV,
+      state.sampling.rows(P),
+      jnp.reshape(length_B[:, None] + tree.depth_BP + 1, (-1,)),
+      lambda: tree_lib.seen_by_nodes(state.seen_BV, tree, D),
+    )
   acc_B, path_BA, new_BA = tree_lib.match(tree, jnp.reshape(y_N, (B, P)), D)
   acc_B, is_live_B = _cut(state, acc_B, new_BA)
   steps_1A = jnp.arange(D + 1, dtype=jnp.int32)[None, :]
@@ -186,8 +216,11 @@ def _verify(
     return sampling_lib.logprobs(logits_NV[path_N], jnp.reshape(new_BA, (-1,)))
 
   is_running_B = state.is_live_B
-  wanted = jnp.any(state.wants_logprobs_B & is_running_B)
-  logprobs_N = jax.lax.cond(wanted, logprobs, lambda: jnp.zeros((B * (D + 1),), jnp.float32))
+  if known.is_bare:
+    logprobs_N = logprobs()
+  else:
+    wanted = jnp.any(state.wants_logprobs_B & is_running_B)
+    logprobs_N = jax.lax.cond(wanted, logprobs, lambda: jnp.zeros((B * (D + 1),), jnp.float32))
   rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
   seen_ids_BA = jnp.where(emitted_BA < 0, state.seen_BV.shape[1], emitted_BA)
   root_logits_B = jnp.max(jnp.reshape(logits_NV, (B, P, -1))[:, 0], axis=-1)
@@ -200,7 +233,7 @@ def _verify(
     num_emitted_B=state.num_emitted_B + acc_B,
     seen_BV=state.seen_BV.at[rows_B1, seen_ids_BA].set(True, mode="drop"),
   )
-  is_top_wanted = jnp.any(state.wants_top_B & is_running_B)
+  is_top_wanted = False if known.is_bare else jnp.any(state.wants_top_B & is_running_B)
   top_ids_NK, top_NK = answers.likeliest(logits_NV[path_N], is_top_wanted)
   return state, answers.Answer(
     tokens_BRA=emitted_BA[:, None],
@@ -211,7 +244,7 @@ def _verify(
   )
 
 
-def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, span) -> Any:
+def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, span, known) -> Any:
   """The target's output at the nodes, `hidden` also at what rides on them."""
   tokens_BR, more = jnp.maximum(tree.tok_BP, 0), {}
   anc_BRR, depth_BR, num_riders = tree.anc_BPP, tree.depth_BP, base.num_riders(drafter)
@@ -224,7 +257,7 @@ def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, sp
     {"params": params.target},
     tokens_BR,
     cache=state.cache,
-    step=cache_lib.Step(anc_BTT=anc_BRR, depth_BT=depth_BR, span=span),
+    step=cache_lib.Step(anc_BTT=anc_BRR, depth_BT=depth_BR, span=span, is_long=known.is_long),
     rope_length=_rope_length(model.cfg, state.rope_length_B),
     tap_layers=drafter.tap_layers,
     return_logits=not num_riders,
@@ -249,9 +282,7 @@ def _cut(state: state_lib.State, acc_B, new_BA):
   return acc_B, is_open_B
 
 
-@functools.partial(
-  jax.jit, static_argnames=("model", "drafter", "span", "rounds"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "rounds"), donate_argnames="state")
 def run(
   model: Any,
   drafter: base.Drafter,
@@ -260,11 +291,12 @@ def run(
   *,
   span: int,
   rounds: int,
+  known: Known = Known(),
 ) -> tuple[state_lib.State, answers.Answer]:
   """`rounds` rounds, fewer when no row is live."""
 
   def one(state):
-    return _round(model, drafter, params, state, span)
+    return _round(model, drafter, params, state, span, known)
 
   if rounds == 1:
     return one(state)
@@ -273,7 +305,7 @@ def run(
     i, state, answer = carry
     # Unpacked weights must not become loop invariants: XLA would store them as floats.
     held, state = jax.lax.optimization_barrier((params, state))
-    state, new = _round(model, drafter, held, state, span)
+    state, new = _round(model, drafter, held, state, span, known)
     return i + 1, state, answers.put(answer, i, new)
 
   answer = answers.no_answer(

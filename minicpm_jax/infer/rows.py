@@ -93,6 +93,13 @@ def choose_row(
   return own, own, num if num >= min_prefix else 0
 
 
+def is_bare(request: requests.Request) -> bool:
+  """Greedy without penalty, and the likeliest tokens are not wanted: `rounds.Known`."""
+  sampling = request.sampling
+  is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+  return is_greedy and request.num_top_logprobs == 0
+
+
 def settings(job: Job, vocab_size: int, num_before: int = 0) -> state_lib.RowSettings:
   """What the request sets in its row; `num_before` prefix tokens stand in front of its prompt."""
   sampling = job.request.sampling

@@ -50,7 +50,8 @@ def build(
     level = jnp.where(sel < k, 0, (sel - k) // k**2 + 1)
     row = ((sel - k) % k**2) // k
     above = beams_LK[jnp.maximum(level - 1, 0), row]
-    parent = jnp.where(level == 0, 0, jnp.searchsorted(sel, above) + 1).astype(jnp.int32)
+    at_parent = jnp.searchsorted(sel, above, method="compare_all")  # the default is a loop
+    parent = jnp.where(level == 0, 0, at_parent + 1).astype(jnp.int32)
     zero = jnp.zeros((1,), jnp.int32)
     tok = jnp.where(jnp.isneginf(score), base.CUT, tokens_C[sel])
     parent = jnp.concatenate((zero, parent))

@@ -59,7 +59,7 @@ class Step:
   that decides between dense and sparse attention (chunks of one prompt: the whole prompt; default:
   that after this forward, node by node). `sees_BTS`: of a tree on dense attention, which committed
   slots each node sees (training of mask tokens). `span`: a static bound of length + T; slots beyond
-  it are not read.
+  it are not read. `is_long`: every sequence that counts is known to reach sparse.dense_len.
   """
 
   num_new_B: Any = None  # int32
@@ -69,6 +69,7 @@ class Step:
   total_B: Any = None  # int32
   sees_BTS: Any = None  # bool
   span: int | None = flax.struct.field(pytree_node=False, default=None)
+  is_long: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def is_tree(self) -> bool:

@@ -363,12 +363,17 @@ def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Con
   if step.sees_BTS is not None and cache.fine is not None:
     raise ValueError("step.sees_BTS: found with sparse attention, expected a dense model")
   grid = None
-  if cache.fine is not None and step.is_tree and T > 1:
-    grid = sparse_tree.TreeGrid(length_B, step.depth_BT, step.anc_BTT)
-  elif cache.fine is not None:
-    total_B = length_B + T if step.total_B is None else step.total_B
-    grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
-    grid = grid.replace(is_cached=True)
+  if cache.fine is not None:
+    # What a branch in every layer would find out: the sequences end within the span.
+    is_short = step.total_B is None and span < cfg.sparse.dense_len
+    all_dense = False if step.is_long or cfg.sparse.dense_len <= 0 else True if is_short else None
+    if step.is_tree and T > 1:
+      grid = sparse_tree.TreeGrid(length_B, step.depth_BT, step.anc_BTT, all_dense)
+    else:
+      total_B = length_B + T if step.total_B is None else step.total_B
+      grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
+      grid = grid.replace(is_cached=True, all_dense=all_dense)
+      grid = grid.replace(is_dense_BT=None) if all_dense is False else grid
   return ctx.replace(grid=grid, mask_BTS=mask_BTS)
 
 

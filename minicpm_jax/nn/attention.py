@@ -186,8 +186,10 @@ class Attention(nn.Module):
       args = (q_BTNH, *new, q_score, view, cfg.sparse, grid, named)
       return sparse_tree.attend_tree(*args, prompts=prompts)
 
-    if grid is None:
+    if grid is None or grid.all_dense:
       out_BTNH = dense(k_BSKH, v_BSKH)
+    elif is_tree and grid.all_dense is False:
+      out_BTNH = sparse_nodes()
     elif is_tree:
       is_dense = jnp.all(grid.is_dense(cfg.sparse))
       out_BTNH = jax.lax.cond(is_dense, lambda: dense(*kv.view(cache, before.layer)), sparse_nodes)

@@ -56,8 +56,10 @@ def _new_windows(cache, keys, cfg: SparseAttentionConfig, grid: sparse_grid.Grid
     rows_BRKH = jax.vmap(lambda k_SKH, at_R: k_SKH[at_R])(kv.read(cache, keys), slots_BR)
     return topk_xla.compress(rows_BRKH, sparse_grid.rule_of(cfg), level)
 
-  # Most decode steps complete no window. The branch also keeps XLA from fusing the write of the new
-  # token into this small read, for which it would copy the whole cache.
+  if jax.default_backend() == "gpu":  # a branch would wait for the host; incomplete: nobody reads
+    return means(), first_B
+  # Most decode steps complete no window. The branch also keeps XLA on CPU from fusing the write of
+  # the new token into this small read, for which it would copy the whole cache.
   is_complete_B = grid.offset_B + T >= stride * first_B + size
   zeros = functools.partial(jnp.zeros, (B, bound, K, H), keys.dtype)
   new_BEKH = jax.lax.cond(jnp.any(is_complete_B), means, zeros)

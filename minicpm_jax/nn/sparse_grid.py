@@ -52,6 +52,7 @@ class Grid:
   base_B: Any = None  # int32, slot of position 0; None = slot 0
   static_offset: int | None = flax.struct.field(pytree_node=False, default=None)
   is_cached: bool = flax.struct.field(pytree_node=False, default=False)  # decoding: no gradient
+  all_dense: bool | None = flax.struct.field(pytree_node=False, default=None)  # None: data tells
 
   @property
   def offset(self) -> Any:

@@ -26,6 +26,7 @@ class TreeGrid:
   length_B: Any  # int32, committed tokens
   depth_BP: Any  # int32
   anc_BPP: Any  # bool, ancestor or self
+  all_dense: bool | None = flax.struct.field(pytree_node=False, default=None)  # None: data tells
 
   @property
   def pos_BP(self) -> Any:
@@ -66,7 +67,7 @@ def attend_tree(
   grid_rows = sparse_grid.Grid(
     start_BT=jnp.zeros((B * P, 1), jnp.int32),
     offset_B=jnp.reshape(grid.pos_BP, (-1,)),
-    is_dense_BT=rows(grid.is_dense(cfg)) if cfg.dense_len > 0 else None,
+    is_dense_BT=None if grid.all_dense is False or cfg.dense_len <= 0 else rows(grid.is_dense(cfg)),
     is_cached=True,
   )
   ids, _ = sparse_attention.select_from_keys(
@@ -133,6 +134,8 @@ def _with_own_windows(cache, level: str, keys_BSKH, cfg, grid: TreeGrid):
     rows_R1 = jnp.arange(B * P, dtype=jnp.int32)[:, None]
     return whole.at[rows_R1, at].set(own, mode="drop", unique_indices=True)
 
+  if jax.default_backend() == "gpu":  # a branch would wait for the host
+    return own_windows()
   last_BP = grid.pos_BP + 1  # a node completes a window that ends at its own position or before
   is_any = jnp.any(last_BP >= (stride * first_B + size)[:, None])
   return jax.lax.cond(is_any, own_windows, lambda: jnp.reshape(shared, (B * P, F, K, H)))

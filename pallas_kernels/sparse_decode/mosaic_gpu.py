@@ -60,7 +60,8 @@ def decode_mosaic_gpu(
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
   is_paged = page_table_BM is not None
   M = page_table_BM.shape[1] if is_paged else -(-k.shape[1] // block_size)
-  ids_XU, bits_XU, counts_X = tiles.union(jnp.reshape(ids_BKTW, (B * K, T, W)), M)
+  ids_XTW = jnp.reshape(ids_BKTW, (B * K, T, W))
+  ids_XU, bits_XU, counts_X = _one_list(ids_XTW[:, 0]) if T == 1 else tiles.union(ids_XTW, M)
   first_X = jnp.arange(B * K, dtype=jnp.int32) // K * M
 
   def of_rows(x_BT):
@@ -84,6 +85,13 @@ def decode_mosaic_gpu(
   out_XRH, lse_XR = merge(parts_XCRH[:, :, : T * G], lses_XCR[:, :, : T * G])
   out_BTNH = tiles.from_tiles(out_XRH, B, T, T, K).astype(v.dtype)
   return out_BTNH, tiles.from_tiles(lse_XR, B, T, T, K)
+
+
+def _one_list(ids_XW):
+  """`tiles.union` of one query: its own list, without the union's sorts."""
+  is_block_XW = ids_XW >= 0
+  counts_X = jnp.sum(is_block_XW, axis=-1, dtype=jnp.int32)
+  return jnp.maximum(ids_XW, 0), is_block_XW.astype(jnp.int32), counts_X
 
 
 def merge(parts_XCRH, lses_XCR):
