@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import pathlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from experiments import _bench_gpu as bench
+from experiments import _bench_train as reports
 from experiments import _forced
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
@@ -22,6 +24,30 @@ PATTERNS = {"1": (1, 1), "2": (2, 2), "2.5": (2, 3), "3": (3, 3)}  # tokens of r
 PARTS = ("plain", "verify", "spec", "draft", "engine", "long", "prefill")
 LEVELS = (2, 4)  # of drafts whose difference gives the time of a level
 KINDS_OF = {"engine": ("bf16",), "long": ("bf16",), "prefill": ("bf16",)}  # others: every kind
+
+
+def run(
+  shape: str,
+  output: str | None,
+  *,
+  kinds: Sequence[str],
+  parts: Sequence[str] | None,
+  num_threads: int,
+) -> int:
+  """Writes OUTPUT/bench_decode_gpu_SHAPE.json after every row; 1 where a part failed.
+
+  ValueError for unknown names. `parts` None: all but prefill.
+  """
+  parts = [p for p in PARTS if p != "prefill"] if parts is None else parts
+  for flag, found, expected in (("parts", parts, PARTS), ("weights", kinds, tuple(bench.QUANT))):
+    if unknown := sorted(set(found) - set(expected)):
+      raise ValueError(f"--{flag}: found {unknown}, expected some of {list(expected)}")
+  suite = Suite(bench.sizes(shape), parts, num_threads)
+  folder = reports.RESULTS if output is None else pathlib.Path(output)
+  path = folder / f"bench_decode_gpu_{shape}.json"
+  status = suite.run(kinds, lambda: reports.save(path, suite.rows, errors=suite.errors))
+  print(path, flush=True)
+  return status
 
 
 class Suite:

@@ -99,25 +99,10 @@ def _run() -> int | None:
 
 
 def _run_gpu() -> int:
-  from experiments import _bench_gpu as bench
   from experiments import _bench_gpu_suite as suites
-  from experiments import _bench_train as reports
 
-  parts = [p for p in suites.PARTS if p != "prefill"] if _PARTS.value is None else _PARTS.value
-  for flag, found, expected in (
-    ("parts", parts, suites.PARTS),
-    ("weights", _WEIGHTS.value, tuple(bench.QUANT)),
-  ):
-    if unknown := sorted(set(found) - set(expected)):
-      raise ValueError(f"--{flag}: found {unknown}, expected some of {list(expected)}")
-  shape = _SHAPE.value or "minicpm4_8b"
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
-  path = folder / f"bench_decode_gpu_{shape}.json"
-  suite = suites.Suite(bench.sizes(shape), parts, _COMPILERS.value)
-  try:
-    return suite.run(_WEIGHTS.value, lambda: reports.save(path, suite.rows, errors=suite.errors))
-  finally:
-    print(path, flush=True)
+  options = dict(kinds=_WEIGHTS.value, parts=_PARTS.value, num_threads=_COMPILERS.value)
+  return suites.run(_SHAPE.value or "minicpm4_8b", _OUTPUT.value, **options)
 
 
 if __name__ == "__main__":

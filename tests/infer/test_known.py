@@ -62,14 +62,15 @@ def test_a_round_that_knows_has_no_branch_on_a_gpu(sparse, name, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   (model, params), drafter = sparse, DRAFTERS[name]
   params = base.Params(params, ())
-  state = state_lib.init_state(model, drafter, params, 1, 64)
+  state = state_lib.init_state(model, drafter, params, 1, 80)  # more than any span
   found = {}
   for known, span in ((rounds.Known(True, True), 64), (rounds.Known(True), 16), (None, 64)):
     more = {} if known is None else {"known": known}
-    lowered = rounds.run.lower(model, drafter, params, state, span=span, rounds=1, **more)
-    found[known] = lowered.as_text().count("stablehlo.case")
-    assert "stablehlo.while" not in lowered.as_text()
-  # Below dense_len (span 16) nothing is to be decided either; without knowledge: X
+    traced = rounds.run.trace(model, drafter, params, state, span=span, rounds=1, **more)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    found[known] = text.count("stablehlo.case")
+    assert "stablehlo.while" not in text
+  # Below dense_len (span 16) nothing is to be decided; without knowledge: the switch of both layers
   # and the options of sampling.
   assert list(found.values())[:2] == [0, 0] and found[None] >= 5
 
