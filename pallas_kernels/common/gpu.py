@@ -13,6 +13,13 @@ import jax
 FLOATS = ("bfloat16", "float16", "float32")
 
 
+def capability(named: int | None) -> int | None:
+  """80, 90, ...: the one named in a config, else that of the device in use; None without one."""
+  if named is None and jax.default_backend() == "gpu":
+    return round(10 * float(jax.devices()[0].compute_capability))
+  return named
+
+
 def check_cuda(
   op: str, compute_capability: int | None, *, least: int = 80, reason: str | None = None
 ) -> None:
@@ -21,13 +28,11 @@ def check_cuda(
   `compute_capability` (80, 90, ...) named in a config lowers for that device from any machine.
   `least` is the first that serves the op, and `reason` says why.
   """
-  found = compute_capability
+  found = capability(compute_capability)
   if found is None:
-    if jax.default_backend() != "gpu":
-      raise NotImplementedError(
-        f"{op}: triton needs a CUDA device, the default backend is {jax.default_backend()}"
-      )
-    found = round(10 * float(jax.devices()[0].compute_capability))
+    raise NotImplementedError(
+      f"{op}: triton needs a CUDA device, the default backend is {jax.default_backend()}"
+    )
   if found < least:
     why = f" ({reason})" if reason else ""
     raise NotImplementedError(

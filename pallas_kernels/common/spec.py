@@ -8,25 +8,23 @@ import jax
 Implementation = Literal["auto", "mosaic_gpu", "triton", "mosaic_tpu", "xla", "ref"]
 Result = TypeVar("Result")
 
-_AUTO = {"gpu": ("mosaic_gpu", "triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
+_AUTO = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
 def dispatch(op: str, implementation: str, servers: dict[str, Callable[[], Result]]) -> Result:
   """Result of the named server, or for `auto` of the first that does not refuse the call.
 
-  A server refuses by NotImplementedError with the reason. `auto` tries, of those given:
-  mosaic_gpu, triton, xla on CUDA; mosaic_tpu, xla on TPU; xla elsewhere.
+  A server refuses by NotImplementedError with the reason. `auto` tries the kernels of the platform
+  in the order of `servers`, which is the op's (the fastest on a device first), then xla.
   """
   if implementation != "auto":
     if implementation not in servers:
       raise NotImplementedError(f"{op}: no {implementation!r}, expected auto or {sorted(servers)}")
     return servers[implementation]()
-  for name in _AUTO.get(jax.default_backend(), ("xla",)):
-    if name == "xla":
-      break
-    if name in servers:
+  for name, serve in servers.items():
+    if name in _AUTO.get(jax.default_backend(), ()):
       try:
-        return servers[name]()
+        return serve()
       except NotImplementedError:
         continue
   return servers["xla"]()

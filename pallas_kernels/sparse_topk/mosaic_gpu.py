@@ -2,7 +2,7 @@
 
 Queries go in runs whose block scores fit `max_score_bytes`; a run is two kernels, scores then
 choice, as in Triton's form. Scores are float32 sums of the products of the input type. Compiled for
-sm_90a and checked in the interpreter; it has not run on a device.
+sm_90a and checked in the interpreter.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class MosaicGpuConfig:
       )
 
 
-def select_mosaic_gpu(
+def runs(
   q_BTNH,
   fine_BFKH,
   coarse_BCKH,
@@ -40,7 +40,11 @@ def select_mosaic_gpu(
   num_slots: int,
   config: MosaicGpuConfig | None = None,
 ):
-  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  """(queries of a run, padded length, its block scores, its choice), as `triton.runs`.
+
+  scores(first) -> [B * K, rows, M] and choose(first, scores) -> ids [B * K, rows, width]; `first`
+  counts tiles of 64 queries.
+  """
   op = "sparse_topk"
   B, T, N, H = q_BTNH.shape
   F, K = fine_BFKH.shape[1:3]
@@ -58,7 +62,7 @@ def select_mosaic_gpu(
   num_bytes = kernels.shared_bytes(N // K, H, q_BTNH.dtype.itemsize)
   mgpu.check_shared_memory(op, num_bytes, f"tiles of {H} and {N // K} heads a group")
   norm_BCKH = fine_BFKH if rule.lse == "exact" else coarse_BCKH
-  num_norm, W = norm_BCKH.shape[1], rule.num_selected
+  num_norm = norm_BCKH.shape[1]
   most = config.max_score_bytes // (4 * B * K * M) // mgpu.ROWS * mgpu.ROWS
   rows = max(mgpu.ROWS, min(most, -(-T // mgpu.ROWS) * mgpu.ROWS))
   padded = -(-T // rows) * rows
@@ -77,12 +81,11 @@ def select_mosaic_gpu(
   begin_Bt = jnp.min(start_Btr, axis=-1)
   norm_BCKH = pad(norm_BCKH, 1, max(1, -(-num_norm // kernels.TILE)) * kernels.TILE)
   fine_EMKH = _by_phase(fine_BFKH, rule, M)
-  width = -(-W // kernels.LANES) * kernels.LANES
+  width = -(-rule.num_selected // kernels.LANES) * kernels.LANES
 
-  def run(first):
-    first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
-    scores_ErM = kernels.block_scores(
-      first_1,
+  def scores(first):
+    return kernels.block_scores(
+      jnp.reshape(first, (1,)).astype(jnp.int32),
       begin_Bt,
       last_Bt,
       q_BTNH,
@@ -96,16 +99,41 @@ def select_mosaic_gpu(
       num_norm=num_norm,
       interpreted=interpreted,
     )
+
+  def choose(first, scores_ErM):
+    first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
     return kernels.choose(
       first_1, scores_ErM, pos_BT, start_BT, rule=rule, width=width, interpreted=interpreted
     )
+
+  return rows, padded, scores, choose
+
+
+def select_mosaic_gpu(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BCKH,
+  q_offset,
+  start_BT,
+  rule: rules.Rule,
+  num_slots: int,
+  config: MosaicGpuConfig | None = None,
+):
+  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  (B, T), K, W = q_BTNH.shape[:2], fine_BFKH.shape[2], rule.num_selected
+  rows, padded, scores, choose = runs(
+    q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots, config
+  )
+
+  def run(first):
+    return choose(first, scores(first))
 
   if rows == padded:
     ids_ETW = run(jnp.int32(0))
   else:
     ids = jax.lax.map(run, jnp.arange(0, padded // mgpu.ROWS, rows // mgpu.ROWS, dtype=jnp.int32))
-    ids_ETW = jnp.reshape(jnp.moveaxis(ids, 0, 1), (B * K, padded, width))
-  ids_BKTW = jnp.reshape(ids_ETW, (B, K, padded, width))[:, :, :T, :W]
+    ids_ETW = jnp.reshape(jnp.moveaxis(ids, 0, 1), (B * K, padded, -1))
+  ids_BKTW = jnp.reshape(ids_ETW, (B, K, padded, -1))[:, :, :T, :W]
   return ids_BKTW, jnp.sum(ids_BKTW >= 0, axis=-1, dtype=jnp.int32)
 
 

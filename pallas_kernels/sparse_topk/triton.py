@@ -19,11 +19,11 @@ from pallas_kernels.sparse_topk import rule as rules
 class TritonConfig:
   """Tiles of the score kernel, warps of both, bytes of block scores held at a time."""
 
-  block_q: int = 8  # queries of one program; times the group size = rows of its matmuls
+  block_q: int = 16  # queries of one program; times the group size = columns of its matmuls
   block_c: int = 64  # compressed keys of one tile
-  num_warps: int = 8
-  num_stages: int = 3
-  blocks_per_warp: int = 1024  # of the row of scores that a choice holds in registers
+  num_warps: int = 4
+  num_stages: int = 2
+  blocks_per_warp: int = 2048  # of the row of scores that a choice holds in registers
   max_score_bytes: int = 2**28
   compute_capability: int | None = None  # None = of the device in use
 
@@ -31,16 +31,27 @@ class TritonConfig:
     gpu.check_tiles(self, block_q=1, block_c=1, num_warps=1, blocks_per_warp=1)
 
 
-def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
-  """As tuned for the device; else 128 rows a matmul, what two Hopper warpgroups fill."""
+def default_config(
+  group: int, head_dim: int, dtype, compute_capability: int | None = None
+) -> TritonConfig:
+  """As tuned for the device; else what fills the registers of one warpgroup.
+
+  On Hopper a product of 64 keys and 256 columns, whose accumulator is half of the registers: two
+  programs a multiprocessor, one in its product while the other exponentiates. Before Hopper the
+  operands take registers too: 128 columns.
+  """
   tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
+  capability = gpu.capability(compute_capability) or 90
   rows = gpu.next_power_of_two(group)
-  if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer rows in registers
-    return tuned or TritonConfig(block_q=max(1, 32 // rows), block_c=32, num_stages=1)
-  return tuned or TritonConfig(block_q=max(1, 128 // rows), num_stages=3 if head_dim <= 128 else 2)
+  if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer columns in registers
+    columns, tiles = 32, dict(block_c=32, num_stages=1)
+  else:
+    columns = 256 if capability >= 90 and head_dim <= 128 else 128
+    tiles = dict(num_stages=2)
+  return tuned or TritonConfig(block_q=max(1, columns // rows), **tiles)
 
 
-def select_triton(
+def runs(
   q_BTNH,
   fine_BFKH,
   coarse_BFKH,
@@ -50,7 +61,11 @@ def select_triton(
   num_slots: int,
   config: TritonConfig | None = None,
 ):
-  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  """(queries of a run, its block scores, its choice); NotImplementedError with the reason.
+
+  scores(first) -> [B, K, rows, M] float32 of the queries from `first` on, and choose(first, scores)
+  -> (ids [B, K, rows, W], counts [B, K, rows]) are one kernel each.
+  """
   B, T, N, H = q_BTNH.shape
   F, K = fine_BFKH.shape[1:3]
   config = config or default_config(N // K, H, q_BTNH.dtype)
@@ -72,22 +87,23 @@ def select_triton(
     x if x.shape[1] else jnp.zeros((B, 1, K, H), x.dtype) for x in (norm_BCKH, fine_BFKH)
   )
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
-  M, W, G = rule.num_blocks(num_slots), rule.num_selected, N // K
-  MP = gpu.next_power_of_two(M)
+  W, G, block_c = rule.num_selected, N // K, max(config.block_c, per_block)
+  tile_blocks = block_c // per_block
+  M = -(-rule.num_blocks(num_slots) // tile_blocks) * tile_blocks
+  MP = gpu.next_power_of_two(M, least=16)
   most = config.max_score_bytes // (4 * B * K * M) // config.block_q * config.block_q
   rows = max(config.block_q, min(most, -(-T // config.block_q) * config.block_q))
   shared = dict(T=T, K=K, M=M, ROWS=rows, compute_capability=config.compute_capability)
 
-  def run(first):
-    first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
-    scores_BKrM = gpu.launch(
+  def scores(first):
+    return gpu.launch(
       triton_kernels.block_scores,
       q_BTNH,
       fine_BFKH,
       norm_BCKH,
       offset_B,
       start_BT,
-      first_1,
+      jnp.reshape(first, (1,)).astype(jnp.int32),
       out_shape=jax.ShapeDtypeStruct((B, K, rows, M), jnp.float32),
       grid=(rows // config.block_q, K, B),
       num_warps=config.num_warps,
@@ -105,16 +121,18 @@ def select_triton(
       NORM_STRIDE=level * rule.kernel_stride,
       PER_BLOCK=per_block,
       QUERIES=config.block_q,
-      KEYS=max(config.block_c, per_block),
+      KEYS=block_c,
       PRECISION=gpu.precision(q_BTNH.dtype),
       **shared,
     )
+
+  def choose(first, scores_BKrM):
     return gpu.launch(
       triton_kernels.choose,
       scores_BKrM,
       offset_B,
       start_BT,
-      first_1,
+      jnp.reshape(first, (1,)).astype(jnp.int32),
       out_shape=(
         jax.ShapeDtypeStruct((B, K, rows, W), jnp.int32),
         jax.ShapeDtypeStruct((B, K, rows), jnp.int32),
@@ -132,6 +150,28 @@ def select_triton(
       JOINT=rule.selection == "joint",
       **shared,
     )
+
+  return rows, scores, choose
+
+
+def select_triton(
+  q_BTNH,
+  fine_BFKH,
+  coarse_BFKH,
+  q_offset,
+  start_BT,
+  rule: rules.Rule,
+  num_slots: int,
+  config: TritonConfig | None = None,
+):
+  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  (B, T), K, W = q_BTNH.shape[:2], fine_BFKH.shape[2], rule.num_selected
+  rows, scores, choose = runs(
+    q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots, config
+  )
+
+  def run(first):
+    return choose(first, scores(first))
 
   if rows >= T:
     ids_BKrW, counts_BKr = run(np.int32(0))

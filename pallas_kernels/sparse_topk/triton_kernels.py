@@ -18,6 +18,59 @@ NOWHERE = tl.constexpr(2**30)  # start of a row that is padding
 
 
 @triton.jit
+def visible(pos, start, SIZE: tl.constexpr, STRIDE: tl.constexpr, NUM: tl.constexpr):
+  """(first, end) of the windows in the past of positions and in their documents (section 5)."""
+  end = tl.minimum(NUM, tl.maximum(pos + 1 - SIZE + STRIDE, 0) // STRIDE)
+  return tl.where(start <= pos, (start + STRIDE - 1) // STRIDE, NOWHERE), end
+
+
+@triton.jit
+def load_keys(
+  keys_ptr, n, NUM: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+  KEYS: tl.constexpr,
+):  # fmt: skip
+  """[KEYS, HP] from window n on; the last window again beyond the end, which nobody sees."""
+  n = tl.minimum(n + tl.arange(0, KEYS), max(NUM - 1, 0))
+  h = tl.arange(0, HP)
+  offsets = n[:, None] * (K * H) + h[None, :]
+  if H == HP:
+    keys = tl.load(keys_ptr + offsets)
+  else:
+    keys = tl.load(keys_ptr + offsets, mask=(h < H)[None, :], other=0.0)
+  return keys
+
+
+@triton.jit
+def normalise(
+  top_r,
+  sum_r,
+  q_rH,
+  keys_ptr,  # of the batch row and key head
+  n,
+  begin_r,
+  end_r,
+  scale: tl.constexpr,
+  C: tl.constexpr,
+  K: tl.constexpr,
+  H: tl.constexpr,
+  HP: tl.constexpr,
+  KEYS: tl.constexpr,
+  IS_MASKED: tl.constexpr,  # false where every row sees every window of the tile
+  PRECISION: tl.constexpr,
+):
+  """(largest logit, sum of exponentials relative to it) of every row with one more tile."""
+  keys_cH = load_keys(keys_ptr, n, C, K, H, HP, KEYS)
+  logits_rc = tl.dot(q_rH, tl.trans(keys_cH), input_precision=PRECISION)
+  if IS_MASKED:
+    c = n + tl.arange(0, KEYS)
+    seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None])
+    logits_rc = tl.where(seen, logits_rc, float("-inf"))
+  new_top_r = tl.maximum(top_r, tl.max(logits_rc, axis=1) * (scale * LOG2E))
+  exps_rc = tl.exp2(logits_rc * (scale * LOG2E) - new_top_r[:, None])
+  return new_top_r, sum_r * tl.exp2(top_r - new_top_r) + tl.sum(exps_rc, axis=1)
+
+
+@triton.jit
 def block_scores(
   q_ptr,  # [B, T, K*G, H]
   fine_ptr,  # [B, F, K, H]
@@ -25,7 +78,7 @@ def block_scores(
   offset_ptr,  # [B] position of query 0
   start_ptr,  # [B, T] position of the first token of the query's document
   first_ptr,  # [1] first query of this launch
-  out_ptr,  # [B, K, ROWS, M] float32
+  out_ptr,  # [B, K, ROWS, M] float32; M a multiple of the blocks of a tile
   scale: tl.constexpr,
   T: tl.constexpr,
   F: tl.constexpr,
@@ -36,7 +89,7 @@ def block_scores(
   H: tl.constexpr,
   HP: tl.constexpr,
   M: tl.constexpr,
-  ROWS: tl.constexpr,  # queries of this launch
+  ROWS: tl.constexpr,  # queries of this launch, a multiple of QUERIES
   SIZE: tl.constexpr,  # tokens of a fine window
   STRIDE: tl.constexpr,
   NORM_SIZE: tl.constexpr,
@@ -47,81 +100,125 @@ def block_scores(
   PRECISION: tl.constexpr,
 ):
   tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-  first = tl.load(first_ptr)
+  tile = tl.num_programs(0) - 1 - tile  # the longest first
+  first = tl.load(first_ptr) + tile * QUERIES
   offset = tl.load(offset_ptr + batch)
   h = tl.arange(0, HP)
-  # Rows of the matmuls: (query, head of the group). The same facts again by query, for pooling.
-  row = tl.arange(0, QUERIES * GP)
-  t_r, g_r = first + tile * QUERIES + row // GP, row % GP
+  # Rows of the first product, columns of the second: (head of the group, query).
+  row = tl.arange(0, GP * QUERIES)
+  t_r, g_r = first + row % QUERIES, row // QUERIES
   is_row = (t_r < T) & (g_r < G)
-  pos_r = offset + t_r
-  start_r = tl.load(start_ptr + batch * T + t_r, mask=is_row, other=NOWHERE)
-  t_q = first + tile * QUERIES + tl.arange(0, QUERIES)
+  t_q = first + tl.arange(0, QUERIES)
   pos_q = offset + t_q
   start_q = tl.load(start_ptr + batch * T + t_q, mask=t_q < T, other=NOWHERE)
-  last = tl.max(tl.where(start_q < NOWHERE, pos_q, -1), axis=0)  # -1: nothing here but padding
-  begin = tl.min(start_q, axis=0)
+  is_query = start_q <= pos_q  # not padding
+  last = tl.max(tl.where(is_query, pos_q, -1), axis=0)
+  begin = tl.min(tl.where(is_query, start_q, NOWHERE), axis=0)
 
-  q_row = (batch * T + t_r) * (K * G) + head * G + g_r
+  q_ptr += ((batch * T + first) * K + head) * G * H
+  q_row = row % QUERIES * (K * G) + g_r
   is_q = is_row[:, None] & (h < H)[None, :]
   q_rH = tl.load(q_ptr + q_row[:, None] * H + h[None, :], mask=is_q, other=0.0)
-  lane = tl.arange(0, KEYS)
+  norm_ptr += (batch * C * K + head) * H
+  fine_ptr += (batch * F * K + head) * H
 
-  top_r = tl.full([QUERIES * GP], FLOOR, tl.float32)
-  sum_r = tl.zeros([QUERIES * GP], tl.float32)
+  begin_q, end_q = visible(pos_q, start_q, NORM_SIZE, NORM_STRIDE, C)
   norm_begin = begin // NORM_STRIDE // KEYS * KEYS
-  norm_end = tl.minimum(C, tl.maximum(last + 1 - NORM_SIZE + NORM_STRIDE, 0) // NORM_STRIDE)
-  for n in range(norm_begin, norm_end, KEYS):
-    c = n + lane
-    offsets = ((batch * C + c) * K + head)[:, None] * H + h[None, :]
-    is_key = (c < C)[:, None] & (h < H)[None, :]
-    keys_cH = tl.load(norm_ptr + offsets, mask=is_key, other=0.0)
-    logits_rc = tl.dot(q_rH, tl.trans(keys_cH), input_precision=PRECISION) * (scale * LOG2E)
-    x = c * NORM_STRIDE
-    seen = (x + NORM_SIZE - 1)[None, :] <= pos_r[:, None]
-    seen = seen & (x[None, :] >= start_r[:, None])
-    logits_rc = tl.where(seen, logits_rc, float("-inf"))
-    new_top_r = tl.maximum(top_r, tl.max(logits_rc, axis=1))
-    exps_rc = tl.exp2(logits_rc - new_top_r[:, None])
-    sum_r = sum_r * tl.exp2(top_r - new_top_r) + tl.sum(exps_rc, axis=1)
-    top_r = new_top_r
-  norm_r = tl.where(sum_r > 0, top_r + tl.log2(tl.where(sum_r > 0, sum_r, 1.0)), BLIND)
+  norm_end = tl.max(tl.where(is_query, end_q, 0), axis=0)
+  # Tiles of which every query sees every window come first, and need no mask.
+  full_begin = tl.cdiv(tl.max(tl.where(is_query, begin_q, 0), axis=0), KEYS) * KEYS
+  full_end = tl.min(tl.where(is_query, end_q, norm_end), axis=0) // KEYS * KEYS
+  num_full = tl.maximum(full_end - full_begin, 0)
+  top_r = tl.full([GP * QUERIES], FLOOR, tl.float32)
+  sum_r = tl.zeros([GP * QUERIES], tl.float32)
+  for n in range(full_begin, full_begin + num_full, KEYS):
+    top_r, sum_r = normalise(
+      top_r, sum_r, q_rH, norm_ptr, n, row, row,
+      scale, C, K, H, HP, KEYS, False, PRECISION,
+    )  # fmt: skip
+  start_r = tl.load(start_ptr + batch * T + t_r, mask=is_row, other=NOWHERE)
+  begin_r, end_r = visible(offset + t_r, start_r, NORM_SIZE, NORM_STRIDE, C)
+  for i in range(norm_begin, norm_end - num_full, KEYS):
+    n = tl.where(i < full_begin, i, i + num_full)
+    top_r, sum_r = normalise(
+      top_r, sum_r, q_rH, norm_ptr, n, begin_r, end_r,
+      scale, C, K, H, HP, KEYS, True, PRECISION,
+    )  # fmt: skip
+  is_seeing = (begin_r < end_r) & (sum_r > 0)
+  norm_r = tl.where(is_seeing, top_r + tl.log2(tl.where(is_seeing, sum_r, 1.0)), BLIND)
 
   TILE_BLOCKS: tl.constexpr = KEYS // PER_BLOCK
   LEFT: tl.constexpr = SIZE // STRIDE - 1  # windows of the block before that reach into a block
+  begin_q, end_q = visible(pos_q, start_q, SIZE, STRIDE, F)
+  lane = tl.arange(0, KEYS)
   column = tl.arange(0, TILE_BLOCKS)
   in_block = tl.arange(0, PER_BLOCK)
   carry_q = tl.zeros([QUERIES], tl.float32)
   fine_begin = begin // STRIDE // KEYS * KEYS
   fine_end = (last // (PER_BLOCK * STRIDE) + 1) * PER_BLOCK
-  fine_end = tl.where(last < 0, 0, fine_end)
-  out_row = (batch * K + head) * ROWS + tile * QUERIES + tl.arange(0, QUERIES)
-  is_out = tile * QUERIES + tl.arange(0, QUERIES) < ROWS
+  fine_end = tl.where(last < 0, 0, tl.minimum(fine_end, M * PER_BLOCK))
+  out_ptr += ((batch * K + head) * ROWS + tile * QUERIES) * M
+  out_q = tl.arange(0, QUERIES) * M
   for n in range(fine_begin, fine_end, KEYS):
     f = n + lane
-    offsets = ((batch * F + f) * K + head)[:, None] * H + h[None, :]
-    is_key = (f < F)[:, None] & (h < H)[None, :]
-    keys_fH = tl.load(fine_ptr + offsets, mask=is_key, other=0.0)
-    logits_rf = tl.dot(q_rH, tl.trans(keys_fH), input_precision=PRECISION) * (scale * LOG2E)
-    probs_rf = tl.exp2(tl.minimum(logits_rf - norm_r[:, None], CLAMP))
-    scores_qf = tl.sum(tl.reshape(probs_rf, [QUERIES, GP, KEYS]), axis=1)
-    x = f * STRIDE
-    seen = (x + SIZE - 1)[None, :] <= pos_q[:, None]
-    seen = seen & (x[None, :] >= start_q[:, None]) & (f < F)[None, :]
-    scores_qf = tl.where(seen, scores_qf, 0.0)
-    scores_qbi = tl.reshape(scores_qf, [QUERIES, TILE_BLOCKS, PER_BLOCK])
-    best_qb = tl.max(scores_qbi, axis=2)
+    keys_fH = load_keys(fine_ptr, n, F, K, H, HP, KEYS)
+    logits_fr = tl.dot(keys_fH, tl.trans(q_rH), input_precision=PRECISION)
+    exponents_fr = logits_fr * (scale * LOG2E) - norm_r[None, :]
+    probs_fr = tl.exp2(tl.minimum(exponents_fr, CLAMP))
+    scores_fq = tl.sum(tl.reshape(probs_fr, [KEYS, GP, QUERIES]), axis=1)
+    seen = (f[:, None] >= begin_q[None, :]) & (f[:, None] < end_q[None, :])
+    scores_fq = tl.where(seen, scores_fq, 0.0)
+    scores_biq = tl.reshape(scores_fq, [TILE_BLOCKS, PER_BLOCK, QUERIES])
+    best_bq = tl.max(scores_biq, axis=1)
     if LEFT > 0:
-      reach = (in_block >= PER_BLOCK - LEFT)[None, None, :]
-      right_qb = tl.max(tl.where(reach, scores_qbi, 0.0), axis=2)
-      before = tl.broadcast_to(tl.maximum(column - 1, 0)[None, :], [QUERIES, TILE_BLOCKS])
-      left_qb = tl.gather(right_qb, before, axis=1)
-      left_qb = tl.where((column == 0)[None, :], carry_q[:, None], left_qb)
-      best_qb = tl.maximum(best_qb, left_qb)
-      carry_q = tl.max(tl.where((column == TILE_BLOCKS - 1)[None, :], right_qb, 0.0), axis=1)
+      reach = (in_block >= PER_BLOCK - LEFT)[None, :, None]
+      right_bq = tl.max(tl.where(reach, scores_biq, 0.0), axis=1)
+      before = tl.broadcast_to(tl.maximum(column - 1, 0)[:, None], [TILE_BLOCKS, QUERIES])
+      left_bq = tl.gather(right_bq, before, axis=0)
+      left_bq = tl.where((column == 0)[:, None], carry_q[None, :], left_bq)
+      best_bq = tl.maximum(best_bq, left_bq)
+      carry_q = tl.max(tl.where((column == TILE_BLOCKS - 1)[:, None], right_bq, 0.0), axis=0)
     block = n // PER_BLOCK + column
-    is_stored = is_out[:, None] & (block < M)[None, :]
-    tl.store(out_ptr + out_row[:, None] * M + block[None, :], best_qb, mask=is_stored)
+    tl.store(out_ptr + out_q[None, :] + block[:, None], best_bq)
+
+
+@triton.jit
+def reaching(bits, low):
+  """How many of bits >= -1 are at least low >= 0; two instructions a number."""
+  return -tl.sum((low - 1 - bits) >> 31, axis=0)
+
+
+@triton.jit
+def store_best(scores_ptr, ids_ptr, begin, end, need, SIZE: tl.constexpr):
+  """Stores the `need` best blocks of [begin, end), which holds more, by ascending id."""
+  block = tl.multiple_of(begin // 16 * 16, 16) + tl.arange(0, SIZE)
+  is_free = (block >= begin) & (block < end)
+  scores = tl.load(scores_ptr + block, mask=is_free, other=0.0)
+  bits = tl.where(is_free, scores.to(tl.int32, bitcast=True), -1)
+  # `low` is reached by num >= need blocks, `high` by fewer. First down from the best score in
+  # growing steps (2**23 halves a score), then by bisection until need blocks are above.
+  low = tl.max(bits, axis=0)
+  high = low + 1
+  num = reaching(bits, low)
+  step = 1 << 22
+  while (num < need) & (low > 0):
+    high = low
+    low = tl.maximum(low - step, 0)
+    step += step
+    num = reaching(bits, low)
+  while (num > need) & (high - low > 1):
+    middle = low + (high - low) // 2
+    num_middle = reaching(bits, middle)
+    is_low = num_middle >= need
+    low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)
+    num = tl.where(is_low, num_middle, num)
+  is_taken = bits >= low
+  if num > need:  # of equal scores the lower blocks
+    is_tie = (bits == low).to(tl.int32)
+    room = need - (num - tl.sum(is_tie, axis=0))
+    is_taken = is_taken & ((bits > low) | (tl.cumsum(is_tie, axis=0) <= room))
+  rank = tl.cumsum(is_taken.to(tl.int32), axis=0) - 1
+  tl.store(ids_ptr + rank, block, mask=is_taken)
 
 
 @triton.jit
@@ -149,38 +246,30 @@ def choose(
   t = tl.load(first_ptr) + i
   pos = tl.load(offset_ptr + batch) + t
   start = tl.load(start_ptr + batch * T + t, mask=t < T, other=NOWHERE)
-  first_block = start // BLOCK
-  cur = tl.where(pos >= start, pos // BLOCK, -1)
-  out_row = (batch * K + head) * ROWS + i
-  b = tl.arange(0, MP)
-  is_candidate = (b >= first_block) & (b <= cur)
-  is_init = is_candidate & (b < first_block + INIT)
-  is_forced = is_candidate & (is_init | (b > cur - LOCAL))
-  is_free = is_candidate & (~is_forced)
-  if JOINT:
-    need = W - tl.sum(is_forced.to(tl.int32), axis=0)
-  else:
-    need = TOPK - tl.sum(is_init.to(tl.int32), axis=0)
-  need = tl.maximum(need, 0)
-  num_free = tl.sum(is_free.to(tl.int32), axis=0)
-  scores = tl.load(scores_ptr + out_row * M + b, mask=is_free, other=0.0)
-  bits = tl.where(is_free, scores.to(tl.int32, bitcast=True), -1)
-  # The need-th largest: the highest threshold that at least `need` free blocks reach.
-  cut = tl.zeros([], tl.int32)
-  if num_free > need:
-    for step in range(0, 31):
-      probe = cut | (1 << (30 - step))
-      reach = tl.sum((bits >= probe).to(tl.int32), axis=0)
-      cut = tl.where(reach >= need, probe, cut)
-  is_above = is_free & (bits > cut)
-  is_tie = is_free & (bits == cut)
-  room = need - tl.sum(is_above.to(tl.int32), axis=0)
-  tie_rank = tl.cumsum(is_tie.to(tl.int32), axis=0)
-  is_taken = is_forced | is_above | (is_tie & (tie_rank <= room))
-  rank = tl.cumsum(is_taken.to(tl.int32), axis=0) - 1
-  count = tl.sum(is_taken.to(tl.int32), axis=0)
-  tl.store(ids_ptr + out_row * W + rank, b, mask=is_taken & (rank < W))
+  row = (batch * K + head) * ROWS + i
+  scores_ptr += row * M
+  ids_ptr += row * W
+  # In order: initial blocks, free ones [begin, end), local ones.
+  first = start // BLOCK
+  num_blocks = tl.where(pos >= start, pos // BLOCK + 1 - first, 0)
+  num_init = tl.minimum(num_blocks, INIT)
+  num_local = tl.minimum(num_blocks - num_init, LOCAL)
+  begin, end = first + num_init, first + num_blocks - num_local
+  num_forced = num_init + num_local
+  need = tl.maximum(W - num_forced if JOINT else TOPK - num_init, 0)
+  num_free = tl.minimum(end - begin, need)
+  count = tl.minimum(num_forced + num_free, W)
+  num_chosen = tl.where(end - begin > need, need, 0)  # else all are taken, a run of blocks
+  if num_chosen > 0:
+    span = end - begin // 16 * 16
+    if span <= MP // 4:
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP // 4)
+    elif span <= MP // 2:
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP // 2)
+    else:
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP)
   w = tl.arange(0, WP)
-  none = tl.full([WP], -1, tl.int32)
-  tl.store(ids_ptr + out_row * W + w, none, mask=(w >= count) & (w < W))
-  tl.store(counts_ptr + out_row, tl.minimum(count, W))
+  ids = tl.where(w < num_init + num_free, first + w, end + (w - num_init - num_free))
+  is_stored = (w < num_init) | (w >= num_init + num_chosen)
+  tl.store(ids_ptr + w, tl.where(w < count, ids, -1), mask=is_stored & (w < W))
+  tl.store(counts_ptr + row, count)

@@ -3,12 +3,16 @@
 import importlib.util
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.common import gpu
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
+from pallas_kernels.sparse_topk import ref as topk_ref
+from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
 
 
@@ -43,6 +47,47 @@ def test_select_packed(selection, lse):
   suite.check_select_packed(
     lambda *a: topk.select_triton(*a, config=config), suite.small_rule(selection, lse)
   )
+
+
+@pytest.mark.parametrize("selection", ["joint", "split"])
+def test_select_from_given_scores(selection):
+  """The ids of a top-k of the reference: many ties, zeros, all equal, 60 powers of ten, 3e38;
+  rows of 16 to 128 blocks (three widths of the kernel), documents, padding."""
+  rule = rules.Rule(
+    kernel_size=8, kernel_stride=4, block_size=16, local_blocks=2, topk=6, selection=selection
+  )
+  rng = np.random.default_rng(7)
+  B, T, K, slots = 3, 9, 1, 16 * 100
+  q, fine = jnp.zeros((B, T, K, 8)), jnp.zeros((B, rule.num_windows(slots), K, 8))
+  offset = np.array([0, 600, slots - T], np.int32)
+  pos = offset[:, None] + np.arange(T, dtype=np.int32)[None, :]
+  start = np.zeros((B, T), np.int32)
+  start[1], start[2, 3:5], start[2, 5] = 48, 160, rules.NOWHERE
+  config = topk.TritonConfig(block_q=4, block_c=16)
+  rows, _, choose = topk.runs(
+    q, fine, fine, jnp.asarray(offset), jnp.asarray(start), rule, slots, config
+  )
+  M = rule.num_blocks(slots)
+  kinds = [
+    rng.integers(0, 5, (B, M)) / 4,
+    rng.random((B, M)),
+    10.0 ** rng.integers(-37, 23, (B, M)),
+    np.where(rng.random((B, M)) < 0.1, 3e38, rng.random((B, M))),
+    np.full((B, M), rng.random()),
+    np.where(rng.random((B, M)) < 0.95, 0.0, rng.random((B, M))),
+  ]
+  scores = np.stack([kinds[t % len(kinds)] for t in range(rows)], axis=1).astype(np.float32)
+  found = choose(np.int32(0), jnp.asarray(scores)[:, None])
+  cur = np.where(pos >= start, pos // 16, -1).ravel()
+  expected = topk_ref.choose(
+    jnp.asarray(scores[:, :T].reshape(B * T, M)),
+    jnp.asarray(cur),
+    rule,
+    jnp.asarray(start // 16).ravel(),
+  )
+  for x, y in zip(found, expected, strict=True):
+    x = np.asarray(x)[:, 0, :T]
+    np.testing.assert_array_equal(x.reshape(np.asarray(y).shape), y)
 
 
 @pytest.mark.parametrize("num_local", [0, 2])
