@@ -33,6 +33,7 @@ from minicpm_jax.nn import (
   sparse_grid,
   sparse_tree,
 )
+from pallas_kernels.sparse_attention import mosaic_gpu as sparse_kernels
 
 Ids = Int[Array | np.ndarray, "B T"]
 
@@ -113,17 +114,20 @@ def remat(
 
   dots keeps matmul results without batch dimensions (all projections, no attention scores), full
   keeps the block's input only, offload keeps that in host memory. All keep the blocks that sparse
-  attention selected: ranking them again costs time and could end in another order.
+  attention selected, and its kernels' lists of them: ranking them again costs time and could end in
+  another order. dots keeps what sparse attention's kernels gave, too.
   """
   if policy == "none":
     return block
   policies = jax.checkpoint_policies
-  chosen = policies.save_only_these_names(sparse_attention.SELECTION)
+  kept = (sparse_attention.SELECTION, sparse_kernels.LISTS)
+  chosen = policies.save_only_these_names(*kept)
   if policy == "dots":
+    chosen = policies.save_only_these_names(*kept, sparse_kernels.OUT)
     chosen = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, chosen)
   elif policy == "offload":
     chosen = policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[sparse_attention.SELECTION],
+      names_which_can_be_saved=list(kept),
       names_which_can_be_offloaded=["block_input"],
       offload_src="device",
       offload_dst="pinned_host",

@@ -15,12 +15,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.common import mgpu, tune
 from pallas_kernels.sparse_attention import mosaic_gpu_backward, tiles, triton, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
 MAX_QUERIES = mosaic_gpu_backward.MAX_QUERIES  # of a tile: a bit each
+# Names for remat policies: what takes a sort to make again, and what takes the forward pass.
+LISTS, OUT = "sparse_attention_lists", "sparse_attention_out"
 BACKWARDS = ("auto", "mosaic_gpu", "triton", "xla")
 
 
@@ -125,14 +128,21 @@ def _backward_name(op: str, config: MosaicGpuConfig, q_BTNH, k_BSKH, v_BSKH, blo
   return config.backward
 
 
-def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT):
+def _listed(static: _Static, q_BTNH, k_BSKH, ids_BKTW):
+  """(queries of a tile, the tiles' unions of `tiles.listed`): of the forward pass and of dq."""
+  (_, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  queries = max(1, min(MAX_QUERIES, mgpu.ROWS // (N // K), T))
+  return queries, tiles.listed(ids_BKTW, queries, -(-S // static.block))
+
+
+def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, listed=None):
   from pallas_kernels.sparse_attention import mgpu_kernels
 
-  (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-  group, M = N // K, -(-S // static.block)
-  queries = max(1, min(MAX_QUERIES, mgpu.ROWS // group, T))
+  (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+  group = N // K
+  queries, listed = listed or _listed(static, q_BTNH, k_BSKH, ids_BKTW)
   out_XCRH, lse_XCR = mgpu_kernels.forward(
-    tiles.listed(ids_BKTW, queries, M),
+    listed,
     None,
     tiles.pad_rows(tiles.to_tiles(q_BTNH, queries, K), mgpu.ROWS),
     tiles.blocks(k_BSKH, static.block),
@@ -156,13 +166,16 @@ def _attend(static: _Static, *arrays):
 
 
 def _attend_fwd(static: _Static, *arrays):
-  out, lse = _forward(static, *arrays)
-  return (out, lse), (*arrays, out, lse)
+  queries, listed = _listed(static, *arrays[:2], arrays[3])
+  listed = tuple(checkpoint_name(x, LISTS) for x in listed)
+  out, lse = (checkpoint_name(x, OUT) for x in _forward(static, *arrays, (queries, listed)))
+  return (out, lse), ((*arrays, out, lse), listed)
 
 
-def _attend_bwd(static: _Static, residuals, cotangents):
+def _attend_bwd(static: _Static, saved, cotangents):
+  residuals, listed = saved
   if static.backward == "mosaic_gpu":
-    own = dict(config=static.config, interpreted=static.interpreted)
+    own = dict(config=static.config, interpreted=static.interpreted, listed=listed)
     grads = mosaic_gpu_backward.backward(residuals, cotangents, block_size=static.block, **own)
   else:
     other = triton.backward if static.backward == "triton" else vjp.backward_xla

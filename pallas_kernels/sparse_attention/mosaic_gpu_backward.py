@@ -26,8 +26,9 @@ def check_fits(op: str, block: int, head_dim: int, itemsize: int, config) -> Non
   mgpu.check_shared_memory(op, num_bytes, f"{config.kv_stages} stages of {head_dim} columns")
 
 
-def backward(residuals, cotangents, *, block_size: int, config, interpreted: bool):
-  """(dq, dk, dv). residuals: (q, k, v, ids, pos, start, out, lse); config: a MosaicGpuConfig."""
+def backward(residuals, cotangents, *, block_size: int, config, interpreted: bool, listed):
+  """(dq, dk, dv). residuals: (q, k, v, ids, pos, start, out, lse); config: a MosaicGpuConfig;
+  listed: `tiles.listed` of the forward pass."""
   from pallas_kernels.sparse_attention import mgpu_backward_kernels as kernels
   from pallas_kernels.sparse_attention import mgpu_kernels
 
@@ -53,7 +54,7 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
 
   queries, wide, narrow = in_tiles(mgpu.ROWS)
   dq_XRH = kernels.backward_q(
-    tiles.listed(ids_BKTW, queries, M),
+    listed,
     *(*wide, k_PsKH, v_PsKH, *narrow),
     num_stages=config.q_stages,
     **sizes,

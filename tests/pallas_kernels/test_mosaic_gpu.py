@@ -18,6 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.nn import sparse_attention
 from pallas_kernels.common import mgpu
+from pallas_kernels.sparse_attention import api as attention_api
 from pallas_kernels.sparse_attention import inverse, tiles
 from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_decode import mosaic_gpu as decoding
@@ -144,8 +145,31 @@ def test_gradients_of_blocks_of_80_keys_are_those_of_dense_attention():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 3, 100])
-def test_runs_hold_every_entry_of_their_block_once(size):
+def test_remat_policies_can_keep_the_lists_and_the_result():
+  """By the traced programs: times the forward kernel is in forward and backward pass."""
+  shapes = ((1, 64, 8, 32), (1, 64, 2, 32), (1, 64, 2, 32))
+  arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+  ids = jax.ShapeDtypeStruct((1, 2, 64, 4), jnp.int32)
+  config = attention.MosaicGpuConfig(interpret=False)
+
+  def loss(*args):
+    options = dict(block_size=16, implementation="mosaic_gpu", config=config)
+    return jnp.sum(attention_api.attend_blocks(*args, **options)[0].astype(jnp.float32))
+
+  def counts(*names):
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    grad = jax.grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))
+    text = str(jax.make_jaxpr(grad)(*arrays, ids))
+    return [text.count(f"sparse_attention_{x}") for x in ("forward", "backward_q")]
+
+  forward, backward = counts(attention.LISTS, attention.OUT)
+  assert forward > 0 and backward > 0
+  assert counts(attention.LISTS) == counts() == [2 * forward, backward]
+
+
+@pytest.mark.parametrize("device, size", [("cpu", 1), ("gpu", 3), ("cpu", 100)])
+def test_runs_hold_every_entry_of_their_block_once(device, size, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: device)
   rng = np.random.default_rng(6)
   B, K, E, M, T = 2, 3, 40, 7, 11
   pairs = np.stack([rng.permutation(M * T)[:E] for _ in range(B * K)]).reshape(B, K, E)
