@@ -6,6 +6,7 @@ is used: matrix products read both sides from shared memory into a fresh accumul
 of a grid is CUDA's x and may be long; the others are y and z, at most 65535.
 """
 
+import functools
 import inspect
 
 import jax
@@ -58,6 +59,11 @@ def check_installed(op: str) -> None:
     from jax.experimental.pallas import mosaic_gpu  # noqa: F401
   except ImportError as error:
     raise NotImplementedError(f"{op}: no Mosaic GPU in this jax: {error}") from error
+
+
+def once(*static: str):
+  """`jax.jit` of a kernel's call: unrolled layers lower it once, not half a second each."""
+  return functools.partial(jax.jit, static_argnames=static)
 
 
 def options(interpreted: bool) -> dict:

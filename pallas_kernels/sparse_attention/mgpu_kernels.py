@@ -142,6 +142,7 @@ def _body(
   plgpu.wait_smem_to_gmem(0)
 
 
+@mgpu.once("group", "scale", "splits", "num_stages", "out_dtype", "interpreted")
 def forward(
   lists,
   table_P,

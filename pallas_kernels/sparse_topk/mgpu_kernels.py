@@ -186,6 +186,7 @@ def _scores_body(
   jax.lax.fori_loop(blocks_begin, blocks_end, some_blocks, None)
 
 
+@mgpu.once("rule", "num_rows", "num_fine", "num_norm", "interpreted")
 def block_scores(
   first_1,
   begin_Bt,
@@ -293,6 +294,7 @@ def _choose_body(first_ref, scores_ref, pos_ref, start_ref, ids_ref, *, rule: ru
   ids_ref[head, i] = jax.lax.fori_loop(0, num_taken, put, nothing)[1]
 
 
+@mgpu.once("rule", "width", "interpreted")
 def choose(first_1, scores_ErM, pos_BT, start_BT, *, rule, width, interpreted):
   """ids [B * K, rows, width] ascending, -1 = none, of `block_scores`; width a multiple of 128."""
   E, num_rows, _ = scores_ErM.shape

@@ -107,6 +107,7 @@ def _body(
   plgpu.wait_smem_to_gmem(0)
 
 
+@mgpu.once("bits", "low", "block_n", "splits", "num_stages", "interpreted")
 def matmul(
   x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, block_n, splits, num_stages, interpreted
 ):
