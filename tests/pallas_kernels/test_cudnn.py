@@ -70,7 +70,37 @@ def test_rows_that_need_no_mask(row, is_plain):
   assert bool(cudnn.is_one_run(np.array([[5, 5, 5, 5], row]))) == is_plain
 
 
-@pytest.mark.parametrize("ids", [None, IDS, PLAIN], ids=["causal", "packed", "one document a row"])
+KINDS = pytest.mark.parametrize(
+  "ids", [None, IDS, PLAIN], ids=["causal", "packed", "one document a row"]
+)
+
+
+def check(ids):
+  """Values and gradients against float32; only real rows have a gradient, as behind a loss mask."""
+  qkv = arrays()
+  more = {} if ids is None else dict(q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+  keep = 1.0 if ids is None else (ids != 0)[:, :, None, None].astype(np.float32)
+
+  def loss(function, *qkv):
+    out = function(*qkv)
+    return jnp.sum(keep * jnp.sin(out.astype(jnp.float32))), out
+
+  def of(function, qkv):
+    run = jax.value_and_grad(lambda *x: loss(function, *x), (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(run)(*qkv)
+    return out, grads
+
+  out, grads = of(lambda *x: attend(*x, ids), qkv)
+  floats = [x.astype(jnp.float32) for x in qkv]
+  exact, want = of(lambda *x: ref.flash_attention_ref(*x, scale=0.125, **more), floats)
+  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)  # bfloat16
+  if ids is not None:
+    assert not np.any(np.asarray(out)[ids == 0])
+  for a, b in zip(grads, want, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.06, rtol=0.02)
+
+
+@KINDS
 def test_masks_and_padding(gpu, monkeypatch, ids):
   """What cuDNN is asked for, computed by jax's own XLA form of the same function."""
   asked = jax.nn.dot_product_attention
@@ -80,28 +110,13 @@ def test_masks_and_padding(gpu, monkeypatch, ids):
     return asked(*args, implementation="xla", **kwargs)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-  q, k, v = arrays()
-  out = jax.jit(attend)(q, k, v, ids)
-  more = {} if ids is None else dict(q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
-  exact = ref.flash_attention_ref(*(x.astype(jnp.float32) for x in (q, k, v)), scale=0.125, **more)
-  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)  # bfloat16
-  if ids is not None:
-    assert not np.any(np.asarray(out)[ids == 0])
-  # Only real rows have a gradient, as behind the loss mask.
-  keep = 1.0 if ids is None else (ids != 0)[:, :, None, None].astype(np.float32)
+  check(ids)
 
-  def loss(function, *qkv):
-    return jnp.sum(keep * jnp.sin(function(*qkv).astype(jnp.float32)))
 
-  def whole(*qkv):
-    return ref.flash_attention_ref(*qkv, scale=0.125, **more)
-
-  found = jax.jit(jax.grad(lambda *x: loss(lambda *y: attend(*y, ids), *x), (0, 1, 2)))(q, k, v)
-  want = jax.grad(lambda *x: loss(whole, *x), (0, 1, 2))(
-    *(x.astype(jnp.float32) for x in (q, k, v))
-  )
-  for a, b in zip(found, want, strict=True):
-    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.06, rtol=0.02)
+@pytest.mark.gpu
+@KINDS
+def test_on_the_device(ids):
+  check(ids)
 
 
 @pytest.mark.parametrize(
