@@ -30,15 +30,18 @@ def dispatch(op: str, implementation: str, servers: dict[str, Callable[[], Resul
   return servers["xla"]()
 
 
-def configs(op: str, implementation: str, config: Any, **classes: type) -> dict[str, Any]:
-  """Server -> `config` where it is of the server's class, else None: the server's own tiles.
+def configs(
+  op: str, implementation: str, config: Any, **classes: type | tuple[type, ...]
+) -> dict[str, Any]:
+  """Server -> `config` where it is of the server's class or classes, else None: its own tiles.
 
   `classes` are of the servers that take a config. With `auto` it is one of theirs, which the others
   that are tried do not get; a named server takes its own alone. TypeError for any other.
   """
   served = {n: c for n, c in classes.items() if implementation in ("auto", n)}
   if config is not None and not isinstance(config, tuple(served.values())):
-    expected = " or ".join(["None", *sorted({_full_name(c) for c in served.values()})])
+    kinds = {k for c in served.values() for k in (c if isinstance(c, tuple) else (c,))}
+    expected = " or ".join(["None", *sorted(_full_name(k) for k in kinds)])
     raise TypeError(
       f"{op}: config: found {_full_name(type(config))}, expected {expected} with implementation "
       f"{implementation!r}"

@@ -4,7 +4,7 @@ The bodies are those of `w4a16_gemm` with two bits a code (quantization.md secti
 """
 
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import api, mosaic_gpu, triton
+from pallas_kernels.w4a16_gemm import api
 
 OP = "ternary_gemm"
 CODE = dict(bits=2, low=-1)
@@ -17,7 +17,7 @@ def matmul(
   *,
   group_size: int = -1,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | None = None,
+  config: api.Config | None = None,
   interpret: bool | None = None,
 ):
   """x [M, K] times a kernel [K, N] of codes -1, 0, 1, in x's dtype; sums are float32.

@@ -3,9 +3,10 @@
 import functools
 
 from pallas_kernels.common import spec
-from pallas_kernels.w4a16_gemm import mosaic_gpu, packed, ref, triton, vjp, xla
+from pallas_kernels.w4a16_gemm import matvec, mosaic_gpu, packed, ref, triton, vjp, xla
 
 OP = "w4a16_gemm"
+Config = triton.TritonConfig | matvec.MatvecConfig | mosaic_gpu.MosaicGpuConfig
 CODE = dict(bits=4, low=-8)
 
 
@@ -17,7 +18,7 @@ def matmul(
   *,
   group_size: int = 128,
   implementation: spec.Implementation = "auto",
-  config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | None = None,
+  config: Config | None = None,
   interpret: bool | None = None,
 ):
   """x [M, K] times a kernel [K, N] of 4-bit codes, in x's dtype; sums are float32.
@@ -32,9 +33,10 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
   multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
-  the next. `config` is of the implementation of its class; others that `auto` tries take their
-  own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves float32 too. Differentiable in
-  x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes
+  the next, for one row triton first. `config` is of the implementation of its class; others that
+  `auto` tries take their own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves
+  float32 too. Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
+  K N / 2 bytes of codes
   (quantization.md section 10).
   """
   options = dict(group_size=group_size, config=config, interpret=interpret)
@@ -46,18 +48,21 @@ def serve(
 ):
   """The call of an op whose codes are of `code`: checks, then the implementation asked for."""
   packed.check(op, code["bits"], *arrays, group_size)
-  classes = dict(mosaic_gpu=mosaic_gpu.MosaicGpuConfig, triton=triton.TritonConfig)
+  on_triton_classes = (triton.TritonConfig, matvec.MatvecConfig)
+  classes = dict(mosaic_gpu=mosaic_gpu.MosaicGpuConfig, triton=on_triton_classes)
   tiles = spec.configs(op, implementation, config, **classes)
   options = dict(config=tiles["mosaic_gpu"], interpret=interpret)
   on_mosaic = functools.partial(mosaic_gpu.matmul_mosaic_gpu, op=op, **options, **code)
   on_triton = functools.partial(triton.matmul_triton, op=op, config=tiles["triton"], **code)
-  return spec.dispatch(
-    op,
-    implementation,
-    {
-      "ref": lambda: ref.matmul_ref(*arrays, **code),
-      "xla": lambda: xla.matmul_xla(*arrays, **code),
-      "mosaic_gpu": lambda: vjp.matmul(on_mosaic, code["bits"], code["low"], *arrays),
-      "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),
-    },
-  )
+  kernels = {
+    "mosaic_gpu": lambda: vjp.matmul(on_mosaic, code["bits"], code["low"], *arrays),
+    "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),
+  }
+  x, codes, scale, _ = arrays
+  if config is None and matvec.config_of(x, codes, scale, bits=code["bits"], op=op) is not None:
+    kernels = dict(reversed(kernels.items()))
+  plain = {
+    "ref": lambda: ref.matmul_ref(*arrays, **code),
+    "xla": lambda: xla.matmul_xla(*arrays, **code),
+  }
+  return spec.dispatch(op, implementation, kernels | plain)

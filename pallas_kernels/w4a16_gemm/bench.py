@@ -1,9 +1,10 @@
 """Packed matmuls of MiniCPM4's feed-forward shapes: `python -m pallas_kernels.w4a16_gemm.bench`.
 
 A decode step's matmul takes microseconds, less than starting a program, and its weights would stay
-in the cache if run again: one timed call is a scan over LAYERS different kernels, and a row is the
-time of one. `x dense` is against the product in the activations' type, timed in the same way; the
-bar of quantization.md section 10 is 2.2 at one row of 4096 x 16384 on an H200.
+in the cache if run again: one timed call is the products of many layers, each with arrays of its
+own as a model has them, and a row is the time of one. `x dense` is against the product in the
+activations' type, timed in the same way; the bar of quantization.md section 10 is 2.2 at one row of
+4096 x 16384 on an H200.
 """
 
 import dataclasses
@@ -15,9 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import bench, tune
-from pallas_kernels.w4a16_gemm import api, cases, mosaic_gpu, triton
+from pallas_kernels.w4a16_gemm import api, cases, matvec, mosaic_gpu, triton
 
-LAYERS = 8
+LEAST_BYTES = 2**28  # of the codes of all layers: several times a cache
+MAX_LAYERS = 64
+
+
+def num_layers(op, case: cases.Case) -> int:
+  """Of a timed call; two where the rows make a product long."""
+  if case.rows > 64:
+    return 2
+  size = case.num_in * case.num_out * op.bits // 8
+  return min(MAX_LAYERS, max(4, -(-LEAST_BYTES // size)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +52,9 @@ W4A16 = Op(
 )
 
 
-def inputs(op: Op, case: cases.Case, dtype, layers: int = LAYERS):
-  """(x [M, K], codes [L, K / f, N], scale [L, K / g, N]): normal x and kernels, rounded."""
-  keys = jax.random.split(jax.random.key(0), layers + 1)
+def inputs(op: Op, case: cases.Case, dtype, layers: int):
+  """Of every layer (x [M, K], codes [K / f, N], scale [K / g, N]): normal, kernels rounded."""
+  keys = jax.random.split(jax.random.key(0), (layers, 2))
   K, N, per_byte = case.num_in, case.num_out, 8 // op.bits
   g = K if case.group_size == -1 else case.group_size
 
@@ -58,8 +68,7 @@ def inputs(op: Op, case: cases.Case, dtype, layers: int = LAYERS):
     packed = [codes_KN[j::per_byte] << (op.bits * j) for j in range(per_byte)]
     return functools.reduce(jnp.bitwise_or, packed), scale_Q1N[:, 0]
 
-  codes, scale = (jnp.stack(x) for x in zip(*[quantize(k) for k in keys[1:]], strict=True))
-  return jax.random.normal(keys[0], (case.rows, K), dtype), codes, scale
+  return [(jax.random.normal(k[0], (case.rows, K), dtype), *quantize(k[1])) for k in keys]
 
 
 def work(op: Op, case: cases.Case, itemsize: int) -> tuple[float, float]:
@@ -71,44 +80,49 @@ def work(op: Op, case: cases.Case, itemsize: int) -> tuple[float, float]:
 
 
 def program(op: Op, group_size: int, implementation: str, config=None):
-  """Sum of the products with every layer [M, N]."""
-
-  def run(x_MK, codes_LRN, scale_LQN):
-    def step(acc_MN, layer):
-      y_MN = op.matmul(
-        x_MK, *layer, group_size=group_size, implementation=implementation, config=config
-      )
-      return acc_MN + y_MN, None
-
-    zero_MN = jnp.zeros((x_MK.shape[0], codes_LRN.shape[2]), x_MK.dtype)
-    return jax.lax.scan(step, zero_MN, (codes_LRN, scale_LQN))[0]
-
-  return run
+  """Function of the layers' arrays: every layer's product [M, N]."""
+  options = dict(group_size=group_size, implementation=implementation, config=config)
+  one = jax.jit(functools.partial(op.matmul, **options))
+  return lambda layers: [one(*layer) for layer in layers]
 
 
-def dense_program(x_MK, w_LKN):
-  zero_MN = jnp.zeros((x_MK.shape[0], w_LKN.shape[2]), x_MK.dtype)
-  return jax.lax.scan(lambda acc, w_KN: (acc + x_MK @ w_KN, None), zero_MN, w_LKN)[0]
+def dense_program(layers):
+  return [x_MK @ w_KN for x_MK, w_KN in layers]
 
 
 def candidates(implementation: str, rows: int):
   """Of the tuner: Triton's tiles, or those of mosaic_gpu where it is asked for by name."""
-  splits = (1, 2, 4, 8) if rows <= 64 else (1,)
   if implementation == "mosaic_gpu":
-    for block_n, num_splits, stages in itertools.product((64, 128), splits, (2, 3, 4)):
+    splits = (1, 4) if rows <= 64 else (1,)
+    for block_n, num_splits, stages in itertools.product((64, 128), splits, (3, 4)):
       yield mosaic_gpu.MosaicGpuConfig(block_n=block_n, num_splits=num_splits, num_stages=stages)
-    return
-  tall = (16, 32, 64) if rows <= 64 else (64, 128)
-  sizes = itertools.product(tall, (32, 64, 128), splits, (4, 8), (2, 3, 4))
-  for block_m, block_n, num_splits, warps, stages in sizes:
-    if block_m < 2 * rows or block_m == 16 or rows > 64:
-      yield triton.TritonConfig(
-        block_m=block_m,
-        block_n=block_n,
-        num_splits=num_splits,
-        num_warps=warps,
-        num_stages=stages,
-      )
+  elif rows == 1:
+    for block_n, lanes, unroll, stages in (
+      (64, 64, 4, 4),
+      (64, 64, 4, 3),
+      (64, 64, 2, 6),
+      (64, 32, 4, 6),
+      (128, 64, 4, 3),
+      (128, 32, 4, 4),
+      (64, 64, 8, 3),
+    ):
+      yield matvec.MatvecConfig(block_n=block_n, lanes=lanes, unroll=unroll, num_stages=stages)
+  elif rows <= 64:
+    block_m = max(16, rows)
+    for block_n, num_splits, warps, stages in (
+      (64, 1, 4, 4),
+      (64, 2, 4, 4),
+      (128, 2, 4, 4),
+      (128, 4, 4, 3),
+      (32, 1, 4, 4),
+      (128, 2, 8, 4),
+    ):
+      sizes = dict(block_m=block_m, block_n=block_n, num_splits=num_splits)
+      yield triton.TritonConfig(**sizes, num_warps=warps, num_stages=stages)
+  else:
+    for block_m, block_n, warps, stages in ((64, 128, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3)):
+      sizes = dict(block_m=block_m, block_n=block_n)
+      yield triton.TritonConfig(**sizes, num_warps=warps, num_stages=stages)
 
 
 def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
@@ -118,35 +132,37 @@ def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
   for name in args.cases:
     case = shapes[name]
     M, K, N, g = case.rows, case.num_in, case.num_out, case.group_size
-    arrays = inputs(op, case, dtype)
+    L = num_layers(op, case)
+    layers = inputs(op, case, dtype, L)
     if args.tune:
-      tuned, key = "triton", triton.key
+      tuned, key = "triton", triton.key(M, N, K, g, jnp.dtype(dtype))
       if args.implementation == "mosaic_gpu":
-        tuned, key = "mosaic_gpu", mosaic_gpu.key
+        tuned, key = "mosaic_gpu", mosaic_gpu.key(M, N, K, g, jnp.dtype(dtype))
+      elif M == 1:
+        key = matvec.key(K, N, g, jnp.dtype(dtype))
       best = tune.search(
         candidates(tuned, M),
-        lambda c, g=g, arrays=arrays, tuned=tuned: bench.seconds(
-          program(op, g, tuned, c), *arrays, repeats=20
+        lambda c, g=g, layers=layers, tuned=tuned, L=L: (
+          bench.seconds(program(op, g, tuned, c), layers, repeats=3) / L
         ),
       )
-      print(tune.save(op.name, key(M, N, K, g, jnp.dtype(dtype)), best))
-    x, codes, scale = arrays
-    one = functools.partial(op.matmul, group_size=g)
-    found = jax.jit(functools.partial(one, implementation=args.implementation))(
-      x, codes[0], scale[0]
-    )
-    expected = one(x, codes[0], scale[0], implementation="ref")
-    error = float(jnp.max(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32))))
-    dense = (jax.random.normal(jax.random.key(1), (LAYERS, K, N), dtype) * K**-0.5).astype(dtype)
-    dense_time = bench.seconds(dense_program, x, dense, repeats=args.repeats) / LAYERS
+      print(tune.save(op.name, key, best))
     run = program(op, g, args.implementation)
+    found = jax.jit(run)(layers[:1])[0]
+    expected = jax.jit(program(op, g, "ref"))(layers[:1])[0]
+    error = float(jnp.max(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32))))
+    draw = jax.jit(lambda key, K=K, N=N: jax.random.normal(key, (K, N), dtype) * K**-0.5)
+    keys = jax.random.split(jax.random.key(1), L)
+    dense = [(x, draw(k).astype(dtype)) for k, (x, *_) in zip(keys, layers, strict=True)]
+    dense_time = bench.seconds(dense_program, dense, repeats=args.repeats) / L
+    del dense
     flops, size = work(op, case, jnp.dtype(dtype).itemsize)
     rows.append(
       bench.Row(
         op=op.name,
         case=name,
         implementation=args.implementation,
-        seconds=bench.seconds(run, *arrays, repeats=args.repeats) / LAYERS,
+        seconds=bench.seconds(run, layers, repeats=args.repeats) / L,
         flops=flops,
         bytes=size,
         dense_seconds=dense_time,

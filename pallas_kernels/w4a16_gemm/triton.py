@@ -1,8 +1,8 @@
 """Packed matmul on NVIDIA GPUs (sm_80 and later) through jax-triton; no gradient.
 
 Checked without a GPU only: values in Triton's interpreter (float32), machine code for sm_80 and
-sm_90. It has not run on a device: the heuristic's tiles are not tuned, no time is known. A program
-adds in a fixed order; with splits XLA sums their float32 results.
+sm_90. One row in 16 bits goes to `matvec`. A program adds in a fixed order; with splits XLA sums
+their float32 results.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, tune
+from pallas_kernels.w4a16_gemm import matvec
 
 SHARED = 227 * 1024  # bytes a program may use on sm_90; sm_80 has 163 KiB
 
@@ -73,7 +74,7 @@ def matmul_triton(
   *,
   bits: int = 4,
   low: int = -8,
-  config: TritonConfig | None = None,
+  config: TritonConfig | matvec.MatvecConfig | None = None,
   op: str = "w4a16_gemm",
 ):
   """As `api.matmul`, or NotImplementedError with the reason."""
@@ -85,6 +86,12 @@ def matmul_triton(
   if R * N >= 2**31:
     raise NotImplementedError(f"{op}: found {R * N} bytes of codes, expected less than 2^31")
   group_size = -1 if num_groups == 1 else K // num_groups
+  if config is None:
+    config = matvec.config_of(x_MK, codes_RN, scale_QN, bits=bits, op=op)
+  if isinstance(config, matvec.MatvecConfig):
+    return matvec.matmul(
+      x_MK, codes_RN, scale_QN, zero_QN, bits=bits, low=low, config=config, op=op
+    )
   least = least_block_k(bits)
   if group_size != -1 and group_size % least:
     raise NotImplementedError(

@@ -1,7 +1,14 @@
-"""Triton body of the packed matmuls (quantization.md section 10), 4 or 2 bits a code.
+"""Triton bodies of the packed matmuls (quantization.md section 10), 4 or 2 bits a code.
 
 A tile of bytes holds f = 8 / BITS inputs a row. Instead of interleaving weights, the tile of x is
 split into its f residues (neighbours in one thread), and f products are summed.
+
+`matvec` serves one row of activations without tensor cores: every thread owns 16 outputs and a
+share of the inputs ("lane"), and adds in float32. A word of four bytes holds codes of four
+neighbouring outputs. A code c becomes a float by writing it into the mantissa of 1.0 behind a shift
+that serves the whole word: 1 + c 2^-e with e = 8 - BITS j for field j of a byte, which x times 2^e
+undoes. What the 1 and LOW add is the same for every output, so it is summed apart and taken off at
+the end: up to 8 of float32's 24 bits go.
 """
 
 import triton
@@ -89,3 +96,81 @@ def matmul(
   out_rows = out_ptr + (split.to(tl.int64) * M + m)[:, None] * N
   is_out = (m < M)[:, None] & (n < N)[None, :]
   tl.store(out_rows + n[None, :], acc_MN.to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _mantissa(bits, field):
+  """1.0 with the bits of `field` in its mantissa."""
+  return ((bits & field) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def matvec(
+  x_ptr,  # [K]
+  codes_ptr,  # [R, N] uint8
+  scale_ptr,  # [Q, N]
+  zero_ptr,  # [Q, N] int8, or anything where HAS_ZERO is False
+  out_ptr,  # [SPLITS, N]
+  N: tl.constexpr,  # a multiple of BN
+  K: tl.constexpr,
+  R: tl.constexpr,
+  GROUP: tl.constexpr,  # a multiple of the inputs of a lane
+  HAS_ZERO: tl.constexpr,
+  BITS: tl.constexpr,
+  LOW: tl.constexpr,
+  BN: tl.constexpr,
+  LANES: tl.constexpr,
+  UNROLL: tl.constexpr,  # divides the rows of a lane
+  STAGES: tl.constexpr,
+  INPUTS: tl.constexpr,  # of a lane, or the next power of two
+  SPLITS: tl.constexpr,
+):
+  """y = x W; LANES lanes of R / SPLITS / LANES rows of bytes each in a program."""
+  PER_BYTE: tl.constexpr = 8 // BITS
+  ROWS: tl.constexpr = R // (SPLITS * LANES)
+  MASK: tl.constexpr = (1 << BITS) - 1
+  POWER: tl.constexpr = 256
+  unity = tl.num_programs(2)  # 1, but no constant: a constant mask is loaded again for every use
+  split = tl.program_id(1)
+  lane = split * LANES + tl.arange(0, LANES)
+  word = tl.program_id(0) * (BN // 4) + tl.arange(0, BN // 4)
+  words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+  rows = words_ptr + (lane * ROWS).to(tl.int64)[:, None] * (N // 4) + word[None, :]
+  inputs = x_ptr + (lane * (ROWS * PER_BYTE))[:, None]
+  acc0 = tl.zeros([LANES, BN // 4], tl.float32)
+  acc1 = tl.zeros([LANES, BN // 4], tl.float32)
+  acc2 = tl.zeros([LANES, BN // 4], tl.float32)
+  acc3 = tl.zeros([LANES, BN // 4], tl.float32)
+  for start in tl.range(0, ROWS, UNROLL, num_stages=STAGES):
+    loaded = ()
+    for u in tl.static_range(UNROLL):
+      loaded = loaded + (tl.load(rows + (start + u) * (N // 4)),)
+    for u in tl.static_range(UNROLL):
+      w = loaded[u]
+      byte0, byte1, byte2, byte3 = w << 15, w << 7, w >> 1, w >> 9
+      for j in tl.static_range(PER_BYTE):
+        x = tl.load(inputs + (start + u) * PER_BYTE + j).to(tl.float32) * (POWER >> (BITS * j))
+        field = unity * (MASK << (15 + BITS * j))
+        acc0 += x * _mantissa(byte0, field)
+        acc1 += x * _mantissa(byte1, field)
+        acc2 += x * _mantissa(byte2, field)
+        acc3 += x * _mantissa(byte3, field)
+  k = tl.arange(0, INPUTS)
+  x = tl.load(inputs + k[None, :], mask=(k < ROWS * PER_BYTE)[None, :], other=0.0).to(tl.float32)
+  total = tl.sum(x, axis=1)[:, None]
+  shared = tl.sum(x * (POWER >> (BITS * (k % PER_BYTE)))[None, :], axis=1)[:, None] - LOW * total
+  group = (lane * (ROWS * PER_BYTE)) // GROUP
+  at = group[:, None] * N + 4 * word[None, :]
+  out = out_ptr + split * N + 4 * word
+  _lanes_sum(out, acc0 - shared, total, scale_ptr + at, zero_ptr + at, HAS_ZERO)
+  _lanes_sum(out + 1, acc1 - shared, total, scale_ptr + at + 1, zero_ptr + at + 1, HAS_ZERO)
+  _lanes_sum(out + 2, acc2 - shared, total, scale_ptr + at + 2, zero_ptr + at + 2, HAS_ZERO)
+  _lanes_sum(out + 3, acc3 - shared, total, scale_ptr + at + 3, zero_ptr + at + 3, HAS_ZERO)
+
+
+@triton.jit
+def _lanes_sum(out, acc, total, scale_ptr, zero_ptr, HAS_ZERO: tl.constexpr):
+  if HAS_ZERO:
+    acc -= total * tl.load(zero_ptr).to(tl.float32)
+  y = tl.sum(acc * tl.load(scale_ptr).to(tl.float32), axis=0)
+  tl.store(out, y.to(out.dtype.element_ty))

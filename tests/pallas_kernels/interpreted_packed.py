@@ -2,11 +2,12 @@
 
 import functools
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.common import gpu
 from pallas_kernels.ternary_gemm import cases as ternary_cases
-from pallas_kernels.w4a16_gemm import cases, triton
+from pallas_kernels.w4a16_gemm import cases, matvec, triton
 from tests.pallas_kernels import packed_suite as suite
 from tests.pallas_kernels import triton_host as host
 
@@ -26,3 +27,32 @@ def test_packed(name, splits):
   case, bits, block_k = CASES[name]
   config = triton.TritonConfig(block_n=32, block_k=block_k, num_splits=splits)
   suite.check(functools.partial(triton.matmul_triton, config=config), case, bits)
+
+
+MATVEC = {  # (bits, case, config): groups of one and of several lanes, splits, edges of unrolling
+  "int4_groups": (4, cases.Case(rows=1, num_in=512, num_out=64), dict(lanes=8)),
+  "int4_zero": (
+    4,
+    cases.Case(rows=1, num_in=768, num_out=128, group_size=96, has_zero=True),
+    dict(num_splits=2, lanes=8, unroll=2),
+  ),
+  "int4_channel": (
+    4,
+    cases.Case(rows=1, num_in=512, num_out=64, group_size=-1, has_zero=True),
+    dict(lanes=16, unroll=8),
+  ),
+  "ternary_channel": (
+    2,
+    cases.Case(rows=1, num_in=1280, num_out=64, group_size=-1),
+    dict(lanes=16),
+  ),
+  "ternary_groups": (2, cases.Case(rows=1, num_in=512, num_out=128), dict(lanes=16)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("name", MATVEC)
+def test_packed_matvec(name, dtype):
+  bits, case, config = MATVEC[name]
+  config = matvec.MatvecConfig(**config)
+  suite.check(functools.partial(triton.matmul_triton, config=config), case, bits, dtype)

@@ -14,7 +14,7 @@ from minicpm_jax.quant import qtensor
 from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
-from pallas_kernels.w4a16_gemm import api, bench, cases, ref, triton, vjp, xla
+from pallas_kernels.w4a16_gemm import api, bench, cases, matvec, mosaic_gpu, ref, triton, vjp, xla
 from tests.pallas_kernels import packed_suite as suite
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
@@ -153,6 +153,53 @@ def test_bad_tiles_are_refused(field, value):
     triton.TritonConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(block_n=96), "MatvecConfig.block_n: found 96, expected a power of two, at least 64"),
+    (dict(num_splits=0), "MatvecConfig.num_splits: found 0, expected at least 1"),
+    (dict(lanes=512), "MatvecConfig: found 512 lanes of 4 threads, expected 32 to 1024 threads"),
+  ],
+)
+def test_bad_shares_of_a_row_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    matvec.MatvecConfig(**change)
+
+
+@pytest.mark.parametrize("bits, group_size", [(4, 128), (2, -1)])
+@pytest.mark.parametrize("case", [case for case in cases.REAL if case.endswith("_m1")])
+def test_rows_of_real_shapes_are_served_by_whole_lanes(case, bits, group_size):
+  K, N = cases.REAL[case].num_in, cases.REAL[case].num_out
+  config = matvec.default_config(K, N, group_size, bits)
+  inputs = K // (config.num_splits * config.lanes)
+  assert inputs * config.num_splits * config.lanes == K and N % config.block_n == 0
+  assert (K if group_size == -1 else group_size) % inputs == 0
+  assert matvec.default_config(K + 8, N, -1, bits) is None
+  assert matvec.default_config(K, N + 8, -1, bits) is None
+
+
+@pytest.mark.parametrize(
+  "rows, dtype, served", [(1, "bfloat16", 0), (2, "bfloat16", 1), (1, "float32", 1)]
+)
+def test_auto_gives_one_row_in_16_bits_to_triton(rows, dtype, served, monkeypatch):
+  called = []
+
+  def record(name):
+    def run(*_, **__):
+      called.append(name)
+      raise NotImplementedError(name)
+
+    return run
+
+  case = cases.Case(rows=rows, num_in=512, num_out=64)
+  arrays, _ = suite.inputs(case, 4, jnp.dtype(dtype))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(triton, "matmul_triton", record("triton"))
+  monkeypatch.setattr(mosaic_gpu, "matmul_mosaic_gpu", record("mosaic_gpu"))
+  api.matmul(*arrays, group_size=128)
+  assert called == [["triton", "mosaic_gpu"], ["mosaic_gpu", "triton"]][served]
+
+
 def test_tiles_beyond_shared_memory_are_refused():
   with pytest.raises(ValueError, match="expected at most 232448"):
     triton.TritonConfig(block_m=128, block_n=256, block_k=256)
@@ -203,7 +250,8 @@ def program(name, arch):
   `cubin.table` must see the launches; and its abstract arrays."""
   op, case = OPS[COMPILED[name][0]], COMPILED[name][1]
   M, K, N, g = case.rows, case.num_in, case.num_out, case.group_size
-  config = dataclasses.replace(triton.default_config(M, N, K, g), compute_capability=arch)
+  config = matvec.default_config(K, N, g, op.bits) if M == 1 else triton.default_config(M, N, K, g)
+  config = dataclasses.replace(config, compute_capability=arch)
   num_groups = 1 if g == -1 else K // g
   avals = [
     jax.ShapeDtypeStruct((M, K), jnp.bfloat16),
@@ -230,7 +278,7 @@ def test_compiles_to_cubins_without_spills(name, triton_installed):
   rows = cubin.table(run, *avals)
   assert {row.arch for row in rows} == {80, 90}
   for row in rows:
-    assert row.spills == 0 and row.products, row
+    assert row.spills == 0 and bool(row.products) == (row.name != "matvec"), row
     assert row.shared <= (163 if row.arch == 80 else 227) * 1024, row
 
 
@@ -258,11 +306,24 @@ def test_bench_counts_bytes():
 @EACH
 def test_bench_inputs_and_program_agree_with_the_reference(name):
   op, case = OPS[name].bench, cases.Case(rows=2, num_in=256, num_out=32)
-  x, codes, scale = bench.inputs(op, case, jnp.float32, layers=3)
-  found = bench.program(op, 128, "xla")(x, codes, scale)
-  code = dict(bits=op.bits, low=op.low)
-  expected = sum(ref.matmul_ref(x, codes[i], scale[i], **code) for i in range(3))
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+  layers = bench.inputs(op, case, jnp.float32, layers=3)
+  found = bench.program(op, 128, "xla")(layers)
+  assert len(found) == 3 and not np.array_equal(found[0], found[1])
+  for y, layer in zip(found, layers, strict=True):
+    expected = ref.matmul_ref(*layer, bits=op.bits, low=op.low)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("group_size, has_zero", [(128, False), (-1, False), (128, True)])
+def test_one_row_on_the_device(group_size, has_zero, name, dtype):
+  if has_zero and name == "ternary_gemm":
+    pytest.skip("ternary codes have no zero points")
+  size = dict(group_size=group_size, has_zero=has_zero)
+  case = cases.Case(rows=1, num_in=4096, num_out=1024, **size)
+  suite.check(triton.matmul_triton, case, OPS[name].bits, dtype=dtype)
 
 
 @pytest.mark.gpu
