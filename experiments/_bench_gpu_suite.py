@@ -96,8 +96,7 @@ class Suite:
 
   def _measure(self, kind: str, cfg: Any, params: base.Params, draft_cfg: Any) -> None:
     wanted = [p for p in self.parts if kind in KINDS_OF.get(p, (kind,))]
-    programs = self._programs(kind, wanted, cfg, params, draft_cfg)
-    self._compile(programs)
+    programs = self._compiled(self._makers(kind, wanted, cfg, params, draft_cfg))
     for name, program in programs.items():
       part = name.split()[1]
       measure = {"draft": self._draft, "spec": self._spec}.get(part, self._step)
@@ -110,9 +109,9 @@ class Suite:
           work = functools.partial(self._through_engine, kind, part, cfg, params, is_sparse)
           self._guarded(f"{kind} {part} {'sparse' if is_sparse else 'dense'}", work)
 
-  def _programs(self, kind, wanted, cfg, params, draft_cfg) -> dict[str, Any]:
-    """{name: program}, traced; the first word of a name is the kind, the second the part."""
-    size, plain, found = self.size, base.NoDrafter(), {}
+  def _makers(self, kind, wanted, cfg, params, draft_cfg) -> dict[str, Callable[[], Any]]:
+    """{name: what traces it}; the first word of a name is the kind, the second the part."""
+    size, plain = self.size, base.NoDrafter()
     dense = bench.dense(cfg)
     forced = _forced.Forced(eagle.EagleDrafter(draft_cfg, num_levels=2, top_k=10, num_nodes=12))
     makers: dict[str, Callable[[], Any]] = {}
@@ -134,17 +133,17 @@ class Suite:
     for length in size.long if "long" in wanted else ():
       for name, c in (("sparse", cfg), ("dense", dense)):
         makers[f"{kind} long {name} {length}"] = functools.partial(one, c, params, plain, length)
-    for name, make in makers.items():
-      program = self._guarded(f"{name} (trace)", make)
-      if program is not None:
-        found[name] = program
-    return found
+    return makers
 
-  def _compile(self, programs: dict[str, Any]) -> None:
-    """All at once, before anything is timed; what does not compile leaves the dict."""
-    began = time.perf_counter()
+  def _compiled(self, makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """{name: program}: all at once, before anything is timed; without those that fail."""
+    began, programs, futures = time.perf_counter(), {}, {}
     with concurrent.futures.ThreadPoolExecutor(self._num_threads) as pool:
-      futures = {name: pool.submit(program.compile) for name, program in programs.items()}
+      for name, make in makers.items():  # tracing one while others compile
+        program = self._guarded(f"{name} (trace)", make)
+        if program is not None:
+          programs[name], futures[name] = program, pool.submit(program.compile)
+      print(f"traced {len(programs)}: {time.perf_counter() - began:.1f} s", flush=True)
       for name, future in futures.items():
         seconds = self._guarded(f"{name} (compile)", future.result)
         if seconds is None:
@@ -154,6 +153,7 @@ class Suite:
     if programs:
       seconds = time.perf_counter() - began
       self._row(part="compile", programs=len(programs), threads=self._num_threads, seconds=seconds)
+    return programs
 
   # --- Parts --------------------------------------------------------------------------------------
 
