@@ -30,6 +30,8 @@ import jax  # noqa: E402
 from absl import flags as absl_flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# References are float32: GPUs and TPUs would round their products to fewer bits.
+jax.config.update("jax_default_matmul_precision", "highest")
 absl_flags.FLAGS.mark_as_parsed()
 
 import gc  # noqa: E402

@@ -115,6 +115,16 @@ def dot_add(acc_Rn, a_ref, b_ref, interpreted: bool):
   return pl.run_state(lambda ref: plgpu.wgmma(ref, a_ref, b_ref))(plgpu.ACC.init(acc_Rn))
 
 
+def values_dot_add(acc_Rn, a_Rk, b_ref, interpreted: bool):
+  """acc + a b, as `dot_add`; a comes from the registers that a product leaves its result in."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted:
+    return acc_Rn + jnp.dot(a_Rk, b_ref[...], preferred_element_type=jnp.float32)
+  return pl.run_state(lambda ref: plgpu.wgmma(ref, a_Rk, b_ref))(plgpu.ACC.init(acc_Rn))
+
+
 def dot_transposed(a_ref, b_ref, interpreted: bool):
   """a b^T, as `dot`; b is a part of an array (`.at`).
 

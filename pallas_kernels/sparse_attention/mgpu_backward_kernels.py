@@ -1,11 +1,12 @@
 """Mosaic GPU kernels of the backward pass (infllm_v2.md section 11; K4 of 19.2).
 
-`backward_q` goes over the tiles and lists of the forward kernel. `backward_kv` is one run of the
+`backward_q` goes over tiles and lists as the forward kernel does. `backward_kv` is one run of the
 inverse lists: 64 keys of a block stay in shared memory, and the rows that listed the block come 64
 at a time, as units of fewer queries than a tile (a unit whose block only one query listed wastes
 the rows of the others, so that small units waste little). `sum_runs` adds the runs of a block in
-order. Nothing is added atomically. Copies and buffers as in `mgpu_kernels`; a warp writes and
-multiplies the same 16 rows of the left side, so that only other warps' reads need a barrier.
+order. Nothing is added atomically. In `backward_kv` a warp writes and multiplies the same 16 rows
+of the left side, and a new copy into a buffer starts behind `commit_smem`, where all four warps
+have finished the product that read it.
 """
 
 import functools
@@ -16,17 +17,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import mgpu
-from pallas_kernels.sparse_attention.mgpu_kernels import LOG2E, across, seen_by_rows
+from pallas_kernels.sparse_attention.mgpu_kernels import (
+  LOG2E,
+  across,
+  hide,
+  is_listed,
+  member_bias,
+  query_of_rows,
+  ring,
+  rows_and_edges,
+)
 
 ROWS = mgpu.ROWS
 NOTHING = 1e30  # log-sum-exp of a row that sees nothing: its probabilities are 0
 NUMBERS = 4  # of a row: position, start, log-sum-exp, delta
 
 
-def shared_bytes_q(block: int, head_dim: int, num_stages: int, itemsize: int) -> int:
-  """Of one program: q, dout, blocks of k and v in flight, scores, numbers of the rows."""
-  tiles = (2 * ROWS * head_dim + ROWS * block) * itemsize
-  return tiles + 2 * num_stages * block * head_dim * itemsize + NUMBERS * 4 * ROWS + 4096
+def shared_bytes_q(
+  block: int, head_dim: int, num_stages: int, itemsize: int, warpgroups: int
+) -> int:
+  """Of one program: q, dout, blocks of k and v in flight, numbers of the rows."""
+  of_rows = warpgroups * ROWS * (2 * head_dim * itemsize + NUMBERS * 4)
+  return of_rows + 2 * num_stages * block * head_dim * itemsize + 4096
 
 
 def shared_bytes_kv(head_dim: int, num_stages: int, itemsize: int) -> int:
@@ -45,122 +57,138 @@ def _q_body(
   bits_ref,  # [X, U] bit t: the tile's query t lists the block
   counts_ref,  # [X]
   first_ref,  # [X] place of the row's block 0 in k and v
-  q_ref,  # [X, R, H]
+  q_ref,  # [X, C, R, H], C warpgroups
   dout_ref,
   k_ref,  # [P, s, K, H]
   v_ref,
-  pos_ref,  # [Y, R], Y = X / K
+  pos_ref,  # [Y, C, R], Y = X / K
   start_ref,
-  lse_ref,  # [X, R] base 2
+  low_ref,  # [Y, C] lowest position of a warpgroup's queries
+  high_ref,  # [Y, C] highest start
+  lse_ref,  # [X, C, R] base 2
   delta_ref,
-  dq_ref,  # [X, R, H]
+  dq_ref,  # [X, C, R, H]
   q_smem,
   dout_smem,
   k_smem,
   v_smem,
-  dscores_smem,
   pos_smem,
   start_smem,
   lse_smem,
   delta_smem,
-  row_barrier,
+  row_barriers,
   barriers,
+  free_barriers,
   *,
   group,
+  queries,
   scale,
   num_stages,
   interpreted,
 ):
-  x = jax.lax.axis_index("tile")
+  x, own = jax.lax.axis_index("tile"), jax.lax.axis_index("warpgroup")
   _, block, heads, head_dim = k_ref.shape
   head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
   count, first = counts_ref[x], first_ref[x]
 
-  def fetch(j):
-    @pl.when(j < count)
-    def _():
-      place, slot = first + ids_ref[x, j], jax.lax.rem(j, num_stages)
-      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
-      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
+  def copy(j, slot):
+    place = first + ids_ref[x, j]
+    plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
+    plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
 
-  for j in range(num_stages - 1):
-    fetch(j)
-  rows_of_tile = (
-    (q_ref.at[x], q_smem),
-    (dout_ref.at[x], dout_smem),
-    (pos_ref.at[y], pos_smem),
-    (start_ref.at[y], start_smem),
-    (lse_ref.at[x], lse_smem),
-    (delta_ref.at[x], delta_smem),
-  )
-  for source, target in rows_of_tile:
-    plgpu.copy_gmem_to_smem(source, target, row_barrier)
-  plgpu.barrier_wait(row_barrier)
-  pos_Rs, start_Rs = across(pos_smem[...], block), across(start_smem[...], block)
-  lse_Rs, delta_Rs = across(lse_smem[...], block), across(delta_smem[...], block)
+  prefetch, refill, release = ring(own, 0, count, num_stages, free_barriers, copy)
+  prefetch()
+  for source, target in (
+    (q_ref.at[x, own], q_smem),
+    (dout_ref.at[x, own], dout_smem),
+    (pos_ref.at[y, own], pos_smem),
+    (start_ref.at[y, own], start_smem),
+    (lse_ref.at[x, own], lse_smem),
+    (delta_ref.at[x, own], delta_smem),
+  ):
+    plgpu.copy_gmem_to_smem(source, target.at[own], row_barriers.at[own])
+  plgpu.barrier_wait(row_barriers.at[own])
+  of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
+  query_R = query_of_rows(own, queries, group, block, interpreted)
+  lse_R, delta_R = (mgpu.as_rows(ref[own], interpreted) for ref in (lse_smem, delta_smem))
+  delta_Rs = across(delta_R, block)
 
   def step(j, acc_RH):
-    slot = jax.lax.rem(j, num_stages)
-    plgpu.barrier_wait(barriers.at[slot])
-    scores_Rs = mgpu.dot_transposed(q_smem, k_smem.at[slot], interpreted) * (scale * LOG2E)
-    probs_Rs = jnp.exp2(scores_Rs - lse_Rs)
-    dprobs_Rs = mgpu.dot_transposed(dout_smem, v_smem.at[slot], interpreted)
-    seen_Rs = seen_by_rows(ids_ref[x, j], bits_ref[x, j], group, pos_Rs, start_Rs)
-    dscores_Rs = jnp.where(seen_Rs, probs_Rs * (dprobs_Rs - delta_Rs), 0.0)
-    dscores_smem[...] = dscores_Rs.astype(dscores_smem.dtype)
-    plgpu.commit_smem()
-    fetch(j + (num_stages - 1))
-    return mgpu.dot_add(acc_RH, dscores_smem, k_smem.at[slot], interpreted)
+    slot, bits = jax.lax.rem(j, num_stages), bits_ref[x, j]
 
-  nothing = jnp.zeros((ROWS, head_dim), jnp.float32)
+    def add(acc_RH):
+      scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
+      scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
+      bias_Rs = across(member_bias(bits, query_R) - lse_R, block)
+      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + bias_Rs)
+      dprobs_Rs = mgpu.dot_transposed(dout_smem.at[own], v_smem.at[slot], interpreted)
+      dscores_Rs = (probs_Rs * (dprobs_Rs - delta_Rs)).astype(k_smem.dtype)
+      return mgpu.values_dot_add(acc_RH, dscores_Rs, k_smem.at[slot], interpreted)
+
+    plgpu.barrier_wait(barriers.at[slot])
+    refill(j)
+    acc_RH = jax.lax.cond(is_listed(bits, own, queries), add, lambda acc_RH: acc_RH, acc_RH)
+    release(j)
+    return acc_RH
+
+  nothing = mgpu.as_tile(jnp.zeros((ROWS, head_dim), jnp.float32), interpreted)
   acc_RH = jax.lax.fori_loop(0, count, step, nothing)
-  q_smem[...] = (acc_RH * scale).astype(q_smem.dtype)  # all products that read q are done
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[x])
-  plgpu.wait_smem_to_gmem(0)
+  dq_ref[x, own] = (acc_RH * scale).astype(dq_ref.dtype)
 
 
 def backward_q(
   lists,
-  q_XRH,
-  dout_XRH,
+  q_XCRH,
+  dout_XCRH,
   k_PsKH,
   v_PsKH,
-  pos_YR,
-  start_YR,
-  lse_XR,
-  delta_XR,
+  pos_YCq,
+  start_YCq,
+  lse_XCR,
+  delta_XCR,
   *,
   group,
   scale,
   num_stages,
   interpreted,
 ):
-  """dq [X, R, H]. lists: of `mgpu_kernels.forward`; lse_XR in base 2, `NOTHING` = sees nothing."""
-  _, R, H = q_XRH.shape
-  block, dtype = k_PsKH.shape[1], q_XRH.dtype
-  sizes = dict(group=group, scale=scale, num_stages=num_stages, interpreted=interpreted)
+  """dq [X, C, R, H]. lists, pos, start: of `mgpu_kernels.forward`; lse_XCR in base 2, `NOTHING` =
+  sees nothing."""
+  X, C, R, H = q_XCRH.shape
+  block, dtype, queries = k_PsKH.shape[1], q_XCRH.dtype, pos_YCq.shape[-1]
+  sizes = dict(group=group, queries=queries, scale=scale, num_stages=num_stages)
   return plgpu.kernel(
-    functools.partial(_q_body, **sizes),
-    out_type=jax.ShapeDtypeStruct(q_XRH.shape, dtype),
+    functools.partial(_q_body, interpreted=interpreted, **sizes),
+    out_type=jax.ShapeDtypeStruct(q_XCRH.shape, dtype),
     scratch_types=[
-      plgpu.SMEM((R, H), dtype),
-      plgpu.SMEM((R, H), dtype),
+      plgpu.SMEM((C, R, H), dtype),
+      plgpu.SMEM((C, R, H), dtype),
       plgpu.SMEM((num_stages, block, H), dtype),
       plgpu.SMEM((num_stages, block, H), dtype),
-      plgpu.SMEM((R, block), dtype),
-      plgpu.SMEM((R,), jnp.int32),
-      plgpu.SMEM((R,), jnp.int32),
-      plgpu.SMEM((R,), jnp.float32),
-      plgpu.SMEM((R,), jnp.float32),
-      plgpu.Barrier(num_arrivals=6),
+      plgpu.SMEM((C, R), jnp.int32),
+      plgpu.SMEM((C, R), jnp.int32),
+      plgpu.SMEM((C, R), jnp.float32),
+      plgpu.SMEM((C, R), jnp.float32),
+      plgpu.Barrier(num_arrivals=6, num_barriers=C),
       plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+      plgpu.Barrier(num_arrivals=C, num_barriers=num_stages),
     ],
-    grid=(q_XRH.shape[0],),
+    grid=(X,),
     grid_names=("tile",),
+    num_threads=C,
+    thread_name="warpgroup",
     kernel_name="sparse_attention_backward_q",
     **mgpu.options(interpreted),
-  )(*lists, q_XRH, dout_XRH, k_PsKH, v_PsKH, pos_YR, start_YR, lse_XR, delta_XR)
+  )(
+    *lists,
+    q_XCRH,
+    dout_XCRH,
+    k_PsKH,
+    v_PsKH,
+    *rows_and_edges(pos_YCq, start_YCq, group),
+    lse_XCR,
+    delta_XCR,
+  )
 
 
 def _kv_body(

@@ -1,10 +1,11 @@
 """Mosaic GPU kernel over lists of key blocks (infllm_v2.md 19.3), used by attention and decoding.
 
-A tile is a few queries times the G heads of one key head, the 64 rows of a wgmma. Its list is the
-union of its queries' lists with one membership bit a query, so every block is fetched once for the
-tile and masked by row. One warpgroup runs one share of a tile's list; blocks arrive by TMA in the
-model's layout, `num_stages` in flight. A new copy into a buffer starts behind `commit_smem`, where
-all four warps have finished the product that read it.
+A warpgroup holds a few queries times the G heads of one key head, the 64 rows of a wgmma; a tile
+is `warpgroups` of them, which share blocks that arrive by TMA in the model's layout, `num_stages`
+in flight: a tile's list is the union of its queries' lists with one membership bit a query. A
+warpgroup passes over blocks that none of its queries lists. The first warpgroup copies; it refills
+a buffer when all have arrived at the buffer's barrier. Positions are compared only in blocks that
+hold a query's own position or the first token of its document; members are a bias by row.
 """
 
 import functools
@@ -16,16 +17,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import mgpu
+from pallas_kernels.sparse_topk import rule as rules
 
 FLOOR = -1e30  # below every real score
+HIDDEN = -1e33  # of a slot that its row does not see, before the scale; far below FLOOR behind it
 LOG2E = math.log2(math.e)
 
 
-def shared_bytes(block: int, head_dim: int, num_stages: int, itemsize: int, out_itemsize: int):
-  """Of one program: q, out, blocks of k and v in flight, probabilities, numbers of the rows."""
-  rows = mgpu.ROWS
-  tiles = rows * head_dim * (itemsize + out_itemsize) + rows * block * itemsize
-  return tiles + 2 * num_stages * block * head_dim * itemsize + 3 * 4 * rows + 4096
+def shared_bytes(block: int, head_dim: int, num_stages: int, itemsize: int, warpgroups: int) -> int:
+  """Of one program: queries, blocks of k and v in flight, numbers of the rows."""
+  of_rows = warpgroups * mgpu.ROWS * (head_dim * itemsize + 3 * 4)
+  return of_rows + 2 * num_stages * block * head_dim * itemsize + 4096
 
 
 def across(x_R, width: int):
@@ -33,18 +35,88 @@ def across(x_R, width: int):
   return jax.lax.broadcast_in_dim(x_R, (x_R.shape[0], width), (0,))
 
 
-def seen_by_rows(block_id, bits, group: int, pos_Rs, start_Rs):
-  """Bool [R, s]: the row's query lists the block, and the slot is neither future nor before start.
+def rows_and_edges(pos_YCq, start_YCq, group: int):
+  """(pos, start [Y, C, R] of the rows; lowest pos, highest start [Y, C] of the queries)."""
+  is_query_YCq = pos_YCq >= 0
+  low_YC = jnp.min(jnp.where(is_query_YCq, pos_YCq, rules.NOWHERE), axis=-1)
+  high_YC = jnp.max(jnp.where(is_query_YCq, start_YCq, 0), axis=-1)
 
-  bits: bit t = the tile's query t lists the block; row r belongs to query r // group.
+  def by_row(x_YCq, value: int):
+    x_YCR = jnp.repeat(x_YCq, group, axis=-1)
+    widths = ((0, 0), (0, 0), (0, mgpu.ROWS - x_YCR.shape[-1]))
+    return jnp.pad(x_YCR, widths, constant_values=value)
+
+  return by_row(pos_YCq, -1), by_row(start_YCq, rules.NOWHERE), low_YC, high_YC
+
+
+def query_of_rows(own, queries: int, group: int, block: int, interpreted: bool):
+  """[R] bit of the query that a row of warpgroup `own` belongs to."""
+  row_Rs = jax.lax.broadcasted_iota(jnp.int32, (mgpu.ROWS, block), 0)
+  row_Rs = mgpu.as_tile(row_Rs, interpreted)
+  return jnp.max(jnp.minimum(jax.lax.div(row_Rs, group) + own * queries, 31), axis=1)
+
+
+def member_bias(bits, query_R):
+  """[R]: 0 where the row's query lists the block, else what hides all of the row."""
+  is_member_R = (jax.lax.shift_right_logical(jnp.full_like(query_R, bits), query_R) & 1) == 1
+  return jnp.where(is_member_R, 0.0, 2 * FLOOR)
+
+
+def is_listed(bits, own, queries: int):
+  """Whether a query of warpgroup `own` lists the block."""
+  return (jax.lax.shift_right_logical(bits, own * queries) & ((1 << queries) - 1)) != 0
+
+
+def hide(scores_Rs, first_spot, low, high, pos_ref, start_ref, interpreted: bool):
+  """`HIDDEN` for slots of the future and of other documents; as they are where there is none.
+
+  low, high: lowest position and highest start of the rows' queries.
   """
-  shape = pos_Rs.shape
-  row_Rs = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  query_Rs = jnp.minimum(jax.lax.div(row_Rs, group), 31)  # rows past the last query: no member
-  spot_Rs = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + block_id * shape[1]
-  members_Rs = jnp.full(shape, bits, jnp.int32)
-  is_member_Rs = (jax.lax.shift_right_logical(members_Rs, query_Rs) & 1) == 1
-  return (spot_Rs <= pos_Rs) & (spot_Rs >= start_Rs) & is_member_Rs
+  shape = (_, block) = scores_Rs.shape
+
+  def compare(scores_Rs):
+    lane_Rs = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    lane_Rs = mgpu.as_tile(lane_Rs, interpreted)
+    pos_R, start_R = (
+      mgpu.as_rows(ref[...], interpreted) - first_spot for ref in (pos_ref, start_ref)
+    )
+    seen_Rs = (lane_Rs <= across(pos_R, block)) & (lane_Rs >= across(start_R, block))
+    return jnp.where(seen_Rs, scores_Rs, HIDDEN)
+
+  is_open = (first_spot + (block - 1) <= low) & (first_spot >= high)
+  return jax.lax.cond(is_open, lambda x: x, compare, scores_Rs)
+
+
+def ring(own, begin, end, num_stages: int, free_barriers, copy):
+  """(prefetch(), refill(j), release(j)) of buffers that the first warpgroup fills and all read.
+
+  copy(j, slot) starts the copies of step j. A warpgroup calls `refill` inside step j and `release`
+  behind its last read; the buffer of step j - 1 is then filled for step j - 1 + num_stages.
+  """
+
+  def fetch(j, is_free: bool):
+    @pl.when((own == 0) & (j < end))
+    def _():
+      slot = jax.lax.rem(j - begin, num_stages)
+      if not is_free:
+        plgpu.barrier_wait(free_barriers.at[slot])
+      copy(j, slot)
+
+  def prefetch():
+    for i in range(num_stages):
+      fetch(begin + i, is_free=True)
+
+  def refill(j):
+    @pl.when(j > begin)
+    def _():
+      fetch(j - 1 + num_stages, is_free=False)
+
+  def release(j):
+    @pl.when(j + num_stages < end)  # somebody will wait
+    def _():
+      plgpu.barrier_arrive(free_barriers.at[jax.lax.rem(j - begin, num_stages)])
+
+  return prefetch, refill, release
 
 
 def _body(
@@ -53,33 +125,35 @@ def _body(
   counts_ref,  # [X]
   first_ref,  # [X] place of the row's block 0 in k and v, or in the table
   table_ref,  # [P] place of each block in k and v (`is_paged`)
-  q_ref,  # [X, R, H]
+  q_ref,  # [X, C, R, H], C warpgroups
   k_ref,  # [P, s, K, H]
   v_ref,
-  pos_ref,  # [Y, R], Y = X / K
+  pos_ref,  # [Y, C, R], Y = X / K
   start_ref,
-  out_ref,  # [X, splits, R, H]
-  lse_ref,  # [X, splits, R] base e
+  low_ref,  # [Y, C] lowest position of a warpgroup's queries
+  high_ref,  # [Y, C] highest start
+  out_ref,  # [X, splits, C, R, H]
+  lse_ref,  # [X, splits, C, R] base e
   q_smem,
   k_smem,
   v_smem,
-  probs_smem,
-  out_smem,
   lse_smem,
   pos_smem,
   start_smem,
-  row_barrier,
+  row_barriers,
   k_barriers,
   v_barriers,
+  free_barriers,
   *,
   group,
+  queries,
   scale,
   splits,
   num_stages,
   is_paged,
   interpreted,
 ):
-  x, split = jax.lax.axis_index("tile"), jax.lax.axis_index("split")
+  x, split, own = (jax.lax.axis_index(name) for name in ("tile", "split", "warpgroup"))
   _, block, heads, head_dim = k_ref.shape
   rows = mgpu.ROWS
   head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
@@ -88,57 +162,67 @@ def _body(
   begin = split * share
   end = jnp.minimum(begin + share, count)
 
-  def fetch(j):
-    @pl.when(j < end)
-    def _():
-      place = first + ids_ref[x, j]
-      if is_paged:
-        place = table_ref[place]
-      slot = jax.lax.rem(j - begin, num_stages)
-      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], k_barriers.at[slot])
-      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], v_barriers.at[slot])
+  def copy(j, slot):
+    place = first + ids_ref[x, j]
+    if is_paged:
+      place = table_ref[place]
+    plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], k_barriers.at[slot])
+    plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], v_barriers.at[slot])
 
-  def fetch_rows(source, target):
-    plgpu.copy_gmem_to_smem(source, target, row_barrier)
-    plgpu.barrier_wait(row_barrier)
-
-  for i in range(num_stages - 1):
-    fetch(begin + i)
-  fetch_rows(q_ref.at[x], q_smem)
-  fetch_rows(pos_ref.at[y], pos_smem)
-  fetch_rows(start_ref.at[y], start_smem)
-  pos_Rs, start_Rs = across(pos_smem[...], block), across(start_smem[...], block)
+  prefetch, refill, release = ring(own, begin, end, num_stages, free_barriers, copy)
+  prefetch()
+  for source, target in (
+    (q_ref.at[x, own], q_smem.at[own]),
+    (pos_ref.at[y, own], pos_smem.at[own]),
+    (start_ref.at[y, own], start_smem.at[own]),
+  ):
+    plgpu.copy_gmem_to_smem(source, target, row_barriers.at[own])
+  plgpu.barrier_wait(row_barriers.at[own])
+  of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
+  query_R = query_of_rows(own, queries, group, block, interpreted)
 
   def step(j, carry):
-    top_R, sum_R, acc_RH = carry
-    slot = jax.lax.rem(j - begin, num_stages)
+    slot, bits = jax.lax.rem(j - begin, num_stages), bits_ref[x, j]
+
+    def attend(top_R, sum_R, acc_RH):
+      scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
+      scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
+      bias_R = member_bias(bits, query_R)
+      new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
+      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + across(bias_R - new_top_R, block))
+      shrink_R = jnp.exp2(top_R - new_top_R)
+      sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
+      refill(j)
+      plgpu.barrier_wait(v_barriers.at[slot])
+      acc_RH = mgpu.values_dot_add(
+        acc_RH * across(shrink_R, head_dim),
+        probs_Rs.astype(v_smem.dtype),
+        v_smem.at[slot],
+        interpreted,
+      )
+      return new_top_R, sum_R, acc_RH
+
+    def skip(*carry):
+      refill(j)
+      plgpu.barrier_wait(v_barriers.at[slot])
+      return carry
+
     plgpu.barrier_wait(k_barriers.at[slot])
-    scores_Rs = mgpu.dot_transposed(q_smem, k_smem.at[slot], interpreted) * (scale * LOG2E)
-    seen_Rs = seen_by_rows(ids_ref[x, j], bits_ref[x, j], group, pos_Rs, start_Rs)
-    scores_Rs = jnp.where(seen_Rs, scores_Rs, 2 * FLOOR)
-    new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1))
-    shrink_R = jnp.exp2(top_R - new_top_R)
-    probs_Rs = jnp.exp2(scores_Rs - across(new_top_R, block))
-    sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
-    probs_smem[...] = probs_Rs.astype(probs_smem.dtype)
-    plgpu.commit_smem()
-    fetch(j + (num_stages - 1))
-    plgpu.barrier_wait(v_barriers.at[slot])
-    acc_RH = acc_RH * across(shrink_R, head_dim) + mgpu.dot(probs_smem, v_smem.at[slot])
-    return new_top_R, sum_R, acc_RH
+    carry = jax.lax.cond(is_listed(bits, own, queries), attend, skip, *carry)
+    release(j)
+    return carry
 
   nothing = (
-    jnp.full((rows,), FLOOR, jnp.float32),
-    jnp.zeros((rows,), jnp.float32),
-    jnp.zeros((rows, head_dim), jnp.float32),
+    mgpu.as_rows(jnp.full((rows,), FLOOR, jnp.float32), interpreted),
+    mgpu.as_rows(jnp.zeros((rows,), jnp.float32), interpreted),
+    mgpu.as_tile(jnp.zeros((rows, head_dim), jnp.float32), interpreted),
   )
   top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
   safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
-  out_smem[...] = (acc_RH / across(safe_R, head_dim)).astype(out_smem.dtype)
-  lse_smem[...] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
+  out_ref[x, split, own] = (acc_RH / across(safe_R, head_dim)).astype(out_ref.dtype)
+  lse_smem[own] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(out_smem, out_ref.at[x, split])
-  plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[x, split])
+  plgpu.copy_smem_to_gmem(lse_smem.at[own], lse_ref.at[x, split, own])
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -146,11 +230,11 @@ def _body(
 def forward(
   lists,
   table_P,
-  q_XRH,
+  q_XCRH,
   k_PsKH,
   v_PsKH,
-  pos_YR,
-  start_YR,
+  pos_YCq,
+  start_YCq,
   *,
   group,
   scale,
@@ -159,38 +243,53 @@ def forward(
   out_dtype,
   interpreted,
 ):
-  """(out [X, splits, R, H], lse [X, splits, R] float32), normalised within each split.
+  """(out [X, splits, C, R, H], lse [X, splits, C, R] float32), normalised within each split.
 
   lists: (ids, bits [X, U], counts, first [X]) int32. X = Y * K tiles, the key head fastest.
+  pos, start: of each warpgroup's queries; a query that is none: position -1, start NOWHERE.
   table_P: place of block first + id in k and v; None = that block itself.
   """
-  X, R, H = q_XRH.shape
-  block, dtype = k_PsKH.shape[1], q_XRH.dtype
+  X, C, R, H = q_XCRH.shape
+  block, dtype = k_PsKH.shape[1], q_XCRH.dtype
   is_paged = table_P is not None
+  queries = pos_YCq.shape[-1]
   sizes = dict(
-    group=group, scale=scale, splits=splits, num_stages=num_stages, interpreted=interpreted
+    group=group,
+    queries=queries,
+    scale=scale,
+    splits=splits,
+    num_stages=num_stages,
+    interpreted=interpreted,
   )
   return plgpu.kernel(
     functools.partial(_body, is_paged=is_paged, **sizes),
     out_type=(
-      jax.ShapeDtypeStruct((X, splits, R, H), out_dtype),
-      jax.ShapeDtypeStruct((X, splits, R), jnp.float32),
+      jax.ShapeDtypeStruct((X, splits, C, R, H), out_dtype),
+      jax.ShapeDtypeStruct((X, splits, C, R), jnp.float32),
     ),
     scratch_types=[
-      plgpu.SMEM((R, H), dtype),
+      plgpu.SMEM((C, R, H), dtype),
       plgpu.SMEM((num_stages, block, H), dtype),
       plgpu.SMEM((num_stages, block, H), dtype),
-      plgpu.SMEM((R, block), dtype),
-      plgpu.SMEM((R, H), out_dtype),
-      plgpu.SMEM((R,), jnp.float32),
-      plgpu.SMEM((R,), jnp.int32),
-      plgpu.SMEM((R,), jnp.int32),
-      plgpu.Barrier(),
+      plgpu.SMEM((C, R), jnp.float32),
+      plgpu.SMEM((C, R), jnp.int32),
+      plgpu.SMEM((C, R), jnp.int32),
+      plgpu.Barrier(num_arrivals=3, num_barriers=C),
       plgpu.Barrier(num_barriers=num_stages),
       plgpu.Barrier(num_barriers=num_stages),
+      plgpu.Barrier(num_arrivals=C, num_barriers=num_stages),
     ],
     grid=(splits, X),
     grid_names=("split", "tile"),
+    num_threads=C,
+    thread_name="warpgroup",
     kernel_name="sparse_attention_forward",
     **mgpu.options(interpreted),
-  )(*lists, table_P if is_paged else lists[3], q_XRH, k_PsKH, v_PsKH, pos_YR, start_YR)
+  )(
+    *lists,
+    table_P if is_paged else lists[3],
+    q_XCRH,
+    k_PsKH,
+    v_PsKH,
+    *rows_and_edges(pos_YCq, start_YCq, group),
+  )

@@ -1,12 +1,11 @@
 """Attention over selected blocks on Hopper GPUs through Pallas Mosaic GPU.
 
-Tiles of 64 rows go over the union of their queries' lists, the band of local blocks included (its
-blocks are common to the tile, so they fill it). Residuals: q, k, v, out, lists [B, K, T, W] int32,
-lse [B, T, N] float32, the same as Triton's: `MosaicGpuConfig.backward` says whose backward pass
-runs on them. All are bitwise deterministic. Memory of the forward beyond its residuals: a copy of
-q and out in tiles, 8 bytes an entry of the unions (at most 4 * Q * W a tile), and a copy of k and v
-where S is no multiple of the block; of the backward: `mosaic_gpu_backward`. Compiled for sm_90a and
-checked in the interpreter; it has not run on a device.
+Tiles of up to four times 64 rows go over the union of their queries' lists, the band of local
+blocks included (its blocks are common to the tile, so they fill it). Residuals: q, k, v, out, lists
+[B, K, T, W] int32, lse [B, T, N] float32, the same as Triton's: `MosaicGpuConfig.backward` says
+whose backward pass runs on them. All are bitwise deterministic. Memory of the forward beyond its
+residuals: a copy of q and out in tiles, 8 bytes an entry of the unions, and a copy of k and v where
+S is no multiple of the block; of the backward: `mosaic_gpu_backward`.
 """
 
 import dataclasses
@@ -21,7 +20,6 @@ from pallas_kernels.common import mgpu, tune
 from pallas_kernels.sparse_attention import mosaic_gpu_backward, tiles, triton, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
-MAX_QUERIES = mosaic_gpu_backward.MAX_QUERIES  # of a tile: a bit each
 # Names for remat policies: what takes a sort to make again, and what takes the forward pass.
 LISTS, OUT = "sparse_attention_lists", "sparse_attention_out"
 BACKWARDS = ("auto", "mosaic_gpu", "triton", "xla")
@@ -36,6 +34,7 @@ class MosaicGpuConfig:
   the XLA one.
   """
 
+  warpgroups: int = 2  # of a tile of the forward and of dq: they share its blocks
   num_stages: int = 2
   q_stages: int = 2  # of dq
   kv_stages: int = 2  # of dk and dv
@@ -49,6 +48,9 @@ class MosaicGpuConfig:
       if not 2 <= getattr(self, name) <= 8:
         found = getattr(self, name)
         raise ValueError(f"MosaicGpuConfig.{name}: found {found}, expected 2 to 8")
+    if not 1 <= self.warpgroups <= 4:
+      found = self.warpgroups
+      raise ValueError(f"MosaicGpuConfig.warpgroups: found {found}, expected 1 to 4")
     if self.unit_rows not in (32, 64):
       raise ValueError(f"MosaicGpuConfig.unit_rows: found {self.unit_rows}, expected 32 or 64")
     if self.run_units < 1:
@@ -101,7 +103,7 @@ def attend_mosaic_gpu(
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k_BSKH, v=v_BSKH)
   check_shapes(op, q_BTNH, k_BSKH, v_BSKH, block_size)
   size = q_BTNH.dtype.itemsize
-  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, size)
+  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, config.warpgroups)
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
   backward = _backward_name(op, config, q_BTNH, k_BSKH, v_BSKH, block_size)
   static = _Static(block_size, num_local, config, backward, interpreted)
@@ -129,10 +131,10 @@ def _backward_name(op: str, config: MosaicGpuConfig, q_BTNH, k_BSKH, v_BSKH, blo
 
 
 def _listed(static: _Static, q_BTNH, k_BSKH, ids_BKTW):
-  """(queries of a tile, the tiles' unions of `tiles.listed`): of the forward pass and of dq."""
+  """The unions of `tiles.listed` of the forward's tiles, which are those of dq."""
   (_, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-  queries = max(1, min(MAX_QUERIES, mgpu.ROWS // (N // K), T))
-  return queries, tiles.listed(ids_BKTW, queries, -(-S // static.block))
+  queries, warpgroups = tiles.sizes(T, N // K, mgpu.ROWS, static.config.warpgroups)
+  return tiles.listed(ids_BKTW, queries * warpgroups, -(-S // static.block))
 
 
 def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, listed=None):
@@ -140,15 +142,16 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
 
   (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   group = N // K
-  queries, listed = listed or _listed(static, q_BTNH, k_BSKH, ids_BKTW)
-  out_XCRH, lse_XCR = mgpu_kernels.forward(
-    listed,
+  queries, warpgroups = tiles.sizes(T, group, mgpu.ROWS, static.config.warpgroups)
+  q_XRH = tiles.to_tiles(q_BTNH, queries * warpgroups, K)
+  found = mgpu_kernels.forward(
+    listed or _listed(static, q_BTNH, k_BSKH, ids_BKTW),
     None,
-    tiles.pad_rows(tiles.to_tiles(q_BTNH, queries, K), mgpu.ROWS),
+    tiles.in_warpgroups(q_XRH, warpgroups, mgpu.ROWS),
     tiles.blocks(k_BSKH, static.block),
     tiles.blocks(v_BSKH, static.block),
-    tiles.query_rows(pos_BT, queries, group, mgpu.ROWS, -1),
-    tiles.query_rows(start_BT, queries, group, mgpu.ROWS, rules.NOWHERE),
+    tiles.of_queries(pos_BT, queries, warpgroups, -1),
+    tiles.of_queries(start_BT, queries, warpgroups, rules.NOWHERE),
     group=group,
     scale=H**-0.5,
     splits=1,
@@ -156,8 +159,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
     out_dtype=v_BSKH.dtype,
     interpreted=static.interpreted,
   )
-  out, lse = (x[:, 0, : queries * group] for x in (out_XCRH, lse_XCR))
-  return tuple(tiles.from_tiles(x, B, T, queries, K) for x in (out, lse))
+  return tuple(tiles.from_warpgroups(x[:, 0], B, T, queries, group, K) for x in found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -166,9 +168,9 @@ def _attend(static: _Static, *arrays):
 
 
 def _attend_fwd(static: _Static, *arrays):
-  queries, listed = _listed(static, *arrays[:2], arrays[3])
+  listed = _listed(static, *arrays[:2], arrays[3])
   listed = tuple(checkpoint_name(x, LISTS) for x in listed)
-  out, lse = (checkpoint_name(x, OUT) for x in _forward(static, *arrays, (queries, listed)))
+  out, lse = (checkpoint_name(x, OUT) for x in _forward(static, *arrays, listed))
   return (out, lse), ((*arrays, out, lse), listed)
 
 

@@ -13,14 +13,12 @@ from pallas_kernels.common import mgpu
 from pallas_kernels.sparse_attention import inverse, tiles
 from pallas_kernels.sparse_topk import rule as rules
 
-MAX_QUERIES = 31  # of a tile or unit: a bit each
-
 
 def check_fits(op: str, block: int, head_dim: int, itemsize: int, config) -> None:
   """NotImplementedError where the kernels' tiles exceed the shared memory."""
   from pallas_kernels.sparse_attention import mgpu_backward_kernels as kernels
 
-  num_bytes = kernels.shared_bytes_q(block, head_dim, config.q_stages, itemsize)
+  num_bytes = kernels.shared_bytes_q(block, head_dim, config.q_stages, itemsize, config.warpgroups)
   mgpu.check_shared_memory(op, num_bytes, f"{config.q_stages} stages of {block} x {head_dim}")
   num_bytes = kernels.shared_bytes_kv(head_dim, config.kv_stages, itemsize)
   mgpu.check_shared_memory(op, num_bytes, f"{config.kv_stages} stages of {head_dim} columns")
@@ -44,30 +42,38 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
   k_PsKH, v_PsKH = (tiles.blocks(x, block_size) for x in (k_BSKH, v_BSKH))
   sizes = dict(group=group, scale=H**-0.5, interpreted=interpreted)
 
-  def in_tiles(rows: int):
-    """(queries of a tile, arrays in the kernels' order)."""
-    queries = max(1, min(MAX_QUERIES, rows // group, T))
-    q, dout, lse, delta = (tiles.pad_rows(tiles.to_tiles(x, queries, K), rows) for x in by_row)
-    pos = tiles.query_rows(pos_BT, queries, group, rows, -1)
-    start = tiles.query_rows(start_BT, queries, group, rows, rules.NOWHERE)
-    return queries, (q, dout), (pos, start, lse, delta)
+  queries, warpgroups = tiles.sizes(T, group, mgpu.ROWS, config.warpgroups)
 
-  queries, wide, narrow = in_tiles(mgpu.ROWS)
-  dq_XRH = kernels.backward_q(
+  def in_warpgroups(x_BTN):
+    x_XR = tiles.to_tiles(x_BTN, queries * warpgroups, K)
+    return tiles.in_warpgroups(x_XR, warpgroups, mgpu.ROWS)
+
+  q, dout, lse, delta = map(in_warpgroups, by_row)
+  dq_XCRH = kernels.backward_q(
     listed,
-    *(*wide, k_PsKH, v_PsKH, *narrow),
+    *(q, dout, k_PsKH, v_PsKH),
+    tiles.of_queries(pos_BT, queries, warpgroups, -1),
+    tiles.of_queries(start_BT, queries, warpgroups, rules.NOWHERE),
+    *(lse, delta),
     num_stages=config.q_stages,
     **sizes,
   )
-  dq_BTNH = tiles.from_tiles(dq_XRH[:, : queries * group], q_BTNH.shape[0], T, queries, K)
-  queries, wide, narrow = in_tiles(config.unit_rows if group <= config.unit_rows else mgpu.ROWS)
+  dq_BTNH = tiles.from_warpgroups(dq_XCRH, q_BTNH.shape[0], T, queries, group, K)
+  rows = config.unit_rows if group <= config.unit_rows else mgpu.ROWS
+  queries = max(1, min(tiles.MAX_QUERIES, rows // group, T))
+  wide = [tiles.pad_rows(tiles.to_tiles(x, queries, K), rows) for x in by_row]
+  narrow = (
+    tiles.query_rows(pos_BT, queries, group, rows, -1),
+    tiles.query_rows(start_BT, queries, group, rows, rules.NOWHERE),
+    *wide[2:],
+  )
   runs, first_run_EM1 = _runs(ids_BKTW, queries, M, config.run_units)
   k_PsKH, v_PsKH = (
     jnp.pad(x, ((0, 0), (0, -block_size % mgpu.ROWS), (0, 0), (0, 0))) for x in (k_PsKH, v_PsKH)
   )
   shares = kernels.backward_kv(
     runs,
-    *(*wide, k_PsKH, v_PsKH, *narrow),
+    *(*wide[:2], k_PsKH, v_PsKH, *narrow),
     block_size=block_size,
     num_stages=config.kv_stages,
     **sizes,

@@ -7,6 +7,7 @@ queries, then by key head: x = (b * tiles + t) * K + h.
 import jax
 import jax.numpy as jnp
 
+MAX_QUERIES = 31  # of a tile: a bit each
 _NONE = 2**31 - 1  # sorts behind every entry
 
 
@@ -35,6 +36,35 @@ def union(ids_XQW, num_blocks: int):
   ids_XU = jnp.take_along_axis(keys_XE // 32, jnp.minimum(places_XU, E - 1), axis=-1)
   ids_XU = jnp.where(places_XU < E, ids_XU, 0)
   return ids_XU, members_XU.astype(jnp.int32), jnp.sum(is_first_XE, axis=-1, dtype=jnp.int32)
+
+
+def sizes(num_queries: int, group: int, rows: int, warpgroups: int) -> tuple[int, int]:
+  """(queries of a warpgroup of `rows` rows, warpgroups of a tile), at most as many as are asked
+  for."""
+  queries = max(1, min(MAX_QUERIES, rows // group, num_queries))
+  return queries, max(1, min(warpgroups, MAX_QUERIES // queries, -(-num_queries // queries)))
+
+
+def in_warpgroups(x_XR, warpgroups: int, rows: int):
+  """[X, C, rows, ...] of the rows of C warpgroups, zeros behind each one's own."""
+  x_XCr = jnp.reshape(x_XR, (x_XR.shape[0], warpgroups, -1, *x_XR.shape[2:]))
+  widths = ((0, 0), (0, 0), (0, rows - x_XCr.shape[2])) + ((0, 0),) * (x_XR.ndim - 2)
+  return jnp.pad(x_XCr, widths)
+
+
+def from_warpgroups(x_XCR, batch: int, num_queries: int, queries: int, group: int, heads: int):
+  """[B, T, N, ...] of [X, C, rows, ...] with `queries` queries of `group` heads a warpgroup."""
+  X, C = x_XCR.shape[:2]
+  x_XR = jnp.reshape(x_XCR[:, :, : queries * group], (X, -1, *x_XCR.shape[3:]))
+  return from_tiles(x_XR, batch, num_queries, C * queries, heads)
+
+
+def of_queries(x_BT, queries: int, warpgroups: int, value: int):
+  """[Y, C, queries] of a number a query; `value` past the last."""
+  x_BT = jnp.pad(
+    x_BT, ((0, 0), (0, -x_BT.shape[1] % (queries * warpgroups))), constant_values=value
+  )
+  return jnp.reshape(x_BT, (-1, warpgroups, queries))
 
 
 def to_tiles(x_BTN, queries: int, heads: int):

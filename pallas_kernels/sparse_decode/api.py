@@ -63,10 +63,10 @@ def decode_blocks(
     {
       "ref": lambda: ref.decode_ref(*args, block_size=block_size),
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
+      "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=tiles["triton"]),
       "mosaic_gpu": lambda: mosaic_gpu.decode_mosaic_gpu(
         *args, block_size=block_size, config=tiles["mosaic_gpu"]
       ),
-      "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=tiles["triton"]),
       "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(
         *args, block_size=block_size, config=tiles["mosaic_tpu"]
       ),

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, mgpu, tune
 from pallas_kernels.sparse_attention import mosaic_gpu, tiles
+from pallas_kernels.sparse_topk import rule as rules
+
+MAX_WARPGROUPS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,18 @@ def decode_mosaic_gpu(
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k, v=v)
   mosaic_gpu.check_shapes(op, q_BTNH, k, v, block_size)
-  if T * G > mgpu.ROWS or T > mosaic_gpu.MAX_QUERIES:
+  queries, warpgroups = tiles.sizes(T, G, mgpu.ROWS, MAX_WARPGROUPS)
+  num_queries = queries * warpgroups  # T and those that are none
+  if T > num_queries:
     raise NotImplementedError(
-      f"{op}: {T} queries of {G} heads a group, mosaic_gpu serves {mgpu.ROWS} rows and "
-      f"{mosaic_gpu.MAX_QUERIES} queries"
+      f"{op}: {T} queries of {G} heads a group, mosaic_gpu serves {num_queries}"
     )
   if base_B is not None:
     raise NotImplementedError(f"{op}: rows that start at other slots than 0 (base_B)")
   from pallas_kernels.sparse_attention import mgpu_kernels
 
-  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, q_BTNH.dtype.itemsize, 4)
+  size = q_BTNH.dtype.itemsize
+  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, warpgroups)
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
   is_paged = page_table_BM is not None
   M = page_table_BM.shape[1] if is_paged else -(-k.shape[1] // block_size)
@@ -64,17 +69,14 @@ def decode_mosaic_gpu(
   ids_XU, bits_XU, counts_X = _one_list(ids_XTW[:, 0]) if T == 1 else tiles.union(ids_XTW, M)
   first_X = jnp.arange(B * K, dtype=jnp.int32) // K * M
 
-  def of_rows(x_BT):
-    return tiles.pad_rows(jnp.repeat(x_BT, G, axis=1), mgpu.ROWS)
-
-  parts_XCRH, lses_XCR = mgpu_kernels.forward(
+  parts_XSCRH, lses_XSCR = mgpu_kernels.forward(
     (ids_XU, bits_XU, counts_X, first_X),
     jnp.reshape(page_table_BM, (-1,)) if is_paged else None,
-    tiles.pad_rows(tiles.to_tiles(q_BTNH, T, K), mgpu.ROWS),
+    tiles.in_warpgroups(tiles.to_tiles(q_BTNH, num_queries, K), warpgroups, mgpu.ROWS),
     k if is_paged else tiles.blocks(k, block_size),
     v if is_paged else tiles.blocks(v, block_size),
-    of_rows(jnp.broadcast_to(pos_BT, (B, T))),
-    of_rows(jnp.broadcast_to(start_BT, (B, T))),
+    tiles.of_queries(jnp.broadcast_to(pos_BT, (B, T)), queries, warpgroups, -1),
+    tiles.of_queries(jnp.broadcast_to(start_BT, (B, T)), queries, warpgroups, rules.NOWHERE),
     group=G,
     scale=H**-0.5,
     splits=config.num_splits,
@@ -82,9 +84,9 @@ def decode_mosaic_gpu(
     out_dtype=jnp.float32,
     interpreted=interpreted,
   )
-  out_XRH, lse_XR = merge(parts_XCRH[:, :, : T * G], lses_XCR[:, :, : T * G])
-  out_BTNH = tiles.from_tiles(out_XRH, B, T, T, K).astype(v.dtype)
-  return out_BTNH, tiles.from_tiles(lse_XR, B, T, T, K)
+  merged = merge(parts_XSCRH, lses_XSCR)
+  out, lse = (tiles.from_warpgroups(x, B, T, queries, G, K) for x in merged)
+  return out.astype(v.dtype), lse
 
 
 def _one_list(ids_XW):
@@ -94,12 +96,13 @@ def _one_list(ids_XW):
   return jnp.maximum(ids_XW, 0), is_block_XW.astype(jnp.int32), counts_X
 
 
-def merge(parts_XCRH, lses_XCR):
-  """(out [X, R, H], lse [X, R]) of softmaxes over C parts; 0 and -inf where none saw anything."""
-  top_X1R = jnp.max(lses_XCR, axis=1, keepdims=True)
-  top_X1R = jnp.where(top_X1R > -jnp.inf, top_X1R, 0.0)
-  weights_XCR = jnp.exp(lses_XCR - top_X1R)
-  sum_XR = jnp.sum(weights_XCR, axis=1)
-  safe_XR = jnp.where(sum_XR > 0, sum_XR, 1.0)
-  out_XRH = jnp.sum(parts_XCRH * weights_XCR[..., None], axis=1) / safe_XR[..., None]
-  return out_XRH, jnp.where(sum_XR > 0, top_X1R[:, 0] + jnp.log(safe_XR), -jnp.inf)
+def merge(parts_XSCRH, lses_XSCR):
+  """(out [X, C, R, H], lse [X, C, R]) of softmaxes over S parts; 0 and -inf where none saw
+  anything."""
+  top_X1CR = jnp.max(lses_XSCR, axis=1, keepdims=True)
+  top_X1CR = jnp.where(top_X1CR > -jnp.inf, top_X1CR, 0.0)
+  weights_XSCR = jnp.exp(lses_XSCR - top_X1CR)
+  sum_XCR = jnp.sum(weights_XSCR, axis=1)
+  safe_XCR = jnp.where(sum_XCR > 0, sum_XCR, 1.0)
+  out_XCRH = jnp.sum(parts_XSCRH * weights_XSCR[..., None], axis=1) / safe_XCR[..., None]
+  return out_XCRH, jnp.where(sum_XCR > 0, top_X1CR[:, 0] + jnp.log(safe_XCR), -jnp.inf)

@@ -114,22 +114,24 @@ def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=
   pos, start, ids = jnp.asarray(pos), jnp.asarray(start), jnp.asarray(ids)
 
   def run(function, *arrays):
-    def loss(q, k, v):
-      out, lse = function(q, k, v)
+    # Lists are arguments: as constants, their sorts would be folded at compile time.
+    def loss(q, k, v, *lists):
+      out, lse = function(q, k, v, *lists)
       seen = jnp.where(lse > -jnp.inf, lse, 0.0)
       return jnp.sum(out.astype(jnp.float32) * dout) + jnp.sum(seen * dout[..., 0]), (out, lse)
 
+    arrays = (*arrays, ids, pos, start)
     if has_grad:
       grads, aux = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
       return (*aux, *grads)
     return jax.jit(lambda *a: loss(*a)[1])(*arrays)
 
-  def reference(q, k, v):
+  def reference(q, k, v, ids, pos, start):
     mask = attention_ref.block_mask(ids, pos, jnp.zeros_like(start), S, BLOCK)
     mask = mask & (jnp.arange(S)[None, None, :] >= start[:, :, None])[:, None]
     return attention_ref.attend_ref(q, k, v, mask)
 
-  def backend(q, k, v):
+  def backend(q, k, v, ids, pos, start):
     return attend(q, k, v, ids, pos, start, block_size=BLOCK, num_local=num_local)
 
   expected = run(reference, *(x.astype(jnp.float32) for x in (q, k, v)))

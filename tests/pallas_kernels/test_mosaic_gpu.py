@@ -362,9 +362,9 @@ def test_calls_that_are_not_served_name_the_reason(change, reason):
 
 
 def test_decode_refuses_too_many_rows_and_shifted_rows():
-  q, k = jnp.zeros((1, 5, 32, 64), jnp.bfloat16), jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
-  ids, pos = jnp.zeros((1, 2, 5, 1), jnp.int32), jnp.zeros((1, 5), jnp.int32)
-  with pytest.raises(NotImplementedError, match="5 queries of 16 heads a group"):
+  q, k = jnp.zeros((1, 17, 32, 64), jnp.bfloat16), jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+  ids, pos = jnp.zeros((1, 2, 17, 1), jnp.int32), jnp.zeros((1, 17), jnp.int32)
+  with pytest.raises(NotImplementedError, match="17 queries of 16 heads .* serves 16"):
     decoding.decode_mosaic_gpu(q, k, k, ids, pos, pos, None, None, block_size=64)
   args = (q[:, :4], k, k, ids[:, :, :4], pos[:, :4], pos[:, :4])
   with pytest.raises(NotImplementedError, match="base_B"):
@@ -408,6 +408,7 @@ def test_only_hopper_is_served(capability, is_served, monkeypatch):
     (lambda: attention.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected 2 to 8"),
     (lambda: attention.MosaicGpuConfig(kv_stages=9), "kv_stages: found 9, expected 2 to 8"),
     (lambda: attention.MosaicGpuConfig(unit_rows=48), "unit_rows: found 48, expected 32 or 64"),
+    (lambda: attention.MosaicGpuConfig(warpgroups=5), "warpgroups: found 5, expected 1 to 4"),
     (lambda: attention.MosaicGpuConfig(run_units=0), "run_units: found 0, expected 1 or more"),
     (lambda: attention.MosaicGpuConfig(backward="gather"), "backward: found 'gather'"),
     (lambda: decoding.MosaicGpuConfig(num_splits=129), "num_splits: found 129, expected 1 to 128"),
