@@ -37,10 +37,10 @@ def lists(case: cases.Case, kept: int = 1):
   def of_rows(head, t_R):
     block_1M = jnp.arange(M, dtype=jnp.uint32)[None, :]
     # Blocks change their score at different queries; a score is a hash of block, turn and head.
-    turn_RM = (t_R.astype(jnp.uint32)[:, None] + (block_1M * 2654435761 >> 7)) // kept
-    score_RM = turn_RM * 0x9E3779B1 ^ (block_1M * 0x85EBCA6B + head * 77777)
+    turn_RM = (t_R.astype(jnp.uint32)[:, None] + (block_1M * jnp.uint32(0x9E3779B1) >> 7)) // kept
+    score_RM = turn_RM * jnp.uint32(0x9E3779B1) ^ (block_1M * jnp.uint32(0x85EBCA6B) + head * 77777)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-      score_RM = (score_RM ^ score_RM >> shift) * factor
+      score_RM = (score_RM ^ score_RM >> shift) * jnp.uint32(factor)
     score_RM = (score_RM >> 8).astype(jnp.float32) / 2**24
     cur_R1, block_1M = (t_R // rule.block_size)[:, None], jnp.arange(M)[None, :]
     forced_RM = (block_1M < rule.init_blocks) | (block_1M > cur_R1 - rule.num_local)
