@@ -17,7 +17,7 @@ from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import extras
 from minicpm_jax.data import shards, sources
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer import frspec
+from minicpm_jax.infer import frspec, generate
 from minicpm_jax.infer.drafters import base, bita, eagle, mtp, ngram
 
 Drafter = tuple[Any, Any]
@@ -120,11 +120,15 @@ def rows(
   the rounds.
   """
   longest = max(map(len, prompts)) + sampling.max_new_tokens
+  for_trees = generate.for_decoding(model, params, num_rows=2)
   cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
   engines = {}
   for name, drafter in named.items():
-    more = {} if drafter is None else dict(drafter=drafter[0], draft_params=drafter[1])
-    engines[name] = engine_lib.Engine(model, params, cfg, **more)
+    if drafter is None:
+      engines[name] = engine_lib.Engine(model, params, cfg)
+    else:
+      more = dict(drafter=drafter[0], draft_params=drafter[1])
+      engines[name] = engine_lib.Engine(*for_trees, cfg, **more)
   only_prefill = dataclasses.replace(sampling, max_new_tokens=1)
   outs, cpu_seconds = {name: [] for name in named}, dict.fromkeys(named, 0.0)
   for prompt in prompts:

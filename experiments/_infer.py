@@ -106,7 +106,8 @@ def _preset(text: str) -> config.InferConfig:
 
 def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = None) -> Loaded:
   """Everything that the config describes. `num_tokens`: context wanted; None = all there is."""
-  model, params, tok = _models.load(cfg.model_path)
+  num_nodes = 1 if draft_kind(cfg) == "none" else cfg.spec_tree_size
+  model, params, tok = _models.load(cfg.model_path, max_batch * num_nodes)
   model, params = _as_asked(cfg, model, params)
   drafter, draft_params = _draft(cfg, model, params)
   nodes = 1 if drafter is None else base.num_rows(drafter)
@@ -267,7 +268,7 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
   if kind == "chain":
     from minicpm_jax.infer.drafters import chain
 
-    small, small_params, _ = _models.load(cfg.draft_model_path)
+    small, small_params, _ = _models.load(cfg.draft_model_path)  # writes token by token
     return chain.ChainDrafter(small, num_levels=max(1, cfg.spec_num_iter)), small_params
   if kind == "hier":
     return _hierarchical(cfg)
@@ -283,7 +284,7 @@ def _hierarchical(cfg: config.InferConfig) -> Any:
   """The small model of --draft_model_path, and its own drafter: --hier_draft_path or n-grams."""
   from minicpm_jax.infer.drafters import hierarchical, ngram
 
-  small, small_params, _ = _models.load(cfg.draft_model_path)
+  small, small_params, _ = _models.load(cfg.draft_model_path, cfg.spec_tree_size)
   inner: tuple[Any, Any] = (ngram.NGramDrafter(num_levels=max(1, cfg.spec_num_iter)), ())
   if cfg.hier_draft_path is not None:
     own = dataclasses.replace(cfg, draft_model_path=cfg.hier_draft_path)

@@ -17,8 +17,11 @@ KINDS = (
 )
 
 
-def load(spec: str) -> tuple[transformer.Transformer, types.Params, tokenizer.Tokenizer]:
-  """(model, params, tokenizer) of an HF folder, `workdir[@step]` or a GGUF file."""
+def load(
+  spec: str, num_rows: int = 1
+) -> tuple[transformer.Transformer, types.Params, tokenizer.Tokenizer]:
+  """(model, params, tokenizer) of an HF folder, `workdir[@step]` or a GGUF file; num_rows as in
+  `generate.for_decoding`."""
   path = pathlib.Path(spec)
   is_cpu = jax.default_backend() == "cpu"
   if path.is_file() and path.suffix == ".gguf":
@@ -32,7 +35,7 @@ def load(spec: str) -> tuple[transformer.Transformer, types.Params, tokenizer.To
     raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")
   if tok is None:
     raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
-  model, params = generate.for_decoding(model, params)
+  model, params = generate.for_decoding(model, params, num_rows)
   return model, params, tok
 
 

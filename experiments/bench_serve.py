@@ -63,7 +63,7 @@ def _run() -> None:
   path = _MODEL.value or fetch.cached()
   if path is None:
     raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
-  model, params, tok = _models.load(str(path))
+  model, params, tok = _models.load(str(path), _BATCH.value)
   num = _bench_serve.num_prompts(_BATCH.value, clients, _LEAST.value)
   prompts = _bench_serve.prompts_of(tok, _bench_decode.PROSE, num, _PROMPT.value)
   cfg = config.EngineConfig(

@@ -20,7 +20,7 @@ from minicpm_jax import ckpt, config
 from minicpm_jax.core import extras
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer import tune
+from minicpm_jax.infer import generate, tune
 from minicpm_jax.infer.drafters import base, eagle, mtp
 
 
@@ -70,11 +70,13 @@ def run(values: flags.FlagValues) -> None:
   engine = engine_lib.Engine(model, params, config.EngineConfig(capacity=capacity))
   out = engine.generate(prompts, sampling)
   pairs = [(p, t) for p, t in zip(prompts, out.tokens, strict=True) if len(t) > 1]
-  both = base.Params(params, draft_params)
+  model, params = generate.for_decoding(model, params)
+  both = base.Params(generate.for_decoding(model, params, num_rows=2)[1], draft_params)
   lengths = tune.accept_lengths(
     model, both, drafters, [[*p, *t] for p, t in pairs], [len(p) for p, _ in pairs]
   )
-  times = tune.measure(model, both, drafters, length=values.length, repeats=values.repeats)
+  sizes = dict(length=values.length, repeats=values.repeats)
+  times = tune.measure(model, both, drafters, plain=params, **sizes)
   rows = tune.costs(*times, lengths)
   chosen = tune.best(rows)
   path = pathlib.Path(f"{values.output}.json")

@@ -153,12 +153,15 @@ def measure(
   *,
   length: int = 256,
   repeats: int = 15,
+  plain: types.Params | None = None,
 ) -> tuple[dict[int, float], dict[int, float]]:
   """(verify ms, draft ms) by number of nodes, medians of interleaved runs; verify has 1 as well.
 
-  A step reads `length` committed slots, forms all logits and commits the path.
+  A step reads `length` committed slots, forms all logits and commits the path. plain: the target's
+  parameters in the form for one row, where they have one.
   """
-  verify = {n: _verify_step(model, params.target, n, length) for n in (1, *drafters)}
+  verify = {1: _verify_step(model, params.target if plain is None else plain, 1, length)}
+  verify |= {n: _verify_step(model, params.target, n, length) for n in drafters}
   draft = {n: _draft_step(model, params, drafter, length) for n, drafter in drafters.items()}
   return _medians(verify, repeats), _medians(draft, repeats)
 

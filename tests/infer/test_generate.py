@@ -218,6 +218,10 @@ def test_decoding_form_on_cpu_is_unrolled_float32_and_gives_equal_tokens(mup):
   fast, fast_params = generate.for_decoding(model, params)
   assert not fast.cfg.scan_layers
   assert {x.dtype for x in jax.tree.leaves(fast_params)} == {jnp.dtype("float32")}
+  one = fast_params["layers_0"]["mlp"]["gate_up"]["kernel"]
+  for source in ((model, params), (fast, fast_params)):  # for more rows inputs come first
+    many = generate.for_decoding(*source, num_rows=4)[1]["layers_0"]["mlp"]["gate_up"]
+    np.testing.assert_array_equal(many["kernel"], one.values.T)
   scanned = transformer.Transformer(dataclasses.replace(fast.cfg, scan_layers=True))
   params32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   slow = generate.generate(scanned, params32, PROMPTS, DRAWN)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.core import trees
+from minicpm_jax.core import huge_pages, trees
 from minicpm_jax.infer import frspec
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
@@ -294,4 +294,5 @@ def make(
     head_DR = frspec.fr_head(head_DV, ids_R)
   drafter = EagleDrafter(cfg, num_levels=num_levels, top_k=top_k, num_nodes=num_nodes)
   ids_R = None if ids_R is None else jnp.asarray(ids_R, jnp.int32)
+  weights, head_DR = huge_pages.place((weights, head_DR))
   return drafter, {"model": weights, "head_DR": head_DR, "ids_R": ids_R}
