@@ -62,13 +62,11 @@ def run(values: flags.FlagValues) -> None:
   else:
     drafter, draft_params = mtp.make(model, params, fr_ids=fr_ids, **shape)
   drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes])
-  prompts = _bench_drafts.prompts_of(
-    values.prompts, tok, values.num_prompts, values.max_prompt_tokens
-  )
+  most = (values.num_prompts, values.max_prompt_tokens)
+  prompts = _bench_drafts.prompts_of(values.prompts, tok, *most)
   sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)
-  capacity = max(map(len, prompts)) + values.new_tokens + 16
-  engine = engine_lib.Engine(model, params, config.EngineConfig(capacity=capacity))
-  out = engine.generate(prompts, sampling)
+  sizes = config.EngineConfig(capacity=max(map(len, prompts)) + values.new_tokens + 16)
+  out = engine_lib.Engine(model, params, sizes).generate(prompts, sampling)
   pairs = [(p, t) for p, t in zip(prompts, out.tokens, strict=True) if len(t) > 1]
   model, params = generate.for_decoding(model, params)
   both = base.Params(generate.for_decoding(model, params, num_rows=2)[1], draft_params)
