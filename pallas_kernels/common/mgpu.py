@@ -143,6 +143,27 @@ def dot_transposed(a_ref, b_ref, interpreted: bool):
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
 
 
+def as_line(x_N, interpreted: bool):
+  """x in the registers of `load_line`."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  return x_N if interpreted else plgpu.layout_cast(x_N, _line(x_N.shape[0]))
+
+
+def load_line(ref, index, interpreted: bool):
+  """[n] numbers of 32 bits from any place of an array: n a multiple of 128, one thread a number.
+
+  jax 0.10's interpreter has no load with a layout.
+  """
+  return ref[index] if interpreted else _load(ref, index, _line(index[-1].size))
+
+
+def _line(length: int):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  return plgpu.Layout.WG_STRIDED((length,), vec_size=1)
+
+
 def load_bytes(ref, index, interpreted: bool):
   """[64, columns] of 8-bit values in the registers' layout of a product.
 
@@ -150,9 +171,13 @@ def load_bytes(ref, index, interpreted: bool):
   """
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  if interpreted:
-    return ref[index]
-  options = dict(layout=plgpu.Layout.WGMMA, optimized=False)
+  return ref[index] if interpreted else _load(ref, index, plgpu.Layout.WGMMA)
+
+
+def _load(ref, index, layout):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  options = dict(layout=layout, optimized=False)
   if "idx" in inspect.signature(plgpu.load).parameters:  # before jax 0.12
     return plgpu.load(ref, index, **options)
   return plgpu.load(ref.at[index], **options)

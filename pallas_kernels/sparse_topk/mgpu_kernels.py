@@ -1,12 +1,14 @@
 """Mosaic GPU kernels of block selection (infllm_v2.md sections 5 to 7, K1 and K2).
 
 `block_scores`: the 64 rows of a wgmma are 64 queries of one head, and the heads of a group come one
-after the other, so that the sum over the group is a sum of registers. Fine keys come phase by
-phase (window i of 64 blocks is one tile), windows of the block before that reach into it included,
-so that pooling is a maximum of whole tiles; a shared window's score is the same product in both
-blocks. `choose`: one query a program, its block scores in registers; the cut by bisection on the
-scores' bits (they are >= 0), ties to the lower block by bisection on the block. Mosaic has no
-running count and no scatter, so the ids come out as successive minima.
+after the other over the same keys, so that the sum over the group is a sum of registers. The keys
+of a tile are the windows of 64 blocks, phase by phase (window i of every block), so that pooling is
+a maximum of whole tiles; they stay in shared memory for all heads, whose queries stream from L2
+once a tile. A window that reaches into the next block goes to a second output, and the choice takes
+its maximum with the block behind it: the same number for both blocks. `choose`: one query a
+program, its block scores in registers; the cut by steps down from the best score, then bisection on
+the scores' bits (they are >= 0), ties to the lower block by bisection on the block. Mosaic has no
+running count and no scatter, so the ids that are not forced come out as successive minima.
 """
 
 import functools
@@ -24,20 +26,22 @@ FLOOR = -1e30  # below every real score
 BLIND = 1e30  # normaliser of a row that sees no window: all its scores are 0
 CLAMP = 115.0  # largest exponent (base 2), 80 in base e (section 5)
 LOG2E = math.log2(math.e)
-TILE = 64  # keys of a tile
-FORCED = 2**31 - 1  # above the bits of every score
+TILE = 64  # blocks of a tile of scores
 LANES = 128  # numbers of a row of registers of a warpgroup
+EDGE = LANES  # columns before block 0 of the second output, so that it can be read one earlier
 
 
-def shared_bytes(group: int, head_dim: int, itemsize: int) -> int:
-  """Of one program of `block_scores`: two tiles of queries and of keys, scores, rows' numbers."""
-  tiles = 4 * TILE * head_dim * itemsize + TILE * TILE * 4
-  return tiles + (group + 2) * 4 * mgpu.ROWS + 4096
+def key_tiles(rule: rules.Rule) -> tuple[int, int]:
+  """(products a head and tile, keys of one): 128 keys of two phases where they are even."""
+  per_block = rule.block_size // rule.kernel_stride
+  return (per_block // 2, 2 * TILE) if per_block % 2 == 0 else (per_block, TILE)
 
 
-def phases(rule: rules.Rule) -> range:
-  """Windows that overlap block b, counted from its first: section 6."""
-  return range(1 - rule.kernel_size // rule.kernel_stride, rule.block_size // rule.kernel_stride)
+def shared_bytes(rule: rules.Rule, group: int, head_dim: int, itemsize: int) -> int:
+  """Of one program of `block_scores`: queries of two heads, a tile of keys, numbers of the rows."""
+  parts, width = key_tiles(rule)
+  tiles = (2 * mgpu.ROWS + parts * width) * head_dim * itemsize
+  return tiles + (2 * group + 2) * 4 * mgpu.ROWS + 2048
 
 
 def _across(x_R, width: int):
@@ -49,16 +53,18 @@ def _scores_body(
   first_ref,  # [1] first tile of this launch
   begin_ref,  # [B, T / 64] first slot that a query of the tile may use
   last_ref,  # [B, T / 64] last position of the tile, -1 = padding only
+  full_ref,  # [B, T / 64, 2] windows of the normaliser that all its queries see, from and to
   q_ref,  # [B, T, N, H]
-  fine_ref,  # [B * phases, M, K, H]
+  fine_ref,  # [B * parts, M * width / 64, K, H]
   norm_ref,  # [B, C, K, H]
   pos_ref,  # [B, T]
   start_ref,  # [B, T]
-  out_ref,  # [B * K, rows, M]
+  out_ref,  # [B * K, rows, M] best score of the windows that start in the block
+  right_ref,  # [B * K, rows, EDGE + M] of those that reach into the next block
   q_smem,
   keys_smem,
-  out_smem,
-  lse_smem,
+  top_smem,
+  sum_smem,
   pos_smem,
   start_smem,
   q_barriers,
@@ -72,125 +78,169 @@ def _scores_body(
   interpreted,
 ):
   tile, head = jax.lax.axis_index("tile"), jax.lax.axis_index("head")
+  tile = out_ref.shape[1] // mgpu.ROWS - 1 - tile  # the longest first
   K, N = fine_ref.shape[2], q_ref.shape[2]
   group = N // K
   batch, k = jax.lax.div(head, K), jax.lax.rem(head, K)
-  rows, shape = mgpu.ROWS, (mgpu.ROWS, TILE)
+  rows = mgpu.ROWS
+  parts, width, _ = keys_smem.shape
   place = first_ref[0] + tile
   t = place * rows  # a product, so that it is known to be a multiple where tiles are copied
   begin, last = begin_ref[batch, place], last_ref[batch, place]
+  as_rows = functools.partial(mgpu.as_rows, interpreted=interpreted)
+  as_tile = functools.partial(mgpu.as_tile, interpreted=interpreted)
 
   def fetch_rows(source, target):
     plgpu.copy_gmem_to_smem(source.at[batch, pl.ds(t, rows)], target, row_barrier)
     plgpu.barrier_wait(row_barrier)
 
-  def fetch_q(g, slot):
-    source = q_ref.at[batch, pl.ds(t, rows), k * group + g]
-    plgpu.copy_gmem_to_smem(source, q_smem.at[slot], q_barriers.at[slot])
-
   fetch_rows(pos_ref, pos_smem)
   fetch_rows(start_ref, start_smem)
-  as_rows = functools.partial(mgpu.as_rows, interpreted=interpreted)
-  as_tile = functools.partial(mgpu.as_tile, interpreted=interpreted)
-  pos, start = (_across(as_rows(x[...]), TILE) for x in (pos_smem, start_smem))
-  lane = as_tile(jax.lax.broadcasted_iota(jnp.int32, shape, 1))
 
-  def logits(q_slot, keys_slot):
-    q, keys = q_smem.at[q_slot], keys_smem.at[keys_slot]
-    return mgpu.dot_transposed(q, keys, interpreted) * (scale * LOG2E)
+  def sweep(first, end, keys_of, start, step, finish):
+    """All heads over tile after tile of keys: step(c, g, part, logits, carry), then finish."""
+    num_steps = (end - first) * group
+
+    def fetch_q(j):
+      @pl.when(j < num_steps)
+      def _():
+        source = q_ref.at[batch, pl.ds(t, rows), k * group + jax.lax.rem(j, group)]
+        slot = jax.lax.rem(j, 2)
+        plgpu.copy_gmem_to_smem(source, q_smem.at[slot], q_barriers.at[slot])
+
+    def fetch_keys(c, part):
+      @pl.when(c < end)
+      def _():
+        plgpu.copy_gmem_to_smem(keys_of(c, part), keys_smem.at[part], keys_barriers.at[part])
+
+    def one_tile(c, nothing):
+      def one_head(g, carry):
+        j = (c - first) * group + g
+        slot = jax.lax.rem(j, 2)
+        plgpu.barrier_wait(q_barriers.at[slot])
+        for part in range(parts):
+
+          @pl.when(g == 0)
+          def _(part=part):
+            plgpu.barrier_wait(keys_barriers.at[part])
+
+          logits = mgpu.dot_transposed(q_smem.at[slot], keys_smem.at[part], interpreted)
+
+          @pl.when(g == group - 1)
+          def _(part=part):
+            fetch_keys(c + 1, part)
+
+          if part == parts - 1:
+            fetch_q(j + 2)
+          carry = step(c, g, part, logits, carry)
+        return carry
+
+      finish(c, jax.lax.fori_loop(0, group, one_head, start()))
+      return nothing
+
+    for part in range(parts):
+      fetch_keys(first, part)
+    fetch_q(0)
+    fetch_q(1)
+    jax.lax.fori_loop(first, end, one_tile, None)
+
+  def among(x_Rn, begin_R, end_R, other):
+    """x in columns [begin, end) of each row, `other` outside."""
+    lane = as_tile(jax.lax.broadcasted_iota(jnp.int32, x_Rn.shape, 1))
+    n = x_Rn.shape[1]
+    return jnp.where((lane >= _across(begin_R, n)) & (lane < _across(end_R, n)), x_Rn, other)
 
   # Normaliser: log-sum-exp (base 2) of every head over the visible windows of its level.
   level = 1 if rule.lse == "exact" else rules.COARSE
   stride, size = level * rule.kernel_stride, level * rule.kernel_size
-  norm_begin = jax.lax.div(jax.lax.div(begin, stride), TILE)
+  norm_tile = parts * width
+  norm_begin = jax.lax.div(jax.lax.div(begin, stride), norm_tile)
   norm_end = jax.lax.div(jnp.maximum(last + (1 - size + stride), 0), stride)
-  norm_end = jax.lax.div(jnp.minimum(norm_end, num_norm) + (TILE - 1), TILE)
+  norm_end = jax.lax.div(jnp.minimum(norm_end, num_norm) + (norm_tile - 1), norm_tile)
+  full_begin, full_end = full_ref[batch, place, 0], full_ref[batch, place, 1]
 
-  def normalise(g, nothing):
-    def fetch(c):
-      @pl.when(c < norm_end)
-      def _():
-        slot = jax.lax.rem(c, 2)
-        source = norm_ref.at[batch, pl.ds(c * TILE, TILE), k]
-        plgpu.copy_gmem_to_smem(source, keys_smem.at[slot], keys_barriers.at[slot])
-
-    def step(c, carry):
-      top_R, sum_R = carry
-      slot = jax.lax.rem(c, 2)
-      plgpu.barrier_wait(keys_barriers.at[slot])
-      fetch(c + 1)
-      window = lane + c * TILE
-      x = window * stride
-      seen = (x + (size - 1) <= pos) & (x >= start) & (window < num_norm)
-      scores = jnp.where(seen, logits(0, slot), 2 * FLOOR)
-      new_top_R = jnp.maximum(top_R, jnp.max(scores, axis=1))
-      exps = jnp.exp2(scores - _across(new_top_R, TILE))
-      return new_top_R, sum_R * jnp.exp2(top_R - new_top_R) + jnp.sum(exps, axis=1)
-
-    fetch_q(g, 0)
-    fetch(norm_begin)
-    plgpu.barrier_wait(q_barriers.at[0])
-    none = tuple(as_rows(jnp.full((rows,), x, jnp.float32)) for x in (FLOOR, 0.0))
-    top_R, sum_R = jax.lax.fori_loop(norm_begin, norm_end, step, none)
-    log_R = jnp.log(jnp.where(sum_R > 0, sum_R, 1.0)) * LOG2E
-    lse_smem[g] = jnp.where(sum_R > 0, top_R + log_R, BLIND)
+  def nothing_summed(g, nothing):
+    top_smem[g] = as_rows(jnp.full((rows,), FLOOR, jnp.float32))
+    sum_smem[g] = as_rows(jnp.zeros((rows,), jnp.float32))
     return nothing
 
-  jax.lax.fori_loop(0, group, normalise, None)
+  jax.lax.fori_loop(0, group, nothing_summed, None)
+  plgpu.commit_smem()
 
-  # Scores of 64 blocks at a time, phase by phase; each phase is a pass over the heads.
-  per_block, every = rule.block_size // rule.kernel_stride, phases(rule)
+  def norm_keys(c, part):
+    return norm_ref.at[batch, pl.ds((c * parts + part) * width, width), k]
+
+  def add_exps(c, g, part, logits, nothing):
+    window = (c * parts + part) * width
+
+    def mask(logits):
+      pos_R, start_R = as_rows(pos_smem[...]), as_rows(start_smem[...])
+      end_R = jax.lax.div(jnp.maximum(pos_R + (1 - size + stride), 0), stride)
+      begin_R = jax.lax.div(start_R + (stride - 1), stride)
+      return among(logits, begin_R - window, jnp.minimum(end_R, num_norm) - window, 2 * FLOOR)
+
+    is_full = (window >= full_begin) & (window + width <= full_end)
+    logits = jax.lax.cond(is_full, lambda x: x, mask, logits)
+    top_R = as_rows(top_smem[g])
+    new_top_R = jnp.maximum(top_R, jnp.max(logits, axis=1) * (scale * LOG2E))
+    exps = jnp.exp2(logits * (scale * LOG2E) - _across(new_top_R, width))
+    sum_smem[g] = as_rows(sum_smem[g]) * jnp.exp2(top_R - new_top_R) + jnp.sum(exps, axis=1)
+    top_smem[g] = new_top_R
+    return nothing
+
+  sweep(norm_begin, norm_end, norm_keys, lambda: None, add_exps, lambda c, nothing: None)
+
+  def finish_norm(g, nothing):
+    sum_R = as_rows(sum_smem[g])
+    log_R = jnp.log(jnp.where(sum_R > 0, sum_R, 1.0)) * LOG2E
+    top_smem[g] = jnp.where(sum_R > 0, as_rows(top_smem[g]) + log_R, BLIND)
+    return nothing
+
+  jax.lax.fori_loop(0, group, finish_norm, None)
+  plgpu.commit_smem()
+
+  # Scores of 64 blocks at a time.
+  per_block = rule.block_size // rule.kernel_stride
   blocks_begin = jax.lax.div(jax.lax.div(begin, rule.block_size), TILE)
   blocks_end = jnp.where(last < 0, 0, jax.lax.div(last, rule.block_size * TILE) + 1)
 
-  def some_blocks(m, nothing):
-    def fetch_keys(p):
-      @pl.when(p < len(every))
-      def _():
-        slot = jax.lax.rem(p, 2)
-        source = fine_ref.at[batch * len(every) + p, pl.ds(m * TILE, TILE), k]
-        plgpu.copy_gmem_to_smem(source, keys_smem.at[slot], keys_barriers.at[slot])
+  def fine_keys(m, part):
+    return fine_ref.at[batch * parts + part, pl.ds(m * width, width), k]
 
-    def one_phase(p, best):
-      keys_slot = jax.lax.rem(p, 2)
-      fetch_q(0, 0)
-      plgpu.barrier_wait(keys_barriers.at[keys_slot])
-      fetch_keys(p + 1)
+  def no_scores():
+    return tuple(as_tile(jnp.zeros((rows, width), jnp.float32)) for _ in range(parts))
 
-      def one_head(g, total):
-        slot = jax.lax.rem(g, 2)
-        plgpu.barrier_wait(q_barriers.at[slot])
+  def add_scores(m, g, part, logits, totals):
+    exponents = logits * (scale * LOG2E) - _across(as_rows(top_smem[g]), width)
+    total = totals[part] + jnp.exp2(jnp.minimum(exponents, CLAMP))
+    return tuple(total if i == part else x for i, x in enumerate(totals))
 
-        @pl.when(g + 1 < group)
-        def _():
-          fetch_q(g + 1, 1 - slot)
+  def pool(m, totals):
+    begin_R = jax.lax.div(as_rows(start_smem[...]), rule.block_size) - m * TILE
+    pos_R = as_rows(pos_smem[...])
+    best = right = as_tile(jnp.zeros((rows, TILE), jnp.float32))
+    for i in range(per_block):  # the blocks whose window i the row sees
+      past = rule.block_size + 1 - rule.kernel_size - i * rule.kernel_stride
+      end_R = jax.lax.div(jnp.maximum(pos_R + past, 0), rule.block_size)
+      end_R = jnp.minimum(end_R, -(-(num_fine - i) // per_block)) - m * TILE
+      part, place = divmod(i * TILE, width)
+      scores = among(totals[part][:, place : place + TILE], begin_R, end_R, 0.0)
+      best = jnp.maximum(best, scores)
+      if i * rule.kernel_stride + rule.kernel_size > rule.block_size:
+        right = jnp.maximum(right, scores)
+    to = pl.ds(tile * rows, rows)
+    out_ref[head, to, pl.ds(m * TILE, TILE)] = best
+    right_ref[head, to, pl.ds(EDGE + m * TILE, TILE)] = right
 
-        exponents = logits(slot, keys_slot) - _across(as_rows(lse_smem[g]), TILE)
-        return total + jnp.exp2(jnp.minimum(exponents, CLAMP))
-
-      total = jax.lax.fori_loop(0, group, one_head, as_tile(jnp.zeros(shape, jnp.float32)))
-      window = (lane + m * TILE) * per_block + (p + every[0])
-      x = window * rule.kernel_stride
-      seen = (x + (rule.kernel_size - 1) <= pos) & (x >= start) & (window < num_fine)
-      return jnp.maximum(best, jnp.where(seen, total, 0.0))
-
-    fetch_keys(jnp.int32(0))
-    zeros = as_tile(jnp.zeros(shape, jnp.float32))
-    out_smem[...] = jax.lax.fori_loop(0, len(every), one_phase, zeros)
-    plgpu.commit_smem()
-    target = out_ref.at[head, pl.ds(tile * rows, rows), pl.ds(m * TILE, TILE)]
-    plgpu.copy_smem_to_gmem(out_smem, target)
-    plgpu.wait_smem_to_gmem(0)
-    return nothing
-
-  jax.lax.fori_loop(blocks_begin, blocks_end, some_blocks, None)
+  sweep(blocks_begin, blocks_end, fine_keys, no_scores, add_scores, pool)
 
 
-@mgpu.once("rule", "num_rows", "num_fine", "num_norm", "interpreted")
+@mgpu.once("rule", "num_rows", "num_blocks", "num_fine", "num_norm", "interpreted")
 def block_scores(
   first_1,
   begin_Bt,
   last_Bt,
+  full_Bt2,
   q_BTNH,
   fine_EMKH,
   norm_BCKH,
@@ -199,16 +249,19 @@ def block_scores(
   *,
   rule,
   num_rows,
+  num_blocks,
   num_fine,
   num_norm,
   interpreted,
 ):
-  """[B * K, num_rows, M] float32 of the queries from tile `first_1` on.
+  """Of the queries from tile `first_1` on, float32: scores [B * K, num_rows, M] of the windows that
+  start in a block, and [B * K, num_rows, EDGE + M] of those that reach into the next.
 
   Blocks of the future of all of a tile's queries, and before its documents, are not written.
   """
-  (B, _, N, H), (_, M, K, _) = q_BTNH.shape, fine_EMKH.shape
+  (B, _, N, H), K = q_BTNH.shape, fine_EMKH.shape[2]
   dtype, rows = q_BTNH.dtype, mgpu.ROWS
+  parts, width = key_tiles(rule)
   return plgpu.kernel(
     functools.partial(
       _scores_body,
@@ -218,26 +271,31 @@ def block_scores(
       scale=H**-0.5,
       interpreted=interpreted,
     ),
-    out_type=jax.ShapeDtypeStruct((B * K, num_rows, M), jnp.float32),
+    out_type=tuple(
+      jax.ShapeDtypeStruct((B * K, num_rows, n), jnp.float32)
+      for n in (num_blocks, EDGE + num_blocks)
+    ),
     scratch_types=[
       plgpu.SMEM((2, rows, H), dtype),
-      plgpu.SMEM((2, TILE, H), dtype),
-      plgpu.SMEM((rows, TILE), jnp.float32),
+      plgpu.SMEM((parts, width, H), dtype),
+      plgpu.SMEM((N // K, rows), jnp.float32),
       plgpu.SMEM((N // K, rows), jnp.float32),
       plgpu.SMEM((rows,), jnp.int32),
       plgpu.SMEM((rows,), jnp.int32),
       plgpu.Barrier(num_barriers=2),
-      plgpu.Barrier(num_barriers=2),
+      plgpu.Barrier(num_barriers=parts),
       plgpu.Barrier(),
     ],
     grid=(B * K, num_rows // rows),
     grid_names=("head", "tile"),
     kernel_name="sparse_topk_scores",
     **mgpu.options(interpreted),
-  )(first_1, begin_Bt, last_Bt, q_BTNH, fine_EMKH, norm_BCKH, pos_BT, start_BT)
+  )(first_1, begin_Bt, last_Bt, full_Bt2, q_BTNH, fine_EMKH, norm_BCKH, pos_BT, start_BT)
 
 
-def _choose_body(first_ref, scores_ref, pos_ref, start_ref, ids_ref, *, rule: rules.Rule):
+def _choose_body(
+  first_ref, scores_ref, right_ref, pos_ref, start_ref, ids_ref, *, rule: rules.Rule, interpreted
+):
   i, head = jax.lax.axis_index("query"), jax.lax.axis_index("head")
   M, width = scores_ref.shape[2], ids_ref.shape[2]
   batch, t = (
@@ -245,64 +303,93 @@ def _choose_body(first_ref, scores_ref, pos_ref, start_ref, ids_ref, *, rule: ru
     first_ref[0] * mgpu.ROWS + i,
   )
   pos, start = pos_ref[batch, t], start_ref[batch, t]
+  # In order: initial blocks, free ones [begin, end), local ones.
   first = jax.lax.div(start, rule.block_size)
-  cur = jnp.where(pos >= start, jax.lax.div(pos, rule.block_size), -1)
-  block = jax.lax.broadcasted_iota(jnp.int32, (M,), 0)
+  num_blocks = jnp.where(pos >= start, jax.lax.div(pos, rule.block_size) + 1 - first, 0)
+  num_init = jnp.minimum(num_blocks, rule.init_blocks)
+  num_local = jnp.minimum(num_blocks - num_init, rule.num_local)
+  num_forced = num_init + num_local
+  begin, end = first + num_init, first + num_blocks - num_local
+  budget = rule.num_selected - num_forced if rule.selection == "joint" else rule.topk - num_init
+  need = jnp.maximum(budget, 0)
+  num_free = jnp.minimum(end - begin, need)
+  num_taken = jnp.minimum(num_forced + num_free, rule.num_selected)
+  num_chosen = jnp.where(end - begin > need, need, 0)  # else all are taken, a run of blocks
 
-  def count(is_M):
-    return jnp.sum(jnp.where(is_M, 1, 0))
-
-  # Forced blocks come first whatever their score: the highest key. No candidate: the lowest.
-  free_begin, free_end = first + rule.init_blocks, cur - rule.num_local
-  num_candidates = jnp.maximum(cur - first + 1, 0)
-  num_free = jnp.maximum(free_end - free_begin + 1, 0)
-  if rule.selection == "joint":
-    need = rule.num_selected - (num_candidates - num_free)
-  else:
-    need = rule.topk - jnp.minimum(num_candidates, rule.init_blocks)
-  need = jnp.maximum(need, 0)
-  bits = jax.lax.bitcast_convert_type(scores_ref[head, i], jnp.int32)
-  bits = jnp.where((block >= free_begin) & (block <= free_end), bits, FORCED)
-  keys = jnp.where((block >= first) & (block <= cur), bits, -1)
-  num_forced = num_candidates - num_free
-
-  def narrow(step, cut):  # the highest cut that `need` free blocks reach; 0 where there are fewer
-    probe = cut | jax.lax.shift_left(jnp.int32(1), 30 - step)
-    return jnp.where(count(keys >= probe) - num_forced >= need, probe, cut)
-
-  cut = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
-  cut = jnp.where(num_free > need, cut, 0)
-  room = need - (count(keys > cut) - num_forced)
-  num_bits = M.bit_length()
-
-  def widen(step, limit):  # the highest limit with no more than `room` ties below it
-    probe = limit | jax.lax.shift_left(jnp.int32(1), num_bits - 1 - step)
-    return jnp.where(count((keys == cut) & (block < probe)) <= room, probe, limit)
-
-  limit = jax.lax.fori_loop(0, num_bits, widen, jnp.int32(0))
-  # A taken block is its own id, any other one M.
-  ids_M = jnp.where((keys > cut) | ((keys == cut) & (block < limit)), block, M)
   place = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+  ids = jnp.where(place < num_init + num_free, first + place, end + place - num_init - num_free)
+  ids = jnp.where(place < num_taken, ids, -1)
 
-  def put(w, carry):
-    last, ids = carry
-    last = jnp.min(jnp.where(ids_M > last, ids_M, M))
-    return last, jnp.where(place == w, last, ids)
+  def choose_free(ids):
+    block = mgpu.as_line(jax.lax.broadcasted_iota(jnp.int32, (M,), 0), interpreted)
+    scores = mgpu.load_line(scores_ref, (head, i, pl.ds(0, M)), interpreted)
+    before = mgpu.load_line(right_ref, (head, i, pl.ds(EDGE - 1, M)), interpreted)
+    scores = jnp.maximum(scores, jnp.where(block > first, before, 0.0))
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    bits = jnp.where((block >= begin) & (block < end), bits, -1)
 
-  num_taken = jnp.minimum(count(ids_M < M), rule.num_selected)
-  nothing = (jnp.int32(-1), jnp.full((width,), -1, jnp.int32))
-  ids_ref[head, i] = jax.lax.fori_loop(0, num_taken, put, nothing)[1]
+    def count(low):
+      return jnp.sum(jnp.where(bits >= low, 1, 0))
+
+    # `low` is reached by num >= need blocks, `high` by fewer.
+    def descend(carry):
+      low, _, _, step = carry
+      lower = jnp.maximum(low - step, 0)
+      return lower, low, count(lower), step + step
+
+    def halve(carry):
+      low, high, num = carry
+      middle = low + jax.lax.div(high - low, 2)
+      reach = count(middle)
+      is_low = reach >= need
+      return (
+        jnp.where(is_low, middle, low),
+        jnp.where(is_low, high, middle),
+        jnp.where(is_low, reach, num),
+      )
+
+    top = jnp.max(bits)
+    low, high, num, _ = jax.lax.while_loop(
+      lambda x: (x[2] < need) & (x[0] > 0),
+      descend,
+      (top, top + 1, count(top), jnp.int32(1 << 22)),  # 2**23 halves a score
+    )
+    low, high, num = jax.lax.while_loop(
+      lambda x: (x[2] > need) & (x[1] - x[0] > 1), halve, (low, high, num)
+    )
+    # Of blocks that score `low` the lower ones: the highest limit with no more below it than fit.
+    room = need - count(low + 1)
+    num_bits = M.bit_length()
+
+    def widen(step, limit):
+      probe = limit | jax.lax.shift_left(jnp.int32(1), num_bits - 1 - step)
+      ties = jnp.sum(jnp.where((bits == low) & (block < probe), 1, 0))
+      return jnp.where(ties <= room, probe, limit)
+
+    limit = jax.lax.fori_loop(0, jnp.where(num > need, num_bits, 0), widen, jnp.int32(0))
+    limit = jnp.where(num > need, limit, M)
+    # A taken block is its own id, any other one M.
+    own_ids = jnp.where((bits > low) | ((bits == low) & (block < limit)), block, M)
+
+    def put(w, carry):
+      latest, ids = carry
+      latest = jnp.min(jnp.where(own_ids > latest, own_ids, M))
+      return latest, jnp.where(place == w, latest, ids)
+
+    return jax.lax.fori_loop(num_init, num_init + need, put, (jnp.int32(-1), ids))[1]
+
+  ids_ref[head, i] = jax.lax.cond(num_chosen > 0, choose_free, lambda ids: ids, ids)
 
 
 @mgpu.once("rule", "width", "interpreted")
-def choose(first_1, scores_ErM, pos_BT, start_BT, *, rule, width, interpreted):
+def choose(first_1, scores_ErM, right_ErM, pos_BT, start_BT, *, rule, width, interpreted):
   """ids [B * K, rows, width] ascending, -1 = none, of `block_scores`; width a multiple of 128."""
   E, num_rows, _ = scores_ErM.shape
   return plgpu.kernel(
-    functools.partial(_choose_body, rule=rule),
+    functools.partial(_choose_body, rule=rule, interpreted=interpreted),
     out_type=jax.ShapeDtypeStruct((E, num_rows, width), jnp.int32),
     grid=(E, num_rows),
     grid_names=("head", "query"),
     kernel_name="sparse_topk_choose",
     **mgpu.options(interpreted),
-  )(first_1, scores_ErM, pos_BT, start_BT)
+  )(first_1, scores_ErM, right_ErM, pos_BT, start_BT)

@@ -6,6 +6,7 @@ sm_90a and checked in the interpreter.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ def runs(
 ):
   """(queries of a run, padded length, its block scores, its choice), as `triton.runs`.
 
-  scores(first) -> [B * K, rows, M] and choose(first, scores) -> ids [B * K, rows, width]; `first`
-  counts tiles of 64 queries.
+  scores(first) -> two arrays [B * K, rows, M] and choose(first, scores) -> ids [B * K, rows,
+  width]; `first` counts tiles of 64 queries.
   """
   op = "sparse_topk"
   B, T, N, H = q_BTNH.shape
@@ -54,16 +55,20 @@ def runs(
   mgpu.check_arrays(op, interpreted, q=q_BTNH, fine=fine_BFKH, coarse=coarse_BCKH)
   if H % 16 or H > 256:
     raise NotImplementedError(f"{op}: head width {H}, mosaic_gpu serves multiples of 16 up to 256")
+  if rule.block_size // rule.kernel_stride > 4 or rule.kernel_size > 5 * rule.kernel_stride:
+    raise NotImplementedError(
+      f"{op}: {rule.block_size // rule.kernel_stride} windows a block of {rule.kernel_size} tokens"
+    )
   M = -(-rule.num_blocks(num_slots) // 128) * 128
   if M > MAX_BLOCKS:
     raise NotImplementedError(f"{op}: {M} blocks, mosaic_gpu serves up to {MAX_BLOCKS}")
   from pallas_kernels.sparse_topk import mgpu_kernels as kernels
 
-  num_bytes = kernels.shared_bytes(N // K, H, q_BTNH.dtype.itemsize)
+  num_bytes = kernels.shared_bytes(rule, N // K, H, q_BTNH.dtype.itemsize)
   mgpu.check_shared_memory(op, num_bytes, f"tiles of {H} and {N // K} heads a group")
   norm_BCKH = fine_BFKH if rule.lse == "exact" else coarse_BCKH
   num_norm = norm_BCKH.shape[1]
-  most = config.max_score_bytes // (4 * B * K * M) // mgpu.ROWS * mgpu.ROWS
+  most = config.max_score_bytes // (8 * B * K * M) // mgpu.ROWS * mgpu.ROWS
   rows = max(mgpu.ROWS, min(most, -(-T // mgpu.ROWS) * mgpu.ROWS))
   padded = -(-T // rows) * rows
 
@@ -79,7 +84,9 @@ def runs(
   pos_Btr, start_Btr = (jnp.reshape(x, (B, -1, mgpu.ROWS)) for x in (pos_BT, start_BT))
   last_Bt = jnp.max(jnp.where(start_Btr <= pos_Btr, pos_Btr, -1), axis=-1)
   begin_Bt = jnp.min(start_Btr, axis=-1)
-  norm_BCKH = pad(norm_BCKH, 1, max(1, -(-num_norm // kernels.TILE)) * kernels.TILE)
+  full_Bt2 = _seen_by_all(pos_Btr, start_Btr, rule, num_norm)
+  norm_tile = math.prod(kernels.key_tiles(rule))
+  norm_BCKH = pad(norm_BCKH, 1, max(1, -(-num_norm // norm_tile)) * norm_tile)
   fine_EMKH = _by_phase(fine_BFKH, rule, M)
   width = -(-rule.num_selected // kernels.LANES) * kernels.LANES
 
@@ -88,6 +95,7 @@ def runs(
       jnp.reshape(first, (1,)).astype(jnp.int32),
       begin_Bt,
       last_Bt,
+      full_Bt2,
       q_BTNH,
       fine_EMKH,
       norm_BCKH,
@@ -95,15 +103,16 @@ def runs(
       start_BT,
       rule=rule,
       num_rows=rows,
+      num_blocks=M,
       num_fine=F,
       num_norm=num_norm,
       interpreted=interpreted,
     )
 
-  def choose(first, scores_ErM):
+  def choose(first, scores):
     first_1 = jnp.reshape(first, (1,)).astype(jnp.int32)
     return kernels.choose(
-      first_1, scores_ErM, pos_BT, start_BT, rule=rule, width=width, interpreted=interpreted
+      first_1, *scores, pos_BT, start_BT, rule=rule, width=width, interpreted=interpreted
     )
 
   return rows, padded, scores, choose
@@ -138,17 +147,28 @@ def select_mosaic_gpu(
 
 
 def _by_phase(fine_BFKH, rule: rules.Rule, num_blocks: int):
-  """[B * phases, M, K, H]: window i of every block, those of the block before that reach into it
-  first; zeros where there is none."""
+  """[B * parts, M * width / 64, K, H]: the windows of 64 blocks after those of 64 blocks, window i
+  of all 64 together; zeros where there is none."""
   from pallas_kernels.sparse_topk import mgpu_kernels as kernels
 
   B, F, K, H = fine_BFKH.shape
-  every = kernels.phases(rule)
-  per_block, left = rule.block_size // rule.kernel_stride, -every[0]
-  length = num_blocks * per_block + left
-  fine = fine_BFKH[:, : length - left]
-  fine = jnp.pad(fine, ((0, 0), (left, length - left - fine.shape[1]), (0, 0), (0, 0)))
-  parts = [
-    fine[:, i + left : i + left + (num_blocks - 1) * per_block + 1 : per_block] for i in every
-  ]
-  return jnp.reshape(jnp.stack(parts, axis=1), (B * len(every), num_blocks, K, H))
+  per_block, (parts, width) = rule.block_size // rule.kernel_stride, kernels.key_tiles(rule)
+  length = num_blocks * per_block
+  fine = fine_BFKH[:, :length]
+  fine = jnp.pad(fine, ((0, 0), (0, length - fine.shape[1]), (0, 0), (0, 0)))
+  fine = jnp.reshape(fine, (B, -1, kernels.TILE, parts, width // kernels.TILE, K, H))
+  return jnp.reshape(jnp.transpose(fine, (0, 3, 1, 4, 2, 5, 6)), (B * parts, -1, K, H))
+
+
+def _seen_by_all(pos_Btr, start_Btr, rule: rules.Rule, num_norm: int):
+  """[B, tiles, 2]: windows of the normaliser that every query of a tile sees, from and to.
+
+  Padding sees nothing, whatever is added to its sum.
+  """
+  level = 1 if rule.lse == "exact" else rules.COARSE
+  stride, size = level * rule.kernel_stride, level * rule.kernel_size
+  is_query = start_Btr <= pos_Btr
+  low = jnp.min(jnp.where(is_query, pos_Btr, rules.NOWHERE), axis=-1)
+  high = jnp.max(jnp.where(is_query, start_Btr, 0), axis=-1)
+  end = jnp.minimum(jnp.maximum(low + 1 - size + stride, 0) // stride, num_norm)
+  return jnp.stack((-(-high // stride), end), axis=-1).astype(jnp.int32)

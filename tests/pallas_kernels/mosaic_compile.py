@@ -1,7 +1,7 @@
 """Compiles the programs of the tests in FILES to machine code for an H100, without one.
 
 `make mosaic-compile` (installs jax's CUDA compiler, 130 MB, beside .venv; ptxas comes with triton).
-Prints registers, spills and static shared memory of each kernel; fails on spills. [name ...]
+Prints registers and spills of each kernel; fails on spills beyond SPILLS. [name ...]
 """
 
 import importlib.util
@@ -12,6 +12,8 @@ import subprocess
 import sys
 
 FILES = ("test_mosaic_gpu.py", "test_mosaic_gemm.py")
+# Bytes: two accumulators beside the sums of 256 keys, so that a product runs under exponentials.
+SPILLS = {"sparse_topk_scores_mosaic_gpu_kernel": 320}
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -76,7 +78,12 @@ def main(*chosen: str) -> int:
       r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", text, re.DOTALL
     )
     memory = re.search(r"temporaries (\d+)", text)
-    is_good = done.returncode == 0 and memory and kernels and all(k[1] == "0" for k in kernels)
+    is_good = (
+      done.returncode == 0
+      and memory
+      and kernels
+      and all(int(spilled) <= SPILLS.get(kernel, 0) for kernel, spilled, _ in kernels)
+    )
     num_failed += not is_good
     for kernel, spills, registers in kernels:
       print(f"{name}: {kernel} {registers} registers, {spills} bytes spilled", flush=True)

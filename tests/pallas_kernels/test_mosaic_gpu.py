@@ -73,6 +73,13 @@ def test_select_packed():
   suite.check_select_packed(topk.select_mosaic_gpu, suite.small_rule("joint", "exact"), H=16)
 
 
+def test_select_over_tiles():
+  """70 blocks and 277 windows: two tiles of scores, two of the normaliser, one of them masked."""
+  suite.check_select(
+    topk.select_mosaic_gpu, suite.small_rule("joint", "exact"), offset=1105, num_queries=9, H=16
+  )
+
+
 @pytest.mark.slow
 def test_select_in_runs():
   """70 queries in two runs of one tile."""
