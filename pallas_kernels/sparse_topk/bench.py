@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.common import bench, tune
+from pallas_kernels.common import bench, gpu, tune
 from pallas_kernels.sparse_topk import api, cases, mosaic_gpu, triton
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -75,8 +75,14 @@ def scores_program(case: cases.Case, implementation: str):
   return run
 
 
-def candidates(group: int):
-  """(columns of a product, keys, warps, stages) that fit Hopper's registers and shared memory."""
+def candidates(implementation: str, group: int):
+  """For Triton (columns of a product, keys, warps, stages) that fit Hopper's registers and shared
+  memory; for both how many bytes of scores a run holds."""
+  sizes = [2**28, 2**29, 2**30]
+  if implementation == "mosaic_gpu":
+    yield from (mosaic_gpu.MosaicGpuConfig(max_score_bytes=size) for size in sizes)
+    return
+  group = gpu.next_power_of_two(group)
   for columns, keys, warps, stages in (
     (256, 64, 4, 2),
     (256, 64, 4, 3),
@@ -91,6 +97,10 @@ def candidates(group: int):
       yield triton.TritonConfig(
         block_q=columns // group, block_c=keys, num_warps=warps, num_stages=stages
       )
+  if group <= 256:
+    yield from (
+      triton.TritonConfig(block_q=256 // group, max_score_bytes=size) for size in sizes[1:]
+    )
 
 
 def main():
@@ -103,13 +113,15 @@ def main():
     group = case.num_heads // case.num_kv_heads
     if args.tune and (group, case.head_dim) not in tuned:
       tuned.add((group, case.head_dim))
+      kernel = "mosaic_gpu" if args.implementation == "mosaic_gpu" else "triton"
       best = tune.search(
-        candidates(group),
-        lambda c, case=case, arrays=arrays: bench.seconds(
-          program(case, "triton", c), *arrays, repeats=3
+        candidates(kernel, group),
+        lambda c, case=case, arrays=arrays, kernel=kernel: bench.seconds(
+          program(case, kernel, c), *arrays, repeats=3
         ),
       )
-      print(tune.save("sparse_topk", tune.key(group, case.head_dim, "bfloat16"), best))
+      key = tune.key(group, case.head_dim, "bfloat16", kernel)
+      print(tune.save("sparse_topk", key, best))
     flops, size = work(case, jnp.dtype(dtype).itemsize)
     k = jnp.zeros((1, case.num_slots, case.num_kv_heads, case.head_dim), dtype)
     dense = bench.dense_seconds(bench.dense_attention, arrays[0], k, k, repeats=args.repeats)
