@@ -9,7 +9,6 @@ activations' type, timed in the same way; the bar of quantization.md section 10 
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -93,9 +92,13 @@ def dense_program(layers):
 def candidates(implementation: str, rows: int):
   """Of the tuner: Triton's tiles, or those of mosaic_gpu where it is asked for by name."""
   if implementation == "mosaic_gpu":
-    splits = (1, 4) if rows <= 64 else (1,)
-    for block_n, num_splits, stages in itertools.product((64, 128), splits, (3, 4)):
-      yield mosaic_gpu.MosaicGpuConfig(block_n=block_n, num_splits=num_splits, num_stages=stages)
+    if rows > 64:
+      tiles = [dict(block_n=n, num_stages=stages) for n in (64, 128) for stages in (2, 3)]
+    else:
+      shares = ((4, 4), (2, 4), (8, 4), (4, 3), (4, 6), (2, 6), (2, 3))
+      tiles = [dict(num_splits=splits, num_stages=stages) for splits, stages in shares]
+    for tile in tiles:
+      yield mosaic_gpu.MosaicGpuConfig(**tile)
   elif rows == 1:
     for block_n, lanes, unroll, stages in (
       (64, 64, 4, 4),

@@ -1,8 +1,8 @@
 """Packed matmul on Hopper GPUs through Pallas Mosaic GPU; its gradient is in `vjp.py`.
 
-Rows are padded to whole tiles of 64, outputs and inputs to whole tiles (a copy of the codes where
-their sizes are no multiples). Deterministic: splits are summed in order by XLA. Lowered and checked
-in the interpreter; it has not run on a device.
+Up to 64 rows are padded to a multiple of 8 and served by `mgpu_few_kernels`, more to whole tiles of
+64 (`mgpu_kernels`); outputs and inputs to whole tiles (a copy of the codes where their sizes are no
+multiples). Deterministic: splits are summed in order by XLA.
 """
 
 import dataclasses
@@ -15,7 +15,10 @@ from pallas_kernels.w4a16_gemm import triton
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicGpuConfig:
-  """A program: 64 rows, `block_n` outputs, 1 / `num_splits` of the inputs; steps in flight."""
+  """A program: up to 64 rows, 1 / `num_splits` of the inputs, `num_stages` steps in flight.
+
+  block_n outputs where there are more than 64 rows; 128 with fewer, whatever it says.
+  """
 
   block_n: int = 64
   num_splits: int = 1
@@ -33,17 +36,18 @@ class MosaicGpuConfig:
 
 
 def default_config(M: int, N: int, K: int, block_k: int) -> MosaicGpuConfig:
-  """Few rows: inputs split until about 256 programs of at least four steps.
+  """Few rows: inputs split until as many programs of at least four steps run as fit a device.
 
   Many: 128 outputs a program with 4 bits; steps of 2 bits are twice as long.
   """
   stages = 3 if block_k == 128 else 2
   if M > mgpu.ROWS:
     return MosaicGpuConfig(block_n=128 if block_k == 128 else 64, num_stages=stages)
-  programs, steps, splits = -(-N // 64), -(-K // block_k), 1
-  while splits < 32 and splits * programs < 256 and splits * 8 <= steps:
+  programs, steps, splits = -(-N // 128), -(-K // block_k), 1
+  most = 512 if M <= 32 else 256
+  while splits < 32 and 2 * splits * programs <= most and splits * 8 <= steps:
     splits *= 2
-  return MosaicGpuConfig(num_splits=splits, num_stages=stages)
+  return MosaicGpuConfig(num_splits=splits, num_stages=4 if M <= 32 else stages)
 
 
 def key(M: int, N: int, K: int, group_size: int, dtype) -> str:
@@ -78,6 +82,8 @@ def matmul_mosaic_gpu(
     )
   config = config or tune.lookup(op, MosaicGpuConfig, key(M, N, K, group_size, x_MK.dtype))
   config = config or default_config(M, N, K, block_k)
+  if M <= mgpu.ROWS:
+    return _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op)
   block_n, stages = config.block_n, config.num_stages
   size = mgpu_kernels.shared_bytes(block_n, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {block_n}")
@@ -91,6 +97,29 @@ def matmul_mosaic_gpu(
     bits=bits,
     low=low,
     block_n=block_n,
+    splits=config.num_splits,
+    num_stages=stages,
+    interpreted=interpreted,
+  )
+  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
+  return y_MN[:M, :N]
+
+
+def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op):
+  from pallas_kernels.w4a16_gemm import mgpu_few_kernels
+
+  M, N, stages = x_MK.shape[0], codes_RN.shape[1], config.num_stages
+  height, width = -(-M // 8) * 8, mgpu_few_kernels.fragments.ROWS
+  block_k = mgpu_few_kernels.BYTES * 8 // bits
+  size = mgpu_few_kernels.shared_bytes(height, stages, bits, x_MK.dtype.itemsize)
+  mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
+  y_sMN = mgpu_few_kernels.matmul(
+    _padded(x_MK, 8, block_k),
+    _padded(codes_RN, mgpu_few_kernels.BYTES, width),
+    _padded(scale_QN, 1, width),
+    None if zero_QN is None else _padded(zero_QN, 1, width),
+    bits=bits,
+    low=low,
     splits=config.num_splits,
     num_stages=stages,
     interpreted=interpreted,

@@ -42,6 +42,7 @@ PACKED = {  # (bits, case, config): two groups and edges; every step another gro
     dict(num_splits=4, num_stages=2),
   ),
   "ternary_groups": (2, cases.Case(rows=3, num_in=512, num_out=40, group_size=256), dict()),
+  "int4_tree": (4, cases.Case(rows=50, num_in=384, num_out=200), dict(num_splits=2)),
 }
 
 
@@ -138,11 +139,13 @@ def fp8_program(rows, num_in, num_out, dtype=jnp.float8_e4m3fn):
 
 PROGRAMS = {
   "int4_decode": lambda: packed_program("int4", 1, 16384, 4096, 128),
+  "int4_tree": lambda: packed_program("int4", 64, 4096, 16384, 128),
   "int4_prefill": lambda: packed_program("int4", 4096, 4096, 16384, 128),
   "int4_zero_f16": lambda: packed_program(
     "int4", 16, 4096, 4096, 128, has_zero=True, dtype=jnp.float16
   ),
   "ternary_decode": lambda: packed_program("ternary", 1, 4096, 16384, -1),
+  "ternary_few": lambda: packed_program("ternary", 16, 4096, 16384, -1),
   "ternary_prefill": lambda: packed_program("ternary", 512, 4096, 4096, -1),
   "fp8_up": lambda: fp8_program(4096, 4096, 16384),
   "fp8_narrow": lambda: fp8_program(256, 1024, 320, jnp.float8_e5m2),
@@ -179,10 +182,12 @@ def test_calls_that_are_not_served_name_the_reason(program, reason):
 
 
 def test_tiles_beyond_shared_memory_are_refused():
-  run, avals = packed_program("ternary", 2, 512, 64, -1)
-  config = mosaic_gpu.MosaicGpuConfig(block_n=128, num_stages=5)
-  with pytest.raises(NotImplementedError, match="5 stages of 256 x 128 take .* shared memory"):
-    jax.eval_shape(functools.partial(run, config=config), *avals)
+  for rows, stages in ((64, 6), (65, 5)):
+    run, avals = packed_program("ternary", rows, 512, 64, -1)
+    config = mosaic_gpu.MosaicGpuConfig(block_n=128, num_stages=stages)
+    reason = f"{stages} stages of 256 x 128 take .* shared memory"
+    with pytest.raises(NotImplementedError, match=reason):
+      jax.eval_shape(functools.partial(run, config=config), *avals)
   run, avals = fp8_program(64, 256, 128)
   with pytest.raises(NotImplementedError, match="5 stages of 256 x 128 take .* shared memory"):
     config = fp8.MosaicGpuConfig(num_stages=5)

@@ -1,0 +1,123 @@
+"""Mosaic GPU kernel of the packed matmuls of few rows, 4 or 2 bits a code (quantization.md 10).
+
+y^T = W^T x^T: 128 outputs of a tile are the rows of the product, so that at most 64 activations
+are its columns and nothing is multiplied for padding beyond 8. Codes go from shared memory into
+registers and from there to the tensor cores (`mgpu_fragments`). One warpgroup a program; inputs
+are split between programs, several of which share a multiprocessor: their copies are in flight
+while others unpack.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import mgpu
+from pallas_kernels.w4a16_gemm import mgpu_fragments as fragments
+
+BYTES = 64  # rows of bytes of a step
+
+
+def shared_bytes(rows: int, num_stages: int, bits: int, itemsize: int) -> int:
+  """Of one program: x and bytes in flight."""
+  return num_stages * BYTES * (itemsize * rows * 8 // bits + fragments.ROWS) + 1024
+
+
+def _body(
+  x_ref,  # [M, K]
+  codes_ref,  # [R, N] uint8
+  scale_ref,  # [Q, N]
+  zero_ref,  # [Q, N] int8, or anything where not has_zero
+  out_ref,  # [splits, M, N]
+  x_smem,
+  codes_smem,
+  out_smem,  # interpreted alone
+  barriers,
+  *,
+  bits,
+  low,
+  steps,
+  has_zero,
+  splits,
+  num_stages,
+  interpreted,
+):
+  block_k, num_groups = BYTES * 8 // bits, scale_ref.shape[0]
+  M, dtype = x_smem.shape[1], x_smem.dtype
+  columns = pl.ds(jax.lax.axis_index("n") * fragments.ROWS, fragments.ROWS)
+  split = jax.lax.axis_index("split")
+  begin = split * -(-steps // splits)
+  end = jnp.minimum(begin + -(-steps // splits), steps)
+
+  def fetch(i):
+    @pl.when(i < end)
+    def _():
+      slot = jax.lax.rem(i - begin, num_stages)
+      rows, inputs = pl.ds(i * BYTES, BYTES), pl.ds(i * block_k, block_k)
+      plgpu.copy_gmem_to_smem(codes_ref.at[rows, columns], codes_smem.at[slot], barriers.at[slot])
+      plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[slot], barriers.at[slot])
+
+  for i in range(num_stages - 1):
+    fetch(begin + i)
+
+  def step(i, acc_NM):
+    slot, group = jax.lax.rem(i - begin, num_stages), jax.lax.div(i * num_groups, steps)
+    scale_NM = fragments.scales(scale_ref.at[group, columns], M, interpreted)
+    zero = zero_ref.at[group, columns] if has_zero else None
+    plgpu.barrier_wait(barriers.at[slot])
+    plgpu.commit_smem()
+    fetch(i + (num_stages - 1))
+    unpacked = functools.partial(
+      fragments.weights, codes_smem.at[slot], zero, bits=bits, low=low, dtype=dtype
+    )
+    parts = [pl.ds(k, fragments.INPUTS) for k in range(0, block_k, fragments.INPUTS)]
+    if interpreted:
+      part_NM = sum(
+        jnp.dot(unpacked(chunk=j, interpreted=True), x_smem[slot, :, part].T)
+        for j, part in enumerate(parts)
+      )
+    else:
+
+      def multiply(acc_ref):
+        for j, part in enumerate(parts):
+          w_Nk = unpacked(chunk=j, interpreted=False)
+          plgpu.wgmma(acc_ref, w_Nk, x_smem.at[slot, :, part].transpose((1, 0)))
+        return acc_ref[...]
+
+      part_NM = pl.run_scoped(multiply, plgpu.ACC((fragments.ROWS, M), jnp.float32))
+    return acc_NM + part_NM * scale_NM
+
+  nothing = jnp.zeros((fragments.ROWS, M), jnp.float32)
+  y_NM = jax.lax.fori_loop(begin, end, step, nothing)
+  if interpreted:
+    out_smem[...] = y_NM.T.astype(out_smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, :, columns])
+    plgpu.wait_smem_to_gmem(0)
+  else:
+    fragments.store(y_NM, out_ref.at[split, :, columns])
+
+
+def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, splits, num_stages, interpreted):
+  """[splits, M, N] of whole tiles: M a multiple of 8, at most 64, N of 128; Q divides the steps."""
+  (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], BYTES * 8 // bits
+  has_zero, dtype = zero_QN is not None, x_MK.dtype
+  out_dtype = dtype if splits == 1 else jnp.float32
+  sizes = dict(bits=bits, low=low, splits=splits, num_stages=num_stages)
+  flags = dict(has_zero=has_zero, interpreted=interpreted)
+  return plgpu.kernel(
+    functools.partial(_body, steps=K // block_k, **sizes, **flags),
+    out_type=jax.ShapeDtypeStruct((splits, M, N), out_dtype),
+    scratch_types=[
+      plgpu.SMEM((num_stages, M, block_k), dtype),
+      plgpu.SMEM((num_stages, BYTES, fragments.ROWS), jnp.uint8),
+      plgpu.SMEM((M, fragments.ROWS) if interpreted else (8, 128), out_dtype),
+      plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+    ],
+    grid=(N // fragments.ROWS, splits),
+    grid_names=("n", "split"),
+    kernel_name="packed_gemm_few",
+    **mgpu.options(interpreted),
+  )(x_MK, codes_RN, scale_QN, zero_QN if has_zero else scale_QN)
