@@ -47,14 +47,17 @@ class MosaicGpuConfig:
       raise ValueError(f"MosaicGpuConfig.group_m: found {self.group_m}, expected at least 1")
 
 
-def default_config(M: int, N: int) -> MosaicGpuConfig:
-  """256 x 128 where that fills a device; smaller where there are fewer rows or columns."""
+def default_config(M: int, N: int, itemsize: int) -> MosaicGpuConfig:
+  """256 x 128 where that fills a device; smaller where there are fewer rows or columns.
+
+  itemsize: of an output; the tiles that leave in 32 bits take a stage's place.
+  """
   block_n = ref.BLOCK if N % ref.BLOCK == 0 else 64
   if M <= 64:
     return MosaicGpuConfig(block_m=64, block_n=block_n, consumers=1, num_stages=6)
   if M <= 128 or -(-M // 256) * -(-N // block_n) < 100:
     return MosaicGpuConfig(block_m=128, block_n=block_n, num_stages=5)
-  return MosaicGpuConfig(block_n=block_n)
+  return MosaicGpuConfig(block_n=block_n, num_stages=4 if itemsize == 2 or block_n == 64 else 3)
 
 
 def key(M: int, N: int, K: int, dtype) -> str:
@@ -75,12 +78,14 @@ def matmul_mosaic_gpu(
   interpreted = mgpu.is_interpreted(OP, interpret)
   if str(jnp.dtype(out_dtype)) not in gpu.FLOATS:
     raise NotImplementedError(f"{OP}: found output {out_dtype}, expected one of {gpu.FLOATS}")
-  config = config or tune.lookup(OP, MosaicGpuConfig, key(M, N, K, xq_MK.dtype))
-  config = config or default_config(M, N)
+  itemsize = jnp.dtype(out_dtype).itemsize
+  if config is None and itemsize == 2:  # tuned with outputs of 16 bits
+    config = tune.lookup(OP, MosaicGpuConfig, key(M, N, K, xq_MK.dtype))
+  config = config or default_config(M, N, itemsize)
   from pallas_kernels.fp8_gemm import mgpu_kernels
 
   tiles = dataclasses.asdict(config)
-  size = mgpu_kernels.shared_bytes(ref.BLOCK, tiles, jnp.dtype(out_dtype).itemsize)
+  size = mgpu_kernels.shared_bytes(ref.BLOCK, tiles, itemsize)
   what = f"{config.num_stages} stages of {config.block_m} x {config.block_n}"
   mgpu.check_shared_memory(OP, size, what)
   num_tiles = -(-M // config.block_m) * -(-N // config.block_n)

@@ -33,7 +33,7 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
   multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
-  the next, for one row triton first. `config` is of the implementation of its class; others that
+  the next. `config` is of the implementation of its class; others that
   `auto` tries take their own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves
   float32 too. Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
   K N / 2 bytes of codes
@@ -57,12 +57,7 @@ def serve(
   kernels = {
     "mosaic_gpu": lambda: vjp.matmul(on_mosaic, code["bits"], code["low"], *arrays),
     "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),
-  }
-  x, codes, scale, _ = arrays
-  if config is None and matvec.config_of(x, codes, scale, bits=code["bits"], op=op) is not None:
-    kernels = dict(reversed(kernels.items()))
-  plain = {
     "ref": lambda: ref.matmul_ref(*arrays, **code),
     "xla": lambda: xla.matmul_xla(*arrays, **code),
   }
-  return spec.dispatch(op, implementation, kernels | plain)
+  return spec.dispatch(op, implementation, kernels)

@@ -95,8 +95,11 @@ def candidates(implementation: str, rows: int):
     if rows > 64:
       tiles = [dict(block_n=n, num_stages=stages) for n in (64, 128) for stages in (2, 3)]
     else:
-      shares = ((4, 4), (2, 4), (8, 4), (4, 3), (4, 6), (2, 6), (2, 3))
-      tiles = [dict(num_splits=splits, num_stages=stages) for splits, stages in shares]
+      shares = ((4, 3, 1), (4, 2, 1), (4, 4, 1), (2, 4, 2), (2, 6, 1), (1, 4, 4))
+      if rows > 16:
+        shares = ((2, 3, 1), (2, 2, 1), (2, 2, 2), (1, 3, 2), (1, 3, 4))
+      names = ("num_warpgroups", "num_stages", "num_splits")
+      tiles = [dict(zip(names, share, strict=True)) for share in shares]
     for tile in tiles:
       yield mosaic_gpu.MosaicGpuConfig(**tile)
   elif rows == 1:

@@ -2,9 +2,9 @@
 
 y^T = W^T x^T: 128 outputs of a tile are the rows of the product, so that at most 64 activations
 are its columns and nothing is multiplied for padding beyond 8. Codes go from shared memory into
-registers and from there to the tensor cores (`mgpu_fragments`). One warpgroup a program; inputs
-are split between programs, several of which share a multiprocessor: their copies are in flight
-while others unpack.
+registers and from there to the tensor cores (`mgpu_fragments`). The warpgroups of a program take
+its steps in turn, each with copies of its own in flight, and the first adds their sums; inputs are
+also split between programs where there are few outputs.
 """
 
 import functools
@@ -20,9 +20,10 @@ from pallas_kernels.w4a16_gemm import mgpu_fragments as fragments
 BYTES = 64  # rows of bytes of a step
 
 
-def shared_bytes(rows: int, num_stages: int, bits: int, itemsize: int) -> int:
-  """Of one program: x and bytes in flight."""
-  return num_stages * BYTES * (itemsize * rows * 8 // bits + fragments.ROWS) + 1024
+def shared_bytes(rows: int, warpgroups: int, num_stages: int, bits: int, itemsize: int) -> int:
+  """Of one program: x and bytes in flight, sums of all warpgroups but the first."""
+  step = BYTES * (itemsize * rows * 8 // bits + fragments.ROWS)
+  return warpgroups * num_stages * step + (warpgroups - 1) * 4 * fragments.ROWS * rows + 1024
 
 
 def _body(
@@ -33,49 +34,53 @@ def _body(
   out_ref,  # [splits, M, N]
   x_smem,
   codes_smem,
+  sums_smem,
   out_smem,  # interpreted alone
-  barriers,
+  ready,
+  added,
   *,
   bits,
   low,
   steps,
   has_zero,
   splits,
-  num_stages,
   interpreted,
 ):
-  block_k, num_groups = BYTES * 8 // bits, scale_ref.shape[0]
-  M, dtype = x_smem.shape[1], x_smem.dtype
+  warpgroups, num_stages, M, block_k = x_smem.shape
+  num_groups, dtype = scale_ref.shape[0], x_smem.dtype
   columns = pl.ds(jax.lax.axis_index("n") * fragments.ROWS, fragments.ROWS)
-  split = jax.lax.axis_index("split")
+  split, warpgroup = jax.lax.axis_index("split"), jax.lax.axis_index("warpgroup")
   begin = split * -(-steps // splits)
   end = jnp.minimum(begin + -(-steps // splits), steps)
+  begin = begin + warpgroup
+  count = jax.lax.div(jnp.maximum(end - begin + warpgroups - 1, 0), warpgroups)
 
   def fetch(i):
-    @pl.when(i < end)
+    @pl.when(i < count)
     def _():
-      slot = jax.lax.rem(i - begin, num_stages)
-      rows, inputs = pl.ds(i * BYTES, BYTES), pl.ds(i * block_k, block_k)
-      plgpu.copy_gmem_to_smem(codes_ref.at[rows, columns], codes_smem.at[slot], barriers.at[slot])
-      plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[slot], barriers.at[slot])
+      slot, at = jax.lax.rem(i, num_stages), begin + i * warpgroups
+      barrier = ready.at[warpgroup * num_stages + slot]
+      rows, inputs = pl.ds(at * BYTES, BYTES), pl.ds(at * block_k, block_k)
+      plgpu.copy_gmem_to_smem(codes_ref.at[rows, columns], codes_smem.at[warpgroup, slot], barrier)
+      plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[warpgroup, slot], barrier)
 
   for i in range(num_stages - 1):
-    fetch(begin + i)
+    fetch(i)
 
   def step(i, acc_NM):
-    slot, group = jax.lax.rem(i - begin, num_stages), jax.lax.div(i * num_groups, steps)
+    slot = jax.lax.rem(i, num_stages)
+    group = jax.lax.div((begin + i * warpgroups) * num_groups, steps)
     scale_NM = fragments.scales(scale_ref.at[group, columns], M, interpreted)
     zero = zero_ref.at[group, columns] if has_zero else None
-    plgpu.barrier_wait(barriers.at[slot])
+    plgpu.barrier_wait(ready.at[warpgroup * num_stages + slot])
     plgpu.commit_smem()
     fetch(i + (num_stages - 1))
-    unpacked = functools.partial(
-      fragments.weights, codes_smem.at[slot], zero, bits=bits, low=low, dtype=dtype
-    )
+    codes = codes_smem.at[warpgroup, slot]
+    unpacked = functools.partial(fragments.weights, codes, zero, bits=bits, low=low, dtype=dtype)
     parts = [pl.ds(k, fragments.INPUTS) for k in range(0, block_k, fragments.INPUTS)]
     if interpreted:
       part_NM = sum(
-        jnp.dot(unpacked(chunk=j, interpreted=True), x_smem[slot, :, part].T)
+        jnp.dot(unpacked(chunk=j, interpreted=True), x_smem[warpgroup, slot, :, part].T)
         for j, part in enumerate(parts)
       )
     else:
@@ -83,41 +88,61 @@ def _body(
       def multiply(acc_ref):
         for j, part in enumerate(parts):
           w_Nk = unpacked(chunk=j, interpreted=False)
-          plgpu.wgmma(acc_ref, w_Nk, x_smem.at[slot, :, part].transpose((1, 0)))
+          plgpu.wgmma(acc_ref, w_Nk, x_smem.at[warpgroup, slot, :, part].transpose((1, 0)))
         return acc_ref[...]
 
       part_NM = pl.run_scoped(multiply, plgpu.ACC((fragments.ROWS, M), jnp.float32))
     return acc_NM + part_NM * scale_NM
 
   nothing = jnp.zeros((fragments.ROWS, M), jnp.float32)
-  y_NM = jax.lax.fori_loop(begin, end, step, nothing)
-  if interpreted:
-    out_smem[...] = y_NM.T.astype(out_smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, :, columns])
-    plgpu.wait_smem_to_gmem(0)
-  else:
-    fragments.store(y_NM, out_ref.at[split, :, columns])
+  sum_NM = jax.lax.fori_loop(0, count, step, nothing)
+
+  @pl.when(warpgroup > 0)
+  def _():
+    if warpgroups > 1:
+      sums_smem[warpgroup - 1] = sum_NM
+      plgpu.barrier_arrive(added.at[0])
+
+  @pl.when(warpgroup == 0)
+  def _():
+    y_NM = mgpu.as_tile(sum_NM, interpreted)
+    if warpgroups > 1:
+      plgpu.barrier_wait(added.at[0])
+      for i in range(warpgroups - 1):
+        y_NM += mgpu.as_tile(sums_smem[i], interpreted)
+    if interpreted:
+      out_smem[...] = y_NM.T.astype(out_smem.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, :, columns])
+      plgpu.wait_smem_to_gmem(0)
+    else:
+      fragments.store(y_NM, out_ref.at[split, :, columns])
 
 
-def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, splits, num_stages, interpreted):
+def matmul(
+  x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, splits, warpgroups, num_stages, interpreted
+):
   """[splits, M, N] of whole tiles: M a multiple of 8, at most 64, N of 128; Q divides the steps."""
   (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], BYTES * 8 // bits
   has_zero, dtype = zero_QN is not None, x_MK.dtype
   out_dtype = dtype if splits == 1 else jnp.float32
-  sizes = dict(bits=bits, low=low, splits=splits, num_stages=num_stages)
+  sizes = dict(bits=bits, low=low, steps=K // block_k, splits=splits)
   flags = dict(has_zero=has_zero, interpreted=interpreted)
   return plgpu.kernel(
-    functools.partial(_body, steps=K // block_k, **sizes, **flags),
+    functools.partial(_body, **sizes, **flags),
     out_type=jax.ShapeDtypeStruct((splits, M, N), out_dtype),
     scratch_types=[
-      plgpu.SMEM((num_stages, M, block_k), dtype),
-      plgpu.SMEM((num_stages, BYTES, fragments.ROWS), jnp.uint8),
+      plgpu.SMEM((warpgroups, num_stages, M, block_k), dtype),
+      plgpu.SMEM((warpgroups, num_stages, BYTES, fragments.ROWS), jnp.uint8),
+      plgpu.SMEM((max(warpgroups - 1, 1), fragments.ROWS, M), jnp.float32),
       plgpu.SMEM((M, fragments.ROWS) if interpreted else (8, 128), out_dtype),
-      plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups * num_stages),
+      plgpu.Barrier(num_arrivals=max(warpgroups - 1, 1), num_barriers=1),
     ],
     grid=(N // fragments.ROWS, splits),
     grid_names=("n", "split"),
+    num_threads=warpgroups,
+    thread_name="warpgroup",
     kernel_name="packed_gemm_few",
     **mgpu.options(interpreted),
   )(x_MK, codes_RN, scale_QN, zero_QN if has_zero else scale_QN)

@@ -79,6 +79,7 @@ class _Ops:
     """Pointer to an element of a plain memory reference."""
     i64, arith = self.ir.IntegerType.get_signless(64), self.arith
     strides, _ = self.ir.MemRefType(memref.type).get_strides_and_offset()
+    assert all(stride > 0 for stride in strides), memref.type
     offset = self.utils.c(0, i64)
     for index, stride in zip(indices, strides, strict=True):
       step = arith.muli(arith.extui(i64, index), self.utils.c(stride, i64))
@@ -111,7 +112,8 @@ def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, inte
     mask = arith.muli(one, ops.c((2**bits - 1) * 0x10001))
     float_type = ops.utils.dtype_to_ir_type(jnp.dtype(dtype))
     pair = ops.vector_type(2, float_type)
-    shift = [_pair(ops, float_type, whole - low, zero, byte) for byte in range(4)]
+    shift = _pair(ops, float_type, ops.c(whole - low))
+    zeros = [None if zero is None else _zero(ops, float_type, zero, byte) for byte in range(4)]
 
     @functools.cache
     def words(columns):
@@ -132,7 +134,9 @@ def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, inte
       select = byte | byte << 4 | (4 + byte) << 8 | (4 + byte) << 12
       both = ops.asm(f"prmt.b32 $0, $1, $2, {select};", *words(columns))
       as_float = ops.asm(f"lop3.b32 $0, $1, $2, {magic * 0x10001}, 0xEA;", both, mask)
-      exact = ops.asm(f"sub.rn.{kind} $0, $1, $2;", as_float, shift[byte])
+      exact = ops.asm(f"sub.rn.{kind} $0, $1, $2;", as_float, shift)
+      if zero is not None:
+        exact = ops.asm(f"sub.rn.{kind} $0, $1, $2;", exact, zeros[byte])
       return ops.llvm.bitcast(pair, exact)
 
     return _fragment((ROWS, INPUTS), value)
@@ -140,16 +144,18 @@ def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, inte
   return run(*refs)
 
 
-def _pair(ops, float_type, constant: int, zero, byte: int):
-  """constant + zero of the thread's output `byte`, twice, as the bits of two floats."""
-  i8 = ops.ir.IntegerType.get_signless(8)
-  number = ops.c(constant)
-  if zero is not None:
-    at = ops.at(zero, ops.arith.addi(ops.first, ops.c(byte)))
-    number = ops.arith.addi(number, ops.arith.extsi(ops.i32, ops.llvm.load(i8, at)))
+def _pair(ops, float_type, number):
+  """A whole number twice, as the bits of two floats."""
   number = ops.arith.sitofp(float_type, number)
   both = ops.vector.broadcast(ops.vector_type(2, float_type), number)
   return ops.llvm.bitcast(ops.i32, both)
+
+
+def _zero(ops, float_type, zero, byte: int):
+  """Zero point of the thread's output `byte`, as `_pair`."""
+  i8 = ops.ir.IntegerType.get_signless(8)
+  number = ops.llvm.load(i8, ops.at(zero, ops.arith.addi(ops.first, ops.c(byte))))
+  return _pair(ops, float_type, ops.arith.extsi(ops.i32, number))
 
 
 def scales(scale_ref, columns: int, interpreted: bool):

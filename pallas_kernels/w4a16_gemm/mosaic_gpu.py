@@ -17,18 +17,21 @@ from pallas_kernels.w4a16_gemm import triton
 class MosaicGpuConfig:
   """A program: up to 64 rows, 1 / `num_splits` of the inputs, `num_stages` steps in flight.
 
-  block_n outputs where there are more than 64 rows; 128 with fewer, whatever it says.
+  block_n outputs where there are more than 64 rows. With fewer always 128, and `num_warpgroups`
+  share the inputs: above 2 their registers are enough for 16 rows only.
   """
 
   block_n: int = 64
   num_splits: int = 1
   num_stages: int = 3
+  num_warpgroups: int = 2
 
   def __post_init__(self):
     for name, choices in (
       ("block_n", (64, 128)),
       ("num_splits", (1, 2, 4, 8, 16, 32)),
       ("num_stages", (2, 3, 4, 5, 6)),
+      ("num_warpgroups", (1, 2, 4)),
     ):
       value = getattr(self, name)
       if value not in choices:
@@ -36,7 +39,7 @@ class MosaicGpuConfig:
 
 
 def default_config(M: int, N: int, K: int, block_k: int) -> MosaicGpuConfig:
-  """Few rows: inputs split until as many programs of at least four steps run as fit a device.
+  """Few rows: inputs split until there is about a program of at least a step a multiprocessor.
 
   Many: 128 outputs a program with 4 bits; steps of 2 bits are twice as long.
   """
@@ -44,10 +47,10 @@ def default_config(M: int, N: int, K: int, block_k: int) -> MosaicGpuConfig:
   if M > mgpu.ROWS:
     return MosaicGpuConfig(block_n=128 if block_k == 128 else 64, num_stages=stages)
   programs, steps, splits = -(-N // 128), -(-K // block_k), 1
-  most = 512 if M <= 32 else 256
-  while splits < 32 and 2 * splits * programs <= most and splits * 8 <= steps:
+  warpgroups = 4 if M <= 16 else 2
+  while splits < 32 and 2 * splits * programs <= 160 and splits * warpgroups * 2 <= steps:
     splits *= 2
-  return MosaicGpuConfig(num_splits=splits, num_stages=4 if M <= 32 else stages)
+  return MosaicGpuConfig(num_splits=splits, num_stages=stages, num_warpgroups=warpgroups)
 
 
 def key(M: int, N: int, K: int, group_size: int, dtype) -> str:
@@ -111,7 +114,8 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
   M, N, stages = x_MK.shape[0], codes_RN.shape[1], config.num_stages
   height, width = -(-M // 8) * 8, mgpu_few_kernels.fragments.ROWS
   block_k = mgpu_few_kernels.BYTES * 8 // bits
-  size = mgpu_few_kernels.shared_bytes(height, stages, bits, x_MK.dtype.itemsize)
+  warpgroups = config.num_warpgroups
+  size = mgpu_few_kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
   y_sMN = mgpu_few_kernels.matmul(
     _padded(x_MK, 8, block_k),
@@ -121,6 +125,7 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
     bits=bits,
     low=low,
     splits=config.num_splits,
+    warpgroups=warpgroups,
     num_stages=stages,
     interpreted=interpreted,
   )

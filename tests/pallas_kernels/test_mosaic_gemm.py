@@ -19,7 +19,7 @@ from pallas_kernels.fp8_gemm import mosaic_gpu as fp8
 from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.w4a16_gemm import api as w4a16_api
 from pallas_kernels.w4a16_gemm import cases, mosaic_gpu
-from pallas_kernels.w4a16_gemm import mgpu_kernels as packed_kernels
+from pallas_kernels.w4a16_gemm import mgpu_few_kernels as few_kernels
 from tests.pallas_kernels import fp8_suite, packed_suite
 
 # --- Values --------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ PACKED = {  # (bits, case, config): two groups and edges; every step another gro
   "int4_zero": (
     4,
     cases.Case(rows=3, num_in=384, num_out=40, has_zero=True),
-    dict(num_splits=2, num_stages=2),
+    dict(num_splits=2, num_stages=2, num_warpgroups=1),
   ),
   "int4_channel_zero": (
     4,
@@ -41,8 +41,12 @@ PACKED = {  # (bits, case, config): two groups and edges; every step another gro
     cases.Case(rows=17, num_in=601, num_out=33, group_size=-1),
     dict(num_splits=4, num_stages=2),
   ),
-  "ternary_groups": (2, cases.Case(rows=3, num_in=512, num_out=40, group_size=256), dict()),
-  "int4_tree": (4, cases.Case(rows=50, num_in=384, num_out=200), dict(num_splits=2)),
+  "ternary_groups": (
+    2,
+    cases.Case(rows=3, num_in=1536, num_out=40, group_size=256),
+    dict(num_warpgroups=4, num_stages=2),
+  ),
+  "int4_tree": (4, cases.Case(rows=50, num_in=384, num_out=200), dict(num_splits=2, num_stages=2)),
 }
 
 
@@ -182,7 +186,7 @@ def test_calls_that_are_not_served_name_the_reason(program, reason):
 
 
 def test_tiles_beyond_shared_memory_are_refused():
-  for rows, stages in ((64, 6), (65, 5)):
+  for rows, stages in ((64, 3), (65, 5)):
     run, avals = packed_program("ternary", rows, 512, 64, -1)
     config = mosaic_gpu.MosaicGpuConfig(block_n=128, num_stages=stages)
     reason = f"{stages} stages of 256 x 128 take .* shared memory"
@@ -226,7 +230,7 @@ def test_auto_takes_mosaic_on_hopper_alone_and_triton_where_it_serves(capability
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [device])
   monkeypatch.setattr(gpu, "launch", lambda *_, out_shape, **__: record("triton", out_shape.shape))
-  monkeypatch.setattr(packed_kernels, "matmul", lambda *_, **__: record("mosaic_gpu", (1, 64, 64)))
+  monkeypatch.setattr(few_kernels, "matmul", lambda *_, **__: record("mosaic_gpu", (1, 8, 128)))
   monkeypatch.setattr(fp8_kernels, "matmul", lambda *_, **__: record("mosaic_gpu", (64, 64)))
   for op, program in (
     (w4a16_api, packed_program("int4", 1, 256, 64, 128)),
@@ -249,10 +253,22 @@ def test_packed_matmul_on_the_device(name, dtype):
   packed_suite.check(packed_backend(config), case, bits, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 40, 64])
+@pytest.mark.parametrize(
+  "bits, group_size, has_zero", [(4, 128, False), (4, 128, True), (2, -1, 0)]
+)
+def test_few_rows_on_the_device(rows, bits, group_size, has_zero):
+  """The heuristic's warpgroups and splits."""
+  sizes = dict(num_in=4096, num_out=1024, group_size=group_size, has_zero=bool(has_zero))
+  case = cases.Case(rows=rows, **sizes)
+  packed_suite.check(packed_backend({}), case, bits, jnp.bfloat16)
+
+
 DEVICE_TILES = {
   "default": None,
-  "256": dict(),
-  "128": dict(block_m=128, num_stages=6, group_m=2),
+  "256": dict(num_stages=3),
+  "128": dict(block_m=128, num_stages=5, group_m=2),
   "128x64": dict(block_m=128, block_n=64, num_stages=3),
   "one_consumer": dict(block_m=128, consumers=1),
 }
@@ -267,6 +283,8 @@ def test_fp8_tiles_on_the_device(tiles):
   config = None if config is None else fp8.MosaicGpuConfig(**config)
   backend = functools.partial(fp8.matmul_mosaic_gpu, config=config)
   fp8_suite.check(backend, case, tolerance=1e-3)
+  if config is None:
+    fp8_suite.check(backend, case, out_dtype=jnp.bfloat16, tolerance=1e-3)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from minicpm_jax.quant import qtensor
 from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
-from pallas_kernels.w4a16_gemm import api, bench, cases, matvec, mosaic_gpu, ref, triton, vjp, xla
+from pallas_kernels.w4a16_gemm import api, bench, cases, matvec, ref, triton, vjp, xla
 from tests.pallas_kernels import packed_suite as suite
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
@@ -176,28 +176,6 @@ def test_rows_of_real_shapes_are_served_by_whole_lanes(case, bits, group_size):
   assert (K if group_size == -1 else group_size) % inputs == 0
   assert matvec.default_config(K + 8, N, -1, bits) is None
   assert matvec.default_config(K, N + 8, -1, bits) is None
-
-
-@pytest.mark.parametrize(
-  "rows, dtype, served", [(1, "bfloat16", 0), (2, "bfloat16", 1), (1, "float32", 1)]
-)
-def test_auto_gives_one_row_in_16_bits_to_triton(rows, dtype, served, monkeypatch):
-  called = []
-
-  def record(name):
-    def run(*_, **__):
-      called.append(name)
-      raise NotImplementedError(name)
-
-    return run
-
-  case = cases.Case(rows=rows, num_in=512, num_out=64)
-  arrays, _ = suite.inputs(case, 4, jnp.dtype(dtype))
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(triton, "matmul_triton", record("triton"))
-  monkeypatch.setattr(mosaic_gpu, "matmul_mosaic_gpu", record("mosaic_gpu"))
-  api.matmul(*arrays, group_size=128)
-  assert called == [["triton", "mosaic_gpu"], ["mosaic_gpu", "triton"]][served]
 
 
 def test_tiles_beyond_shared_memory_are_refused():
