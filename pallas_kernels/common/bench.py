@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
@@ -58,25 +60,34 @@ def peaks() -> tuple[float | None, float | None]:
 
 
 def seconds(function, *args, repeats: int = 10) -> float:
-  """Median wall time of a jitted call, arrays ready to arrays ready.
-
-  On an accelerator of as many calls in a row as take 10 ms, over their number: waiting for one
-  kernel alone measures the host.
-  """
+  """Of one jitted call. On a GPU the time of its kernels, by the profiler, mean of `repeats` calls:
+  launching small kernels one by one takes the host longer than they run, and a model's step is
+  launched as a whole. Elsewhere the median wall time, arrays ready to arrays ready."""
   run = jax.jit(function)
   jax.block_until_ready(run(*args))
-
-  def timed(calls: int) -> float:
+  if jax.default_backend() == "gpu":
+    return _kernel_seconds(run, args, repeats)
+  times = []
+  for _ in range(repeats):
     start = time.perf_counter()
-    for _ in range(calls):
-      out = run(*args)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / calls
+    jax.block_until_ready(run(*args))
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
 
-  calls = 1
-  if jax.default_backend() != "cpu":
-    calls = max(1, min(50, round(0.01 / timed(3))))
-  return statistics.median(timed(calls) for _ in range(repeats))
+
+def _kernel_seconds(run, args, repeats: int) -> float:
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(repeats):
+        out = run(*args)
+      jax.block_until_ready(out)
+    (path,) = pathlib.Path(folder).glob("**/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+  lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
+  events = [event for line in lines if "Stream" in line.name for event in line.events]
+  if not events:
+    raise RuntimeError("the profiler saw no kernel (is CUPTI installed and allowed to trace?)")
+  return sum(event.duration_ns for event in events) / 1e9 / repeats
 
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, *, is_causal=True):

@@ -95,7 +95,7 @@ def test_select_in_runs():
 @pytest.mark.parametrize(
   "options",
   [
-    pytest.param(dict(run_units=2, num_stages=3), marks=pytest.mark.smoke),
+    pytest.param(dict(run_units=2, num_stages=3, warpgroups=1), marks=pytest.mark.smoke),
     dict(unit_rows=64, q_stages=3, kv_stages=3),
     dict(backward="xla"),
   ],
@@ -245,10 +245,10 @@ def select_program(num_heads, head_dim, lse, T=4096):
   return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
 
 
-def attend_program(num_heads, head_dim, dtype=jnp.bfloat16, T=4096):
+def attend_program(num_heads, head_dim, dtype=jnp.bfloat16, T=4096, **tiles):
   """Forward and backward."""
   K = 2
-  config = attention.MosaicGpuConfig(interpret=False, backward="mosaic_gpu")
+  config = attention.MosaicGpuConfig(interpret=False, backward="mosaic_gpu", **tiles)
 
   def run(q, k, v, *lists):
     (out, lse), vjp = jax.vjp(
@@ -280,6 +280,7 @@ PROGRAMS = {
   "select_8b": lambda: select_program(32, 128, "coarse"),
   "attend_0p5b": lambda: attend_program(16, 64),
   "attend_8b": lambda: attend_program(32, 128),
+  "attend_ahead": lambda: attend_program(32, 128, warpgroups=1, num_stages=3),
   "attend_f16": lambda: attend_program(32, 96, jnp.float16),
   "decode_0p5b": lambda: decode_program(16, 64, False, T=4),
   "decode_8b": lambda: decode_program(32, 128, True),
