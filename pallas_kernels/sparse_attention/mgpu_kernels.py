@@ -232,9 +232,7 @@ def _body(
       plgpu.barrier_wait(v_barriers.at[slot])
       return new_top_R, new_sum_R, add(acc_RH, probs_Rs, shrink_R, slot)
 
-    scores_Rs, carry = mgpu.dot_transposed_beside(
-      q_smem.at[own], k_smem.at[after], work, interpreted
-    )
+    scores_Rs, carry = mgpu.dot_transposed_beside(q_RH, k_smem.at[after], work, interpreted)
     release(j)
     return scores_Rs, *carry
 
@@ -250,6 +248,7 @@ def _body(
   if q_ref.shape[1] > 1:
     top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
   else:
+    q_RH = mgpu.as_tile(q_smem[own], interpreted)
     none_Rs = mgpu.as_tile(jnp.zeros(shape, jnp.float32), interpreted)
     scores_Rs = jax.lax.cond(begin < end, first_scores, lambda: none_Rs)
     *_, top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step_ahead, (scores_Rs, *nothing))
