@@ -101,8 +101,22 @@ def lists(rng, pos_BT, start_BT, heads: int, width: int, num_local: int):
   return ids
 
 
-def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=45, W=3, H=8, G=3):
-  """out, lse and gradients against one masked softmax over all keys in float32."""
+def check_attend(
+  attend,
+  *,
+  num_local: int,
+  has_grad=True,
+  dtype=jnp.float32,
+  T=45,
+  W=3,
+  H=8,
+  G=3,
+  is_repeated=False,
+):
+  """out, lse and gradients against one masked softmax over all keys in float32.
+
+  is_repeated: run twice, bitwise equal.
+  """
   rng = np.random.default_rng(2)
   B, K, S = 2, 2, T + 9
   q, k, v = (normal(rng, B, n, h, H, dtype=dtype) for n, h in ((T, K * G), (S, K), (S, K)))
@@ -120,11 +134,18 @@ def check_attend(attend, *, num_local: int, has_grad=True, dtype=jnp.float32, T=
       seen = jnp.where(lse > -jnp.inf, lse, 0.0)
       return jnp.sum(out.astype(jnp.float32) * dout) + jnp.sum(seen * dout[..., 0]), (out, lse)
 
-    arrays = (*arrays, ids, pos, start)
-    if has_grad:
-      grads, aux = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    def every(*arrays):
+      if not has_grad:
+        return loss(*arrays)[1]
+      grads, aux = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
       return (*aux, *grads)
-    return jax.jit(lambda *a: loss(*a)[1])(*arrays)
+
+    compiled = jax.jit(every)
+    found = compiled(*arrays, ids, pos, start)
+    if is_repeated:
+      for x, y in zip(found, compiled(*arrays, ids, pos, start), strict=True):
+        assert jnp.array_equal(x, y), "a second run gave other bits"
+    return found
 
   def reference(q, k, v, ids, pos, start):
     mask = attention_ref.block_mask(ids, pos, jnp.zeros_like(start), S, BLOCK)

@@ -432,14 +432,25 @@ def test_bad_configs_name_the_field(make, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_local", [0, 2])
-@pytest.mark.parametrize("shape", [dict(H=16), dict(T=700, W=12, H=128, G=16)], ids=["tiny", "8b"])
-def test_attend_on_the_device(num_local, shape):
-  arguments = dict(num_local=num_local, dtype=jnp.bfloat16, **shape)
-  first = suite.check_attend(attention.attend_mosaic_gpu, **arguments)
-  again = suite.check_attend(attention.attend_mosaic_gpu, **arguments)
-  for x, y in zip(first, again, strict=True):  # bitwise deterministic
-    assert jnp.array_equal(x, y)
+@pytest.mark.parametrize(
+  "shape, tiles",
+  [
+    (dict(H=16), dict()),
+    (dict(T=700, W=12, H=128, G=16), dict()),
+    (dict(T=700, W=12, H=128, G=16), dict(warpgroups=1, num_stages=3)),
+    (dict(T=700, W=12, H=128, G=16), dict(warpgroups=3)),
+  ],
+  ids=["tiny", "8b", "8b_ahead", "8b_three"],
+)
+def test_attend_on_the_device(shape, tiles):
+  config = attention.MosaicGpuConfig(**tiles)
+  suite.check_attend(
+    lambda *a, **kw: attention.attend_mosaic_gpu(*a, config=config, **kw),
+    num_local=2,
+    dtype=jnp.bfloat16,
+    is_repeated=True,
+    **shape,
+  )
 
 
 @pytest.mark.gpu
