@@ -1,7 +1,7 @@
 """One decoded token at 8k to 128k: `python -m pallas_kernels.sparse_decode.bench`.
 
 A layer's token takes microseconds, less than starting a program, and its blocks would stay in the
-cache if read again: one timed call goes over LAYERS different caches, and a row is the time of one.
+cache if read again: one timed call goes over different caches, and a row is the time of one.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import bench, tune
 from pallas_kernels.sparse_decode import api, cases, mosaic_gpu, triton
 
-LAYERS = 8
+LAYERS = 8  # of one row; 2 of a batch
 
 
 def inputs(case: cases.Case, dtype, layer: int = 0):
@@ -67,7 +67,8 @@ def candidates(implementation: str):
     for splits, stages in itertools.product((16, 32, 64), (2, 4)):
       yield mosaic_gpu.MosaicGpuConfig(num_splits=splits, num_stages=stages)
     return
-  for splits, warps, stages in itertools.product((16, 32, 64), (2, 4), (1, 2, 3)):
+  yield triton.TritonConfig()
+  for splits, warps, stages in itertools.product((8, 16, 32), (2, 4), (3, 4)):
     yield triton.TritonConfig(num_splits=splits, num_warps=warps, num_stages=stages)
 
 
@@ -77,7 +78,8 @@ def main():
   rows = []
   for name in args.cases:
     case = cases.REAL[name]
-    layers = [inputs(case, dtype, layer) for layer in range(LAYERS)]
+    num_layers = LAYERS if case.batch == 1 else 2
+    layers = [inputs(case, dtype, layer) for layer in range(num_layers)]
     if args.tune:
       tuned = "mosaic_gpu" if args.implementation == "mosaic_gpu" else "triton"
       best = tune.search(
@@ -99,10 +101,10 @@ def main():
         op="sparse_decode",
         case=name,
         implementation=args.implementation,
-        seconds=bench.seconds(run, layers, repeats=args.repeats) / LAYERS,
+        seconds=bench.seconds(run, layers, repeats=args.repeats) / num_layers,
         flops=flops,
         bytes=size,
-        dense_seconds=None if dense is None else dense / LAYERS,
+        dense_seconds=None if dense is None else dense / num_layers,
       )
     )
     print(rows[-1].printed(), flush=True)

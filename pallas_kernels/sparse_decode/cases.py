@@ -34,5 +34,5 @@ REAL = {
     batch=batch, num_slots=length, num_heads=heads, head_dim=width, is_paged=batch > 1
   )
   for name, heads, width in (("minicpm4_0p5b", 16, 64), ("minicpm4_8b", 32, 128))
-  for length, batch in ((8192, 1), (32768, 1), (131072, 1), (131072, 8))
+  for length, batch in ((8192, 1), (32768, 1), (131072, 1), (131072, 8), (131072, 32))
 }
