@@ -33,8 +33,8 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
   multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
-  the next. `config` is of the implementation of its class; others that
-  `auto` tries take their own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves
+  the next, and `xla` for more than 512 rows. `config` is of the implementation of its class; others
+  that `auto` tries take their own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves
   float32 too. Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
   K N / 2 bytes of codes
   (quantization.md section 10).
@@ -54,6 +54,8 @@ def serve(
   options = dict(config=tiles["mosaic_gpu"], interpret=interpret)
   on_mosaic = functools.partial(mosaic_gpu.matmul_mosaic_gpu, op=op, **options, **code)
   on_triton = functools.partial(triton.matmul_triton, op=op, config=tiles["triton"], **code)
+  if implementation == "auto" and arrays[0].shape[0] > mosaic_gpu.FEW:
+    implementation = "xla"  # a float copy of the kernel, once, and the dense product
   kernels = {
     "mosaic_gpu": lambda: vjp.matmul(on_mosaic, code["bits"], code["low"], *arrays),
     "triton": lambda: vjp.matmul(on_triton, code["bits"], code["low"], *arrays),

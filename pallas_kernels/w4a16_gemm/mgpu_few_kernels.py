@@ -1,7 +1,8 @@
 """Mosaic GPU kernel of the packed matmuls of few rows, 4 or 2 bits a code (quantization.md 10).
 
-y^T = W^T x^T: 128 outputs of a tile are the rows of the product, so that at most 64 activations
-are its columns and nothing is multiplied for padding beyond 8. Codes go from shared memory into
+y^T = W^T x^T: 128 outputs of a tile are the rows of the product, so that up to 64 activations are
+its columns and nothing is multiplied for padding beyond 8. More come in blocks of as many, whose
+codes are unpacked again (and found in L2). Codes go from shared memory into
 registers and from there to the tensor cores (`mgpu_fragments`). The warpgroups of a program take
 its steps in turn, each with copies of its own in flight, and the first adds their sums; inputs are
 also split between programs where there are few outputs.
@@ -18,6 +19,7 @@ from pallas_kernels.common import mgpu
 from pallas_kernels.w4a16_gemm import mgpu_fragments as fragments
 
 BYTES = 64  # rows of bytes of a step
+MOST_ROWS = 64  # of activations a program
 
 
 def shared_bytes(rows: int, warpgroups: int, num_stages: int, bits: int, itemsize: int) -> int:
@@ -49,6 +51,8 @@ def _body(
   warpgroups, num_stages, M, block_k = x_smem.shape
   num_groups, dtype = scale_ref.shape[0], x_smem.dtype
   columns = pl.ds(jax.lax.axis_index("n") * fragments.ROWS, fragments.ROWS)
+  block = jax.lax.axis_index("m")
+  activations = pl.ds(block * M, M)
   split, warpgroup = jax.lax.axis_index("split"), jax.lax.axis_index("warpgroup")
   begin = split * -(-steps // splits)
   end = jnp.minimum(begin + -(-steps // splits), steps)
@@ -62,7 +66,7 @@ def _body(
       barrier = ready.at[warpgroup * num_stages + slot]
       rows, inputs = pl.ds(at * BYTES, BYTES), pl.ds(at * block_k, block_k)
       plgpu.copy_gmem_to_smem(codes_ref.at[rows, columns], codes_smem.at[warpgroup, slot], barrier)
-      plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[warpgroup, slot], barrier)
+      plgpu.copy_gmem_to_smem(x_ref.at[activations, inputs], x_smem.at[warpgroup, slot], barrier)
 
   for i in range(num_stages - 1):
     fetch(i)
@@ -77,22 +81,26 @@ def _body(
     fetch(i + (num_stages - 1))
     codes = codes_smem.at[warpgroup, slot]
     unpacked = functools.partial(fragments.weights, codes, zero, bits=bits, low=low, dtype=dtype)
-    parts = [pl.ds(k, fragments.INPUTS) for k in range(0, block_k, fragments.INPUTS)]
-    if interpreted:
-      part_NM = sum(
-        jnp.dot(unpacked(chunk=j, interpreted=True), x_smem[warpgroup, slot, :, part].T)
-        for j, part in enumerate(parts)
-      )
-    else:
+
+    def product(chunks):
+      parts = [(j, pl.ds(j * fragments.INPUTS, fragments.INPUTS)) for j in chunks]
+      if interpreted:
+        return sum(
+          jnp.dot(unpacked(chunk=j, interpreted=True), x_smem[warpgroup, slot, :, part].T)
+          for j, part in parts
+        )
 
       def multiply(acc_ref):
-        for j, part in enumerate(parts):
+        for j, part in parts:
           w_Nk = unpacked(chunk=j, interpreted=False)
           plgpu.wgmma(acc_ref, w_Nk, x_smem.at[warpgroup, slot, :, part].transpose((1, 0)))
         return acc_ref[...]
 
-      part_NM = pl.run_scoped(multiply, plgpu.ACC((fragments.ROWS, M), jnp.float32))
-    return acc_NM + part_NM * scale_NM
+      return pl.run_scoped(multiply, plgpu.ACC((fragments.ROWS, M), jnp.float32))
+
+    for j in range(0, block_k // fragments.INPUTS, 2):  # more at once need more registers
+      acc_NM += product((j, j + 1)) * scale_NM
+    return acc_NM
 
   nothing = jnp.zeros((fragments.ROWS, M), jnp.float32)
   sum_NM = jax.lax.fori_loop(0, count, step, nothing)
@@ -110,37 +118,55 @@ def _body(
       plgpu.barrier_wait(added.at[0])
       for i in range(warpgroups - 1):
         y_NM += mgpu.as_tile(sums_smem[i], interpreted)
+    rows = min(M, out_ref.shape[1])
+    to = out_ref.at[split, pl.ds(block * M, rows), columns]
     if interpreted:
-      out_smem[...] = y_NM.T.astype(out_smem.dtype)
+      out_smem[...] = y_NM.T[:rows].astype(out_smem.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, :, columns])
+      plgpu.copy_smem_to_gmem(out_smem, to)
       plgpu.wait_smem_to_gmem(0)
     else:
-      fragments.store(y_NM, out_ref.at[split, :, columns])
+      fragments.store(y_NM, to)
 
 
 def matmul(
-  x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, splits, warpgroups, num_stages, interpreted
+  x_MK,
+  codes_RN,
+  scale_QN,
+  zero_QN,
+  *,
+  rows,
+  bits,
+  low,
+  splits,
+  warpgroups,
+  num_stages,
+  interpreted,
 ):
-  """[splits, M, N] of whole tiles: M a multiple of 8, at most 64, N of 128; Q divides the steps."""
+  """[splits, rows, N] of whole tiles: N a multiple of 128, Q divides the steps.
+
+  x has a block of a multiple of 8 rows, at most 64, of which `rows` count; or several whole ones.
+  """
   (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], BYTES * 8 // bits
-  has_zero, dtype = zero_QN is not None, x_MK.dtype
+  blocks = -(-M // MOST_ROWS)
+  has_zero, dtype, height = zero_QN is not None, x_MK.dtype, M // blocks
   out_dtype = dtype if splits == 1 else jnp.float32
   sizes = dict(bits=bits, low=low, steps=K // block_k, splits=splits)
   flags = dict(has_zero=has_zero, interpreted=interpreted)
+  staged = (min(height, rows), fragments.ROWS) if interpreted else (8, 128)
   return plgpu.kernel(
     functools.partial(_body, **sizes, **flags),
-    out_type=jax.ShapeDtypeStruct((splits, M, N), out_dtype),
+    out_type=jax.ShapeDtypeStruct((splits, rows, N), out_dtype),
     scratch_types=[
-      plgpu.SMEM((warpgroups, num_stages, M, block_k), dtype),
+      plgpu.SMEM((warpgroups, num_stages, height, block_k), dtype),
       plgpu.SMEM((warpgroups, num_stages, BYTES, fragments.ROWS), jnp.uint8),
-      plgpu.SMEM((max(warpgroups - 1, 1), fragments.ROWS, M), jnp.float32),
-      plgpu.SMEM((M, fragments.ROWS) if interpreted else (8, 128), out_dtype),
+      plgpu.SMEM((max(warpgroups - 1, 1), fragments.ROWS, height), jnp.float32),
+      plgpu.SMEM(staged, out_dtype),
       plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups * num_stages),
       plgpu.Barrier(num_arrivals=max(warpgroups - 1, 1), num_barriers=1),
     ],
-    grid=(N // fragments.ROWS, splits),
-    grid_names=("n", "split"),
+    grid=(N // fragments.ROWS, blocks, splits),
+    grid_names=("n", "m", "split"),
     num_threads=warpgroups,
     thread_name="warpgroup",
     kernel_name="packed_gemm_few",

@@ -107,8 +107,8 @@ def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, inte
   def run(_, codes, zero=None):
     ops = _Ops()
     arith = ops.arith
-    # 1, but no constant: a constant mask would be loaded again for every use.
-    one = ops.asm("mov.u32 $0, %nctaid.z;")
+    # Times 1, but not known to be: a constant mask would be loaded again for every use.
+    one = arith.minui(ops.asm("mov.u32 $0, %nctaid.z;"), ops.c(1))
     mask = arith.muli(one, ops.c((2**bits - 1) * 0x10001))
     float_type = ops.utils.dtype_to_ir_type(jnp.dtype(dtype))
     pair = ops.vector_type(2, float_type)
@@ -180,8 +180,8 @@ def scales(scale_ref, columns: int, interpreted: bool):
 
 
 def store(y_Nm, out_ref):
-  """y [128, columns] to out_ref [columns, 128] in GMEM, in its type."""
-  rows, columns = y_Nm.shape
+  """y [128, columns] to out_ref [m, 128] in GMEM, in its type; the first m columns of 8 or more."""
+  (rows, columns), kept = y_Nm.shape, out_ref.shape[0]
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
   def run(_, y, out):
@@ -197,6 +197,11 @@ def store(y_Nm, out_ref):
         if element != f32:
           four = ops.arith.truncf(ops.vector_type(4, element), four)
         m = ops.arith.addi(ops.arith.muli(ops.q, ops.c(2)), ops.c(8 * at + i))
-        ops.llvm.store(four, ops.at(out, m, ops.first))
+        if 8 * at + 8 <= kept:
+          ops.llvm.store(four, ops.at(out, m, ops.first))
+        elif 8 * at + i < kept:
+          is_kept = ops.arith.cmpi(ops.arith.CmpIPredicate.ult, m, ops.c(kept))
+          with ops.utils.when(is_kept):
+            ops.llvm.store(four, ops.at(out, m, ops.first))
 
   run(y_Nm, out_ref)

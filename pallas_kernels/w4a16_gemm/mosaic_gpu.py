@@ -1,8 +1,8 @@
 """Packed matmul on Hopper GPUs through Pallas Mosaic GPU; its gradient is in `vjp.py`.
 
-Up to 64 rows are padded to a multiple of 8 and served by `mgpu_few_kernels`, more to whole tiles of
-64 (`mgpu_kernels`); outputs and inputs to whole tiles (a copy of the codes where their sizes are no
-multiples). Deterministic: splits are summed in order by XLA.
+Up to FEW rows are served by `mgpu_few_kernels` in blocks of up to 64, padded to a multiple of 8;
+more by whole tiles of 64 (`mgpu_kernels`). Outputs and inputs are padded to whole tiles (a copy of
+the codes where their sizes are no multiples). Deterministic: splits are summed in order by XLA.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from pallas_kernels.common import mgpu, tune
 from pallas_kernels.w4a16_gemm import triton
 
+FEW = 512
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicGpuConfig:
   """A program: up to 64 rows, 1 / `num_splits` of the inputs, `num_stages` steps in flight.
 
-  block_n outputs where there are more than 64 rows. With fewer always 128, and `num_warpgroups`
+  block_n outputs where there are more than FEW rows. With fewer always 128, and `num_warpgroups`
   share the inputs: above 2 their registers are enough for 16 rows only.
   """
 
@@ -44,9 +46,9 @@ def default_config(M: int, N: int, K: int, block_k: int) -> MosaicGpuConfig:
   Many: 128 outputs a program with 4 bits; steps of 2 bits are twice as long.
   """
   stages = 3 if block_k == 128 else 2
-  if M > mgpu.ROWS:
+  if M > FEW:
     return MosaicGpuConfig(block_n=128 if block_k == 128 else 64, num_stages=stages)
-  programs, steps, splits = -(-N // 128), -(-K // block_k), 1
+  programs, steps, splits = -(-N // 128) * -(-M // 64), -(-K // block_k), 1
   warpgroups = 4 if M <= 16 else 2
   while splits < 32 and 2 * splits * programs <= 160 and splits * warpgroups * 2 <= steps:
     splits *= 2
@@ -85,7 +87,7 @@ def matmul_mosaic_gpu(
     )
   config = config or tune.lookup(op, MosaicGpuConfig, key(M, N, K, group_size, x_MK.dtype))
   config = config or default_config(M, N, K, block_k)
-  if M <= mgpu.ROWS:
+  if M <= FEW:
     return _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op)
   block_n, stages = config.block_n, config.num_stages
   size = mgpu_kernels.shared_bytes(block_n, stages, bits, x_MK.dtype.itemsize)
@@ -109,19 +111,21 @@ def matmul_mosaic_gpu(
 
 
 def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op):
-  from pallas_kernels.w4a16_gemm import mgpu_few_kernels
+  from pallas_kernels.w4a16_gemm import mgpu_few_kernels as kernels
 
   M, N, stages = x_MK.shape[0], codes_RN.shape[1], config.num_stages
-  height, width = -(-M // 8) * 8, mgpu_few_kernels.fragments.ROWS
-  block_k = mgpu_few_kernels.BYTES * 8 // bits
+  blocks = max(1, -(-M // kernels.MOST_ROWS))
+  height = max(8, -(-M // blocks // 8) * 8)
+  width, block_k = kernels.fragments.ROWS, kernels.BYTES * 8 // bits
   warpgroups = config.num_warpgroups
-  size = mgpu_few_kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
+  size = kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
-  y_sMN = mgpu_few_kernels.matmul(
-    _padded(x_MK, 8, block_k),
-    _padded(codes_RN, mgpu_few_kernels.BYTES, width),
+  y_sMN = kernels.matmul(
+    _padded(x_MK, blocks * height, block_k),
+    _padded(codes_RN, kernels.BYTES, width),
     _padded(scale_QN, 1, width),
     None if zero_QN is None else _padded(zero_QN, 1, width),
+    rows=M if blocks == 1 else blocks * height,
     bits=bits,
     low=low,
     splits=config.num_splits,

@@ -21,10 +21,12 @@ def matmul_xla(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int = 4, low: in
   else:
     shift_1N = low if zero_QN is None else low - zero_QN.astype(jnp.float32)
     w_KN = packed.unpack(codes_RN, bits, K).astype(jnp.float32) + shift_1N
+  w_KN, sums = w_KN.astype(x_MK.dtype), jnp.float32
+  if jax.default_backend() == "gpu":
+    w_KN = jax.lax.optimization_barrier(w_KN)  # unpacked once, not in every tile of the product
+    sums = x_MK.dtype if is_grouped else sums  # cuBLAS adds in float32 whatever it writes
   precision = jax.lax.Precision.HIGHEST if x_MK.dtype == jnp.float32 else None
-  y_MN = jnp.matmul(
-    x_MK, w_KN.astype(x_MK.dtype), precision=precision, preferred_element_type=jnp.float32
-  )
+  y_MN = jnp.matmul(x_MK, w_KN, precision=precision, preferred_element_type=sums)
   if not is_grouped:
     y_MN = y_MN * scale_QN.astype(jnp.float32)
   return y_MN.astype(x_MK.dtype)

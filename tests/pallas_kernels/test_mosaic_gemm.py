@@ -47,6 +47,7 @@ PACKED = {  # (bits, case, config): two groups and edges; every step another gro
     dict(num_warpgroups=4, num_stages=2),
   ),
   "int4_tree": (4, cases.Case(rows=50, num_in=384, num_out=200), dict(num_splits=2, num_stages=2)),
+  "int4_blocks": (4, cases.Case(rows=130, num_in=256, num_out=40), dict(num_stages=2)),
 }
 
 

@@ -14,7 +14,7 @@ from minicpm_jax.quant import qtensor
 from pallas_kernels.ternary_gemm import api as ternary_api
 from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
-from pallas_kernels.w4a16_gemm import api, bench, cases, matvec, ref, triton, vjp, xla
+from pallas_kernels.w4a16_gemm import api, bench, cases, matvec, mosaic_gpu, ref, triton, vjp, xla
 from tests.pallas_kernels import packed_suite as suite
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
@@ -48,9 +48,31 @@ def test_bf16_errs_no_more_than_a_bf16_product(case):
   suite.check(xla.matmul_xla, cases.TINY[case], 4, dtype=jnp.bfloat16)
 
 
+@pytest.mark.parametrize("case", ["tiny_groups", "tiny_channel_zero"])
+def test_the_form_for_gpus_has_the_same_values_and_gradients(case, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  suite.check(xla.matmul_xla, cases.TINY[case], 4)
+  (x, *rest), w = suite.inputs(cases.TINY[case], 4)
+  dy = jnp.ones((x.shape[0], w.shape[1]))
+  dx = jax.vjp(lambda x: xla.matmul_xla(x, *rest), x)[1](dy)[0]
+  np.testing.assert_allclose(dx, np.asarray(dy, np.float64) @ w.T, rtol=1e-4, atol=1e-4)
+
+
 def test_groups_that_share_bytes():
   case = cases.Case(rows=2, num_in=21, num_out=6, group_size=7, has_zero=True)
   suite.check(xla.matmul_xla, case, 4)
+
+
+def test_auto_multiplies_many_rows_by_a_float_copy(monkeypatch):
+  """As the dense product does it: the kernels would unpack every code again for each 64 rows."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(mosaic_gpu, "matmul_mosaic_gpu", lambda *_, **__: 1 / 0)
+  case = cases.Case(rows=mosaic_gpu.FEW + 1, num_in=128, num_out=8)
+  (x, *rest), w = suite.inputs(case, 4)
+  found = api.matmul(x, *rest, group_size=128)
+  np.testing.assert_allclose(found, np.asarray(x, np.float64) @ w, rtol=1e-5, atol=1e-5)
+  with pytest.raises(ZeroDivisionError):
+    api.matmul(x[:-1], *rest, group_size=128)
 
 
 def test_no_rows():
