@@ -1,13 +1,11 @@
 """Recall documents: records, questions about them, fillers; needles for the evaluation.
 
 A document begins with a token of its own (a place for attention to rest) and is made of pairs of
-tokens: a record (one token that stands for a key and its value, twice), a question (a key, whose
-value in this document is the answer), or fillers, which follow a chain. Every document has its own
-values. A record fills half of a window of the compressed keys, as a sentence does at real size;
-where it was one token of the four, nothing taught its key to stand out in their mean, for the
-selection has no gradient. A share of the questions asks for one of the last records, as most of a
-text depends on what is near; the rest ask for any. Needles are records whose keys are asked for
-once, by the last tokens of the document.
+tokens: a record (one token that stands for a key and its value, beside a filler), a question (a
+key, whose value in this document is the answer), or fillers, which follow a chain. Every document
+has its own values. A share of the questions asks for one of the last records, as most of a text
+depends on what is near; the rest ask for any. Needles are records whose keys are asked for once, by
+the last tokens of the document.
 """
 
 import numpy as np
@@ -62,14 +60,15 @@ def documents(
   tokens = FILLER + _chain(rng, rows, 2 * pairs)
   kinds = np.full(tokens.shape, PLAIN)
   pair, kind_of = tokens.reshape(rows, pairs, 2), kinds.reshape(rows, pairs, 2)
-  pair[:] = np.where(is_record[..., None], (RECORD + key * VALUES + value)[..., None], pair)
+  side = rng.integers(2, size=(rows, pairs, 1)) == np.arange(2)
+  pair[:] = np.where(is_record[..., None] & side, (RECORD + key * VALUES + value)[..., None], pair)
   asking = np.stack((ASK + key, ANSWER + value), axis=-1)
   pair[:] = np.where(is_question[..., None], asking, pair)
   kind_of[..., 1][is_question] = EASY
   if edges is not None:
     last = keys[:, -NEEDLES:]
     value = np.take_along_axis(values, last, axis=1)
-    pair[row, needles] = (RECORD + last * VALUES + value)[..., None]
+    pair[row, needles, 0] = RECORD + last * VALUES + value
     order = rng.permuted(np.tile(np.arange(NEEDLES), (rows, 1)), axis=1)
     end = pairs - NEEDLES + np.arange(NEEDLES)[None]
     pair[row, end, 0] = ASK + np.take_along_axis(last, order, axis=1)
@@ -81,7 +80,7 @@ def documents(
 
 
 def needle_slots(tokens: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(first slot of the record [rows, NEEDLES], slot of the question's key [rows, NEEDLES])."""
+  """(slot of the record [rows, NEEDLES], slot of the question's key [rows, NEEDLES])."""
   asks = np.nonzero(kinds == NEEDLE)[1].reshape(len(tokens), NEEDLES) - 1
   keys = np.take_along_axis(tokens, asks, axis=1) - ASK
   of_key = np.where(tokens < ASK, tokens // VALUES, -1)

@@ -46,14 +46,13 @@ def probe(
 ) -> dict:
   """Shares and ranks of the blocks that hold the needles, for the queries that ask for them.
 
-  A needle of two tokens may stand in two blocks: either counts, and the better one's rank.
   "selected": [layer][key head] share of needles whose block is selected; "median_rank": of its
   score among the blocks a query may choose (1 = best); "selected_anywhere": by some layer and head;
   "right_if_selected", "right_if_not": needle accuracy of `cfg` in either case (None: no such case).
   """
   rows = np.arange(len(tokens))[:, None]
   slots, asks = recall.needle_slots(tokens, kinds)
-  blocks_RND = (slots[..., None] + np.arange(2)) // sparse.block_size
+  blocks = slots // sparse.block_size
   layers, logits = jax.jit(lambda p, t: queries_and_keys(cfg, p, t))(params, tokens[:, :-1])
   right = np.asarray(jnp.argmax(logits, axis=-1) == tokens[:, 1:])[rows, asks]
   T = tokens.shape[1] - 1
@@ -63,12 +62,11 @@ def probe(
   for q, k in layers:
     ids_BKTW, _ = sparse_attention.select_blocks(q, k, sparse)
     found = np.moveaxis(np.asarray(ids_BKTW), 1, 3)[rows, asks]  # [rows, needles, W, K]
-    is_own = found[:, :, None] == blocks_RND[:, :, :, None, None]
-    selected.append(is_own.any(axis=(2, 3)))
+    selected.append((found == blocks[:, :, None, None]).any(axis=2))
     kernel = topk_ref.kernel_scores(q, k, grid.pos_BT, grid.start_BT, rule)
     scores = topk_ref.block_scores(kernel, grid.start_BT, rule, rule.num_blocks(T))
     scores = np.moveaxis(np.asarray(scores), 1, 3)[rows, asks]  # [rows, needles, M, K]
-    own = np.take_along_axis(scores, blocks_RND[..., None], axis=2).max(axis=2, keepdims=True)
+    own = np.take_along_axis(scores, blocks[:, :, None, None], axis=2)
     at = np.arange(scores.shape[2])[None, None, :, None]
     current = (asks // sparse.block_size)[:, :, None, None]
     is_free = (at >= rule.init_blocks) & (at <= current - rule.num_local)

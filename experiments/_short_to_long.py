@@ -29,7 +29,7 @@ class Plan:
 
   short: int = 64  # tokens a row
   long: int = 256
-  bins: int = 4  # lengths of the long stage, long * (1, ..., bins) / bins, equal shares of tokens
+  bins: int = 1  # lengths of the long stage, long * (1, ..., bins) / bins, equal shares of tokens
   tokens: int = 4096  # a step
   short_steps: int = 400
   long_steps: int = 800
@@ -68,7 +68,12 @@ class Plan:
 
 
 def model_config(plan: Plan, sparse: config.SparseAttentionConfig | None) -> config.ModelConfig:
-  """0.11M parameters: 2 layers, 8 heads, 4 key heads, so that 8 selections are made."""
+  """0.17M parameters: 2 layers, 8 heads, 4 key heads, so that 8 selections are made.
+
+  A block is chosen by the mean of four keys, after RoPE. The base is 1e6 and the heads have 32
+  dimensions: at distance 256, 18 of them have turned by less than a radian. With base 1e4 and 16
+  dimensions 6 had, and the one key of the four that is a record did not stand out of the mean.
+  """
   return zoo.nano(
     name="short_to_long",
     vocab_size=recall.VOCAB,
@@ -78,10 +83,11 @@ def model_config(plan: Plan, sparse: config.SparseAttentionConfig | None) -> con
     num_layers=2,
     num_heads=8,
     num_kv_heads=4,
-    head_dim=16,
+    head_dim=32,
     max_position=plan.long,
     dim_model_base=64,
     scan_layers=False,
+    rope=config.RopeConfig(theta=1e6),
     sparse=sparse,
   )
 
