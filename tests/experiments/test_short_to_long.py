@@ -36,7 +36,7 @@ def test_every_answer_stands_in_its_document():
     places = [records[key][1] for key in needles]
     depths += places
     # Beyond what every query sees anyway: the first block and the local window.
-    assert min(places) >= toy.SPARSE.block_size - 1
+    assert min(places) >= toy.SPARSE.block_size
     assert max(places) < 513 - 2 * recall.NEEDLES - toy.SPARSE.window_size - toy.SPARSE.block_size
   assert max(depths) - min(depths) > 200
 
@@ -70,17 +70,17 @@ def test_near_questions_ask_for_the_last_records():
 
 
 def test_lengths_of_the_long_stage_share_the_tokens():
-  plan = toy.Plan(long_steps=8)
+  plan = toy.Plan(bins=4, long_steps=8)
   assert plan.long_lengths() == [256, 192, 128, 64] * 2
   assert {256, 192} & {n for n in plan.long_lengths() if n > toy.VISIBLE}
-  assert toy.Plan(bins=1, long_steps=2).long_lengths() == [256, 256]
+  assert toy.Plan(long_steps=2).long_lengths() == [256, 256]
   with pytest.raises(ValueError, match="long: found 96, .* twice the 64 visible"):
-    toy.Plan(bins=1, long=96)
+    toy.Plan(long=96)
 
 
 def test_probe_agrees_with_the_definition():
   """Selection and rank of one query and head by loops in float64, from the model's own weights."""
-  plan, (K, G, H) = toy.Plan(), (4, 2, 16)
+  plan, (K, G, H) = toy.Plan(), (4, 2, 32)
   cfg = toy.model_config(plan, toy.SPARSE)
   params = transformer.init_params(transformer.Transformer(cfg), jax.random.key(1))
   params = jax.tree.map(lambda p: 3 * p, params)  # uneven scores
@@ -131,25 +131,43 @@ def test_probe_agrees_with_the_definition():
 def test_the_experiment_runs_and_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
   """Six steps each: both arms see the same rows from the same weights, and the files are there."""
   pytest.importorskip("matplotlib")
-  flags = ["--short_steps=6", "--long_steps=6", "--long=256", "--tokens=512", "--eval_rows=8"]
+  flags = ["--short_steps=6", "--long_steps=6", "--bins=4", "--tokens=512", "--eval_rows=8"]
   args = ["short_to_long", f"--out={tmp_path}", "--every=6", *flags]
-  assert short_to_long.main([*args, "--seeds=1"]) == 0
+  assert short_to_long.main([*args, "--first=1", "--seeds=1"]) == 0
   found = json.loads((tmp_path / "short_to_long.json").read_text())
   (run,) = found["seeds"]
   assert (tmp_path / "short_to_long.png").stat().st_size > 0
   assert len(run["losses"]["full"]) == len(run["losses"]["sparse"]) == 6
   jumps = (np.divide(run["losses"]["sparse"], run["losses"]["full"]) - 1)[[0, 1, 2, 4, 5]]
-  mean = found["summary"]["mean_loss_jump_at_the_switch"]  # of the rows beyond 64 tokens
-  np.testing.assert_allclose(mean, jumps.mean(), atol=1e-4)
+  summary = found["summary"]
+  jump = summary["loss_jump_at_the_switch"]  # of the rows beyond 64 tokens
+  np.testing.assert_allclose(jump["mean"], [jumps.mean()], atol=1e-4)
+  np.testing.assert_allclose(jump["largest"], [jumps.max()], atol=1e-4)
   assert np.shape(run["selection"]["sparse"]["selected"]) == (2, 4)
   assert 0 < abs(jumps[0]) < 0.05  # other attention, same weights and rows
   assert run["losses"]["short"][-1] < run["losses"]["short"][0]
   starts = [run["curves"][name][0] for name in ("full", "sparse")]
   assert starts[0] == starts[1]  # both begin with the short model
-  monkeypatch.setattr(toy, "run_seed", lambda plan, seed, say: run | {"seed": seed})
-  assert short_to_long.main([*args, "--seeds=2"]) == 0
+  held_out = starts[0]["sparse_nll"] / starts[0]["full_nll"] - 1
+  np.testing.assert_allclose(jump["held_out"], [held_out], atol=1e-4)
+  final, behind = run["final"], summary["points_behind_full_attention"]
+  for name, key in (("long sparse", "sparse"), ("long full, untrained", "full")):
+    gap = final["full_trained_full_attention"]["needle"]
+    gap -= final[f"{key}_trained_sparse_attention"]["needle"]
+    name += ", selection" if key == "sparse" else " selection"
+    np.testing.assert_allclose(behind[name], [100 * gap], atol=0.01)
+  asked = []
+  monkeypatch.setattr(
+    toy, "run_seed", lambda plan, seed, say: asked.append(seed) or run | {"seed": seed}
+  )
+  assert short_to_long.main([*args, "--seeds=3"]) == 0
   found = json.loads((tmp_path / "short_to_long.json").read_text())
-  assert [s["seed"] for s in found["seeds"]] == [0, 1]
+  assert [s["seed"] for s in found["seeds"]] == [0, 1, 2]
+  assert asked == [0, 2]  # seed 1 stands there already
+  monkeypatch.setattr(toy, "SPARSE", dataclasses.replace(toy.SPARSE, topk=5))
+  assert short_to_long.main([*args, "--seeds=1"]) == 0
+  found = json.loads((tmp_path / "short_to_long.json").read_text())
+  assert [s["seed"] for s in found["seeds"]] == [0] and asked == [0, 2, 0]  # another model
   capsys.readouterr()
   for bad, message in (("--long=96", "long / bins: found 24"), ("--short=36", "a multiple of 8")):
     assert short_to_long.main([*args, bad]) == 1
