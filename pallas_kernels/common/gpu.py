@@ -6,10 +6,17 @@ gradients come from the op's `vjp.py`, values are tested by a process of its own
 `launch` (tests/pallas_kernels/triton_host.py).
 """
 
+import functools
 import importlib
+import inspect
 
 import jax
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 
+# jaxlib's handler of a Triton kernel that XLA records into CUDA graphs. jax-triton 0.3 calls the
+# older one, "triton_kernel_call": there the host launches it and whatever lies between two of them.
+TARGET = "triton_kernel_call_ffi"
 FLOATS = ("bfloat16", "float16", "float32")
 
 
@@ -80,6 +87,9 @@ def launch(
 ):
   """Runs a `triton.jit` function on the arrays, then the outputs, then constants by name."""
   jax_triton = importlib.import_module("jax_triton")
+  if "custom_call_target_name" in inspect.signature(jax_triton.triton_call).parameters:
+    _lower_to_target()
+    sizes["custom_call_target_name"] = TARGET
   return jax_triton.triton_call(
     *arrays,
     kernel=kernel,
@@ -90,3 +100,20 @@ def launch(
     compute_capability=compute_capability,
     **sizes,
   )
+
+
+@functools.cache
+def _lower_to_target() -> None:
+  """Has jax-triton's calls of TARGET lowered as typed FFI, which is what that handler reads."""
+  lib = importlib.import_module("jax_triton.triton_lib")
+
+  def lower(ctx, *args, **params):
+    values = lib.triton_kernel_call_lowering(lib.get_cuda_backend, ctx, *args, **params)
+    if params["custom_call_target_name"].endswith("_ffi"):
+      attributes = ir.OpResult(values[0]).owner.attributes
+      kernel = attributes["backend_config"]
+      attributes["backend_config"] = ir.DictAttr.get({"opaque": kernel})
+      attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+    return values
+
+  mlir.register_lowering(lib.triton_kernel_call_p, lower, platform="cuda")
