@@ -37,7 +37,7 @@ def _places(shape):
     yield index, 2 * index[0] + index[halves[0]], index[1]
 
 
-def _fragment(shape, values, is_signed=None):
+def _fragment(shape, values):
   """Of a function (byte, tile of columns) -> register."""
   from jax.experimental.mosaic import gpu as mgpu
 
@@ -45,11 +45,14 @@ def _fragment(shape, values, is_signed=None):
   registers = np.empty(layout.registers_shape(shape), dtype=object)
   for index, byte, columns in _places(shape):
     registers[index] = values(byte, columns)
-  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
+  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-class _Ops:
-  """What the functions below need of MLIR; made inside a kernel's lowering."""
+class Ops:
+  """The instructions that the functions below use; made inside a kernel's lowering.
+
+  Numbers are int32 of a thread; the tests have the same methods over numpy.
+  """
 
   def __init__(self):
     from jax.experimental.mosaic.gpu import utils
@@ -57,19 +60,65 @@ class _Ops:
     self.utils, self.ir, self.arith = utils, utils.ir, utils.arith
     self.llvm, self.vector = utils.llvm, utils.vector
     self.i32 = self.ir.IntegerType.get_signless(32)
-    thread = self.asm("mov.u32 $0, %tid.x;")
-    lane = self.arith.remui(thread, self.c(32))
-    warp = self.arith.remui(self.arith.divui(thread, self.c(32)), self.c(4))
-    self.q = self.arith.remui(lane, self.c(4))
-    group = self.arith.divui(lane, self.c(4))
-    word = self.arith.addi(self.arith.muli(warp, self.c(8)), group)
-    self.first = self.arith.muli(word, self.c(4))  # of the thread's four outputs
 
   def c(self, value: int):
     return self.utils.c(value, self.i32)
 
-  def vector_type(self, size: int, element):
-    return self.ir.VectorType.get((size,), element)
+  def thread(self):
+    return self.asm("mov.u32 $0, %tid.x;")
+
+  def grid_depth(self):
+    return self.asm("mov.u32 $0, %nctaid.z;")
+
+  def add(self, a, b):
+    return self.arith.addi(a, b)
+
+  def mul(self, a, b):
+    return self.arith.muli(a, b)
+
+  def div(self, a, b):
+    return self.arith.divui(a, b)
+
+  def rem(self, a, b):
+    return self.arith.remui(a, b)
+
+  def least(self, a, b):
+    return self.arith.minui(a, b)
+
+  def shift_right(self, a, b):
+    return self.arith.shrui(a, b)
+
+  def word(self, ref, row, column):
+    """Four bytes of a plain reference, the first lowest."""
+    return self.llvm.load(self.i32, self.at(ref, row, column))
+
+  def signed_byte(self, ref, index):
+    i8 = self.ir.IntegerType.get_signless(8)
+    return self.arith.extsi(self.i32, self.llvm.load(i8, self.at(ref, index)))
+
+  def choose_bytes(self, a, b, select: int):
+    """Byte i is byte `select >> 4 i & 15` of a (0-3) and b (4-7)."""
+    return self.asm(f"prmt.b32 $0, $1, $2, {select};", a, b)
+
+  def put(self, bits, mask, constant: int):
+    """bits & mask | constant."""
+    return self.asm(f"lop3.b32 $0, $1, $2, {constant}, 0xEA;", bits, mask)
+
+  def subtract(self, a, b, kind: str):
+    """Of two pairs of 16-bit floats."""
+    return self.asm(f"sub.rn.{kind} $0, $1, $2;", a, b)
+
+  def float_pair(self, number, dtype):
+    """A whole number twice, as the bits of two floats."""
+    element = self.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    number = self.arith.sitofp(element, number)
+    return self.llvm.bitcast(self.i32, self.vector.broadcast(self.pair_of(element), number))
+
+  def as_floats(self, pair, dtype):
+    return self.llvm.bitcast(self.pair_of(self.utils.dtype_to_ir_type(jnp.dtype(dtype))), pair)
+
+  def pair_of(self, element):
+    return self.ir.VectorType.get((2,), element)
 
   def asm(self, text: str, *operands):
     constraints = ",".join(["=r"] + ["r"] * len(operands))
@@ -88,6 +137,49 @@ class _Ops:
     return self.utils.getelementptr(self.utils.memref_ptr(memref), [offset], element)
 
 
+def place(ops):
+  """(first of the thread's four outputs, q)."""
+  lane = ops.rem(ops.thread(), ops.c(32))
+  warp = ops.rem(ops.div(ops.thread(), ops.c(32)), ops.c(4))
+  word = ops.add(ops.mul(warp, ops.c(8)), ops.div(lane, ops.c(4)))
+  return ops.mul(word, ops.c(4)), ops.rem(lane, ops.c(4))
+
+
+def unpacker(ops, codes, zero, *, chunk: int, bits: int, low: int, dtype):
+  """Function (byte, tile of eight inputs) -> the bits of two floats, code + low - zero."""
+  magic, whole, kind = MAGIC[str(jnp.dtype(dtype))]
+  first, q = place(ops)
+  # Times 1, but not known to be: a constant mask would be loaded again for every use.
+  one = ops.least(ops.grid_depth(), ops.c(1))
+  mask = ops.mul(one, ops.c((2**bits - 1) * 0x10001))
+  shift = ops.float_pair(ops.c(whole - low), dtype)
+  zeros = []
+  if zero is not None:
+    for byte in range(4):
+      number = ops.signed_byte(zero, ops.add(first, ops.c(byte)))
+      zeros.append(ops.float_pair(number, dtype))
+
+  @functools.cache
+  def words(columns):
+    """A word of codes at the thread's inputs of eight, and the same moved by one code."""
+    at = chunk * INPUTS + 8 * columns
+    if bits == 4:
+      word = ops.word(codes, ops.add(q, ops.c(at // 2)), first)
+    else:
+      row = ops.add(ops.div(q, ops.c(2)), ops.c(at // 4))
+      half = ops.mul(ops.rem(q, ops.c(2)), ops.c(4))
+      word = ops.shift_right(ops.word(codes, row, first), half)
+    return word, ops.shift_right(word, ops.c(bits))
+
+  def value(byte, columns):
+    select = byte | byte << 4 | (4 + byte) << 8 | (4 + byte) << 12
+    both = ops.choose_bytes(*words(columns), select)
+    exact = ops.subtract(ops.put(both, mask, magic * 0x10001), shift, kind)
+    return ops.subtract(exact, zeros[byte], kind) if zeros else exact
+
+  return value
+
+
 def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, interpreted: bool):
   """code + low - zero [128, 64] of inputs 64 chunk .. of a tile of codes [rows, 128] in SMEM.
 
@@ -98,64 +190,17 @@ def weights(codes_ref, zero_ref, *, chunk: int, bits: int, low: int, dtype, inte
     w_kN = w_KN[chunk * INPUTS : (chunk + 1) * INPUTS] + low
     return (w_kN if zero_ref is None else w_kN - zero_ref[...][None]).T.astype(dtype)
 
-  magic, whole, kind = MAGIC[str(jnp.dtype(dtype))]
   refs = (codes_ref,) if zero_ref is None else (codes_ref, zero_ref)
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(),) * len(refs), return_type=_array((ROWS, INPUTS), dtype)
   )
   def run(_, codes, zero=None):
-    ops = _Ops()
-    arith = ops.arith
-    # Times 1, but not known to be: a constant mask would be loaded again for every use.
-    one = arith.minui(ops.asm("mov.u32 $0, %nctaid.z;"), ops.c(1))
-    mask = arith.muli(one, ops.c((2**bits - 1) * 0x10001))
-    float_type = ops.utils.dtype_to_ir_type(jnp.dtype(dtype))
-    pair = ops.vector_type(2, float_type)
-    shift = _pair(ops, float_type, ops.c(whole - low))
-    zeros = [None if zero is None else _zero(ops, float_type, zero, byte) for byte in range(4)]
-
-    @functools.cache
-    def words(columns):
-      """A word of codes at the thread's inputs of eight, and the same moved by one code."""
-      at = chunk * INPUTS + 8 * columns
-      if bits == 4:
-        row, word_shift = arith.addi(ops.q, ops.c(at // 2)), None
-      else:
-        half = arith.divui(ops.q, ops.c(2))
-        row = arith.addi(half, ops.c(at // 4))
-        word_shift = arith.muli(arith.remui(ops.q, ops.c(2)), ops.c(4))
-      word = ops.llvm.load(ops.i32, ops.at(codes, row, ops.first))
-      if word_shift is not None:
-        word = arith.shrui(word, word_shift)
-      return word, arith.shrui(word, ops.c(bits))
-
-    def value(byte, columns):
-      select = byte | byte << 4 | (4 + byte) << 8 | (4 + byte) << 12
-      both = ops.asm(f"prmt.b32 $0, $1, $2, {select};", *words(columns))
-      as_float = ops.asm(f"lop3.b32 $0, $1, $2, {magic * 0x10001}, 0xEA;", both, mask)
-      exact = ops.asm(f"sub.rn.{kind} $0, $1, $2;", as_float, shift)
-      if zero is not None:
-        exact = ops.asm(f"sub.rn.{kind} $0, $1, $2;", exact, zeros[byte])
-      return ops.llvm.bitcast(pair, exact)
-
-    return _fragment((ROWS, INPUTS), value)
+    ops = Ops()
+    value = unpacker(ops, codes, zero, chunk=chunk, bits=bits, low=low, dtype=dtype)
+    return _fragment((ROWS, INPUTS), lambda *place: ops.as_floats(value(*place), dtype))
 
   return run(*refs)
-
-
-def _pair(ops, float_type, number):
-  """A whole number twice, as the bits of two floats."""
-  number = ops.arith.sitofp(float_type, number)
-  both = ops.vector.broadcast(ops.vector_type(2, float_type), number)
-  return ops.llvm.bitcast(ops.i32, both)
-
-
-def _zero(ops, float_type, zero, byte: int):
-  """Zero point of the thread's output `byte`, as `_pair`."""
-  i8 = ops.ir.IntegerType.get_signless(8)
-  number = ops.llvm.load(i8, ops.at(zero, ops.arith.addi(ops.first, ops.c(byte))))
-  return _pair(ops, float_type, ops.arith.extsi(ops.i32, number))
 
 
 def scales(scale_ref, columns: int, interpreted: bool):
@@ -166,14 +211,15 @@ def scales(scale_ref, columns: int, interpreted: bool):
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_array((ROWS, columns), jnp.float32))
   def run(_, scale):
-    ops = _Ops()
-    f32 = ops.ir.F32Type.get()
+    ops = Ops()
+    first, _ = place(ops)
+    f32, vector_type = ops.ir.F32Type.get(), ops.ir.VectorType.get
     element = ops.ir.MemRefType(scale.type).element_type
-    four = ops.llvm.load(ops.vector_type(4, element), ops.at(scale, ops.first))
+    four = ops.llvm.load(vector_type((4,), element), ops.at(scale, first))
     if element != f32:
-      four = ops.arith.extf(ops.vector_type(4, f32), four)
+      four = ops.arith.extf(vector_type((4,), f32), four)
     numbers = [ops.vector.extract(four, [], [i]) for i in range(4)]
-    pairs = [ops.vector.broadcast(ops.vector_type(2, f32), x) for x in numbers]
+    pairs = [ops.vector.broadcast(ops.pair_of(f32), x) for x in numbers]
     return _fragment((ROWS, columns), lambda byte, _: pairs[byte])
 
   return run(scale_ref)
@@ -185,23 +231,23 @@ def store(y_Nm, out_ref):
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
   def run(_, y, out):
-    ops = _Ops()
-    f32, element = ops.ir.F32Type.get(), ops.ir.MemRefType(out.type).element_type
-    found = {}
-    for index, byte, at in _places((rows, columns)):
-      found[byte, at] = y.registers[index]
+    ops = Ops()
+    first, q = place(ops)
+    f32, vector_type = ops.ir.F32Type.get(), ops.ir.VectorType.get
+    element = ops.ir.MemRefType(out.type).element_type
+    found = {(byte, at): y.registers[index] for index, byte, at in _places((rows, columns))}
     for at in range(columns // 8):
       for i in range(2):
         four = [ops.vector.extract(found[byte, at], [], [i]) for byte in range(4)]
-        four = ops.vector.from_elements(ops.vector_type(4, f32), four)
+        four = ops.vector.from_elements(vector_type((4,), f32), four)
         if element != f32:
-          four = ops.arith.truncf(ops.vector_type(4, element), four)
-        m = ops.arith.addi(ops.arith.muli(ops.q, ops.c(2)), ops.c(8 * at + i))
+          four = ops.arith.truncf(vector_type((4,), element), four)
+        m = ops.add(ops.mul(q, ops.c(2)), ops.c(8 * at + i))
         if 8 * at + 8 <= kept:
-          ops.llvm.store(four, ops.at(out, m, ops.first))
+          ops.llvm.store(four, ops.at(out, m, first))
         elif 8 * at + i < kept:
           is_kept = ops.arith.cmpi(ops.arith.CmpIPredicate.ult, m, ops.c(kept))
           with ops.utils.when(is_kept):
-            ops.llvm.store(four, ops.at(out, m, ops.first))
+            ops.llvm.store(four, ops.at(out, m, first))
 
   run(y_Nm, out_ref)
