@@ -33,10 +33,10 @@ def matmul(
   ValueError: shapes or types that do not fit one another, named. NotImplementedError: a named
   implementation that does not serve the call (`mosaic_gpu`: Hopper, 16-bit floats, groups of a
   multiple of 128; `triton`: a CUDA device, float types, groups of a multiple of 32); `auto` takes
-  the next, and `xla` for more than 512 rows. `config` is of the implementation of its class; others
-  that `auto` tries take their own. `interpret` is of mosaic_gpu: None = on a CPU, where it serves
-  float32 too. Differentiable in x and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the
-  K N / 2 bytes of codes
+  the next, begins with triton for one row (`matvec`) and takes `xla` for more than 512 rows.
+  `config` is of the implementation of its class; others that `auto` tries take their own.
+  `interpret` is of mosaic_gpu: None = on a CPU, where it serves float32 too. Differentiable in x
+  and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes
   (quantization.md section 10).
   """
   options = dict(group_size=group_size, config=config, interpret=interpret)
@@ -62,4 +62,6 @@ def serve(
     "ref": lambda: ref.matmul_ref(*arrays, **code),
     "xla": lambda: xla.matmul_xla(*arrays, **code),
   }
+  if config is None and matvec.config_of(*arrays[:3], bits=code["bits"], op=op) is not None:
+    kernels = {"triton": kernels.pop("triton"), **kernels}
   return spec.dispatch(op, implementation, kernels)

@@ -159,18 +159,11 @@ def matvec(
   x = tl.load(inputs + k[None, :], mask=(k < ROWS * PER_BYTE)[None, :], other=0.0).to(tl.float32)
   total = tl.sum(x, axis=1)[:, None]
   shared = tl.sum(x * (POWER >> (BITS * (k % PER_BYTE)))[None, :], axis=1)[:, None] - LOW * total
-  group = (lane * (ROWS * PER_BYTE)) // GROUP
-  at = group[:, None] * N + 4 * word[None, :]
-  out = out_ptr + split * N + 4 * word
-  _lanes_sum(out, acc0 - shared, total, scale_ptr + at, zero_ptr + at, HAS_ZERO)
-  _lanes_sum(out + 1, acc1 - shared, total, scale_ptr + at + 1, zero_ptr + at + 1, HAS_ZERO)
-  _lanes_sum(out + 2, acc2 - shared, total, scale_ptr + at + 2, zero_ptr + at + 2, HAS_ZERO)
-  _lanes_sum(out + 3, acc3 - shared, total, scale_ptr + at + 3, zero_ptr + at + 3, HAS_ZERO)
-
-
-@triton.jit
-def _lanes_sum(out, acc, total, scale_ptr, zero_ptr, HAS_ZERO: tl.constexpr):
+  n = tl.program_id(0) * BN + tl.arange(0, BN)
+  at = ((lane * (ROWS * PER_BYTE)) // GROUP)[:, None] * N + n[None, :]
+  words = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))  # [..., i, j] is byte 2 i + j
+  acc = tl.reshape(words, [LANES, BN]) - shared
   if HAS_ZERO:
-    acc -= total * tl.load(zero_ptr).to(tl.float32)
-  y = tl.sum(acc * tl.load(scale_ptr).to(tl.float32), axis=0)
-  tl.store(out, y.to(out.dtype.element_ty))
+    acc -= total * tl.load(zero_ptr + at).to(tl.float32)
+  y = tl.sum(acc * tl.load(scale_ptr + at).to(tl.float32), axis=0)
+  tl.store(out_ptr + split * N + n, y.to(out_ptr.dtype.element_ty))

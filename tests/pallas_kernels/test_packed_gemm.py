@@ -63,6 +63,26 @@ def test_groups_that_share_bytes():
   suite.check(xla.matmul_xla, case, 4)
 
 
+@pytest.mark.parametrize("rows, dtype", [(1, "bfloat16"), (2, "bfloat16"), (1, "float32")])
+def test_auto_gives_one_row_in_16_bits_to_triton(rows, dtype, monkeypatch):
+  called = []
+
+  def record(name):
+    def run(*_, **__):
+      called.append(name)
+      raise NotImplementedError(name)
+
+    return run
+
+  arrays, _ = suite.inputs(cases.Case(rows=rows, num_in=512, num_out=64), 4, jnp.dtype(dtype))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(triton, "matmul_triton", record("triton"))
+  monkeypatch.setattr(mosaic_gpu, "matmul_mosaic_gpu", record("mosaic_gpu"))
+  api.matmul(*arrays, group_size=128)
+  order = ["triton", "mosaic_gpu"]
+  assert called == (order if (rows, dtype) == (1, "bfloat16") else order[::-1])
+
+
 def test_auto_multiplies_many_rows_by_a_float_copy(monkeypatch):
   """As the dense product does it: the kernels would unpack every code again for each 64 rows."""
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
