@@ -1,8 +1,7 @@
 """Block-scaled FP8 product on NVIDIA GPUs (sm_89 and later) through jax-triton; no gradient.
 
-Checked without a GPU only: values in Triton's interpreter, machine code for sm_89 and sm_90. It
-has not run on a device: the heuristic's tiles are not tuned, no time is known. A program adds in a
-fixed order.
+Checked in Triton's interpreter, as machine code for sm_89 and sm_90, and on an H200. A program adds
+in a fixed order.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from pallas_kernels.fp8_gemm import ref
 
 OP = "fp8_gemm"
 LEAST_CAPABILITY = 89
+TILE_ROWS = 16  # walked together
 SHARED = 227 * 1024  # bytes a program may use on sm_90; sm_89 has 99 KiB
 
 
@@ -70,7 +70,7 @@ def matmul_triton(
     triton_kernels.matmul,
     *(xq_MK, xs_MQ, wq_KN.T, ws_QP),
     out_shape=jax.ShapeDtypeStruct((M, N), out_dtype),
-    grid=(-(-N // config.block_n), -(-M // config.block_m)),
+    grid=(-(-N // config.block_n) * -(-M // config.block_m),),
     num_warps=config.num_warps,
     num_stages=config.num_stages,
     compute_capability=config.compute_capability,
@@ -80,4 +80,5 @@ def matmul_triton(
     BLOCK=ref.BLOCK,
     BM=config.block_m,
     BN=config.block_n,
+    ROWS=TILE_ROWS,
   )

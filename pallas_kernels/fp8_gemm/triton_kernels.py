@@ -17,15 +17,21 @@ def matmul(
   BLOCK: tl.constexpr,  # inputs and outputs that share a scale
   BM: tl.constexpr,
   BN: tl.constexpr,  # divides BLOCK
+  ROWS: tl.constexpr,  # of tiles, walked together column by column: their x stays in L2
 ):
   Q: tl.constexpr = (K + BLOCK - 1) // BLOCK
   P: tl.constexpr = (N + BLOCK - 1) // BLOCK
-  m = tl.program_id(1) * BM + tl.arange(0, BM)
-  n = tl.program_id(0) * BN + tl.arange(0, BN)
+  COLUMNS: tl.constexpr = (N + BN - 1) // BN
+  first = tl.program_id(0) // (ROWS * COLUMNS) * ROWS
+  height = tl.minimum(ROWS, (M + BM - 1) // BM - first)
+  rest = tl.program_id(0) % (ROWS * COLUMNS)
+  row, tile = first + rest % height, rest // height
+  m = row * BM + tl.arange(0, BM)
+  n = tile * BN + tl.arange(0, BN)
   k = tl.arange(0, BLOCK)
   x_tile = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
   w_tile = w_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
-  column = tl.program_id(0) * BN // BLOCK
+  column = tile * BN // BLOCK
   acc_MN = tl.zeros([BM, BN], tl.float32)
   for q in range(Q):
     is_in = q * BLOCK + k < K

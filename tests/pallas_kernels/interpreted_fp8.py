@@ -23,3 +23,10 @@ def on_the_host(monkeypatch):
 def test_fp8(name, dtype, block_n):
   config = triton.TritonConfig(block_m=16, block_n=block_n)
   suite.check(functools.partial(triton.matmul_triton, config=config), cases.TINY[name], dtype)
+
+
+def test_fp8_tiles_in_groups():
+  """18 rows of tiles: a whole group and a lower one."""
+  case = cases.Case(rows=280, num_in=128, num_out=40)
+  config = triton.TritonConfig(block_m=16, block_n=16)
+  suite.check(functools.partial(triton.matmul_triton, config=config), case)
