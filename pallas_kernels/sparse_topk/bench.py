@@ -76,31 +76,27 @@ def scores_program(case: cases.Case, implementation: str):
 
 
 def candidates(implementation: str, group: int):
-  """For Triton (columns of a product, keys, warps, stages) that fit Hopper's registers and shared
-  memory; for both how many bytes of scores a run holds."""
-  sizes = [2**28, 2**29, 2**30]
+  """For Triton (columns of a step, products it is cut into, keys, warps) that fit a Hopper's
+  registers and shared memory; for both how many bytes of scores a run holds."""
   if implementation == "mosaic_gpu":
+    sizes = 2**28, 2**29, 2**30
     yield from (mosaic_gpu.MosaicGpuConfig(max_score_bytes=size) for size in sizes)
     return
   group = gpu.next_power_of_two(group)
-  for columns, keys, warps, stages in (
-    (256, 64, 4, 2),
-    (256, 64, 4, 3),
-    (128, 64, 4, 2),
-    (128, 64, 4, 3),
-    (128, 128, 8, 2),
-    (256, 128, 8, 2),
-    (256, 128, 8, 3),
-    (512, 64, 8, 2),
+  for columns, parts, keys, warps in (
+    (256, 2, 64, 4),
+    (256, 4, 64, 4),
+    (256, 1, 64, 4),
+    (128, 1, 64, 4),
+    (128, 2, 64, 4),
+    (256, 2, 128, 8),
   ):
     if columns >= group:
       yield triton.TritonConfig(
-        block_q=columns // group, block_c=keys, num_warps=warps, num_stages=stages
+        block_q=columns // group, parts=parts, block_c=keys, num_warps=warps
       )
   if group <= 256:
-    yield from (
-      triton.TritonConfig(block_q=256 // group, max_score_bytes=size) for size in sizes[1:]
-    )
+    yield triton.TritonConfig(block_q=256 // group, max_score_bytes=2**30)
 
 
 def main():

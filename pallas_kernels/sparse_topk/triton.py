@@ -21,6 +21,7 @@ class TritonConfig:
 
   block_q: int = 16  # queries of one program; times the group size = columns of its matmuls
   block_c: int = 64  # compressed keys of one tile
+  parts: int = 2  # products that a tile is cut into, at most the heads of a group
   num_warps: int = 4
   num_stages: int = 2
   blocks_per_warp: int = 2048  # of the row of scores that a choice holds in registers
@@ -28,7 +29,7 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    gpu.check_tiles(self, block_q=1, block_c=1, num_warps=1, blocks_per_warp=1)
+    gpu.check_tiles(self, block_q=1, block_c=1, parts=1, num_warps=1, blocks_per_warp=1)
 
 
 def default_config(
@@ -36,18 +37,19 @@ def default_config(
 ) -> TritonConfig:
   """As tuned for the device; else what fills the registers of one warpgroup.
 
-  On Hopper a product of 64 keys and 256 columns, whose accumulator is half of the registers: two
-  programs a multiprocessor, one in its product while the other exponentiates. Before Hopper the
-  operands take registers too: 128 columns.
+  On Hopper a step of 64 keys and 256 columns, half of them exponentiated while the others are
+  multiplied: accumulators and normalisers are 192 registers, two programs a multiprocessor. Before
+  Hopper the operands take registers too: fewer columns, in one product.
   """
   tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
   capability = gpu.capability(compute_capability) or 90
   rows = gpu.next_power_of_two(group)
   if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer columns in registers
-    columns, tiles = 32, dict(block_c=32, num_stages=1)
+    columns, tiles = 32, dict(block_c=32, parts=1, num_stages=1)
   else:
     columns = 256 if capability >= 90 and head_dim <= 128 else 128
-    tiles = dict(num_stages=2)
+    columns = columns if group >= 16 else 64  # many queries: their scores and bounds are registers
+    tiles = dict(parts=2 if capability >= 90 else 1, num_stages=2)
   return tuned or TritonConfig(block_q=max(1, columns // rows), **tiles)
 
 
@@ -87,9 +89,8 @@ def runs(
     x if x.shape[1] else jnp.zeros((B, 1, K, H), x.dtype) for x in (norm_BCKH, fine_BFKH)
   )
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
-  W, G, block_c = rule.num_selected, N // K, max(config.block_c, per_block)
-  tile_blocks = block_c // per_block
-  M = -(-rule.num_blocks(num_slots) // tile_blocks) * tile_blocks
+  W, G, block_c = rule.num_selected, N // K, config.block_c
+  M = -(-rule.num_blocks(num_slots) // block_c) * block_c
   MP = gpu.next_power_of_two(M, least=16)
   most = config.max_score_bytes // (4 * B * K * M) // config.block_q * config.block_q
   rows = max(config.block_q, min(most, -(-T // config.block_q) * config.block_q))
@@ -122,6 +123,7 @@ def runs(
       PER_BLOCK=per_block,
       QUERIES=config.block_q,
       KEYS=block_c,
+      PARTS=min(config.parts, gpu.next_power_of_two(G)),
       PRECISION=gpu.precision(q_BTNH.dtype),
       **shared,
     )

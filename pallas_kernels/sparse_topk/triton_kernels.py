@@ -3,8 +3,9 @@
 `block_scores` makes two passes over compressed keys for a few queries at a time: the normaliser
 (fine or coarse keys), then the scores, summed over the query heads of a key head and pooled to
 blocks in registers. Each score is computed once, so that neighbouring blocks which share their
-best window tie exactly, as in the reference. `choose` takes one row of block scores: bisection on
-the bits of the scores (they are >= 0, so bits order like the numbers), ties to the lower block.
+best window tie exactly, as in the reference. `choose` takes one row of block scores: down from
+the best and bisection on the bits of the scores (they are >= 0, so bits order like the numbers),
+ties to the lower block.
 """
 
 import triton
@@ -26,11 +27,10 @@ def visible(pos, start, SIZE: tl.constexpr, STRIDE: tl.constexpr, NUM: tl.conste
 
 @triton.jit
 def load_keys(
-  keys_ptr, n, NUM: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-  KEYS: tl.constexpr,
+  keys_ptr, n, NUM: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr
 ):  # fmt: skip
-  """[KEYS, HP] from window n on; the last window again beyond the end, which nobody sees."""
-  n = tl.minimum(n + tl.arange(0, KEYS), max(NUM - 1, 0))
+  """[KEYS, HP] of the windows n; the last one again beyond the end, which nobody sees."""
+  n = tl.minimum(n, max(NUM - 1, 0))
   h = tl.arange(0, HP)
   offsets = n[:, None] * (K * H) + h[None, :]
   if H == HP:
@@ -42,32 +42,54 @@ def load_keys(
 
 @triton.jit
 def normalise(
-  top_r,
-  sum_r,
-  q_rH,
-  keys_ptr,  # of the batch row and key head
+  tops,
+  sums,
+  q_parts,
+  keys_cH,  # windows from n on
   n,
   begin_r,
   end_r,
   scale: tl.constexpr,
-  C: tl.constexpr,
-  K: tl.constexpr,
-  H: tl.constexpr,
-  HP: tl.constexpr,
   KEYS: tl.constexpr,
+  PARTS: tl.constexpr,
   IS_MASKED: tl.constexpr,  # false where every row sees every window of the tile
   PRECISION: tl.constexpr,
 ):
-  """(largest logit, sum of exponentials relative to it) of every row with one more tile."""
-  keys_cH = load_keys(keys_ptr, n, C, K, H, HP, KEYS)
-  logits_rc = tl.dot(q_rH, tl.trans(keys_cH), input_precision=PRECISION)
-  if IS_MASKED:
-    c = n + tl.arange(0, KEYS)
-    seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None])
-    logits_rc = tl.where(seen, logits_rc, float("-inf"))
-  new_top_r = tl.maximum(top_r, tl.max(logits_rc, axis=1) * (scale * LOG2E))
-  exps_rc = tl.exp2(logits_rc * (scale * LOG2E) - new_top_r[:, None])
-  return new_top_r, sum_r * tl.exp2(top_r - new_top_r) + tl.sum(exps_rc, axis=1)
+  """(largest logits, sums of exponentials relative to them) of all rows with one more tile."""
+  new_tops, new_sums = (), ()
+  for part in tl.static_range(PARTS):
+    logits_rc = tl.dot(q_parts[part], tl.trans(keys_cH), input_precision=PRECISION)
+    if IS_MASKED:
+      c = n + tl.arange(0, KEYS)
+      seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None])
+      logits_rc = tl.where(seen, logits_rc, float("-inf"))
+    top_r = tl.maximum(tops[part], tl.max(logits_rc, axis=1) * (scale * LOG2E))
+    exps_rc = tl.exp2(logits_rc * (scale * LOG2E) - top_r[:, None])
+    new_tops += (top_r,)
+    new_sums += (sums[part] * tl.exp2(tops[part] - top_r) + tl.sum(exps_rc, axis=1),)
+  return new_tops, new_sums
+
+
+@triton.jit
+def group_scores(
+  q_parts,
+  norms,
+  keys_fH,
+  scale: tl.constexpr,
+  HEADS: tl.constexpr,
+  QUERIES: tl.constexpr,
+  KEYS: tl.constexpr,
+  PARTS: tl.constexpr,
+  PRECISION: tl.constexpr,
+):
+  """[KEYS, QUERIES], summed over the heads of the group."""
+  scores_fq = tl.zeros([KEYS, QUERIES], tl.float32)
+  for part in tl.static_range(PARTS):
+    logits_fr = tl.dot(keys_fH, tl.trans(q_parts[part]), input_precision=PRECISION)
+    exponents_fr = logits_fr * (scale * LOG2E) - norms[part][None, :]
+    probs_fr = tl.exp2(tl.minimum(exponents_fr, CLAMP))
+    scores_fq += tl.sum(tl.reshape(probs_fr, [KEYS, HEADS, QUERIES]), axis=1)
+  return scores_fq
 
 
 @triton.jit
@@ -78,7 +100,7 @@ def block_scores(
   offset_ptr,  # [B] position of query 0
   start_ptr,  # [B, T] position of the first token of the query's document
   first_ptr,  # [1] first query of this launch
-  out_ptr,  # [B, K, ROWS, M] float32; M a multiple of the blocks of a tile
+  out_ptr,  # [B, K, ROWS, M] float32; M a multiple of KEYS
   scale: tl.constexpr,
   T: tl.constexpr,
   F: tl.constexpr,
@@ -96,7 +118,8 @@ def block_scores(
   NORM_STRIDE: tl.constexpr,
   PER_BLOCK: tl.constexpr,  # fine windows that start in one block
   QUERIES: tl.constexpr,  # queries of one program
-  KEYS: tl.constexpr,  # windows of one tile, a multiple of PER_BLOCK
+  KEYS: tl.constexpr,  # windows of one product
+  PARTS: tl.constexpr,  # products of a step, a divisor of GP
   PRECISION: tl.constexpr,
 ):
   tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -104,10 +127,12 @@ def block_scores(
   first = tl.load(first_ptr) + tile * QUERIES
   offset = tl.load(offset_ptr + batch)
   h = tl.arange(0, HP)
-  # Rows of the first product, columns of the second: (head of the group, query).
-  row = tl.arange(0, GP * QUERIES)
+  lane = tl.arange(0, KEYS)
+  # Rows of the first product, columns of the second: (head, query). A group comes in parts, so that
+  # one is exponentiated while the next is multiplied.
+  HEADS: tl.constexpr = GP // PARTS
+  row = tl.arange(0, HEADS * QUERIES)
   t_r, g_r = first + row % QUERIES, row // QUERIES
-  is_row = (t_r < T) & (g_r < G)
   t_q = first + tl.arange(0, QUERIES)
   pos_q = offset + t_q
   start_q = tl.load(start_ptr + batch * T + t_q, mask=t_q < T, other=NOWHERE)
@@ -116,9 +141,12 @@ def block_scores(
   begin = tl.min(tl.where(is_query, start_q, NOWHERE), axis=0)
 
   q_ptr += ((batch * T + first) * K + head) * G * H
-  q_row = row % QUERIES * (K * G) + g_r
-  is_q = is_row[:, None] & (h < H)[None, :]
-  q_rH = tl.load(q_ptr + q_row[:, None] * H + h[None, :], mask=is_q, other=0.0)
+  q_offsets = (row % QUERIES * (K * G) + g_r)[:, None] * H + h[None, :]
+  is_q = (t_r < T)[:, None] & (h < H)[None, :]
+  q_parts = ()
+  for part in tl.static_range(PARTS):
+    is_part = is_q & (g_r + part * HEADS < G)[:, None]
+    q_parts += (tl.load(q_ptr + part * HEADS * H + q_offsets, mask=is_part, other=0.0),)
   norm_ptr += (batch * C * K + head) * H
   fine_ptr += (batch * F * K + head) * H
 
@@ -129,57 +157,61 @@ def block_scores(
   full_begin = tl.cdiv(tl.max(tl.where(is_query, begin_q, 0), axis=0), KEYS) * KEYS
   full_end = tl.min(tl.where(is_query, end_q, norm_end), axis=0) // KEYS * KEYS
   num_full = tl.maximum(full_end - full_begin, 0)
-  top_r = tl.full([GP * QUERIES], FLOOR, tl.float32)
-  sum_r = tl.zeros([GP * QUERIES], tl.float32)
+  tops, sums = (), ()
+  for _ in tl.static_range(PARTS):
+    tops += (tl.full([HEADS * QUERIES], FLOOR, tl.float32),)
+    sums += (tl.zeros([HEADS * QUERIES], tl.float32),)
   for n in range(full_begin, full_begin + num_full, KEYS):
-    top_r, sum_r = normalise(
-      top_r, sum_r, q_rH, norm_ptr, n, row, row,
-      scale, C, K, H, HP, KEYS, False, PRECISION,
-    )  # fmt: skip
-  start_r = tl.load(start_ptr + batch * T + t_r, mask=is_row, other=NOWHERE)
+    keys_cH = load_keys(norm_ptr, n + lane, C, K, H, HP)
+    tops, sums = normalise(
+      tops, sums, q_parts, keys_cH, n, row, row, scale, KEYS, PARTS, False, PRECISION
+    )
+  start_r = tl.load(start_ptr + batch * T + t_r, mask=t_r < T, other=NOWHERE)
   begin_r, end_r = visible(offset + t_r, start_r, NORM_SIZE, NORM_STRIDE, C)
   for i in range(norm_begin, norm_end - num_full, KEYS):
     n = tl.where(i < full_begin, i, i + num_full)
-    top_r, sum_r = normalise(
-      top_r, sum_r, q_rH, norm_ptr, n, begin_r, end_r,
-      scale, C, K, H, HP, KEYS, True, PRECISION,
-    )  # fmt: skip
-  is_seeing = (begin_r < end_r) & (sum_r > 0)
-  norm_r = tl.where(is_seeing, top_r + tl.log2(tl.where(is_seeing, sum_r, 1.0)), BLIND)
+    keys_cH = load_keys(norm_ptr, n + lane, C, K, H, HP)
+    tops, sums = normalise(
+      tops, sums, q_parts, keys_cH, n, begin_r, end_r, scale, KEYS, PARTS, True, PRECISION
+    )
+  norms = ()
+  for part in tl.static_range(PARTS):
+    is_seeing = (begin_r < end_r) & (g_r + part * HEADS < G) & (sums[part] > 0)
+    log_r = tl.log2(tl.where(is_seeing, sums[part], 1.0))
+    norms += (tl.where(is_seeing, tops[part] + log_r, BLIND),)
 
-  TILE_BLOCKS: tl.constexpr = KEYS // PER_BLOCK
+  # A step is one window of KEYS blocks (the first of each, the second, ...), so that pooling is a
+  # maximum of steps.
   LEFT: tl.constexpr = SIZE // STRIDE - 1  # windows of the block before that reach into a block
   begin_q, end_q = visible(pos_q, start_q, SIZE, STRIDE, F)
-  lane = tl.arange(0, KEYS)
-  column = tl.arange(0, TILE_BLOCKS)
-  in_block = tl.arange(0, PER_BLOCK)
-  carry_q = tl.zeros([QUERIES], tl.float32)
-  fine_begin = begin // STRIDE // KEYS * KEYS
-  fine_end = (last // (PER_BLOCK * STRIDE) + 1) * PER_BLOCK
-  fine_end = tl.where(last < 0, 0, tl.minimum(fine_end, M * PER_BLOCK))
+  tile_begin = begin // (PER_BLOCK * STRIDE) // KEYS
+  tile_end = tl.minimum(last // (PER_BLOCK * STRIDE) // KEYS + 1, M // KEYS)
+  tile_end = tl.where(last < 0, 0, tile_end)
   out_ptr += ((batch * K + head) * ROWS + tile * QUERIES) * M
   out_q = tl.arange(0, QUERIES) * M
-  for n in range(fine_begin, fine_end, KEYS):
-    f = n + lane
-    keys_fH = load_keys(fine_ptr, n, F, K, H, HP, KEYS)
-    logits_fr = tl.dot(keys_fH, tl.trans(q_rH), input_precision=PRECISION)
-    exponents_fr = logits_fr * (scale * LOG2E) - norm_r[None, :]
-    probs_fr = tl.exp2(tl.minimum(exponents_fr, CLAMP))
-    scores_fq = tl.sum(tl.reshape(probs_fr, [KEYS, GP, QUERIES]), axis=1)
+  before = tl.broadcast_to(tl.maximum(lane - 1, 0)[:, None], [KEYS, QUERIES])
+  best_bq = tl.zeros([KEYS, QUERIES], tl.float32)
+  right_bq = best_bq
+  carry_q = tl.zeros([QUERIES], tl.float32)
+  for step in range(tile_begin * PER_BLOCK, tile_end * PER_BLOCK):
+    i = step % PER_BLOCK
+    block = step // PER_BLOCK * KEYS + lane
+    f = block * PER_BLOCK + i
+    keys_fH = load_keys(fine_ptr, f, F, K, H, HP)
+    scores_bq = group_scores(q_parts, norms, keys_fH, scale, HEADS, QUERIES, KEYS, PARTS, PRECISION)
     seen = (f[:, None] >= begin_q[None, :]) & (f[:, None] < end_q[None, :])
-    scores_fq = tl.where(seen, scores_fq, 0.0)
-    scores_biq = tl.reshape(scores_fq, [TILE_BLOCKS, PER_BLOCK, QUERIES])
-    best_bq = tl.max(scores_biq, axis=1)
+    scores_bq = tl.where(seen, scores_bq, 0.0)
+    best_bq = tl.maximum(tl.where(i == 0, 0.0, best_bq), scores_bq)
     if LEFT > 0:
-      reach = (in_block >= PER_BLOCK - LEFT)[None, :, None]
-      right_bq = tl.max(tl.where(reach, scores_biq, 0.0), axis=1)
-      before = tl.broadcast_to(tl.maximum(column - 1, 0)[:, None], [TILE_BLOCKS, QUERIES])
-      left_bq = tl.gather(right_bq, before, axis=0)
-      left_bq = tl.where((column == 0)[:, None], carry_q[None, :], left_bq)
-      best_bq = tl.maximum(best_bq, left_bq)
-      carry_q = tl.max(tl.where((column == TILE_BLOCKS - 1)[:, None], right_bq, 0.0), axis=0)
-    block = n // PER_BLOCK + column
-    tl.store(out_ptr + out_q[None, :] + block[:, None], best_bq)
+      right_bq = tl.maximum(tl.where(i <= PER_BLOCK - LEFT, 0.0, right_bq), scores_bq)
+    if i == PER_BLOCK - 1:
+      pooled_bq = best_bq
+      if LEFT > 0:
+        left_bq = tl.gather(right_bq, before, axis=0)
+        left_bq = tl.where((lane == 0)[:, None], carry_q[None, :], left_bq)
+        pooled_bq = tl.maximum(best_bq, left_bq)
+        carry_q = tl.max(tl.where((lane == KEYS - 1)[:, None], right_bq, 0.0), axis=0)
+      tl.store(out_ptr + out_q[None, :] + block[:, None], pooled_bq)
 
 
 @triton.jit
@@ -189,29 +221,32 @@ def reaching(bits, low):
 
 
 @triton.jit
-def store_best(scores_ptr, ids_ptr, begin, end, need, SIZE: tl.constexpr):
+def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.constexpr):
   """Stores the `need` best blocks of [begin, end), which holds more, by ascending id."""
   block = tl.multiple_of(begin // 16 * 16, 16) + tl.arange(0, SIZE)
-  is_free = (block >= begin) & (block < end)
-  scores = tl.load(scores_ptr + block, mask=is_free, other=0.0)
-  bits = tl.where(is_free, scores.to(tl.int32, bitcast=True), -1)
-  # `low` is reached by num >= need blocks, `high` by fewer. First down from the best score in
-  # growing steps (2**23 halves a score), then by bisection until need blocks are above.
-  low = tl.max(bits, axis=0)
-  high = low + 1
-  num = reaching(bits, low)
+  scores = tl.load(scores_ptr + block, mask=block < M, other=0.0)
+  bits = scores.to(tl.int32, bitcast=True)
+  bits = tl.where((block >= begin) & (block < end), bits, -1)
+  # `low` is reached by num >= need blocks, `high` by num_high < need: down from the best score in
+  # growing steps (2**23 halves a score), then by bisection until one block is missing.
   step = 1 << 22
+  high, num_high = tl.max(bits, axis=0) + 1, 0
+  low = tl.maximum(high - step, 0)
+  num = reaching(bits, low)
   while (num < need) & (low > 0):
-    high = low
-    low = tl.maximum(low - step, 0)
+    high, num_high = low, num
     step += step
+    low = tl.maximum(low - step, 0)
     num = reaching(bits, low)
-  while (num > need) & (high - low > 1):
+  while (num > need) & (num_high < need - 1) & (high - low > 1):
     middle = low + (high - low) // 2
     num_middle = reaching(bits, middle)
     is_low = num_middle >= need
     low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)
-    num = tl.where(is_low, num_middle, num)
+    num, num_high = tl.where(is_low, num_middle, num), tl.where(is_low, num_high, num_middle)
+  if num > need:
+    low = tl.max(tl.where(bits < high, bits, -1), axis=0)
+    num = reaching(bits, low)
   is_taken = bits >= low
   if num > need:  # of equal scores the lower blocks
     is_tie = (bits == low).to(tl.int32)
@@ -263,11 +298,11 @@ def choose(
   if num_chosen > 0:
     span = end - begin // 16 * 16
     if span <= MP // 4:
-      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP // 4)
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, M, MP // 4)
     elif span <= MP // 2:
-      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP // 2)
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, M, MP // 2)
     else:
-      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, MP)
+      store_best(scores_ptr, ids_ptr + num_init, begin, end, need, M, MP)
   w = tl.arange(0, WP)
   ids = tl.where(w < num_init + num_free, first + w, end + (w - num_init - num_free))
   is_stored = (w < num_init) | (w >= num_init + num_chosen)

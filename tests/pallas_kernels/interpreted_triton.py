@@ -35,7 +35,7 @@ def on_the_host(monkeypatch):
 
 @pytest.mark.parametrize("selection, lse", [("joint", "exact"), ("split", "coarse")])
 def test_select(selection, lse):
-  config = topk.TritonConfig(block_q=4, block_c=16)
+  config = topk.TritonConfig(block_q=4, block_c=8)
   suite.check_select(
     lambda *a: topk.select_triton(*a, config=config), suite.small_rule(selection, lse)
   )
@@ -63,7 +63,7 @@ def test_select_from_given_scores(selection):
   pos = offset[:, None] + np.arange(T, dtype=np.int32)[None, :]
   start = np.zeros((B, T), np.int32)
   start[1], start[2, 3:5], start[2, 5] = 48, 160, rules.NOWHERE
-  config = topk.TritonConfig(block_q=4, block_c=16)
+  config = topk.TritonConfig(block_q=4, block_c=4)
   rows, _, choose = topk.runs(
     q, fine, fine, jnp.asarray(offset), jnp.asarray(start), rule, slots, config
   )
