@@ -116,6 +116,8 @@ def _body(
           part = pl.ds(row, ROWS)
           if h:
             plgpu.barrier_wait(rest.at[slot])
+          # No `commit_smem` between this read and the copy that overwrites it: the arrival below
+          # releases it. (jax 0.11's race detector asks for one wherever a copy follows a read.)
           scale_M = scale_smem[slot, part] * w_scale
           part_MN = mgpu.dot_transposed(x_smem.at[slot, part], w_smem.at[slot], interpreted)
           if h == len(halves) - 1:
