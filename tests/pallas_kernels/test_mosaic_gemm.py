@@ -62,6 +62,15 @@ def test_packed_matmul_is_the_equation(name):
   packed_suite.check(packed_backend(config), case, bits)
 
 
+@pytest.mark.parametrize("name", ["int4_zero", "int4_channel_zero", "ternary_groups"])
+def test_packed_matmul_of_many_rows(name, monkeypatch):
+  """The kernel of more than FEW rows, at sizes that interpret quickly."""
+  monkeypatch.setattr(mosaic_gpu, "FEW", 0)
+  monkeypatch.setattr(few_kernels, "matmul", lambda *_, **__: 1 / 0)
+  bits, case, config = PACKED[name]
+  packed_suite.check(packed_backend(config), case, bits)
+
+
 def test_packed_matmul_in_bf16():
   packed_suite.check(
     packed_backend({}), cases.Case(rows=2, num_in=256, num_out=64), 4, jnp.bfloat16
