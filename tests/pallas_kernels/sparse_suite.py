@@ -36,10 +36,12 @@ def normal(rng, *shape, dtype=jnp.float32):
 # --- Selection -----------------------------------------------------------------------------------
 
 
-def check_select(select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_queries=21, H=8):
+def check_select(
+  select, rule: rules.Rule, *, dtype=jnp.float32, offset=75, num_queries=21, H=8, group=3
+):
   """Forced blocks in, none of the future, full lists, ascending, and no better block left out."""
   rng = np.random.default_rng(0)
-  B, T, N, K = 1, num_queries, 6, 2
+  B, T, N, K = 1, num_queries, 2 * group, 2
   S = offset + T
   q, k = normal(rng, B, T, N, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
   fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)

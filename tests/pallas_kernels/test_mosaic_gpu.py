@@ -456,9 +456,14 @@ def test_attend_on_the_device(shape, tiles):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lse", ["exact", "coarse"])
 @pytest.mark.parametrize("selection", ["joint", "split"])
-def test_select_on_the_device(selection, lse):
+@pytest.mark.parametrize(
+  "shape",
+  [dict(H=64), dict(offset=3000, num_queries=70, H=128, group=16)],  # 192 blocks: three tiles
+  ids=["tiny", "8b"],
+)
+def test_select_on_the_device(selection, lse, shape):
   rule = suite.small_rule(selection, lse)
-  suite.check_select(topk.select_mosaic_gpu, rule, dtype=jnp.bfloat16, H=64)
+  suite.check_select(topk.select_mosaic_gpu, rule, dtype=jnp.bfloat16, **shape)
 
 
 @pytest.mark.gpu

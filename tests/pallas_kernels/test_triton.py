@@ -191,8 +191,13 @@ TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32"
 @TYPES
 @pytest.mark.parametrize("lse", ["exact", "coarse"])
 @pytest.mark.parametrize("selection", ["joint", "split"])
-def test_select_on_the_device(selection, lse, dtype):
-  suite.check_select(topk.select_triton, suite.small_rule(selection, lse), dtype=dtype)
+@pytest.mark.parametrize(
+  "shape",
+  [dict(), dict(offset=3000, num_queries=70, H=128, group=16)],  # 192 blocks: three tiles
+  ids=["tiny", "8b"],
+)
+def test_select_on_the_device(selection, lse, dtype, shape):
+  suite.check_select(topk.select_triton, suite.small_rule(selection, lse), dtype=dtype, **shape)
 
 
 @pytest.mark.gpu
