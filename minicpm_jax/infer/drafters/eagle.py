@@ -16,7 +16,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.core import huge_pages, trees
-from minicpm_jax.infer import frspec
+from minicpm_jax.infer import frspec, largest
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import draft as draft_lib
@@ -217,10 +217,10 @@ class EagleDrafter:
     # The barrier keeps XLA's top-k: merged into what follows it becomes a sort of whole rows.
     B, T, R = logits_BTR.shape
     best, at = jax.lax.optimization_barrier(
-      jax.lax.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
+      largest.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
     )
     best_BTK, at_BTK = (jnp.reshape(x, (B, T, self.top_k)) for x in (best, at))
-    total_BT1 = jax.nn.logsumexp(logits_BTR, axis=-1, keepdims=True)
+    total_BT1 = _logsumexp(logits_BTR, best_BTK[:, :, :1])
     best_BTK = jnp.where(jnp.isneginf(best_BTK), -jnp.inf, best_BTK - total_BT1)
     at_BTK = at_BTK.astype(jnp.int32)
     tokens_BTK = at_BTK if ids_R is None else jnp.asarray(ids_R, jnp.int32)[at_BTK]
@@ -244,6 +244,12 @@ class Beam:
   scores_BK: Any
   feature_BKD: Any  # draft output at the node's parent
   sees_BKS: Any  # bool: which scratch rows are the node's ancestors
+
+
+def _logsumexp(x_BTR: Any, max_BT1: Any) -> Any:
+  """`jax.nn.logsumexp` of the last axis, [B, T, 1], where its maximum is known."""
+  shift_BT1 = jnp.where(jnp.isfinite(max_BT1), max_BT1, 0.0)
+  return jnp.log(jnp.sum(jnp.exp(x_BTR - shift_BT1), axis=-1, keepdims=True)) + shift_BT1
 
 
 def _next_beam(beam: Beam, hidden_BKD, best_BK, at_BK, tokens_BC) -> Beam:
