@@ -117,7 +117,7 @@ def rows(
 
   In turn, because a machine's speed drifts by more than drafters differ. A round's processor time
   drifts least: round_cpu_ms is that of this process for a request less that of its prefill, over
-  the rounds.
+  its rounds, in the median of the prompts.
   """
   longest = max(map(len, prompts)) + sampling.max_new_tokens
   for_trees = generate.for_decoding(model, params, num_rows=2)
@@ -130,12 +130,13 @@ def rows(
       more = dict(drafter=drafter[0], draft_params=drafter[1])
       engines[name] = engine_lib.Engine(*for_trees, cfg, **more)
   only_prefill = dataclasses.replace(sampling, max_new_tokens=1)
-  outs, cpu_seconds = {name: [] for name in named}, dict.fromkeys(named, 0.0)
+  outs, cpu_ms = ({name: [] for name in named} for _ in range(2))
   for prompt in prompts:
     for name, engine in engines.items():
       out, seconds = _timed(engine, prompt, sampling)
       outs[name].append(out)
-      cpu_seconds[name] += seconds - _timed(engine, prompt, only_prefill)[1]
+      seconds -= _timed(engine, prompt, only_prefill)[1]
+      cpu_ms[name].append(1e3 * seconds / len(out.stats[0].accepted))
   tokens = {name: [out.tokens[0] for out in found] for name, found in outs.items()}
   expected = tokens[next(iter(named))]
   found = []
@@ -150,7 +151,7 @@ def rows(
       "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
       "tokens_per_second": num_new / seconds,
       "round_ms": 1e3 * seconds / len(accepted),
-      "round_cpu_ms": 1e3 * cpu_seconds[name] / len(accepted),
+      "round_cpu_ms": float(np.median(cpu_ms[name])),
       "tokens_equal_plain": None if drafter is None else tokens[name] == expected,
     }
     if drafter is not None:

@@ -61,6 +61,7 @@ class Engine(driver_lib.Driver):
     self.model, self.cfg = model, config.EngineConfig() if cfg is None else cfg
     self.drafter = base.NoDrafter() if drafter is None else drafter
     self.params = base.Params(params, draft_params)
+    self._form = _form(self.params)
     self.stop_ids, self.before = tuple(stop_ids), before
     if before is not None:
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
@@ -308,7 +309,7 @@ class Engine(driver_lib.Driver):
     head = (self.model, self.drafter, self.params, self._state)
     shapes = tuple(getattr(x, "shape", None) for x in args)
     key = (function.__name__, self.model, self.drafter, shapes, tuple(static.items()))
-    key += (self.cfg.max_batch, self._num_slots)
+    key += (self.cfg.max_batch, self._num_slots, self._form)
     if key not in _COMPILED:
       jax.block_until_ready(self._state)  # work under way is not compilation
       begin = time.perf_counter()
@@ -403,6 +404,12 @@ class Engine(driver_lib.Driver):
     if job.row >= 0:
       self._rows[job.row].job = None
     return Event(job.id, tokens, logprobs, reason, job.stats, list(tops))
+
+
+def _form(params: base.Params) -> Any:
+  """What a program is compiled for beside model and drafter: FR and full heads have one drafter."""
+  leaves, structure = jax.tree.flatten(params)
+  return structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
 
 
 _COMPILED: set[Any] = set()

@@ -217,7 +217,7 @@ def test_speculative_text_is_the_plain_text_and_a_schema_holds(folder, tmp_path,
   assert set(json.loads(capfd.readouterr().out)) == {"a"}
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", ["eagle", pytest.param("eagle3", marks=pytest.mark.slow)])
 def test_drafts_on_disk_give_the_plain_text(folder, tmp_path, capfd, kind):
   model, params, _ = ckpt.load_hf(folder)
   target, own = model.cfg, {"feature_layers": (0, 0, 0)} if kind == "eagle3" else {}

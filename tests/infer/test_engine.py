@@ -9,6 +9,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import generate
 from minicpm_jax.infer.drafters import chain, ngram
 from tests.infer import small
 
@@ -39,6 +40,16 @@ def test_greedy_is_the_argmax_of_full_forwards_with_more_requests_than_rows(mup)
     np.testing.assert_allclose(logprobs, expected, atol=1e-4)
   assert out.finish_reason == ["length"] * 4
   assert [s.prompt_tokens for s in out.stats] == [8, 1, 3, 40]
+
+
+def test_what_another_form_of_the_parameters_compiles_is_no_decoding_time():
+  """A full and an FR head have one drafter, weights inputs or outputs first one model."""
+  model, params = generate.for_decoding(*small.make(num_layers=1), num_rows=2)
+  cfg = dataclasses.replace(CFG, capacity=45, max_batch=1)  # compiled nowhere else
+  for form in (params, generate.for_decoding(model, params)[1]):
+    engine = engine_lib.Engine(model, form, cfg)
+    first, again = (engine.generate([[1, 2]], GREEDY).stats[0].compile_seconds for _ in range(2))
+    assert first > 0 and again == 0
 
 
 def test_rows_of_a_batch_equal_each_alone_under_their_own_settings(mup):
