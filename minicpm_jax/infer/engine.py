@@ -235,7 +235,10 @@ class Engine(driver_lib.Driver):
       *(tokens_1C, np.int32(job.row), np.int32(num), np.int32(len(prompt))),
       *(np.int32(NO_TOKEN if is_last else prompt[start + num]), mask_1W),
     )
-    static = dict(span=self._span(start + size), known=self._known([job], len(prompt)))
+    end = start + size
+    if self._rows[job.row].is_sparse:  # reads few keys of any span: one program for all chunks
+      end = max(end, len(prompt))
+    static = dict(span=self._span(end), known=self._known([job], len(prompt)))
     answer = self._call(rounds_lib.prefill, [job], *args, **static)
     job.num_cached += num
     self._rows[job.row].held += prompt[start : start + num]

@@ -53,6 +53,10 @@ class Row:
   held: list[int] = dataclasses.field(default_factory=list)  # tokens whose keys are in the cache
   kind: Any = None  # rotation and dense/sparse mode that these keys were made in
 
+  @property
+  def is_sparse(self) -> bool:
+    return self.kind is not None and self.kind[1]
+
 
 def kind_of(cfg: config.ModelConfig, job: Job) -> Any:
   """Keys are reused only where they were made with the same rotation and attention."""

@@ -14,7 +14,9 @@ The reference of a query and head is fixed beforehand (`_reference`), so that a 
 matmuls, one exp and one addition. The backward pass is `xla_backward`. Both are bitwise
 deterministic: the order of every sum is fixed. One batch row, key head and chunk at a time: XLA's
 CPU backend uses several cores inside one matmul, in pieces of up to about 490 rows for these
-widths, and not for independent loops, heads or batches, hence the sizes of tiles.
+widths, and not for independent loops, heads or batches, hence the sizes of tiles. (Independent
+loops share temporaries in XLA's buffer assignment, and so wait for each other.) Gathered queries
+are written by one core and read by another: cores without a common cache lose most by that.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import rounds
 from tests.infer import small
 
 LENGTH = 32_768
@@ -36,3 +37,27 @@ def test_32k_tokens_on_a_cpu():
   logprobs_V = np.asarray(jax.nn.log_softmax(logits_V))
   assert out.tokens[0][0] == int(np.argmax(logprobs_V))
   assert out.logprobs[0][0] == pytest.approx(float(logprobs_V.max()), abs=1e-4)
+
+
+def test_a_sparse_prompt_compiles_one_prefill(monkeypatch):
+  """All chunks of 16 read one span, that of the whole prompt; a dense one's spans double."""
+  model, params = small.make(sparse=small.SPARSE, attention="xla")
+  whole = config.EngineConfig(capacity=136, max_batch=1, chunk_size=128, min_span=256)
+  chunked = config.EngineConfig(capacity=136, max_batch=1, chunk_size=16, min_span=16)
+  prompt = np.random.default_rng(1).integers(0, small.VOCAB, 96).tolist()
+  sampling = config.SamplingConfig(max_new_tokens=6)
+  expected = engine_lib.Engine(model, params, whole).generate([prompt], sampling)
+  call, spans = engine_lib.Engine._call, []
+
+  def counted(self, function, *args, **static):
+    if function is rounds.prefill:
+      spans.append(static["span"])
+    return call(self, function, *args, **static)
+
+  monkeypatch.setattr(engine_lib.Engine, "_call", counted)
+  found = engine_lib.Engine(model, params, chunked).generate([prompt], sampling, want_logprobs=True)
+  assert found.tokens == expected.tokens
+  assert len(spans) == 6 and set(spans) == {128}
+  spans.clear()
+  engine_lib.Engine(*small.make(), chunked).generate([prompt], sampling)
+  assert spans == [16, 32, 64, 64, 128, 128]
