@@ -74,6 +74,9 @@ class SparseAttentionConfig:
   )
 
   def __post_init__(self):
+    for name in self._HF_KEYS:  # a released config.json may hold anything
+      found, wanted = getattr(self, name), bool if name == "use_nope" else int
+      require(type(found) is wanted, f"sparse.{name}", found, f"{wanted.__name__}")
     for name in ("kernel_size", "kernel_stride", "block_size", "topk"):
       require(getattr(self, name) > 0, f"sparse.{name}", getattr(self, name), "an integer > 0")
     for name in ("init_blocks", "window_size"):

@@ -44,9 +44,10 @@ class Scheme:
     size = jnp.abs(w.astype(jnp.float32))
     if self.divisor is None:
       return jnp.maximum(jnp.mean(size, axis=-2, keepdims=True), EPS)
-    # Times the reciprocal: XLA makes that of a division by a constant. The largest weight is on a
-    # tie (1.5 or 7.5 scales), so the last bit of s decides its code.
-    return jnp.maximum(jnp.max(size, axis=-2, keepdims=True) * (1.0 / self.divisor), EPS)
+    # Behind the barrier XLA divides; it would multiply by a constant's reciprocal, an ulp off. The
+    # largest weight is on a tie (1.5 or 7.5 scales), so the last bit of s decides its code.
+    divisor = jax.lax.optimization_barrier(jnp.float32(self.divisor))
+    return jnp.maximum(jnp.max(size, axis=-2, keepdims=True) / divisor, EPS)
 
   def codes(
     self, w: Float[types.AnyArray, "*lead Q g out"], scale: Float[types.AnyArray, "*lead Q 1 out"]

@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from pallas_kernels.common import spec
-from pallas_kernels.sparse_attention import gather, mosaic_gpu, mosaic_tpu, triton, vjp, xla
+from pallas_kernels.sparse_attention import gather, mosaic_gpu, mosaic_tpu, ref, triton, vjp, xla
 from pallas_kernels.sparse_topk import rule as rules
 
 Implementation = Literal[spec.Implementation, "gather"]
@@ -43,8 +43,8 @@ def attend_blocks(
   Returns (out [B, T, N, V] in v's dtype, lse [B, T, N] float32). Gradients reach q, k and v.
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
   `mosaic_gpu` (Hopper, 16-bit floats; backward too, or Triton's where its own tiles do not fit)
-  or `triton`, on TPU `mosaic_tpu`, else `xla`. `config` is of the implementation of its class;
-  others that `auto` tries take their own.
+  or `triton`, on TPU `mosaic_tpu`, else `xla`. `ref` holds T x S scores. `config` is
+  of the implementation of its class; others that `auto` tries take their own.
   """
   del counts_BKT
   tiles = spec.configs(
@@ -81,5 +81,8 @@ def attend_blocks(
       ),
       "triton": lambda: triton.attend_triton(*args, **sizes, config=tiles["triton"]),
       "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes, config=tiles["mosaic_tpu"]),
+      "ref": lambda: ref.attend_ref(
+        *args[:3], ref.block_mask(*args[3:], k_BSKH.shape[1], block_size)
+      ),
     },
   )

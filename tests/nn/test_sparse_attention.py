@@ -329,7 +329,7 @@ def test_lse_merges_partitions():
   assert not np.any(empty) and np.all(nothing == -np.inf)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "gather"])
+@pytest.mark.parametrize("implementation", ["xla", "gather", "ref"])
 def test_lists_without_promise_follow_the_definition(implementation):
   """The pair form without a band: causality by token inside the current block."""
   q, k, v = oracle.draw(12, 96, 96, 2, 1, 8)
