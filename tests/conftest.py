@@ -1,5 +1,7 @@
 """Test set-up: CPU with 8 host devices, runtime shape checks, absl flags parsed."""
 
+import gc
+import importlib.metadata
 import os
 import sys
 
@@ -13,14 +15,19 @@ def _wants_hardware(argv: list[str]) -> bool:
 
 if not _wants_hardware(sys.argv):
   os.environ["JAX_PLATFORMS"] = "cpu"
-  # Tests compile far more than they compute: without LLVM optimisation they take a third less time.
-  for flag, value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-  ):
+  # Tests compile far more than they compute: without LLVM optimisation they take a third less time,
+  # and XLA's older code generator (jaxlib 0.10 has both) compiles in half that of the new one,
+  # which the notebooks and the smoke tests run with.
+  wanted = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    wanted |= {"--xla_cpu_use_fusion_emitters": "false"}
+    wanted |= {"--xla_cpu_parallel_codegen_split_count": 1}
+  for flag, value in wanted.items():
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
       os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
+# Tracing makes millions of objects that live: with Python's thresholds a tenth of the time is gc.
+gc.set_threshold(100_000, 20, 20)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -34,7 +41,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 absl_flags.FLAGS.mark_as_parsed()
 
-import gc  # noqa: E402
 import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
