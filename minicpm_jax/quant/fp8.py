@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from minicpm_jax.config import FP8Config
 from minicpm_jax.core import mesh, types
+from minicpm_jax.quant import schemes
 from pallas_kernels.fp8_gemm import api, xla
 
 BLOCK = api.BLOCK
@@ -29,10 +30,12 @@ def scale_of(amax: Float[types.AnyArray, "*s"], cfg: FP8Config) -> Float[types.A
   Also 1 where the scale would be below float32's normal numbers (amax under 5e-36 for E4M3), which
   XLA flushes to 0: zeros of the tile would become 0 / 0.
   """
-  scale = amax.astype(jnp.float32) * (1.0 / FORMATS[cfg.format][1])
+  scale = schemes.quotient(amax.astype(jnp.float32), FORMATS[cfg.format][1])
   is_zero = scale < jnp.finfo(jnp.float32).tiny
-  if cfg.power_of_two_scales:
-    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(is_zero, 1.0, scale))))
+  if cfg.power_of_two_scales:  # the next one; exp2 and log2 are a few ulp off
+    part, power = jnp.frexp(jnp.where(is_zero, 1.0, scale))
+    power = power.astype(jnp.int32) - (part == 0.5)
+    scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
   return jnp.where(is_zero, 1.0, scale)
 
 
@@ -55,9 +58,9 @@ def quantize_rows(
   tiles = jnp.pad(x_MK, ((0, 0), (0, num * BLOCK - K))).reshape(M, num, BLOCK)
   amax = jnp.max(jnp.abs(tiles.astype(jnp.float32)), axis=-1)
   if cfg.granularity == "tensor":
-    amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
+    amax = jnp.broadcast_to(jnp.max(amax, initial=0.0), amax.shape)
   scale_MQ = scale_of(amax, cfg)
-  return _cast(tiles, scale_MQ[:, :, None], cfg).reshape(M, -1)[:, :K], scale_MQ
+  return _cast(tiles, scale_MQ[:, :, None], cfg).reshape(M, num * BLOCK)[:, :K], scale_MQ
 
 
 def quantize_blocks(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qtensor, schemes
 
 _MAX_TRIES = 60  # of adding damp_step until the Cholesky factor is finite
 
@@ -128,8 +128,7 @@ def grid(
   w_gO: Float[Array, "*lead g O"], cfg: GPTQConfig
 ) -> tuple[Float[Array, "*lead O"], Float[Array, "*lead O"]]:
   """(scale, zero) of groups that lie along the axis before the last."""
-  # Behind the barrier XLA divides; it would multiply by a constant's reciprocal, an ulp off.
-  maxq = jax.lax.optimization_barrier(jnp.asarray(2**cfg.bits - 1, w_gO.dtype))
+  maxq = 2**cfg.bits - 1
   low = jnp.minimum(jnp.min(w_gO, axis=-2), 0)
   high = jnp.maximum(jnp.max(w_gO, axis=-2), 0)
   if cfg.symmetric:
@@ -139,7 +138,7 @@ def grid(
   low, high = jnp.where(is_empty, -1, low), jnp.where(is_empty, 1, high)
 
   def at(shrink: Any) -> tuple[Array, Array]:
-    scale = shrink * (high - low) / maxq
+    scale = schemes.quotient(shrink * (high - low), maxq)
     if cfg.scale_dtype == "f16":  # 2^-24 is float16's least number above 0
       scale = jnp.maximum(scale, 2.0**-24).astype(jnp.float16).astype(w_gO.dtype)
     middle = jnp.full_like(scale, 2 ** (cfg.bits - 1))

@@ -18,7 +18,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from minicpm_jax.core import types
 
@@ -44,16 +44,17 @@ class Scheme:
     size = jnp.abs(w.astype(jnp.float32))
     if self.divisor is None:
       return jnp.maximum(jnp.mean(size, axis=-2, keepdims=True), EPS)
-    # Behind the barrier XLA divides; it would multiply by a constant's reciprocal, an ulp off. The
-    # largest weight is on a tie (1.5 or 7.5 scales), so the last bit of s decides its code.
-    divisor = jax.lax.optimization_barrier(jnp.float32(self.divisor))
-    return jnp.maximum(jnp.max(size, axis=-2, keepdims=True) / divisor, EPS)
+    # The largest weight is on a tie (1.5 or 7.5 scales): the last bit of s decides its code.
+    return jnp.maximum(quotient(jnp.max(size, axis=-2, keepdims=True), self.divisor), EPS)
 
   def codes(
     self, w: Float[types.AnyArray, "*lead Q g out"], scale: Float[types.AnyArray, "*lead Q 1 out"]
   ) -> Float[types.AnyArray, "*lead Q g out"]:
     """Codes as float32 integers for given scales; a scale of 0 gives the code nearest to 0."""
-    ratio = w.astype(jnp.float32) / jnp.where(scale > 0, scale, jnp.inf)
+    scale = jnp.where(scale > 0, scale, jnp.inf)
+    if self.divisor is not None and self.divisor % 1:  # the largest weight's tie, as in `quotient`
+      scale = jax.lax.optimization_barrier(jnp.broadcast_to(scale, w.shape))
+    ratio = w.astype(jnp.float32) / scale
     if not self.has_zero:
       size = jnp.clip(jnp.round(jnp.abs(ratio)), 1, self.high)
       return jnp.where(ratio < 0, -size, size)
@@ -79,6 +80,11 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+def quotient(x: Float[Array, "*s"], divisor: float | int) -> Float[Array, "*s"]:
+  """x / divisor, correctly rounded: by a scalar XLA multiplies with its reciprocal, an ulp off."""
+  return x / jax.lax.optimization_barrier(jnp.full_like(x, divisor))
+
+
 def get(name: str) -> Scheme:
   if name not in SCHEMES:
     raise ValueError(f"scheme: found {name!r}, expected one of {list(SCHEMES)}")
@@ -87,11 +93,14 @@ def get(name: str) -> Scheme:
 
 def group_count(num_in: int, group_size: int, name: str = "kernel") -> int:
   """Groups along `num_in` input channels; a size that does not divide is refused."""
-  if group_size == -1:
+  if num_in < 1:
+    raise ValueError(f"{name}: found {num_in} inputs, expected 1 or more")
+  is_whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+  if is_whole and group_size == -1:
     return 1
-  if group_size <= 0 or num_in % group_size:
+  if not is_whole or group_size <= 0 or num_in % group_size:
     raise ValueError(
-      f"{name}: group_size: found {group_size}, expected -1 or a divisor of {num_in} inputs"
+      f"{name}: group_size: found {group_size!r}, expected -1 or a divisor of {num_in} inputs"
     )
   return num_in // group_size
 

@@ -70,6 +70,13 @@ def test_outliers_stay_in_their_block():
   assert noise(TENSOR, 3e4) >= 3 * noise(CFG, 3e4)
 
 
+@pytest.mark.parametrize("cfg", [CFG, TENSOR], ids=["block", "tensor"])
+def test_no_rows_give_no_rows(cfg):
+  found, pull = jax.vjp(lambda x, w: fp8.linear_of(x, w, cfg), jnp.zeros((0, 130)), normal(130, 3))
+  assert found.shape == (0, 3)
+  np.testing.assert_array_equal(pull(found)[1], np.zeros((130, 3)))
+
+
 def test_zeros_powers_of_two_and_e5m2():
   q, s = fp8.quantize_rows(jnp.zeros((2, 130)), CFG)
   np.testing.assert_array_equal(s, 1)
@@ -77,6 +84,12 @@ def test_zeros_powers_of_two_and_e5m2():
   x = jnp.asarray(normal(4, 256))
   _, s = fp8.quantize_rows(x, FP8Config(power_of_two_scales=True))
   np.testing.assert_array_equal(np.log2(s) % 1, 0)
+  exact = 2.0 ** np.arange(-100, 100, dtype=np.float32)
+  for name, largest in (("e4m3", 448), ("e5m2", 57344)):
+    cfg = FP8Config(power_of_two_scales=True, format=name)
+    for call in (fp8.scale_of, jax.jit(fp8.scale_of, static_argnums=1)):
+      np.testing.assert_array_equal(call(jnp.asarray(largest * exact), cfg), exact)
+      np.testing.assert_array_equal(call(jnp.asarray(largest * 1.01 * exact), cfg), 2 * exact)
   q, s = fp8.quantize_rows(x, FP8Config(format="e5m2"))
   assert q.dtype == jnp.float8_e5m2 and 0.03 < error(fp8.dequantize_rows(q, s), x) < 0.12
 

@@ -55,7 +55,7 @@ def test_codes_of_the_oracle_in_float32(rows, cols, g):
 def test_every_option_in_float64(option):
   rows, cols, g = (24, 192, 64) if option != "damp" else (24, 160, 32)
   w, x = oracle.correlated(np.random.default_rng(3), rows, cols, 500)
-  w[:, ::g] *= 0.5
+  w[:, ::g] *= 0.25  # not the maximum, an exact tie, behind the errors of earlier blocks either
   w[:, 7] = 100 * w[:, 7]
   x[:, 11] = 0  # a dead input
   w[5, 64:128] = 0  # an empty group
