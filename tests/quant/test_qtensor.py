@@ -109,7 +109,6 @@ def test_zero_points_and_group_index():
     (lambda: qtensor.quantize(jnp.ones((6, 2)), "int5"), "found 'int5'"),
     (lambda: qtensor.quantize(jnp.ones((0, 2))), "found 0 inputs"),
     (lambda: schemes.group_count(6, True), "group_size: found True"),
-    (lambda: schemes.group_count(6, 2.0), "group_size: found 2.0"),
     (lambda: qtensor.quantize(jnp.ones((6, 2)), num_in=2), "num_in: found 2"),
     (
       lambda: qtensor.make(jnp.ones((6, 2)), jnp.ones((3, 2)), "int4", group_size=3),
