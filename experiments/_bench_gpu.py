@@ -138,6 +138,14 @@ def weights(size: Sizes, kind: str) -> tuple[config.ModelConfig, types.Params, A
   return cfg, params, draft_cfg, draft
 
 
+def with_fr(params: base.Params, vocab_size: int, share: float = 0.25) -> base.Params:
+  """The same with FR-Spec: the draft scores `share` of the vocabulary, ids that are random."""
+  ids_R = np.random.default_rng(0).permutation(vocab_size)[: int(share * vocab_size)]
+  ids_R = np.sort(ids_R).astype(np.int32)
+  head_DR = jax.jit(lambda head_DV: head_DV[:, ids_R])(params.target["lm_head"]["kernel"])
+  return params._replace(draft=params.draft | {"head_DR": head_DR, "ids_R": jnp.asarray(ids_R)})
+
+
 def context(model: Any, drafter: Any, params: base.Params, length: int, slots: int) -> Any:
   """The engine's state with `length` committed tokens of random keys in one row that decodes."""
   state = state_lib.init_state(model, drafter, params, 1, slots)

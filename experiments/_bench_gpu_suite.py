@@ -1,6 +1,7 @@
 """The parts of `bench_decode --suite=gpu`: which programs, which rows, what happens on errors."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import pathlib
 import time
@@ -33,16 +34,22 @@ def run(
   kinds: Sequence[str],
   parts: Sequence[str] | None,
   num_threads: int,
+  nodes: Sequence[int] | None = None,
+  is_only_compiled: bool = False,
 ) -> int:
   """Writes OUTPUT/bench_decode_gpu_SHAPE.json after every row; 1 where a part failed.
 
-  ValueError for unknown names. `parts` None: all but prefill.
+  ValueError for unknown names. `parts` None: all but prefill. `nodes`: trees of the part verify.
+  `is_only_compiled`: programs go into the compilation cache, nothing is timed.
   """
   parts = [p for p in PARTS if p != "prefill"] if parts is None else parts
   for flag, found, expected in (("parts", parts, PARTS), ("weights", kinds, tuple(bench.QUANT))):
     if unknown := sorted(set(found) - set(expected)):
       raise ValueError(f"--{flag}: found {unknown}, expected some of {list(expected)}")
-  suite = Suite(bench.sizes(shape), parts, num_threads)
+  size = bench.sizes(shape)
+  if nodes:
+    size = dataclasses.replace(size, nodes={kind: tuple(nodes) for kind in bench.QUANT})
+  suite = Suite(size, parts, num_threads, is_only_compiled=is_only_compiled)
   folder = reports.RESULTS if output is None else pathlib.Path(output)
   path = folder / f"bench_decode_gpu_{shape}.json"
   status = suite.run(kinds, lambda: reports.save(path, suite.rows, errors=suite.errors))
@@ -53,9 +60,16 @@ def run(
 class Suite:
   """Rows as they come; a part that fails leaves its error and the others go on."""
 
-  def __init__(self, size: bench.Sizes, parts: Sequence[str], num_threads: int = 4):
+  def __init__(
+    self,
+    size: bench.Sizes,
+    parts: Sequence[str],
+    num_threads: int = 4,
+    *,
+    is_only_compiled: bool = False,
+  ):
     self.size, self.parts, self.rows, self.errors = size, parts, [], []
-    self._num_threads = num_threads
+    self._num_threads, self._is_only_compiled = num_threads, is_only_compiled
     self._step_s: dict[str, float] = {}
 
   def run(self, kinds: Sequence[str], save: Callable[[], None]) -> int:
@@ -97,12 +111,17 @@ class Suite:
   def _measure(self, kind: str, cfg: Any, params: base.Params, draft_cfg: Any) -> None:
     wanted = [p for p in self.parts if kind in KINDS_OF.get(p, (kind,))]
     programs = self._compiled(self._makers(kind, wanted, cfg, params, draft_cfg))
+    if self._is_only_compiled:
+      return
     for name, program in programs.items():
       part = name.split()[1]
-      measure = {"draft": self._draft, "spec": self._spec}.get(part, self._step)
+      measure = {"draft": self._draft, "draft-fr": self._draft, "spec": self._spec}.get(
+        part, self._step
+      )
       self._guarded(name, functools.partial(measure, kind, name, program))
     if "draft" in wanted:
-      self._guarded(f"{kind} draft level", functools.partial(self._level, kind))
+      self._guarded(f"{kind} draft level", functools.partial(self._level, kind, "draft"))
+      self._guarded(f"{kind} draft-fr level", functools.partial(self._level, kind, "draft-fr"))
     for part in ("engine", "prefill"):
       if part in wanted:
         for is_sparse in (True, False) if part == "prefill" else (False,):
@@ -129,6 +148,11 @@ class Suite:
     for levels in LEVELS if "draft" in wanted else ():
       makers[f"{kind} draft {levels}"] = functools.partial(
         bench.DraftStep, size, dense, params, draft_cfg, levels
+      )
+    with_fr = functools.cache(lambda: bench.with_fr(params, cfg.vocab_size))
+    for levels in LEVELS if "draft" in wanted else ():
+      makers[f"{kind} draft-fr {levels}"] = lambda levels=levels: bench.DraftStep(
+        size, dense, with_fr(), draft_cfg, levels
       )
     for length in size.long if "long" in wanted else ():
       for name, c in (("sparse", cfg), ("dense", dense)):
@@ -193,12 +217,12 @@ class Suite:
     self._step_s[name] = seconds
     self._row(part=name, ms=1e3 * seconds, **self._against_plain(kind, seconds))
 
-  def _level(self, kind: str) -> None:
+  def _level(self, kind: str, part: str) -> None:
     """What a level adds."""
-    few, many = (self._step_s.get(f"{kind} draft {n}") for n in LEVELS)
+    few, many = (self._step_s.get(f"{kind} {part} {n}") for n in LEVELS)
     if few is not None and many is not None:
       level = (many - few) / (LEVELS[1] - LEVELS[0])
-      self._row(part=f"{kind} draft level", ms=1e3 * level, **self._against_plain(kind, level))
+      self._row(part=f"{kind} {part} level", ms=1e3 * level, **self._against_plain(kind, level))
 
   def _through_engine(self, kind: str, part: str, cfg, params, is_sparse: bool) -> None:
     """`Engine.generate`: a short prompt and its answer, or a long prompt."""

@@ -51,6 +51,12 @@ _WEIGHTS = flags.DEFINE_list(
 _COMPILERS = flags.DEFINE_integer(
   "compilers", 4, "Programs of --suite=gpu compiled together.", lower_bound=1, flag_values=VALUES
 )
+_NODES = flags.DEFINE_list(
+  "nodes", None, "Tree sizes of --parts=verify; default: the kind's.", flag_values=VALUES
+)
+_COMPILE_ONLY = flags.DEFINE_bool(
+  "compile_only", False, "With --suite=gpu: fill jax's compilation cache.", flag_values=VALUES
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +108,11 @@ def _run_gpu() -> int:
   from experiments import _bench_gpu_suite as suites
 
   options = dict(kinds=_WEIGHTS.value, parts=_PARTS.value, num_threads=_COMPILERS.value)
+  bad = [n for n in _NODES.value or () if not n.isdigit() or not 1 <= int(n) <= 64]
+  if bad:
+    raise ValueError(f"--nodes: found {bad}, expected sizes of trees, 1..64")
+  nodes = [int(n) for n in _NODES.value or ()]
+  options |= dict(nodes=nodes, is_only_compiled=_COMPILE_ONLY.value)
   return suites.run(_SHAPE.value or "minicpm4_8b", _OUTPUT.value, **options)
 
 

@@ -68,6 +68,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, c
   ("flag", "text"),
   [
     ("--parts=plain,fast", "--parts: found ['fast']"),
+    ("--nodes=12,many", "--nodes: found ['many']"),
     ("--weights=int5", "--weights: found ['int5']"),
     ("--shape=huge", "--shape: found 'huge'"),
   ],
@@ -75,6 +76,23 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, c
 def test_bad_flags_are_named(flag, text, capsys):
   assert bench_decode.main(["bench_decode", "--suite=gpu", flag]) == 1
   assert text in capsys.readouterr().err
+
+
+def test_compile_only_times_nothing(tmp_path):
+  flags = ("--parts=verify", "--nodes=4", "--weights=bf16", "--compile_only")
+  status, found = run(tmp_path, *flags)
+  assert status == 0 and [row["part"] for row in found["rows"]] == ["weights", "compile"]
+  assert found["rows"][1]["programs"] == 1
+
+
+def test_a_draft_with_fr_scores_a_quarter_of_the_head():
+  size = _bench_gpu.sizes("tiny")
+  _, target, _, draft = _bench_gpu.weights(size, "bf16")
+  draft = _bench_gpu.with_fr(base.Params(target, draft), size.model.vocab_size).draft
+  ids = np.asarray(draft["ids_R"])
+  assert ids.size == 40 and (np.diff(ids) > 0).all()
+  head = np.asarray(target["lm_head"]["kernel"])
+  np.testing.assert_array_equal(draft["head_DR"], np.take(head, ids, axis=1))
 
 
 @pytest.mark.parametrize("want", [1, 2, 3])
