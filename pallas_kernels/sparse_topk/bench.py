@@ -79,8 +79,9 @@ def candidates(implementation: str, group: int):
   """For Triton (columns of a step, products it is cut into, keys, warps) that fit a Hopper's
   registers and shared memory; for both how many bytes of scores a run holds."""
   if implementation == "mosaic_gpu":
-    sizes = 2**28, 2**29, 2**30
-    yield from (mosaic_gpu.MosaicGpuConfig(max_score_bytes=size) for size in sizes)
+    for warpgroups in (1, 2):
+      for size in (2**28, 2**30):
+        yield mosaic_gpu.MosaicGpuConfig(warpgroups=warpgroups, max_score_bytes=size)
     return
   group = gpu.next_power_of_two(group)
   for columns, parts, keys, warps in (

@@ -5,10 +5,13 @@ after the other over the same keys, so that the sum over the group is a sum of r
 of a tile are the windows of 64 blocks, phase by phase (window i of every block), so that pooling is
 a maximum of whole tiles; they stay in shared memory for all heads, whose queries stream from L2
 once a tile. A window that reaches into the next block goes to a second output, and the choice takes
-its maximum with the block behind it: the same number for both blocks. `choose`: one query a
-program, its block scores in registers; the cut by steps down from the best score, then bisection on
-the scores' bits (they are >= 0), ties to the lower block by bisection on the block. Mosaic has no
-running count and no scatter, so the ids that are not forced come out as successive minima.
+its maximum with the block behind it: the same number for both blocks. Two warpgroups of a program
+share the keys and multiply in turns, so that one exponentiates meanwhile.
+
+`choose`: one query a program, its block scores in registers; the cut by steps down from the best
+score, then bisection on the scores' bits (they are >= 0), ties to the lower block by bisection on
+the block. Mosaic has no running count and no scatter, so the ids that are not forced come out as
+successive minima.
 """
 
 import functools
@@ -37,11 +40,13 @@ def key_tiles(rule: rules.Rule) -> tuple[int, int]:
   return (per_block // 2, 2 * TILE) if per_block % 2 == 0 else (per_block, TILE)
 
 
-def shared_bytes(rule: rules.Rule, group: int, head_dim: int, itemsize: int) -> int:
+def shared_bytes(
+  rule: rules.Rule, group: int, head_dim: int, itemsize: int, warpgroups: int
+) -> int:
   """Of one program of `block_scores`: queries of two heads, a tile of keys, numbers of the rows."""
   parts, width = key_tiles(rule)
-  tiles = (2 * mgpu.ROWS + parts * width) * head_dim * itemsize
-  return tiles + (2 * group + 2) * 4 * mgpu.ROWS + 2048
+  queries = warpgroups * mgpu.ROWS * (2 * head_dim * itemsize + (2 * group + 2) * 4)
+  return queries + parts * width * head_dim * itemsize + 2048
 
 
 def _across(x_R, width: int):
@@ -50,10 +55,10 @@ def _across(x_R, width: int):
 
 
 def _scores_body(
-  first_ref,  # [1] first tile of this launch
-  begin_ref,  # [B, T / 64] first slot that a query of the tile may use
-  last_ref,  # [B, T / 64] last position of the tile, -1 = padding only
-  full_ref,  # [B, T / 64, 2] windows of the normaliser that all its queries see, from and to
+  first_ref,  # [1] first 64 queries of this launch
+  begin_ref,  # [B, tiles] first slot that a query of the tile may use
+  last_ref,  # [B, tiles] last position of the tile, -1 = padding only
+  full_ref,  # [B, tiles, 2] windows of the normaliser that all its queries see, from and to
   q_ref,  # [B, T, N, H]
   fine_ref,  # [B * parts, M * width / 64, K, H]
   norm_ref,  # [B, C, K, H]
@@ -69,7 +74,8 @@ def _scores_body(
   start_smem,
   q_barriers,
   keys_barriers,
-  row_barrier,
+  row_barriers,
+  turn_barriers,
   *,
   rule: rules.Rule,
   num_fine,
@@ -77,22 +83,28 @@ def _scores_body(
   scale,
   interpreted,
 ):
-  tile, head = jax.lax.axis_index("tile"), jax.lax.axis_index("head")
-  tile = out_ref.shape[1] // mgpu.ROWS - 1 - tile  # the longest first
+  tile, head, own = (jax.lax.axis_index(name) for name in ("tile", "head", "warpgroup"))
+  warpgroups = pos_smem.shape[0]
+  tile = out_ref.shape[1] // (warpgroups * mgpu.ROWS) - 1 - tile  # the longest first
   K, N = fine_ref.shape[2], q_ref.shape[2]
   group = N // K
   batch, k = jax.lax.div(head, K), jax.lax.rem(head, K)
   rows = mgpu.ROWS
   parts, width, _ = keys_smem.shape
-  place = first_ref[0] + tile
-  t = place * rows  # a product, so that it is known to be a multiple where tiles are copied
+  place = jax.lax.div(first_ref[0], warpgroups) + tile
+  t = (
+    place * warpgroups + own
+  ) * rows  # a product, so that it is known to be a multiple where tiles are copied
   begin, last = begin_ref[batch, place], last_ref[batch, place]
   as_rows = functools.partial(mgpu.as_rows, interpreted=interpreted)
   as_tile = functools.partial(mgpu.as_tile, interpreted=interpreted)
 
+  is_last = own == warpgroups - 1
+  pos_smem, start_smem = pos_smem.at[own], start_smem.at[own]
+
   def fetch_rows(source, target):
-    plgpu.copy_gmem_to_smem(source.at[batch, pl.ds(t, rows)], target, row_barrier)
-    plgpu.barrier_wait(row_barrier)
+    plgpu.copy_gmem_to_smem(source.at[batch, pl.ds(t, rows)], target, row_barriers.at[own])
+    plgpu.barrier_wait(row_barriers.at[own])
 
   fetch_rows(pos_ref, pos_smem)
   fetch_rows(start_ref, start_smem)
@@ -105,18 +117,18 @@ def _scores_body(
       @pl.when(j < num_steps)
       def _():
         source = q_ref.at[batch, pl.ds(t, rows), k * group + jax.lax.rem(j, group)]
-        slot = jax.lax.rem(j, 2)
+        slot = 2 * own + jax.lax.rem(j, 2)
         plgpu.copy_gmem_to_smem(source, q_smem.at[slot], q_barriers.at[slot])
 
     def fetch_keys(c, part):
-      @pl.when(c < end)
+      @pl.when(is_last & (c < end))
       def _():
         plgpu.copy_gmem_to_smem(keys_of(c, part), keys_smem.at[part], keys_barriers.at[part])
 
     def one_tile(c, nothing):
       def one_head(g, carry):
         j = (c - first) * group + g
-        slot = jax.lax.rem(j, 2)
+        slot = 2 * own + jax.lax.rem(j, 2)
         plgpu.barrier_wait(q_barriers.at[slot])
         for part in range(parts):
 
@@ -124,7 +136,11 @@ def _scores_body(
           def _(part=part):
             plgpu.barrier_wait(keys_barriers.at[part])
 
+          if warpgroups > 1:  # one multiplies while the other exponentiates
+            plgpu.barrier_wait(turn_barriers.at[own])
           logits = mgpu.dot_transposed(q_smem.at[slot], keys_smem.at[part], interpreted)
+          if warpgroups > 1:
+            plgpu.barrier_arrive(turn_barriers.at[1 - own])
 
           @pl.when(g == group - 1)
           def _(part=part):
@@ -139,7 +155,7 @@ def _scores_body(
       return nothing
 
     for part in range(parts):
-      fetch_keys(first, part)
+      fetch_keys(first, part)  # the last warpgroup to multiply fetches: the others have read
     fetch_q(0)
     fetch_q(1)
     jax.lax.fori_loop(first, end, one_tile, None)
@@ -159,12 +175,14 @@ def _scores_body(
   norm_end = jax.lax.div(jnp.minimum(norm_end, num_norm) + (norm_tile - 1), norm_tile)
   full_begin, full_end = full_ref[batch, place, 0], full_ref[batch, place, 1]
 
+  first_row = own * group  # of the warpgroup's heads in top_smem and sum_smem
+
   def nothing_summed(g, nothing):
     top_smem[g] = as_rows(jnp.full((rows,), FLOOR, jnp.float32))
     sum_smem[g] = as_rows(jnp.zeros((rows,), jnp.float32))
     return nothing
 
-  jax.lax.fori_loop(0, group, nothing_summed, None)
+  jax.lax.fori_loop(first_row, first_row + group, nothing_summed, None)
   plgpu.commit_smem()
 
   def norm_keys(c, part):
@@ -181,12 +199,19 @@ def _scores_body(
 
     is_full = (window >= full_begin) & (window + width <= full_end)
     logits = jax.lax.cond(is_full, lambda x: x, mask, logits)
-    top_R = as_rows(top_smem[g])
+    at = first_row + g
+    top_R = as_rows(top_smem[at])
     new_top_R = jnp.maximum(top_R, jnp.max(logits, axis=1) * (scale * LOG2E))
     exps = jnp.exp2(logits * (scale * LOG2E) - _across(new_top_R, width))
-    sum_smem[g] = as_rows(sum_smem[g]) * jnp.exp2(top_R - new_top_R) + jnp.sum(exps, axis=1)
-    top_smem[g] = new_top_R
+    sum_smem[at] = as_rows(sum_smem[at]) * jnp.exp2(top_R - new_top_R) + jnp.sum(exps, axis=1)
+    top_smem[at] = new_top_R
     return nothing
+
+  if warpgroups > 1:
+
+    @pl.when(is_last)
+    def _():
+      plgpu.barrier_arrive(turn_barriers.at[0])
 
   sweep(norm_begin, norm_end, norm_keys, lambda: None, add_exps, lambda c, nothing: None)
 
@@ -196,7 +221,7 @@ def _scores_body(
     top_smem[g] = jnp.where(sum_R > 0, as_rows(top_smem[g]) + log_R, BLIND)
     return nothing
 
-  jax.lax.fori_loop(0, group, finish_norm, None)
+  jax.lax.fori_loop(first_row, first_row + group, finish_norm, None)
   plgpu.commit_smem()
 
   # Scores of 64 blocks at a time.
@@ -211,7 +236,7 @@ def _scores_body(
     return tuple(as_tile(jnp.zeros((rows, width), jnp.float32)) for _ in range(parts))
 
   def add_scores(m, g, part, logits, totals):
-    exponents = logits * (scale * LOG2E) - _across(as_rows(top_smem[g]), width)
+    exponents = logits * (scale * LOG2E) - _across(as_rows(top_smem[first_row + g]), width)
     total = totals[part] + jnp.exp2(jnp.minimum(exponents, CLAMP))
     return tuple(total if i == part else x for i, x in enumerate(totals))
 
@@ -228,14 +253,19 @@ def _scores_body(
       best = jnp.maximum(best, scores)
       if i * rule.kernel_stride + rule.kernel_size > rule.block_size:
         right = jnp.maximum(right, scores)
-    to = pl.ds(tile * rows, rows)
+    to = pl.ds((tile * warpgroups + own) * rows, rows)
     out_ref[head, to, pl.ds(m * TILE, TILE)] = best
     right_ref[head, to, pl.ds(EDGE + m * TILE, TILE)] = right
 
   sweep(blocks_begin, blocks_end, fine_keys, no_scores, add_scores, pool)
+  if warpgroups > 1:
+
+    @pl.when(own == 0)
+    def _():
+      plgpu.barrier_wait(turn_barriers.at[0])
 
 
-@mgpu.once("rule", "num_rows", "num_blocks", "num_fine", "num_norm", "interpreted")
+@mgpu.once("rule", "num_rows", "num_blocks", "num_fine", "num_norm", "warpgroups", "interpreted")
 def block_scores(
   first_1,
   begin_Bt,
@@ -252,6 +282,7 @@ def block_scores(
   num_blocks,
   num_fine,
   num_norm,
+  warpgroups,
   interpreted,
 ):
   """Of the queries from tile `first_1` on, float32: scores [B * K, num_rows, M] of the windows that
@@ -276,18 +307,21 @@ def block_scores(
       for n in (num_blocks, EDGE + num_blocks)
     ),
     scratch_types=[
-      plgpu.SMEM((2, rows, H), dtype),
+      plgpu.SMEM((2 * warpgroups, rows, H), dtype),
       plgpu.SMEM((parts, width, H), dtype),
-      plgpu.SMEM((N // K, rows), jnp.float32),
-      plgpu.SMEM((N // K, rows), jnp.float32),
-      plgpu.SMEM((rows,), jnp.int32),
-      plgpu.SMEM((rows,), jnp.int32),
-      plgpu.Barrier(num_barriers=2),
+      plgpu.SMEM((warpgroups * N // K, rows), jnp.float32),
+      plgpu.SMEM((warpgroups * N // K, rows), jnp.float32),
+      plgpu.SMEM((warpgroups, rows), jnp.int32),
+      plgpu.SMEM((warpgroups, rows), jnp.int32),
+      plgpu.Barrier(num_barriers=2 * warpgroups),
       plgpu.Barrier(num_barriers=parts),
-      plgpu.Barrier(),
+      plgpu.Barrier(num_barriers=warpgroups),
+      plgpu.Barrier(num_barriers=warpgroups),
     ],
-    grid=(B * K, num_rows // rows),
+    grid=(B * K, num_rows // (warpgroups * rows)),
     grid_names=("head", "tile"),
+    num_threads=warpgroups,
+    thread_name="warpgroup",
     kernel_name="sparse_topk_scores",
     **mgpu.options(interpreted),
   )(first_1, begin_Bt, last_Bt, full_Bt2, q_BTNH, fine_EMKH, norm_BCKH, pos_BT, start_BT)

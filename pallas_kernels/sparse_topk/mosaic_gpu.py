@@ -19,12 +19,15 @@ MAX_BLOCKS = 8192  # of a row: a choice holds their scores in registers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicGpuConfig:
-  """Bytes of block scores held at a time."""
+  """Tiles of the score kernel, bytes of block scores held at a time."""
 
+  warpgroups: int = 1  # of a program; 2 multiply in turns, each 64 queries
   max_score_bytes: int = 2**28
   interpret: bool | None = None  # None = on a CPU
 
   def __post_init__(self):
+    if self.warpgroups not in (1, 2):
+      raise ValueError(f"MosaicGpuConfig.warpgroups: found {self.warpgroups}, expected 1 or 2")
     if self.max_score_bytes < 1:
       raise ValueError(
         f"MosaicGpuConfig.max_score_bytes: found {self.max_score_bytes}, expected 1 or more"
@@ -64,12 +67,13 @@ def runs(
     raise NotImplementedError(f"{op}: {M} blocks, mosaic_gpu serves up to {MAX_BLOCKS}")
   from pallas_kernels.sparse_topk import mgpu_kernels as kernels
 
-  num_bytes = kernels.shared_bytes(rule, N // K, H, q_BTNH.dtype.itemsize)
+  num_bytes = kernels.shared_bytes(rule, N // K, H, q_BTNH.dtype.itemsize, config.warpgroups)
   mgpu.check_shared_memory(op, num_bytes, f"tiles of {H} and {N // K} heads a group")
   norm_BCKH = fine_BFKH if rule.lse == "exact" else coarse_BCKH
   num_norm = norm_BCKH.shape[1]
-  most = config.max_score_bytes // (8 * B * K * M) // mgpu.ROWS * mgpu.ROWS
-  rows = max(mgpu.ROWS, min(most, -(-T // mgpu.ROWS) * mgpu.ROWS))
+  tile = config.warpgroups * mgpu.ROWS
+  most = config.max_score_bytes // (8 * B * K * M) // tile * tile
+  rows = max(tile, min(most, -(-T // tile) * tile))
   padded = -(-T // rows) * rows
 
   def pad(x, axis, length, value=0):
@@ -81,7 +85,7 @@ def runs(
   start_BT = pad(start_BT, 1, padded, rules.NOWHERE)
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
   pos_BT = offset_B[:, None] + jnp.arange(padded, dtype=jnp.int32)[None, :]
-  pos_Btr, start_Btr = (jnp.reshape(x, (B, -1, mgpu.ROWS)) for x in (pos_BT, start_BT))
+  pos_Btr, start_Btr = (jnp.reshape(x, (B, -1, tile)) for x in (pos_BT, start_BT))
   last_Bt = jnp.max(jnp.where(start_Btr <= pos_Btr, pos_Btr, -1), axis=-1)
   begin_Bt = jnp.min(start_Btr, axis=-1)
   full_Bt2 = _seen_by_all(pos_Btr, start_Btr, rule, num_norm)
@@ -106,6 +110,7 @@ def runs(
       num_blocks=M,
       num_fine=F,
       num_norm=num_norm,
+      warpgroups=config.warpgroups,
       interpreted=interpreted,
     )
 

@@ -64,9 +64,17 @@ def test_union_of_lists_is_that_of_sets(num_blocks, tiles_a_run):
 # --- Values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection, lse", [("joint", "coarse"), ("split", "exact")])
-def test_select(selection, lse):
-  suite.check_select(topk.select_mosaic_gpu, suite.small_rule(selection, lse), num_queries=9, H=16)
+@pytest.mark.parametrize(
+  "selection, lse, warpgroups, num_queries", [("joint", "coarse", 1, 9), ("split", "exact", 2, 66)]
+)
+def test_select(selection, lse, warpgroups, num_queries):
+  config = topk.MosaicGpuConfig(warpgroups=warpgroups)
+  suite.check_select(
+    lambda *a: topk.select_mosaic_gpu(*a, config=config),
+    suite.small_rule(selection, lse),
+    num_queries=num_queries,
+    H=16,
+  )
 
 
 def test_select_packed():
@@ -234,9 +242,9 @@ def like(*shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def select_program(num_heads, head_dim, lse, T=4096):
+def select_program(num_heads, head_dim, lse, T=4096, warpgroups=1):
   rule, K = rules.Rule(lse=lse), 2
-  config, slots = topk.MosaicGpuConfig(interpret=False), 131072
+  config, slots = topk.MosaicGpuConfig(warpgroups=warpgroups, interpret=False), 131072
 
   def run(q, fine, coarse, start):
     return topk.select_mosaic_gpu(q, fine, coarse, slots - T, start, rule, slots, config)
@@ -278,6 +286,7 @@ def decode_program(num_heads, head_dim, is_paged, T=1):
 PROGRAMS = {
   "select_0p5b": lambda: select_program(16, 64, "exact"),
   "select_8b": lambda: select_program(32, 128, "coarse"),
+  "select_8b_pair": lambda: select_program(32, 128, "coarse", warpgroups=2),
   "attend_0p5b": lambda: attend_program(16, 64),
   "attend_8b": lambda: attend_program(32, 128),
   "attend_ahead": lambda: attend_program(32, 128, warpgroups=1, num_stages=3),
@@ -413,6 +422,7 @@ def test_only_hopper_is_served(capability, is_served, monkeypatch):
 @pytest.mark.parametrize(
   "make, message",
   [
+    (lambda: topk.MosaicGpuConfig(warpgroups=3), "warpgroups: found 3, expected 1 or 2"),
     (lambda: attention.MosaicGpuConfig(num_stages=1), "num_stages: found 1, expected 2 to 8"),
     (lambda: attention.MosaicGpuConfig(kv_stages=9), "kv_stages: found 9, expected 2 to 8"),
     (lambda: attention.MosaicGpuConfig(unit_rows=48), "unit_rows: found 48, expected 32 or 64"),
