@@ -2,7 +2,7 @@
 
 Queries go in runs whose block scores fit `max_score_bytes`; a run is two kernels, scores then
 choice, as in Triton's form. Scores are float32 sums of the products of the input type. Compiled for
-sm_90a and checked in the interpreter.
+sm_90a and checked in the interpreter; this form has not run on a device (the one before it had).
 """
 
 import dataclasses
