@@ -293,6 +293,7 @@ def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target)
     draft_export.as_int4(found)
 
 
+@pytest.mark.slow
 def test_an_fc_too_small_for_scales_of_float16_is_stored_as_floats(tmp_path, target, caplog):
   """EAGLE-3 trained in units 2^20 times as large: all values are those of the training."""
   cfg = draft_lib.quantized(draft_lib.for_target(target, "eagle3"), GROUP)
