@@ -77,7 +77,7 @@ class Engine(driver_lib.Driver):
     extra = max(rows_lib.SMALLEST_CHUNK, self._num_rows)
     unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
     # A padded chunk and a tree always fit behind.
-    self._num_slots = -(-(self.cfg.capacity + extra) // unit) * unit
+    self._num_slots = rows_lib.slots_of(self.cfg.capacity + extra, unit, jax.default_backend())
     self._state = state_lib.init_state(
       model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
     )

@@ -4,6 +4,7 @@ Functions of host data alone: a `Job` is a request on its way, a `Row` what the 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer import tree as tree_lib
 
+SLOTS = 1024  # XLA's GPU products pad, which copies, values of another number of slots
 SMALLEST_CHUNK = 16
 
 
@@ -137,6 +139,13 @@ def span_of(num_slots: int, smallest: int, most: int) -> int:
   while span < num_slots:
     span *= 2
   return min(span, most)
+
+
+def slots_of(least: int, unit: int, backend: str) -> int:
+  """Slots of a cache: whole units, and off the CPU whole `SLOTS`."""
+  if backend != "cpu":
+    unit = math.lcm(unit, SLOTS)
+  return -(-least // unit) * unit
 
 
 def chunk_of(start: int, rest: int, largest: int, num_slots: int) -> int:

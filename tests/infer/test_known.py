@@ -9,7 +9,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer import generate, rounds
+from minicpm_jax.infer import generate, rounds, rows
 from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import convert, transformer
@@ -95,3 +95,9 @@ def test_the_decoding_form_on_a_gpu_gives_equal_logits(monkeypatch):
       m.apply({"params": p}, tokens).logits for m, p in ((model, given), (fast, fast_params))
     )
     np.testing.assert_allclose(out, slow, atol=1e-4)
+
+
+def test_caches_have_whole_slots_off_the_cpu():
+  """A span that is no multiple of 1024 made XLA for GPUs copy the values."""
+  assert rows.slots_of(5000, 1, "cpu") == 5000 and rows.slots_of(5000, 64, "cpu") == 5056
+  assert rows.slots_of(5000, 64, "gpu") == 5120 and rows.slots_of(5120, 1, "gpu") == 5120
