@@ -13,7 +13,7 @@ def test_notebook_runs(path, monkeypatch):
   jupytext, nbclient = pytest.importorskip("jupytext"), pytest.importorskip("nbclient")
   monkeypatch.setenv("MINICPM_JAX_NOTEBOOK", "tiny")
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parents[2])]))
   notebook = jupytext.read(path)
   nbclient.NotebookClient(
