@@ -164,23 +164,6 @@ def _line(length: int):
   return plgpu.Layout.WG_STRIDED((length,), vec_size=1)
 
 
-def dot_transposed_beside(a_Rk, b_ref, work, interpreted: bool):
-  """(a b^T, work()), a in registers: the product runs beside `work`, which may wait for others."""
-  from jax.experimental import pallas as pl
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  if interpreted:
-    done = work()
-    return jnp.dot(a_Rk, b_ref[...].T, preferred_element_type=jnp.float32), done
-
-  def run(acc_ref):
-    plgpu.wgmma(acc_ref, a_Rk, b_ref.transpose((1, 0)))
-    done = work()
-    return acc_ref[...], done
-
-  return pl.run_scoped(run, plgpu.ACC((a_Rk.shape[0], b_ref.shape[0]), jnp.float32))
-
-
 def load_bytes(ref, index, interpreted: bool):
   """[64, columns] of 8-bit values in the registers' layout of a product.
 

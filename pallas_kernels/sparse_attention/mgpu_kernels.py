@@ -155,7 +155,7 @@ def _body(
 ):
   x, split, own = (jax.lax.axis_index(name) for name in ("tile", "split", "warpgroup"))
   _, block, heads, head_dim = k_ref.shape
-  rows, shape = mgpu.ROWS, (mgpu.ROWS, block)
+  rows = mgpu.ROWS
   head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
   count, first = counts_ref[x], first_ref[x]
   share = jax.lax.div(count + (splits - 1), splits)
@@ -181,29 +181,26 @@ def _body(
   of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
   query_R = query_of_rows(own, queries, group, block, interpreted)
 
-  def softmax(scores_Rs, j, top_R, sum_R):
-    """(probabilities over what is to be summed, shrinking of what was, new top and sum)."""
-    scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
-    bias_R = member_bias(bits_ref[x, j], query_R)
-    new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
-    probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + across(bias_R - new_top_R, block))
-    shrink_R = jnp.exp2(top_R - new_top_R)
-    sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
-    return probs_Rs.astype(v_smem.dtype), shrink_R, new_top_R, sum_R
-
-  def add(acc_RH, probs_Rs, shrink_R, slot):
-    acc_RH = acc_RH * across(shrink_R, head_dim)
-    return mgpu.values_dot_add(acc_RH, probs_Rs, v_smem.at[slot], interpreted)
-
   def step(j, carry):
     slot, bits = jax.lax.rem(j - begin, num_stages), bits_ref[x, j]
 
     def attend(top_R, sum_R, acc_RH):
       scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
-      probs_Rs, shrink_R, top_R, sum_R = softmax(scores_Rs, j, top_R, sum_R)
+      scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
+      bias_R = member_bias(bits, query_R)
+      new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
+      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + across(bias_R - new_top_R, block))
+      shrink_R = jnp.exp2(top_R - new_top_R)
+      sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
       refill(j)
       plgpu.barrier_wait(v_barriers.at[slot])
-      return top_R, sum_R, add(acc_RH, probs_Rs, shrink_R, slot)
+      acc_RH = mgpu.values_dot_add(
+        acc_RH * across(shrink_R, head_dim),
+        probs_Rs.astype(v_smem.dtype),
+        v_smem.at[slot],
+        interpreted,
+      )
+      return new_top_R, sum_R, acc_RH
 
     def skip(*carry):
       refill(j)
@@ -215,43 +212,12 @@ def _body(
     release(j)
     return carry
 
-  def step_ahead(j, carry):
-    """As `step` of a single warpgroup; the scores of block j + 1 are made beside the softmax."""
-    scores_Rs, top_R, sum_R, acc_RH = carry
-    slot, after = (
-      jax.lax.rem(i, num_stages) for i in (j - begin, jnp.minimum(j + 1, end - 1) - begin)
-    )
-    refill(j)
-
-    @pl.when(j + 1 < end)
-    def _():
-      plgpu.barrier_wait(k_barriers.at[after])
-
-    def work():
-      probs_Rs, shrink_R, new_top_R, new_sum_R = softmax(scores_Rs, j, top_R, sum_R)
-      plgpu.barrier_wait(v_barriers.at[slot])
-      return new_top_R, new_sum_R, add(acc_RH, probs_Rs, shrink_R, slot)
-
-    scores_Rs, carry = mgpu.dot_transposed_beside(q_RH, k_smem.at[after], work, interpreted)
-    release(j)
-    return scores_Rs, *carry
-
-  def first_scores():
-    plgpu.barrier_wait(k_barriers.at[0])
-    return mgpu.dot_transposed(q_smem.at[own], k_smem.at[0], interpreted)
-
   nothing = (
     mgpu.as_rows(jnp.full((rows,), FLOOR, jnp.float32), interpreted),
     mgpu.as_rows(jnp.zeros((rows,), jnp.float32), interpreted),
     mgpu.as_tile(jnp.zeros((rows, head_dim), jnp.float32), interpreted),
   )
-  if q_ref.shape[1] > 1:
-    top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
-  else:
-    q_RH = mgpu.as_tile(q_smem[own], interpreted)
-    none_Rs = mgpu.as_tile(jnp.zeros(shape, jnp.float32), interpreted)
-    scores_Rs = jax.lax.cond(begin < end, first_scores, lambda: none_Rs)
-    *_, top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step_ahead, (scores_Rs, *nothing))
+  top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
   safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
   out_ref[x, split, own] = (acc_RH / across(safe_R, head_dim)).astype(out_ref.dtype)
   lse_smem[own] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)

@@ -88,12 +88,12 @@ def check_select_packed(select, rule: rules.Rule, H=8):
 # --- Attention -----------------------------------------------------------------------------------
 
 
-def lists(rng, pos_BT, start_BT, heads: int, width: int, num_local: int):
+def lists(rng, pos_BT, start_BT, heads: int, width: int, num_local: int, block: int = BLOCK):
   """Ascending random lists [B, K, T, W] on the row's grid that end with the local blocks."""
   B, T = pos_BT.shape
   ids = np.full((B, heads, T, width), -1, np.int32)
   for b, h, t in np.ndindex(B, heads, T):
-    cur, first = pos_BT[b, t] // BLOCK, start_BT[b, t] // BLOCK
+    cur, first = pos_BT[b, t] // block, start_BT[b, t] // block
     if pos_BT[b, t] < start_BT[b, t]:
       continue
     local = np.arange(max(first, cur - num_local + 1), cur + 1)
@@ -113,6 +113,7 @@ def check_attend(
   W=3,
   H=8,
   G=3,
+  block=BLOCK,
   is_repeated=False,
 ):
   """out, lse and gradients against one masked softmax over all keys in float32.
@@ -126,7 +127,7 @@ def check_attend(
   start = np.zeros((B, T), np.int32)
   start[1, 31], start[1, 32:-4], start[1, -4:] = rules.NOWHERE, 32, rules.NOWHERE
   pos = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-  ids = lists(rng, pos, start, K, W, max(1, num_local))
+  ids = lists(rng, pos, start, K, W, max(1, num_local), block)
   pos, start, ids = jnp.asarray(pos), jnp.asarray(start), jnp.asarray(ids)
 
   def run(function, *arrays):
@@ -150,12 +151,12 @@ def check_attend(
     return found
 
   def reference(q, k, v, ids, pos, start):
-    mask = attention_ref.block_mask(ids, pos, jnp.zeros_like(start), S, BLOCK)
+    mask = attention_ref.block_mask(ids, pos, jnp.zeros_like(start), S, block)
     mask = mask & (jnp.arange(S)[None, None, :] >= start[:, :, None])[:, None]
     return attention_ref.attend_ref(q, k, v, mask)
 
   def backend(q, k, v, ids, pos, start):
-    return attend(q, k, v, ids, pos, start, block_size=BLOCK, num_local=num_local)
+    return attend(q, k, v, ids, pos, start, block_size=block, num_local=num_local)
 
   expected = run(reference, *(x.astype(jnp.float32) for x in (q, k, v)))
   found = run(backend, q, k, v)
@@ -170,7 +171,7 @@ def check_attend(
       np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
     else:
       assert np.abs(x - y).max() <= 3 * np.abs(z - y).max() + 1e-3, name
-  if has_grad and dtype == jnp.float32 and T <= 100:
+  if has_grad and dtype == jnp.float32 and T <= 100 and block == BLOCK:
     exact = loop_gradients(q, k, v, ids, pos, start, dout, dout[..., 0])
     for name, x, y in zip(names[2:], found[2:], exact, strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4, err_msg=f"{name} in float64")

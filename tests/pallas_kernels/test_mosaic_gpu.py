@@ -168,7 +168,7 @@ def test_remat_policies_can_keep_the_lists_and_the_result():
   config = attention.MosaicGpuConfig(interpret=False)
 
   def loss(*args):
-    options = dict(block_size=16, implementation="mosaic_gpu", config=config)
+    options = dict(block_size=32, implementation="mosaic_gpu", config=config)
     return jnp.sum(attention_api.attend_blocks(*args, **options)[0].astype(jnp.float32))
 
   def counts(*names):
@@ -289,7 +289,6 @@ PROGRAMS = {
   "select_8b_pair": lambda: select_program(32, 128, "coarse", warpgroups=2),
   "attend_0p5b": lambda: attend_program(16, 64),
   "attend_8b": lambda: attend_program(32, 128),
-  "attend_ahead": lambda: attend_program(32, 128, warpgroups=1, num_stages=3),
   "attend_f16": lambda: attend_program(32, 96, jnp.float16),
   "decode_0p5b": lambda: decode_program(16, 64, False, T=4),
   "decode_8b": lambda: decode_program(32, 128, True),
@@ -321,11 +320,13 @@ def launches(program, monkeypatch):
 
 @pytest.mark.parametrize("num_tokens", [131072, 1 << 20])
 def test_long_prompts_stay_within_the_grids_of_cuda(num_tokens, monkeypatch):
-  """At 128k tokens the forward pass has 65536 tiles, and only the last dimension may hold them."""
+  """At a million tokens the forward pass has 174,764 tiles; only the last dimension may hold so
+  many."""
   found = launches(lambda: attend_program(32, 128, T=num_tokens), monkeypatch)
   if num_tokens == 131072:
     found += launches(lambda: select_program(2, 128, "exact", T=num_tokens), monkeypatch)
-  assert max(grid[-1] for _, grid, _ in found) >= 65536
+  else:
+    assert max(grid[-1] for _, grid, _ in found) >= 65536
   for name, grid, _ in found:
     assert len(grid) <= 3 and all(size <= 65535 for size in grid[:-1]), (name, grid)
 
@@ -333,7 +334,7 @@ def test_long_prompts_stay_within_the_grids_of_cuda(num_tokens, monkeypatch):
 @pytest.mark.parametrize("group", [1, 2, 16, 32])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_default_tiles_fit_the_shared_memory_of_hopper(group, head_dim, monkeypatch):
-  """H100 and H200: 227 KiB a program; two programs of attention a multiprocessor (228 KiB, of which
+  """H100 and H200: 227 KiB a program; two programs of dk and dv a multiprocessor (228 KiB, of which
   each takes one more)."""
   for program in (
     lambda: attend_program(2 * group, head_dim),
@@ -344,7 +345,7 @@ def test_default_tiles_fit_the_shared_memory_of_hopper(group, head_dim, monkeypa
       buffers = [x for x in scratch if hasattr(x, "shape") and hasattr(x, "dtype")]
       num_bytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
       assert num_bytes <= 227 * 1024, name
-      if name.startswith("sparse_attention_backward"):
+      if name == "sparse_attention_backward_kv":
         assert 2 * (num_bytes + 2048) <= 228 * 1024, (name, num_bytes)
 
 
@@ -356,7 +357,8 @@ def test_default_tiles_fit_the_shared_memory_of_hopper(group, head_dim, monkeypa
   [
     (dict(head_dim=160), "head widths 160 and 160, mosaic_gpu serves equal ones"),
     (dict(head_dim=24), "head widths 24 and 24"),
-    (dict(block_size=40), "block_size = 40, mosaic_gpu serves multiples of 16"),
+    (dict(block_size=40, head_dim=16), "block_size = 40, mosaic_gpu serves multiples of 16"),
+    (dict(block_size=32, head_dim=128), "multiples of 64 up to 128 at head width 128"),
     (dict(heads=130), "65 heads a group"),
     (dict(v_dtype=jnp.float16), "expected one of"),
     (dict(dtype=jnp.float32), "multiplies bfloat16 or float16, found float32"),
@@ -446,11 +448,10 @@ def test_bad_configs_name_the_field(make, message):
   "shape, tiles",
   [
     (dict(H=16), dict()),
-    (dict(T=700, W=12, H=128, G=16), dict()),
-    (dict(T=700, W=12, H=128, G=16), dict(warpgroups=1, num_stages=3)),
-    (dict(T=700, W=12, H=128, G=16), dict(warpgroups=3)),
+    (dict(T=700, W=4, H=128, G=16, block=64), dict()),
+    (dict(T=700, W=4, H=128, G=16, block=64), dict(warpgroups=1, num_stages=3)),
   ],
-  ids=["tiny", "8b", "8b_ahead", "8b_three"],
+  ids=["tiny", "8b", "8b_one"],
 )
 def test_attend_on_the_device(shape, tiles):
   config = attention.MosaicGpuConfig(**tiles)
