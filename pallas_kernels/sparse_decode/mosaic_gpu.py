@@ -2,7 +2,7 @@
 
 A row's queries of one key head are one tile of 64 rows (wgmma has no fewer); `num_splits` programs
 share the union of their lists and XLA merges the splits. Rows must start at slot 0, or have a page
-table. Compiled for sm_90a and checked in the interpreter; it has not run on a device.
+table.
 """
 
 import dataclasses
