@@ -136,7 +136,7 @@ def rows(
       out, seconds = _timed(engine, prompt, sampling)
       outs[name].append(out)
       seconds -= _timed(engine, prompt, only_prefill)[1]
-      cpu_ms[name].append(1e3 * seconds / len(out.stats[0].accepted))
+      cpu_ms[name].append(1e3 * seconds / max(1, len(out.stats[0].accepted)))
   tokens = {name: [out.tokens[0] for out in found] for name, found in outs.items()}
   expected = tokens[next(iter(named))]
   found = []

@@ -22,6 +22,7 @@ from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import types
 from minicpm_jax.infer import chat, constrained, detokenize, engine, generate
+from minicpm_jax.infer import rows as rows_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache, transformer
 from minicpm_jax.nn import rope
@@ -146,6 +147,8 @@ def context_length(
     for n in (1024, 2048)
   )
   room = int(spare // (max_batch * (large - small) / 1024))
+  if jax.default_backend() == "gpu":  # the engine rounds up, with room for a chunk or a tree
+    room = room // rows_lib.SLOTS * rows_lib.SLOTS - 64
   if min(limit, room) < MIN_CONTEXT:
     raise ValueError(
       f"memory_limit: found room for {room} tokens of {max_batch} rows, expected {MIN_CONTEXT}"

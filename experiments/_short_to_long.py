@@ -37,7 +37,7 @@ class Plan:
   short_rest: float = 0.3  # weight of targets that are no answers, in the short stage
   rest: float = 0.3  # in the long stage
   near: float = 0.4  # share of near questions, in the long stage and in the evaluation
-  every: int = 100  # steps between evaluations
+  every: int = 200  # steps between evaluations
   eval_rows: int = 256  # of the last evaluation; a quarter of it on the way
 
   def __post_init__(self):

@@ -19,6 +19,7 @@ so processes may share a folder (--first=0 --seeds=1 beside --first=1 --seeds=1)
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -64,14 +65,15 @@ def _run() -> None:
     if any(run["seed"] == seed for run in seeds):
       continue
     run = toy.run_seed(plan, seed, say=lambda text: print(text, flush=True))
-    seeds = sorted([*_recorded(path, plan), run], key=lambda run: run["seed"])
+    by_seed = {run["seed"]: run for run in [*_recorded(path, plan), run]}
+    seeds = [by_seed[seed] for seed in sorted(by_seed)]
     result = _setting(plan) | {
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
       "summary": report.summary(plan, seeds),
       "seeds": seeds,
     }
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(path)
     report.draw(seeds, path.with_suffix(".png"))

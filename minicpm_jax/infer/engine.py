@@ -89,7 +89,7 @@ class Engine(driver_lib.Driver):
     self._ids = itertools.count()
     self._clock = time.perf_counter()
     self.compile_seconds = 0.0  # of all functions so far
-    self.tells = jax.default_backend() != "cpu"  # rounds.Known
+    self.tells = jax.default_backend() == "gpu"  # rounds.Known
     self._free_mask = jnp.full((1, -(-model.cfg.vocab_size // 32)), -1, jnp.int32)
 
   # --- Requests -----------------------------------------------------------------------------------
@@ -238,7 +238,9 @@ class Engine(driver_lib.Driver):
     end = start + size
     if self._rows[job.row].is_sparse:  # reads few keys of any span: one program for all chunks
       end = max(end, len(prompt))
-    static = dict(span=self._span(end), known=self._known([job], len(prompt)))
+    # A prompt's chunk takes no part of the branches of sampling.
+    known = dataclasses.replace(self._known([job], len(prompt)), is_bare=False)
+    static = dict(span=self._span(end), known=known)
     answer = self._call(rounds_lib.prefill, [job], *args, **static)
     job.num_cached += num
     self._rows[job.row].held += prompt[start : start + num]
@@ -256,7 +258,7 @@ class Engine(driver_lib.Driver):
     self._await(rows_lib.Answer(answer, self._jobs_by_row(live), rounds))
 
   def _known(self, jobs: list[rows_lib.Job], length: int) -> rounds_lib.Known:
-    """`length`: tokens of the shortest sequence. On a CPU a branch is free and a program is not."""
+    """`length`: tokens of the shortest sequence. Off a GPU branches are free, programs are not."""
     if not self.tells:
       return rounds_lib.Known()
     is_bare = all(rows_lib.is_bare(job.request) for job in jobs)

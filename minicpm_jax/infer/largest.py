@@ -1,4 +1,5 @@
-"""The k largest logits of a vocabulary, exactly as `jax.lax.top_k` gives them, on every device.
+"""The k largest logits of a vocabulary, exactly as `jax.lax.top_k` gives them, on every device
+(of rows with several NaN other ones may be named).
 
 XLA's kernel for GPUs gives a whole row to one multiprocessor: a draft level's 10 rows of 73,448
 logits keep 10 of 132 busy. `by_chunks` reads them with all, and searches what is left.

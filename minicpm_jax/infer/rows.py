@@ -142,8 +142,8 @@ def span_of(num_slots: int, smallest: int, most: int) -> int:
 
 
 def slots_of(least: int, unit: int, backend: str) -> int:
-  """Slots of a cache: whole units, and off the CPU whole `SLOTS`."""
-  if backend != "cpu":
+  """Slots of a cache: whole units, and on a GPU whole `SLOTS`."""
+  if backend == "gpu":
     unit = math.lcm(unit, SLOTS)
   return -(-least // unit) * unit
 

@@ -1,9 +1,9 @@
-"""The form of projections that decodes fastest on a CPU: q|k|v and gate|up joined, outputs first.
+"""The form of projections that decodes fastest: q|k|v and gate|up joined; on a CPU outputs first.
 
 One matrix-vector product of three widths takes less time than three: each product has its own start
-and end on all cores. Floats lie with their outputs first (`nn.output_major`). The function is
-unchanged. Only the forward pass knows the form: `ckpt`, `deploy.quantize` and `models.convert` undo
-it by themselves; `quant` refuses it by name.
+and end on all cores. For one row on a CPU floats lie with their outputs first (`nn.output_major`).
+The function is unchanged. Only the forward pass knows the form: `ckpt`, `deploy.quantize` and
+`models.convert` undo it by themselves; `quant` refuses it by name.
 """
 
 from collections.abc import Callable

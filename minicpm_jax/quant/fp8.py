@@ -25,7 +25,8 @@ FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0
 
 
 def scale_of(amax: Float[types.AnyArray, "*s"], cfg: FP8Config) -> Float[types.AnyArray, "*s"]:
-  """float32 scale that maps amax to the largest number of the format; 1 where amax is 0.
+  """float32 scale that maps amax to the largest number of the format; 1 where amax is 0, and amax
+  itself where it is not finite.
 
   Also 1 where the scale would be below float32's normal numbers (amax under 5e-36 for E4M3), which
   XLA flushes to 0: zeros of the tile would become 0 / 0.
@@ -35,7 +36,8 @@ def scale_of(amax: Float[types.AnyArray, "*s"], cfg: FP8Config) -> Float[types.A
   if cfg.power_of_two_scales:  # the next one; exp2 and log2 are a few ulp off
     part, power = jnp.frexp(jnp.where(is_zero, 1.0, scale))
     power = power.astype(jnp.int32) - (part == 0.5)
-    scale = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
+    next_one = jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
+    scale = jnp.where(jnp.isfinite(scale), next_one, scale)
   return jnp.where(is_zero, 1.0, scale)
 
 

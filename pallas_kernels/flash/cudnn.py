@@ -22,8 +22,9 @@ def flash_attention_cudnn(
   """As `api.flash_attention`, or NotImplementedError with the reason.
 
   Served: 16-bit floats, head widths that are multiples of 8 up to 128 (256 is Hopper's limit for
-  some versions only), equal query and key lengths. Packed rows pay for a [B, 1, T, S] mask.
-  Lowered for CUDA in the tests (forward, backward, packed); never executed.
+  some versions only), equal query and key lengths. Rows of one document with
+  padding behind are causal attention; other packed rows pay for a [B, 1, T, S] mask, and their
+  backward pass runs the forward again. Which of the two a call is, the device decides (a branch).
   """
   T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
   if jax.default_backend() != "gpu":

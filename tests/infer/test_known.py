@@ -97,7 +97,7 @@ def test_the_decoding_form_on_a_gpu_gives_equal_logits(monkeypatch):
     np.testing.assert_allclose(out, slow, atol=1e-4)
 
 
-def test_caches_have_whole_slots_off_the_cpu():
+def test_caches_have_whole_slots_on_a_gpu():
   """A span that is no multiple of 1024 made XLA for GPUs copy the values."""
   assert rows.slots_of(5000, 1, "cpu") == 5000 and rows.slots_of(5000, 64, "cpu") == 5056
   assert rows.slots_of(5000, 64, "gpu") == 5120 and rows.slots_of(5120, 1, "gpu") == 5120

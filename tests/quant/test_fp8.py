@@ -77,6 +77,16 @@ def test_no_rows_give_no_rows(cfg):
   np.testing.assert_array_equal(pull(found)[1], np.zeros((130, 3)))
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("is_power", [False, True])
+def test_values_that_are_not_finite_stay_seen(value, is_power):
+  x = normal(2, 128)
+  x[0, 3] = value
+  codes, scale = fp8.quantize_rows(jnp.asarray(x), FP8Config(power_of_two_scales=is_power))
+  found = np.asarray(codes, np.float32) * np.asarray(scale)
+  assert not np.isfinite(found[0]).all() and np.isfinite(found[1]).all()
+
+
 def test_zeros_powers_of_two_and_e5m2():
   q, s = fp8.quantize_rows(jnp.zeros((2, 130)), CFG)
   np.testing.assert_array_equal(s, 1)
