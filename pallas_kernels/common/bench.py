@@ -62,7 +62,8 @@ def peaks() -> tuple[float | None, float | None]:
 def seconds(function, *args, repeats: int = 10) -> float:
   """Of one jitted call. On a GPU the time of its kernels, by the profiler, mean of `repeats` calls:
   launching small kernels one by one takes the host longer than they run, and a model's step is
-  launched as a whole. Elsewhere the median wall time, arrays ready to arrays ready."""
+  launched as a whole. Kernels that ran side by side count each in full. Elsewhere the median wall
+  time, arrays ready to arrays ready."""
   run = jax.jit(function)
   jax.block_until_ready(run(*args))
   if jax.default_backend() == "gpu":

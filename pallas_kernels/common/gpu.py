@@ -23,7 +23,8 @@ FLOATS = ("bfloat16", "float16", "float32")
 def capability(named: int | None) -> int | None:
   """80, 90, ...: the one named in a config, else that of the device in use; None without one."""
   if named is None and jax.default_backend() == "gpu":
-    return round(10 * float(jax.devices()[0].compute_capability))
+    found = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return round(10 * float(found)) if found.replace(".", "").isdigit() else None  # ROCm: gfx942
   return named
 
 

@@ -75,6 +75,8 @@ def matmul_mosaic_gpu(
 ):
   """As `api.matmul`, or NotImplementedError with the reason."""
   (M, K), N = xq_MK.shape, wq_KN.shape[1]
+  if M == 0:
+    raise NotImplementedError(f"{OP}: no rows, mosaic_gpu serves 1 and more")
   mgpu.check_installed(OP)
   interpreted = mgpu.is_interpreted(OP, interpret)
   if str(jnp.dtype(out_dtype)) not in gpu.FLOATS:

@@ -19,7 +19,8 @@ def sort_by_block(block_BKE, item_BKE, *payload_BKE, num_blocks: int, num_items:
   # Block and item in one integer: without payload a sort of one array.
   key_BKE = block_BKE * num_items + item_BKE
   if jax.default_backend() == "gpu" and B * K * per_row < 2**31:
-    # The row in it too: CUDA's radix sort is for one long array of keys. No two entries are equal.
+    # The row in it too: CUDA's radix sort is for one long array of keys. No two entries that count
+    # are equal.
     key_BKE += (per_row * jnp.arange(B * K, dtype=jnp.int32)).reshape(B, K, 1)
     flat = [x.reshape(-1) for x in (key_BKE, *payload_BKE)]
     key_BKE, *payload_BKE = jax.lax.sort(flat, num_keys=1, is_stable=False)

@@ -105,8 +105,10 @@ def attend_mosaic_gpu(
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k_BSKH, v=v_BSKH)
   check_shapes(op, q_BTNH, k_BSKH, v_BSKH, block_size)
-  size = q_BTNH.dtype.itemsize
-  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, config.warpgroups)
+  size, group = q_BTNH.dtype.itemsize, q_BTNH.shape[2] // k_BSKH.shape[2]
+  _, warpgroups = tiles.sizes(q_BTNH.shape[1], group, mgpu.ROWS, config.warpgroups)
+  config = dataclasses.replace(config, warpgroups=warpgroups)  # as many as have queries
+  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, warpgroups)
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
   backward = _backward_name(op, config, q_BTNH, k_BSKH, v_BSKH, block_size)
   static = _Static(block_size, num_local, config, backward, interpreted)

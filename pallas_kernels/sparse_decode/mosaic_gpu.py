@@ -1,7 +1,8 @@
 """Sparse decoding on Hopper GPUs through Pallas Mosaic GPU. Deterministic; no gradient.
 
-A row's queries of one key head are one tile of 64 rows (wgmma has no fewer); `num_splits` programs
-share the union of their lists and XLA merges the splits. Rows must start at slot 0, or have a page
+A row's queries of one key head are one tile of up to four times 64 rows (wgmma has no fewer);
+`num_splits` programs share the union of their lists and XLA merges the splits. On an H200 Triton's
+form was faster, and `auto` takes that first. Rows must start at slot 0, or have a page
 table.
 """
 

@@ -89,10 +89,14 @@ def dense_program(layers):
   return [x_MK @ w_KN for x_MK, w_KN in layers]
 
 
-def candidates(implementation: str, rows: int):
-  """Of the tuner: Triton's tiles, or those of mosaic_gpu where it is asked for by name."""
+def candidates(implementation: str, case: cases.Case, bits: int):
+  """Of the tuner: the heuristic's choice, then Triton's tiles, or those of mosaic_gpu where it is
+  asked for by name."""
+  rows, K, N = case.rows, case.num_in, case.num_out
   if implementation == "mosaic_gpu":
-    if rows > 64:
+    base = mosaic_gpu.default_config(rows, N, K, 128 if bits == 4 else 256)
+    yield base
+    if rows > mosaic_gpu.FEW:
       tiles = [dict(block_n=n, num_stages=stages) for n in (64, 128) for stages in (2, 3)]
     else:
       shares = ((4, 3, 1), (4, 2, 1), (4, 4, 1), (2, 4, 2), (2, 6, 1), (1, 4, 4))
@@ -101,18 +105,28 @@ def candidates(implementation: str, rows: int):
       names = ("num_warpgroups", "num_stages", "num_splits")
       tiles = [dict(zip(names, share, strict=True)) for share in shares]
     for tile in tiles:
-      yield mosaic_gpu.MosaicGpuConfig(**tile)
-  elif rows == 1:
-    for block_n, lanes, unroll, stages in (
-      (64, 64, 4, 4),
-      (64, 64, 4, 3),
-      (64, 64, 2, 6),
-      (64, 32, 4, 6),
-      (128, 64, 4, 3),
-      (128, 32, 4, 4),
-      (64, 64, 8, 3),
+      if (config := mosaic_gpu.MosaicGpuConfig(**tile)) != base:
+        yield config
+  elif rows == 1 and (base := matvec.default_config(K, N, case.group_size, bits)):
+    yield base
+    for block_n, lanes, unroll, stages, more in (
+      (64, 64, 4, 3, 1),
+      (64, 64, 2, 6, 1),
+      (64, 32, 4, 6, 2),
+      (128, 64, 4, 3, 2),
+      (128, 32, 4, 4, 2),
+      (128, 32, 4, 4, 1),
+      (64, 64, 8, 3, 1),
     ):
-      yield matvec.MatvecConfig(block_n=block_n, lanes=lanes, unroll=unroll, num_stages=stages)
+      config = matvec.MatvecConfig(
+        block_n=block_n,
+        lanes=lanes,
+        unroll=unroll,
+        num_stages=stages,
+        num_splits=more * base.num_splits,
+      )
+      if config.fits(K, N, case.group_size, bits):
+        yield config
   elif rows <= 64:
     block_m = max(16, rows)
     for block_n, num_splits, warps, stages in (
@@ -147,7 +161,7 @@ def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
       elif M == 1:
         key = matvec.key(K, N, g, jnp.dtype(dtype))
       best = tune.search(
-        candidates(tuned, M),
+        candidates(tuned, case, op.bits),
         lambda c, g=g, layers=layers, tuned=tuned, L=L: (
           bench.seconds(program(op, g, tuned, c), layers, repeats=3) / L
         ),

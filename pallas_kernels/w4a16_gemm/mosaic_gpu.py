@@ -74,6 +74,8 @@ def matmul_mosaic_gpu(
 ):
   """As `api.matmul`, or NotImplementedError with the reason."""
   (M, K), N, num_groups = x_MK.shape, codes_RN.shape[1], scale_QN.shape[0]
+  if M == 0:
+    raise NotImplementedError(f"{op}: no rows, mosaic_gpu serves 1 and more")
   mgpu.check_installed(op)
   interpreted = mgpu.is_interpreted(op, interpret)
   mgpu.check_arrays(op, interpreted, x=x_MK)
