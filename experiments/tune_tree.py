@@ -68,6 +68,7 @@ def run(values: flags.FlagValues) -> None:
   sizes = config.EngineConfig(capacity=max(map(len, prompts)) + values.new_tokens + 16)
   out = engine_lib.Engine(model, params, sizes).generate(prompts, sampling)
   pairs = [(p, t) for p, t in zip(prompts, out.tokens, strict=True) if len(t) > 1]
+  model, params = generate.for_decoding(model, params)
   both = base.Params(generate.for_decoding(model, params, num_rows=2)[1], draft_params)
   lengths = tune.accept_lengths(
     model, both, drafters, [[*p, *t] for p, t in pairs], [len(p) for p, _ in pairs]
