@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -109,7 +110,7 @@ def dense_seconds(function, *args, repeats: int) -> float | None:
     return None
 
 
-def arguments(op: str, cases) -> argparse.Namespace:
+def arguments(op: str, cases, argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line that every bench has. Without an accelerator only `xla` is timed."""
   parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench")
   parser.add_argument("--implementation", default="auto")
@@ -117,7 +118,7 @@ def arguments(op: str, cases) -> argparse.Namespace:
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--json", default=None, help="file to write the rows to")
   parser.add_argument("--tune", action="store_true", help="search tiles and write tuned.json")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   args.cases = args.cases.split(",")
   unknown = sorted(set(args.cases) - set(cases))
   if unknown:

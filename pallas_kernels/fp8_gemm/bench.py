@@ -9,6 +9,7 @@ section 9 is 1.3 for `linear` with at least 4096 rows of 4096 x 16384 on an H200
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,11 @@ def candidates(implementation: str):
     yield triton.TritonConfig(block_m=block_m, block_n=128, num_warps=warps, num_stages=stages)
 
 
-def main(shapes: dict[str, cases.Case] = cases.REAL):
-  args = bench.arguments(api.OP, shapes)
+def main(
+  argv: Sequence[str] | None = None,
+  shapes: dict[str, cases.Case] = cases.REAL,
+) -> list[bench.Row]:
+  args = bench.arguments(api.OP, shapes, argv)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rows = []
   for name in args.cases:
@@ -125,6 +129,7 @@ def main(shapes: dict[str, cases.Case] = cases.REAL):
       error = float(jnp.max(jnp.abs(found - exact)))
       print(f"{row.printed()}  max error {error:.1e}", flush=True)
   bench.report(rows, args.json)
+  return rows
 
 
 if __name__ == "__main__":

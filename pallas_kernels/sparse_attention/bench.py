@@ -9,6 +9,7 @@ model on 4,096 tokens of WikiText-2, 10 of 64 blocks free: 1.24, 1.53, 1.83; not
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +115,8 @@ def candidates(implementation: str):
     yield triton.TritonConfig(list_warps=warps, list_stages=stages, kv_rows=kv_rows)
 
 
-def main():
-  args = bench.arguments("sparse_attention", CASES)
+def main(argv: Sequence[str] | None = None) -> list[bench.Row]:
+  args = bench.arguments("sparse_attention", CASES, argv)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rows = []
   for name in args.cases:
@@ -148,6 +149,7 @@ def main():
       )
       print(rows[-1].printed(), flush=True)
   bench.report(rows, args.json)
+  return rows
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ cache if read again: one timed call goes over different caches, and a row is the
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ def candidates(implementation: str):
     yield triton.TritonConfig(num_splits=splits, num_warps=warps, num_stages=stages)
 
 
-def main():
-  args = bench.arguments("sparse_decode", cases.REAL)
+def main(argv: Sequence[str] | None = None) -> list[bench.Row]:
+  args = bench.arguments("sparse_decode", cases.REAL, argv)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rows = []
   for name in args.cases:
@@ -109,6 +110,7 @@ def main():
     )
     print(rows[-1].printed(), flush=True)
   bench.report(rows, args.json)
+  return rows
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the tiles are searched by the first case of each shape.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,8 @@ def candidates(implementation: str, group: int):
     yield triton.TritonConfig(block_q=256 // group, max_score_bytes=2**30)
 
 
-def main():
-  args = bench.arguments("sparse_topk", CASES)
+def main(argv: Sequence[str] | None = None) -> list[bench.Row]:
+  args = bench.arguments("sparse_topk", CASES, argv)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rows, tuned = [], set()
   for name in args.cases:
@@ -139,6 +140,7 @@ def main():
       )
       print(rows[-1].printed(), flush=True)
   bench.report(rows, args.json)
+  return rows
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ activations' type, timed in the same way; the bar of quantization.md section 10 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -145,8 +145,12 @@ def candidates(implementation: str, case: cases.Case, bits: int):
       yield triton.TritonConfig(**sizes, num_warps=warps, num_stages=stages)
 
 
-def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
-  args = bench.arguments(op.name, shapes)
+def main(
+  argv: Sequence[str] | None = None,
+  op: Op = W4A16,
+  shapes: dict[str, cases.Case] = cases.REAL,
+) -> list[bench.Row]:
+  args = bench.arguments(op.name, shapes, argv)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rows = []
   for name in args.cases:
@@ -190,6 +194,7 @@ def main(op: Op = W4A16, shapes: dict[str, cases.Case] = cases.REAL):
     )
     print(f"{rows[-1].printed()}  max error {error:.1e}", flush=True)
   bench.report(rows, args.json)
+  return rows
 
 
 if __name__ == "__main__":
