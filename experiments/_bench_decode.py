@@ -261,6 +261,7 @@ class LlamaCpp:
     return Timing(tokens=tokens, first_s=first - start, rest_s=end - first)
 
 
+_OF_A_FILE = "llama.cpp, 4 bits"  # decodes the GGUF as it is
 SIDES = {
   "ours, 1 token a dispatch": lambda *args: Plain(*args, rounds=1),
   "ours, 16 tokens a dispatch": lambda *args: Plain(*args, rounds=generate.MAX_ROUNDS),
@@ -270,7 +271,7 @@ SIDES = {
   "llama.cpp, float32": lambda *args: LlamaCpp(*args, kind="f32"),
   "llama.cpp, 8 bits": lambda *args: LlamaCpp(*args, kind="q8_0"),
   "llama.cpp, Q4_0": lambda *args: LlamaCpp(*args, kind="q4_0"),
-  "llama.cpp, 4 bits": lambda *args: LlamaCpp(*args, kind=None),
+  _OF_A_FILE: lambda *args: LlamaCpp(*args, kind=None),
   "ours, int8": lambda *args: LowBit(*args, scheme="int8"),
   "ours, int4 in groups of 64": lambda *args: LowBit(*args, scheme="int4", group_size=64),
   "ours, ternary": lambda *args: LowBit(*args, scheme="ternary"),
@@ -279,13 +280,13 @@ SIDES = {
 }
 _OURS, _PEERS = "ours, 16 tokens a dispatch", ("transformers", "llama.cpp, float32")
 SUITES = {
-  "plain": ("ours, 1 token a dispatch", _OURS, *_PEERS, "llama.cpp, 4 bits"),
+  "plain": ("ours, 1 token a dispatch", _OURS, *_PEERS, _OF_A_FILE),
   "speculative": (
     "ours, 1 token a dispatch",
     "ours, n-gram of 7",
     "ours, n-gram of 15",
     *_PEERS,
-    "llama.cpp, 4 bits",
+    _OF_A_FILE,
   ),
   "lowbit": (
     _OURS,
@@ -299,6 +300,7 @@ SUITES = {
     "ours, int4, act order as stored",
   ),
 }
+GPU = "gpu"  # the suite of _bench_gpu_suite
 _NEEDS = {
   "transformers": ("torch", "transformers"),
   **dict.fromkeys((name for name in SIDES if name.startswith("llama.cpp")), ("llama_cpp",)),
@@ -308,14 +310,33 @@ _NEEDS = {
 # --- Measuring -----------------------------------------------------------------------------------
 
 
-def available(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-  """(sides that can run here, the others and why not)."""
+def unread(suite: str) -> tuple[str, ...]:
+  """Flags of bench_decode that the suite does not read."""
+  if suite == GPU:
+    return ("model", "prompt_tokens", "new_tokens", "repeats")
+  # Two whole texts are decoded: random weights have no tokenizer to read them with.
+  texts = ("prompt_tokens", "shape") if suite == "speculative" else ()
+  return (*texts, "parts", "weights", "compilers", "nodes", "compile_only")
+
+
+def on_texts(suite: str, settings: Settings) -> list[Settings]:
+  """What the suite measures one after the other."""
+  if suite != "speculative":
+    return [settings]
+  whole = dataclasses.replace(settings, num_prompt=None)
+  return [dataclasses.replace(whole, text=text) for text in ("table", "free")]
+
+
+def available(names: Sequence[str], *, is_random: bool = False) -> tuple[list[str], dict[str, str]]:
+  """(sides that can run here, the others and why not); is_random: the weights are in no file."""
   missing = {
     name: f"{package} is not installed"
     for name in names
     for package in _NEEDS.get(name, ())
     if importlib.util.find_spec(package) is None
   }
+  if is_random and _OF_A_FILE in names:
+    missing[_OF_A_FILE] = "random weights are in no file"
   return [name for name in names if name not in missing], missing
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from experiments import _bench_train, _regenerate
+from experiments import _bench_train, _command, _regenerate
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import extras
@@ -36,9 +37,16 @@ def prompts_of(path: str, tok: Any, num: int, max_tokens: int) -> list[list[int]
   return [_regenerate.encode_prompt(tok, text)[:max_tokens] for text in spread]
 
 
-def fr_index(path: str, share: float, vocab_size: int, stop_ids: Sequence[int]) -> np.ndarray:
-  """The most frequent tokens of a training source, or a stored list."""
+def fr_index(
+  values: flags.FlagValues, vocab_size: int, stop_ids: Sequence[int]
+) -> np.ndarray | None:
+  """--fr: the most frequent --fr_share of a training source's tokens, or a stored list."""
+  path, share = values.fr, values.fr_share
+  if path is None:
+    _command.refuse_unread(values, ["fr_share"], "no --fr")
+    return None
   if not (pathlib.Path(path) / shards.INDEX_FILE).exists():
+    _command.refuse_unread(values, ["fr_share"], f"the stored index --fr={path}")
     return frspec.load_index(path)
   source = sources.open_source("fr", path)
   counts_V = frspec.count_tokens((source[i] for i in range(len(source))), vocab_size)
@@ -80,6 +88,22 @@ def drafters(
       if fr_ids is not None and draft.cfg.kind != "eagle3":
         found[f"{label}, fr"] = eagle.make(draft, model, params, fr_ids=fr_ids, **own)
   return found
+
+
+def check_read(
+  values: flags.FlagValues, model: Any, fr_ids: np.ndarray | None, made: dict[str, Drafter]
+) -> None:
+  """ValueError for a flag of bench_drafts that none of the drafters it `made` reads."""
+  drafts = [d for d, _ in made.values() if isinstance(d, eagle.EagleDrafter)]
+  if not drafts:
+    _command.refuse_unread(values, ["top_k", "nodes"], "no draft that grows a tree")
+  texts = [text for text in values.draft if not bita_io.is_bita(text.split(":")[1])]
+  if not texts:
+    _command.refuse_unread(values, ["draft_logit_scale"], "no EAGLE draft")
+  if texts and model.cfg.mtp is None and all(text.count(":") == 2 for text in texts):
+    _command.refuse_unread(values, ["top_k", "nodes"], "drafts that have trees of their own")
+  if fr_ids is not None and not any(name.endswith(", fr") for name in made):
+    _command.refuse_unread(values, ["fr"], "no draft that scores with the target's head")
 
 
 def _named(text: str, sizes: dict[str, int]) -> tuple[str, str, dict[str, int]]:

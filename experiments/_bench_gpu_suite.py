@@ -26,12 +26,14 @@ PARTS = ("plain", "verify", "spec", "draft", "engine", "long", "prefill")
 LEVELS = (2, 4)  # of drafts whose difference gives the time of a level
 KINDS_OF = {"engine": ("bf16",), "long": ("bf16",), "prefill": ("bf16",)}  # others: every kind
 
+COMPILED_AS_THEY_RUN = ("engine", "prefill")
+
 
 def run(
   shape: str,
   output: str | None,
   *,
-  kinds: Sequence[str],
+  asked: Sequence[str] | None,
   parts: Sequence[str] | None,
   num_threads: int,
   nodes: Sequence[int] | None = None,
@@ -39,20 +41,29 @@ def run(
 ) -> int:
   """Writes OUTPUT/bench_decode_gpu_SHAPE.json after every row; 1 where a part failed.
 
-  ValueError for unknown names. `parts` None: all but prefill. `nodes`: trees of the part verify.
+  ValueError for unknown names. `asked`: kinds of weights, None: bf16 and int4 where a part reads
+  them. `parts` None: all but prefill. `nodes`: trees of the part verify.
   `is_only_compiled`: programs go into the compilation cache, nothing is timed.
   """
   parts = [p for p in PARTS if p != "prefill"] if parts is None else parts
+  kinds = ("bf16", "int4") if asked is None else asked
   for flag, found, expected in (("parts", parts, PARTS), ("weights", kinds, tuple(bench.QUANT))):
     if unknown := sorted(set(found) - set(expected)):
       raise ValueError(f"--{flag}: found {unknown}, expected some of {list(expected)}")
   size = bench.sizes(shape)
+  if nodes and "verify" not in parts:
+    raise ValueError(f"--nodes: found with --parts={','.join(parts)}, expected verify among them")
+  read = [k for k in kinds if any(k in KINDS_OF.get(part, (k,)) for part in parts)]
+  if unread := sorted(set(asked or ()) - set(read)):
+    raise ValueError(f"--weights: found {unread}, but {list(parts)} measure bf16 weights only")
+  if is_only_compiled and not set(parts) - set(COMPILED_AS_THEY_RUN):
+    raise ValueError(f"--compile_only: found with {list(parts)}, which compile as they run")
   if nodes:
     size = dataclasses.replace(size, nodes={kind: tuple(nodes) for kind in bench.QUANT})
   suite = Suite(size, parts, num_threads, is_only_compiled=is_only_compiled)
   folder = reports.RESULTS if output is None else pathlib.Path(output)
   path = folder / f"bench_decode_gpu_{shape}.json"
-  status = suite.run(kinds, lambda: reports.save(path, suite.rows, errors=suite.errors))
+  status = suite.run(read, lambda: reports.save(path, suite.rows, errors=suite.errors))
   print(path, flush=True)
   return status
 

@@ -132,13 +132,18 @@ def mfu_parts(shape: Shape, repeats: int) -> Parts:
   """Dense at the short length, two kinds of rows of one program; sparse, dense at the long one."""
   held: dict[str, Any] = {}
 
-  def measured(length: int, **changes: Any) -> dict[str, Any]:
+  def make(length: int, **changes: Any) -> None:
     held.clear()
     gc.collect()
     held["step"] = Step(dataclasses.replace(shape.base, **changes), shape.tokens, length)
+
+  def measured(length: int, **changes: Any) -> dict[str, Any]:
+    make(length, **changes)
     return held["step"].row(held["step"].run(repeats))
 
   def packed() -> dict[str, Any]:
+    if "step" not in held:  # the part before, whose program this is, was not asked for
+      make(short, remat="none")
     held["step"].pack(shape.documents)
     return held["step"].row(held["step"].run(repeats))
 
@@ -164,14 +169,19 @@ def qat_parts(shape: Shape, repeats: int) -> Parts:
   held: dict[str, Step] = {}
   base = dataclasses.replace(shape.base, remat="none")
 
+  def made() -> Step:
+    if "plain" not in held:  # quantised parts measure it too, asked for or not
+      held["plain"] = Step(base, shape.tokens, shape.short)
+    return held["plain"]
+
   def plain() -> dict[str, Any]:
-    held["plain"] = Step(base, shape.tokens, shape.short)
-    return {"time to plain": 1.0} | held["plain"].row(held["plain"].run(repeats))
+    return {"time to plain": 1.0} | made().row(made().run(repeats))
 
   def quantized(quant: config.QuantConfig) -> dict[str, Any]:
+    against = made()
     gc.collect()
     step = Step(dataclasses.replace(base, quant=quant), shape.tokens, shape.short)
-    rounds = [(step.run(repeats), held["plain"].run(repeats)) for _ in range(3)]
+    rounds = [(step.run(repeats), against.run(repeats)) for _ in range(3)]
     ratio = statistics.median(a / b for a, b in rounds)
     return {"time to plain": ratio} | step.row(statistics.median(a for a, _ in rounds))
 
@@ -189,6 +199,13 @@ def is_served(suite: str) -> bool:
   return suite == "mfu" or (suite == "qat" and jax.default_backend() != "cpu")
 
 
+def unread(suite: str) -> tuple[str, ...]:
+  """Flags of bench_train that the suite does not read."""
+  if is_served(suite):
+    return ("batch_size", "seq_len")
+  return ("parts", "budget", *(("repeats",) if suite == "compile" else ()))
+
+
 def rows(
   suite: str, size: str, repeats: int, *, budget: float, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
@@ -199,8 +216,8 @@ def rows(
   began, found = time.perf_counter(), []
   parts = SUITES[suite](SHAPES[size](), repeats)
   chosen = [n for n in parts if not only or any(n.startswith(x) for x in only)]
-  if not chosen:
-    raise ValueError(f"--parts: found {list(only)}, expected beginnings of {list(parts)}")
+  if unknown := [x for x in only if not any(n.startswith(x) for n in parts)]:
+    raise ValueError(f"--parts: found {unknown}, expected beginnings of {list(parts)}")
   for name in chosen:
     row = {"part": name, "device": device.device_kind}
     if time.perf_counter() - began > budget:

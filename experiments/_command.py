@@ -30,6 +30,13 @@ def parse(
   return values
 
 
+def refuse_unread(values: flags.FlagValues, names: Sequence[str], found_with: str) -> None:
+  """ValueError for the first flag of `names` that was given; `found_with` says who ignores it."""
+  for name in names:
+    if values[name].present:
+      raise ValueError(f"--{name}: found with {found_with}, which does not read it")
+
+
 def run(
   work: Callable[[], int | None],
   values: flags.FlagValues,

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import _flags, _models
+from experiments import _command, _flags, _models
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
+from minicpm_jax.config import cpmcu
 from minicpm_jax.core import types
 from minicpm_jax.infer import chat, constrained, detokenize, engine, generate
 from minicpm_jax.infer import rows as rows_lib
@@ -75,8 +76,24 @@ def read(values: flags.FlagValues) -> config.InferConfig:
   cfg = dataclasses.replace(cfg, **given)
   if cfg.model_path is None:
     raise ValueError(f"--model: found none, expected {_models.KINDS}")
+  _refuse_unread(values, cfg)
   sampling(cfg)  # refuses bad values before anything is loaded
   return cfg
+
+
+def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
+  """ValueError for a flag of speculation or grammars that was given where nothing reads it."""
+  kind = draft_kind(cfg)
+  is_tree = kind in ("eagle", "eagle3", "mtp") or cfg.hier_draft_path is not None
+  is_read = dict(hier_min_length=kind == "hier", bita_width=kind == "bita")
+  is_read |= dict(spec_num_iter=is_tree or kind in ("chain", "hier"), spec_topk_per_iter=is_tree)
+  is_read |= dict(spec_tree_size=is_tree, spec_window_size=is_tree and kind != "mtp")
+  unread = [name for name, is_wanted in is_read.items() if not is_wanted]
+  _command.refuse_unread(values, unread, f"{kind} drafts" if kind != "none" else "no draft")
+  if cfg.frspec_path is None:
+    _command.refuse_unread(values, ["frspec_vocab_size"], "no --frspec_path")
+  if "fast_forward" in values and cfg.json_schema is None and cfg.grammar_file is None:
+    _command.refuse_unread(values, ["fast_forward"], "no --json_schema or --grammar_file")
 
 
 def sampling(cfg: config.InferConfig) -> config.SamplingConfig:
@@ -194,6 +211,9 @@ def _as_asked(
     raise ValueError("--model_type: found minicpm4, but the checkpoint has no sparse_config")
   if cfg.model_type in ("llama", "minicpm"):
     shape = dataclasses.replace(shape, sparse=None)
+  for name in cpmcu.SPARSE_ONLY if shape.sparse is None else ():
+    if (found := getattr(cfg, name)) != getattr(config.InferConfig(), name):
+      raise ValueError(f"--{name}: found {found} with dense attention, which does not read it")
   if shape.sparse is not None:
     sparse = dataclasses.replace(
       shape.sparse,

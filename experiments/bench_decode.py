@@ -12,7 +12,6 @@ tokens" counts the new tokens up to the first one that differs from the first si
 agree, llama.cpp at 4 bits rounds activations to 8 bits. Results: OUTPUT/bench_decode_SUITE.json.
 """
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -22,7 +21,6 @@ from absl import flags
 from experiments import _command
 
 VALUES = flags.FlagValues()
-GPU = "gpu"  # the suite of _bench_gpu_suite
 _SUITE = flags.DEFINE_string(
   "suite", "plain", "A name of _bench_decode.SUITES, or gpu.", flag_values=VALUES
 )
@@ -46,7 +44,7 @@ _PARTS = flags.DEFINE_list(
   "parts", None, "Of --suite=gpu; default: all but prefill.", flag_values=VALUES
 )
 _WEIGHTS = flags.DEFINE_list(
-  "weights", ["bf16", "int4"], "Of --suite=gpu: bf16, int4, ternary.", flag_values=VALUES
+  "weights", None, "Of --suite=gpu: bf16, int4 (both by default), ternary.", flag_values=VALUES
 )
 _COMPILERS = flags.DEFINE_integer(
   "compilers", 4, "Programs of --suite=gpu compiled together.", lower_bound=1, flag_values=VALUES
@@ -65,37 +63,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run() -> int | None:
-  if _SUITE.value == GPU:
-    return _run_gpu()
   from experiments import _bench_decode as bench
   from experiments import _bench_train as reports
   from minicpm_jax.core import fetch
   from minicpm_jax.models import zoo
 
-  if _SUITE.value not in bench.SUITES:
-    raise ValueError(
-      f"--suite: found {_SUITE.value!r}, expected {GPU} or one of {sorted(bench.SUITES)}"
-    )
+  if _SUITE.value not in (known := sorted((*bench.SUITES, bench.GPU))):
+    raise ValueError(f"--suite: found {_SUITE.value!r}, expected one of {known}")
+  _command.refuse_unread(VALUES, bench.unread(_SUITE.value), f"--suite={_SUITE.value}")
+  if _SUITE.value == bench.GPU:
+    return _run_gpu()
+  if _MODEL.present and _SHAPE.present:
+    raise ValueError("--model, --shape: found both, expected at most one of them")
   shape, path = _SHAPE.value, _MODEL.value or fetch.cached()
   if shape is not None and shape not in zoo.ZOO:
     raise ValueError(f"--shape: found {shape!r}, expected one of {sorted(zoo.ZOO)}")
   if shape is None and path is None:
     raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
-  names, missing = bench.available(bench.SUITES[_SUITE.value])
-  if shape is not None:
-    names = [name for name in names if name != "llama.cpp, 4 bits"]  # of a file
+  names, missing = bench.available(bench.SUITES[_SUITE.value], is_random=shape is not None)
   for name, why in missing.items():
     print(f"left out: {name} ({why})", flush=True)
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   settings = bench.Settings(num_prompt=_PROMPT.value, num_new=_NEW.value, threads=threads)
-  texts = [settings]
-  if _SUITE.value == "speculative":
-    whole = dataclasses.replace(settings, num_prompt=None)
-    texts = [dataclasses.replace(whole, text=text) for text in ("table", "free")]
   weights = bench.load(pathlib.Path(path)) if shape is None else bench.random(shape)
   rows = []
-  for settings in texts:
-    rows += bench.measure(weights, names, settings, _REPEATS.value)
+  for one in bench.on_texts(_SUITE.value, settings):
+    rows += bench.measure(weights, names, one, _REPEATS.value)
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
   model = shape or pathlib.Path(path).name
   more = dict(model=model, threads=threads, repeats=_REPEATS.value)
@@ -107,7 +100,7 @@ def _run() -> int | None:
 def _run_gpu() -> int:
   from experiments import _bench_gpu_suite as suites
 
-  options = dict(kinds=_WEIGHTS.value, parts=_PARTS.value, num_threads=_COMPILERS.value)
+  options = dict(asked=_WEIGHTS.value, parts=_PARTS.value, num_threads=_COMPILERS.value)
   bad = [n for n in _NODES.value or () if not n.isdigit() or not 1 <= int(n) <= 64]
   if bad:
     raise ValueError(f"--nodes: found {bad}, expected sizes of trees, 1..64")

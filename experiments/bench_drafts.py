@@ -45,9 +45,7 @@ def run(values: flags.FlagValues) -> None:
   model, params, tok = _models.load(values.target)
   sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)
   prompts = lib.prompts_of(values.prompts, tok, values.num_prompts, values.max_prompt_tokens)
-  fr_ids = None
-  if values.fr is not None:
-    fr_ids = lib.fr_index(values.fr, values.fr_share, model.cfg.vocab_size, tok.stop_ids)
+  fr_ids = lib.fr_index(values, model.cfg.vocab_size, tok.stop_ids)
   sizes = dict(num_levels=values.levels, top_k=values.top_k, num_nodes=values.nodes)
   try:
     scales = [float(x) for x in values.draft_logit_scale]
@@ -55,6 +53,7 @@ def run(values: flags.FlagValues) -> None:
     found = values.draft_logit_scale
     raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
   named = lib.drafters(model, params, values.draft, fr_ids, sizes, scales)
+  lib.check_read(values, model, fr_ids, named)
   rows = lib.rows(model, params, {"plain": None, **named}, prompts, sampling)
   for found in rows:
     said = f"{found['drafter']}: {found['tokens_per_second']:.1f} tok/s, a round takes "

@@ -31,18 +31,14 @@ _SUITE = flags.DEFINE_enum("suite", "peer", _SUITES, "What to measure.", flag_va
 _SIZES = flags.DEFINE_list(
   "sizes", ["20m", "60m"], "Of tiny, 20m, 60m; of whole steps 0p5b.", flag_values=VALUES
 )
-_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows (scaling: 8 or more).", flag_values=VALUES)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.", flag_values=VALUES)
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.", flag_values=VALUES)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "Rows (scaling: 8).", 1, flag_values=VALUES)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens a row.", 1, flag_values=VALUES)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed rounds.", 1, flag_values=VALUES)
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.", flag_values=VALUES)
-_OUTPUT = flags.DEFINE_string(
-  "output", None, "Folder; default: benchmarks/results.", flag_values=VALUES
-)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder (benchmarks/results).", flag_values=VALUES)
 _PARTS = flags.DEFINE_list("parts", [], "Whole steps: names begin so.", flag_values=VALUES)
 _BUDGET = flags.DEFINE_float("budget", 55.0, "Seconds to begin a part in.", flag_values=VALUES)
-_ROW = flags.DEFINE_string(
-  "row", None, "Internal: measure this one row, print it as JSON.", flag_values=VALUES
-)
+_ROW = flags.DEFINE_string("row", None, "Internal: this row alone, as JSON.", flag_values=VALUES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,21 +46,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run() -> int | None:
-  if _THREADS.value and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
+  if _THREADS.value:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if not 0 < _THREADS.value <= len(cores):
+      raise ValueError(f"--threads: found {_THREADS.value}, expected 0..{len(cores)} here")
+    os.sched_setaffinity(0, cores[: _THREADS.value])
   from minicpm_jax.core import host_memory
 
   suite, sizes, shape = _SUITE.value, _SIZES.value, dict(seq_len=_SEQ_LEN.value)
-  shape["batch_size"] = max(_BATCH.value, 8) if suite == "scaling" else _BATCH.value
+  shape["batch_size"] = 8 if suite == "scaling" and not _BATCH.present else _BATCH.value
+  if suite == "scaling" and _BATCH.value % 8 and _BATCH.present:
+    raise ValueError(f"--batch_size: found {_BATCH.value}, expected a multiple of 8 devices")
   is_kept = host_memory.keep() if suite != "memory" else False  # it would hold its peak
   from experiments import _bench_mfu, _bench_train
 
+  _command.refuse_unread(VALUES, _bench_mfu.unread(suite), f"--suite={suite}")
   bench, is_whole = _bench_train, _bench_mfu.is_served(suite)
   known = _bench_mfu.SHAPES if is_whole else bench.SIZES
   if is_whole and not VALUES["sizes"].present:
     sizes = ["0p5b"]
-  if wrong := sorted(set(sizes) - set(known)):
-    raise ValueError(f"--sizes: found {wrong}, expected of {sorted(known)}")
+  if not sizes or (wrong := sorted(set(sizes) - set(known))):
+    raise ValueError(f"--sizes: found {sizes and wrong}, expected of {sorted(known)}")
   if _ROW.value is not None:
     print(json.dumps(bench.row(json.loads(_ROW.value), _REPEATS.value, **shape)))
     return None

@@ -42,6 +42,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
   prompts = [n for n in ("prompt_text", "prompt_file") if values[n].present]
   if len(prompts) + values.chat > 1:
     raise ValueError("--prompt, --prompt_file, --chat: found several, expected one of them")
+  if values.max_batch != 1 and values["max_batch"].present:
+    raise ValueError(f"--max_batch: found {values.max_batch}, expected 1: one prompt is decoded")
   if values.raw and (values.chat or values.system is not None):
     raise ValueError("--raw: found with --chat or --system, expected --prompt alone")
   return values

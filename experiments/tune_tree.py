@@ -26,8 +26,7 @@ from minicpm_jax.infer.drafters import base, eagle, mtp
 
 def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
-  define = {"flag_values": values}
-  count = define | {"lower_bound": 1}
+  define, count = {"flag_values": values}, {"flag_values": values, "lower_bound": 1}
   flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
   flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **define)
   flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
@@ -53,15 +52,16 @@ def run(values: flags.FlagValues) -> None:
   name, _, path = values.draft.partition(":")
   if (name == "mtp") == bool(path):
     raise ValueError(f"--draft: found {values.draft!r}, expected 'mtp' or NAME:FOLDER")
-  fr_ids = None
-  if values.fr is not None:
-    fr_ids = _bench_drafts.fr_index(values.fr, values.fr_share, model.cfg.vocab_size, tok.stop_ids)
+  fr_ids = _bench_drafts.fr_index(values, model.cfg.vocab_size, tok.stop_ids)
   if path:
     draft = ckpt.load_draft(path, model.cfg)
     drafter, draft_params = eagle.make(draft, model, params, fr_ids=fr_ids, **shape)
   else:
     drafter, draft_params = mtp.make(model, params, fr_ids=fr_ids, **shape)
-  drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes])
+  drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes if n.isdigit()])
+  bad = [n for n in values.sizes if not n.isdigit() or int(n) not in drafters]
+  if bad and values["sizes"].present:
+    raise ValueError(f"--sizes: found {bad}, expected sizes that levels and top_k allow")
   most = (values.num_prompts, values.max_prompt_tokens)
   prompts = _bench_drafts.prompts_of(values.prompts, tok, *most)
   sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)

@@ -93,6 +93,13 @@ class InferConfig:
     require(not both, "json_schema, grammar_file", "both", "at most one of them")
 
 
+SPARSE_ONLY = (
+  "sink_window_size",
+  "block_window_size",
+  "sparse_topk_k",
+  "sparse_switch",
+  "use_compress_lse",
+)
 SERVE_ONLY = ("host", "port")
 GENERATE_ONLY = (
   "fast_forward",

@@ -46,6 +46,38 @@ def test_a_failed_part_leaves_its_error_and_the_others_go_on(capsys, monkeypatch
   assert [row["error"] for row in late] == ["not begun: -1 s are over"] * 5
 
 
+def test_a_part_alone_makes_what_it_is_measured_against(monkeypatch):
+  """FP8 steps three times as long as plain ones; a packed row of a program that no part made."""
+  made = []
+
+  class Step:
+    def __init__(self, cfg, tokens, seq_len):
+      self.cfg, self.name = cfg, "plain" if cfg.quant is None else "quantised"
+      self.documents = 1
+      made.append((self.name, seq_len, cfg.remat))
+
+    def pack(self, documents):
+      self.documents = documents
+
+    def run(self, num_steps):
+      return 3.0 if self.name == "quantised" else 1.0
+
+    def row(self, seconds):
+      return {"seconds": seconds, "documents": self.documents}
+
+  monkeypatch.setattr(_bench_mfu, "Step", Step)
+  (row,) = _bench_mfu.rows("qat", "tiny", 1, budget=60.0, only=("FP8",))
+  assert "error" not in row and row["part"] == "FP8, blocks of 128"
+  assert (row["time to plain"], row["seconds"]) == (3.0, 3.0)
+  assert made == [("plain", 64, "none"), ("quantised", 64, "none")]
+  both = _bench_mfu.rows("qat", "tiny", 1, budget=60.0, only=("plain", "int4"))
+  assert [row["time to plain"] for row in both] == [1.0, 3.0] and len(made) == 4
+  (row,) = _bench_mfu.rows("mfu", "tiny", 1, budget=60.0, only=("dense, 64, 4 documents",))
+  assert row["documents"] == 4 and "error" not in row and made[4:] == [("plain", 64, "none")]
+  with pytest.raises(ValueError, match="--parts: found .'typo'., expected beginnings of"):
+    _bench_mfu.rows("qat", "tiny", 1, budget=60.0, only=("FP8", "typo"))
+
+
 def test_every_row_is_its_own_measurement():
   """Forms x cache, forms x remat, devices; unrolled means all layers."""
   assert len(_bench_train.specs("compile", "20m")) == 6

@@ -191,6 +191,14 @@ def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
   assert plain["round_ms"] * plain["tokens_per_second"] == pytest.approx(1e3)
 
 
+def test_names_with_a_dot_keep_it(tmp_path):
+  pytest.importorskip("matplotlib")
+  row = {"drafter": "plain", "mean_accept_length": 1.0, "tokens_per_second": 9.0}
+  _bench_drafts.write(tmp_path / "a.b.json", {"title": "t", "rows": [row]})
+  assert json.loads((tmp_path / "a.b.json").read_text())["rows"] == [row]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b.json", "a.b.png"]
+
+
 def test_every_logit_scale_is_a_row_of_its_own(tmp_path):
   model, params = common.build(common.config(num_layers=1))
   draft_cfg = draft_lib.for_target(model.cfg, "minicpm")
