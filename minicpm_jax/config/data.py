@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,9 @@ class DataConfig:
   prefetch: int = 2  # batches
 
   def __post_init__(self):
+    require_choices(self, "data")
+    for name in ("seed", "num_threads", "num_workers", "prefetch"):
+      require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer >= 0")
     for name in ("seq_len", "batch_size", "align", "num_packing_bins"):
       require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "an integer > 0")
     names = [s.name for s in self.sources]

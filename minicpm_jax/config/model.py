@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from minicpm_jax.config.dtypes import DTypeName
 from minicpm_jax.config.quant import QuantConfig
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,7 @@ class RopeConfig:
   original_max_position: int | None = None  # longrope: O, tokens
 
   def __post_init__(self):
-    kinds = ("none", "linear", "dynamic", "longrope")
-    require(self.kind in kinds, "rope.kind", self.kind, f"one of {kinds}")
+    require_choices(self, "rope")
     require(self.theta > 0, "rope.theta", self.theta, "a positive number")
     if self.kind in ("linear", "dynamic"):
       ok = self.factor is not None and self.factor >= 1
@@ -107,8 +106,7 @@ class SparseAttentionConfig:
       f"{least} or more: init_blocks {self.init_blocks} (and the block that joint adds) are in it",
     )
     require(self.dense_len >= -1, "sparse.dense_len", self.dense_len, "-1 or tokens >= 0")
-    require(self.selection in ("joint", "split"), "sparse.selection", self.selection, "joint|split")
-    require(self.lse in ("exact", "coarse"), "sparse.lse", self.lse, "exact|coarse")
+    require_choices(self, "sparse")
 
   @classmethod
   def from_hf(
@@ -149,6 +147,9 @@ class MoEConfig:
   router_init_std: float = 0.1  # P1 section 7.3: variance 0.01
 
   def __post_init__(self):
+    require_choices(self, "moe")
+    for name in ("aux_loss_weight", "router_init_std"):
+      require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "a number >= 0")
     require(self.num_experts > 0, "moe.num_experts", self.num_experts, "an integer > 0")
     require(
       0 < self.experts_per_token <= self.num_experts,
@@ -180,6 +181,9 @@ class MTPConfig:
 
   loss_weight: float = 0.3  # lambda; not given by the paper (DeepSeek-V3 used 0.3, then 0.1)
   scale_depth_over_sqrt_layers: bool = True  # residual scale scale_depth/sqrt(L+1); False: 1
+
+  def __post_init__(self):
+    require(self.loss_weight >= 0, "mtp.loss_weight", self.loss_weight, "a number >= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +240,13 @@ class ModelConfig:
       self.num_heads,
       f"a multiple of num_kv_heads {self.num_kv_heads}",
     )
-    require(self.arch in ("minicpm", "llama", "minicpm3"), "model.arch", self.arch, "a known arch")
+    require_choices(self, "model")
+    require(self.scale_emb > 0, "model.scale_emb", self.scale_emb, "a number > 0")
+    for name in ("scale_depth", "dim_model_base", "mup_denominator"):
+      value = getattr(self, name)
+      require(value is None or value > 0, f"model.{name}", value, "None or a number > 0")
+    for name in ("act_threshold", "init_std"):
+      require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "a number >= 0")
     require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "a number in (0, 1)")
     require(
       (self.arch == "minicpm3") == (self.mla is not None),

@@ -5,7 +5,7 @@ import re
 from typing import Literal
 
 from minicpm_jax.config.dtypes import DTypeName
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_choices
 
 SchemeName = Literal["none", "ternary", "asym", "half", "sym", "five", "int4", "int8"]
 WeightsForm = Literal["latent", "codes", "packed"]
@@ -28,8 +28,7 @@ class FP8Config:
   wgrad_dtype: DTypeName = "bf16"  # inputs of the weight gradient's product; sums are float32
 
   def __post_init__(self):
-    require(self.granularity in ("block", "tensor"), "fp8.granularity", self.granularity, "known")
-    require(self.format in ("e4m3", "e5m2"), "fp8.format", self.format, "e4m3 or e5m2")
+    require_choices(self, "fp8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +52,7 @@ class QuantConfig:
   fp8: FP8Config | None = None  # the matmuls of training; with scheme "none": FP8 training alone
 
   def __post_init__(self):
-    schemes = ("none", "ternary", "asym", "half", "sym", "five", "int4", "int8")
-    require(self.scheme in schemes, "quant.scheme", self.scheme, f"one of {schemes}")
-    forms = ("latent", "codes", "packed")
-    require(self.weights in forms, "quant.weights", self.weights, f"one of {forms}")
+    require_choices(self, "quant")
     size = self.group_size
     require(size == -1 or size > 0, "quant.group_size", size, "-1 or input channels > 0")
     require(self.scale_shards > 0, "quant.scale_shards", self.scale_shards, "an integer > 0")
@@ -66,7 +62,6 @@ class QuantConfig:
       self.scale_shards,
       f"1 with group_size {size} (groups already lie inside shards)",
     )
-    require(self.act_bits in (None, 8), "quant.act_bits", self.act_bits, "None or 8")
     require(len(self.include) > 0, "quant.include", self.include, "at least one pattern")
     for name in ("include", "exclude"):
       for pattern in getattr(self, name):

@@ -70,7 +70,8 @@ class TrainConfig:
         f"a multiple of {sparse.alignment} (model.sparse: documents start on its grid of blocks)",
       )
     require(self.log_every > 0, "log_every", self.log_every, "> 0")
-    require(self.eval_batches >= 0, "eval_batches", self.eval_batches, ">= 0")
+    for name in ("z_loss", "eval_every", "eval_batches"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     names = [s.name for s in self.data.sources]
     for name in self.eval_sources:
       require(name in names, "eval_sources", name, f"one of {names}")
