@@ -49,9 +49,13 @@ def encode_record(
   loss_mask: Sequence[int] | None = None,
 ) -> bytes:
   """Header and ids of one document; `loss_mask` is 1 on the tokens that are trained as targets."""
-  array = np.asarray(ids, dtype=np.int64)
+  array = np.asarray(ids)
+  if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+    found = f"{array.dtype}{list(array.shape)} {ids!r:.60}"
+    raise ShardError(f"token ids: found {found}, expected one row of integers")
   if array.size and (array.min() < 0 or array.max() >= _MAX_ID):
     raise ShardError(f"token id: found {array.min()}..{array.max()}, expected 0..{_MAX_ID - 1}")
+  array = array.astype(np.int64)
   if loss_mask is not None:
     if len(loss_mask) != len(array):
       raise ShardError(f"loss_mask: found {len(loss_mask)} values, expected {len(array)}")

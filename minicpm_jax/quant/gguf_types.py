@@ -85,6 +85,8 @@ def pack_q4_0(
     raise ValueError(
       f"q4_0: found {scale.shape[1]} groups in rows of {width}, expected groups of whole blocks, 32"
     )
+  if codes.size and codes.max() > 15:
+    raise ValueError(f"q4_0: found code {codes.max()}, expected 0..15")
   d = np.repeat(scale.astype(np.float32), size // 32, axis=1).reshape(-1, 1)
   blocks = np.concatenate([_half_bytes(d), _nibbles(codes.reshape(-1, 32))], axis=-1)
   return blocks.reshape(rows, width // 32 * 18)

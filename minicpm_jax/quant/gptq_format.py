@@ -60,6 +60,8 @@ def encode(layer: Codes, version: Version = "gptq", name: str = "layer") -> Tens
   """The tensors of a layer; refuses scales beyond float16 and widths that are no whole words."""
   if version not in VERSIONS:
     raise ValueError(f"checkpoint_format: found {version!r}, expected one of {VERSIONS}")
+  if layer.zero_QO.size and layer.zero_QO.max() > 15:  # v1 would wrap it to another one
+    raise ValueError(f"{name}.qzeros: found zero point {layer.zero_QO.max()}, expected 0..15")
   zeros = layer.zero_QO if version == "gptq_v2" else (layer.zero_QO - np.uint8(1)) & np.uint8(15)
   return Tensors(
     pack_words(layer.codes_IO, f"{name}.qweight"),

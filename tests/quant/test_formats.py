@@ -75,6 +75,8 @@ def test_bad_tensors():
     gptq_format.pack_words(np.zeros((12, 4), np.uint8))
   with pytest.raises(ValueError, match="found code 16"):
     gptq_format.pack_words(np.full((8, 4), 16, np.uint8))
+  with pytest.raises(ValueError, match="q.qzeros: found zero point 16, expected 0..15"):
+    gptq_format.encode(layer()._replace(zero_QO=np.full((4, 32), 16, np.uint8)), "gptq", "q")
 
 
 def test_marlin_round_trip_and_one_tile_by_hand():

@@ -110,5 +110,7 @@ def test_bad_input(x, kind, match):
 
 
 def test_bad_bytes():
+  with pytest.raises(ValueError, match="q4_0: found code 16, expected 0..15"):
+    gguf_types.pack_q4_0(np.full((1, 32), 16, np.uint8), np.ones((1, 1), np.float32))
   with pytest.raises(ValueError, match="found rows of 17 bytes"):
     gguf_types.unpack(np.zeros((1, 17), np.uint8), "q4_0")
