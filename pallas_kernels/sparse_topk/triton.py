@@ -32,9 +32,7 @@ class TritonConfig:
     gpu.check_tiles(self, block_q=1, block_c=1, parts=1, num_warps=1, blocks_per_warp=1)
 
 
-def default_config(
-  group: int, head_dim: int, dtype, compute_capability: int | None = None
-) -> TritonConfig:
+def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
   """As tuned for the device; else what fills the registers of one warpgroup.
 
   On Hopper a step of 64 keys and 256 columns, half of them exponentiated while the others are
@@ -42,7 +40,7 @@ def default_config(
   Hopper the operands take registers too: fewer columns, in one product.
   """
   tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
-  capability = gpu.capability(compute_capability) or 90
+  capability = gpu.capability(None) or 90
   rows = gpu.next_power_of_two(group)
   if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer columns in registers
     columns, tiles = 32, dict(block_c=32, parts=1, num_stages=1)

@@ -65,7 +65,8 @@ def default_config(K: int, N: int, group_size: int, bits: int) -> MatvecConfig |
 
 
 def key(K: int, N: int, group_size: int, dtype) -> str:
-  """Of tuned.json, beside those of tiles."""
+  """Of tuned.json, beside those of tiles. One group is -1 or K."""
+  group_size = -1 if group_size == K else group_size
   return f"matvec_N{N}_K{K}_g{group_size}_{dtype}"
 
 

@@ -120,6 +120,10 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
   height = max(8, -(-M // blocks // 8) * 8)
   width, block_k = kernels.fragments.ROWS, kernels.BYTES * 8 // bits
   warpgroups = config.num_warpgroups
+  if warpgroups > 2 and height > 16:
+    raise NotImplementedError(
+      f"{op}: num_warpgroups = {warpgroups}, at most 2 for programs of {height} rows (registers)"
+    )
   size = kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
   y_sMN = kernels.matmul(

@@ -61,7 +61,8 @@ def default_config(M: int, N: int, K: int, group_size: int) -> TritonConfig:
 
 
 def key(M: int, N: int, K: int, group_size: int, dtype) -> str:
-  """Of tuned.json; rows in classes, as a decode batch changes."""
+  """Of tuned.json; rows in classes, as a decode batch changes. One group is -1 or K."""
+  group_size = -1 if group_size == K else group_size
   return f"M{gpu.next_power_of_two(M, least=16)}_N{N}_K{K}_g{group_size}_{dtype}"
 
 

@@ -20,6 +20,9 @@ from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
 from pallas_kernels.w4a16_gemm import bench as packed_bench
 from pallas_kernels.w4a16_gemm import cases as packed_cases
+from pallas_kernels.w4a16_gemm import matvec
+from pallas_kernels.w4a16_gemm import mosaic_gpu as packed_mosaic
+from pallas_kernels.w4a16_gemm import triton as packed_triton
 
 
 def test_a_saved_config_is_found_and_another_shape_is_a_miss(tmp_path, monkeypatch):
@@ -33,6 +36,21 @@ def test_a_saved_config_is_found_and_another_shape_is_a_miss(tmp_path, monkeypat
   assert tune.lookup("op", triton.TritonConfig, tune.key(16, 64, "bfloat16")) is None
   kind = jax.devices()[0].device_kind
   assert json.loads((tmp_path / "op.json").read_text())[kind][name]["kv_rows"] == 32
+  tune._table.cache_clear()
+
+
+def test_the_tuner_and_the_lookup_name_one_group_alike(tmp_path, monkeypatch):
+  """The tuner has the case's group size, K or -1, the lookup one row of scales."""
+  monkeypatch.setattr(tune, "_path", lambda op: tmp_path / f"{op}.json")
+  tune._table.cache_clear()
+  K, N, like = 1024, 128, jax.ShapeDtypeStruct
+  best = matvec.MatvecConfig(num_splits=2)
+  tune.save("op", matvec.key(K, N, K, "bfloat16"), best)
+  arrays = (like((1, K), "bfloat16"), like((K // 2, N), "uint8"), like((1, N), "float32"))
+  assert matvec.config_of(*arrays, bits=4, op="op") == best
+  for module in (packed_triton, packed_mosaic):
+    assert module.key(4, N, K, K, "bfloat16") == module.key(4, N, K, -1, "bfloat16")
+    assert module.key(4, N, K, K // 2, "bfloat16") != module.key(4, N, K, -1, "bfloat16")
   tune._table.cache_clear()
 
 

@@ -71,6 +71,12 @@ def test_packed_matmul_of_many_rows(name, monkeypatch):
   packed_suite.check(packed_backend(config), case, bits)
 
 
+def test_four_warpgroups_have_registers_for_16_rows():
+  (x, codes, scale, _), _ = packed_suite.inputs(cases.Case(rows=17, num_in=256, num_out=16), 4)
+  with pytest.raises(NotImplementedError, match="num_warpgroups = 4, at most 2.*of 24 rows"):
+    packed_backend(dict(num_warpgroups=4))(x, codes, scale)
+
+
 def test_packed_matmul_in_bf16():
   packed_suite.check(
     packed_backend({}), cases.Case(rows=2, num_in=256, num_out=64), 4, jnp.bfloat16

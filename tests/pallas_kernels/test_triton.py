@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ def like(*shape, dtype=jnp.bfloat16):
 
 def select_program(num_heads, head_dim, arch, lse):
   rule, T, K = rules.Rule(lse=lse), 4096, 2
-  config = dataclasses.replace(
-    topk.default_config(num_heads // K, head_dim, jnp.bfloat16, arch), compute_capability=arch
-  )
+  with unittest.mock.patch.object(topk.gpu, "capability", lambda _: arch):
+    config = topk.default_config(num_heads // K, head_dim, jnp.bfloat16)
+  config = dataclasses.replace(config, compute_capability=arch)
   slots = 131072
 
   def run(q, fine, coarse, start):
