@@ -143,6 +143,21 @@ def dot_transposed(a_ref, b_ref, interpreted: bool):
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
 
 
+def values_dot_transposed(a_Rk, b_ref, interpreted: bool):
+  """a b^T, as `dot_transposed`; a comes from registers, so that only b is read again and again."""
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted:
+    return jnp.dot(a_Rk, b_ref[...].T, preferred_element_type=jnp.float32)
+
+  def run(acc_ref):
+    plgpu.wgmma(acc_ref, a_Rk, b_ref.transpose((1, 0)))
+    return acc_ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((a_Rk.shape[0], b_ref.shape[0]), jnp.float32))
+
+
 def as_line(x_N, interpreted: bool):
   """x in the registers of `load_line`."""
   from jax.experimental.pallas import mosaic_gpu as plgpu

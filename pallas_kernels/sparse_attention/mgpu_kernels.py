@@ -150,6 +150,7 @@ def _body(
   scale,
   splits,
   num_stages,
+  q_in_registers,
   is_paged,
   interpreted,
 ):
@@ -180,12 +181,17 @@ def _body(
   plgpu.barrier_wait(row_barriers.at[own])
   of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
   query_R = query_of_rows(own, queries, group, block, interpreted)
+  if q_in_registers:
+    q_RH = mgpu.as_tile(q_smem[own], interpreted)
 
   def step(j, carry):
     slot, bits = jax.lax.rem(j - begin, num_stages), bits_ref[x, j]
 
     def attend(top_R, sum_R, acc_RH):
-      scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
+      if q_in_registers:
+        scores_Rs = mgpu.values_dot_transposed(q_RH, k_smem.at[slot], interpreted)
+      else:
+        scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
       scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
       bias_R = member_bias(bits, query_R)
       new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
@@ -226,7 +232,7 @@ def _body(
   plgpu.wait_smem_to_gmem(0)
 
 
-@mgpu.once("group", "scale", "splits", "num_stages", "out_dtype", "interpreted")
+@mgpu.once("group", "scale", "splits", "num_stages", "q_in_registers", "out_dtype", "interpreted")
 def forward(
   lists,
   table_P,
@@ -242,6 +248,7 @@ def forward(
   num_stages,
   out_dtype,
   interpreted,
+  q_in_registers=False,
 ):
   """(out [X, splits, C, R, H], lse [X, splits, C, R] float32), normalised within each split.
 
@@ -259,6 +266,7 @@ def forward(
     scale=scale,
     splits=splits,
     num_stages=num_stages,
+    q_in_registers=q_in_registers,
     interpreted=interpreted,
   )
   return plgpu.kernel(

@@ -37,6 +37,7 @@ class MosaicGpuConfig:
 
   warpgroups: int = 3  # of a tile of the forward and of dq: they share its blocks
   num_stages: int = 2
+  q_in_registers: bool = False  # of the forward: its first product then reads k alone
   q_stages: int = 2  # of dq
   kv_stages: int = 2  # of dk and dv
   unit_rows: int = 32  # rows (queries times group) that dk and dv take or leave together: 32 or 64
@@ -161,6 +162,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
     scale=H**-0.5,
     splits=1,
     num_stages=static.config.num_stages,
+    q_in_registers=static.config.q_in_registers,
     out_dtype=v_BSKH.dtype,
     interpreted=static.interpreted,
   )
