@@ -1,9 +1,11 @@
 """Stage 2, forward and backward, 4k to 128k: `python -m pallas_kernels.sparse_attention.bench`.
 
 How much the lists of neighbouring queries share decides how fast tiles of queries go. The cases
-keep a block's score for KEPT queries: the lists of two, four and eight queries then hold 1.19, 1.54
-and 2.24 times the free blocks of one at 128k. KEPT was chosen after a look at real text (the 135M
-model on 4,096 tokens of WikiText-2, 10 of 64 blocks free: 1.24, 1.53, 1.83; not recorded).
+keep a block's score for KEPT queries: the lists of two, four and eight queries then hold 1.18, 1.54
+and 2.23 times the free blocks of one at 128k (1.16, 1.46, 2.01 at 32k). Lists of real text (the
+135M model on WikiText-2, mean of its layers) hold 1.22, 1.45, 1.70 times with 10 of 64 blocks free
+and 1.24, 1.51, 1.82 with 10 of 128: `python -m experiments.block_overlap` counts both,
+`benchmarks/results/block_overlap.json`. KEPT was chosen after a first look at such text.
 `*_random` draws every list anew.
 """
 
