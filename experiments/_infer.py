@@ -90,6 +90,8 @@ def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
   is_read |= dict(spec_tree_size=is_tree, spec_window_size=is_tree and kind != "mtp")
   unread = [name for name, is_wanted in is_read.items() if not is_wanted]
   _command.refuse_unread(values, unread, f"{kind} drafts" if kind != "none" else "no draft")
+  if not cfg.warmup and "warmup_tokens" in values:
+    _command.refuse_unread(values, ["warmup_tokens"], "--nowarmup")
   if cfg.frspec_path is None:
     _command.refuse_unread(values, ["frspec_vocab_size"], "no --frspec_path")
   if "fast_forward" in values and cfg.json_schema is None and cfg.grammar_file is None:

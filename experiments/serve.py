@@ -6,13 +6,15 @@
 POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /metrics. The flags are
 CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; those of sampling hold where a request
 says nothing; --model is short for --model_path. It
-listens on the loopback address unless --host says otherwise: there is no authentication. Ctrl-C or
-SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[serve]'` (`[constrained]` for
+listens on the loopback address unless --host says otherwise: there is no authentication. Before, it
+compiles what requests of --warmup_tokens tokens need (--nowarmup: as they come). Ctrl-C or SIGTERM
+lets answers under way end. Needs `pip install 'minicpm_jax[serve]'` (`[constrained]` for
 response_format, grammars and required tool calls).
 """
 
 import pathlib
 import sys
+import time
 
 from absl import flags
 
@@ -48,7 +50,10 @@ def make(values: flags.FlagValues) -> service.ChatService:
     sampling=_infer.sampling(cfg),
   )
   loaded = _infer.load(cfg, max_batch=cfg.max_batch)
-  loaded.engine.generate([[0]], config.SamplingConfig(max_new_tokens=4))  # compiles a first round
+  if cfg.warmup:
+    began = time.perf_counter()
+    num = loaded.engine.warm_up(cfg.warmup_tokens or None)
+    print(f"warm-up: {num} programs in {time.perf_counter() - began:.1f} s", file=sys.stderr)
   try:
     template = chat_lib.template_for(loaded.engine.model.cfg, loaded.tok)
   except ValueError:  # a base model: text completions work, chat says what is missing

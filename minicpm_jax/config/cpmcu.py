@@ -74,6 +74,8 @@ class InferConfig:
   # serve
   host: str = "127.0.0.1"  # CPM.cu: 0.0.0.0
   port: int = 8000
+  warmup: bool = True  # compile first, then listen
+  warmup_tokens: int = 0  # prompt and answer that find all compiled; 0 = what the first span holds
 
   def __post_init__(self):
     require(0 < self.memory_limit <= 1, "memory_limit", self.memory_limit, "in (0, 1]")
@@ -84,7 +86,7 @@ class InferConfig:
     counts = ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch", "bita_width")
     for name in (*counts, "hier_min_length"):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-    sizes = ("spec_window_size", "max_context", "sparse_switch")
+    sizes = ("spec_window_size", "max_context", "sparse_switch", "warmup_tokens")
     for name in (*sizes, "sink_window_size", "block_window_size"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     inner, kind = self.hier_draft_path, self.draft_kind
@@ -100,7 +102,7 @@ SPARSE_ONLY = (
   "sparse_switch",
   "use_compress_lse",
 )
-SERVE_ONLY = ("host", "port")
+SERVE_ONLY = ("host", "port", "warmup", "warmup_tokens")
 GENERATE_ONLY = (
   "fast_forward",
   "prompt_file",

@@ -24,7 +24,7 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.core import types
 from minicpm_jax.infer import driver as driver_lib
-from minicpm_jax.infer import requests
+from minicpm_jax.infer import programs, requests
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer import rows as rows_lib
 from minicpm_jax.infer import state as state_lib
@@ -39,7 +39,7 @@ Top = requests.Top
 FinishReason, check_prompt = requests.FinishReason, requests.check_prompt
 
 
-class Engine(driver_lib.Driver):
+class Engine(programs.Programs, driver_lib.Driver):
   """Continuous batching over `cfg.max_batch` rows; see the module docstring.
 
   `model` and `params` as they are to run: pass them through `generate.for_decoding` first.
@@ -61,7 +61,6 @@ class Engine(driver_lib.Driver):
     self.model, self.cfg = model, config.EngineConfig() if cfg is None else cfg
     self.drafter = base.NoDrafter() if drafter is None else drafter
     self.params = base.Params(params, draft_params)
-    self._form = _form(self.params)
     self.stop_ids, self.before = tuple(stop_ids), before
     if before is not None:
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
@@ -309,28 +308,6 @@ class Engine(driver_lib.Driver):
     by_row = {job.row: job for job in live}
     return [by_row.get(i) for i in range(len(self._rows))]
 
-  def _call(self, function: Any, jobs: list[rows_lib.Job], *args: Any, **static: Any) -> Any:
-    """Runs a function of the state; what it compiles first is timed apart."""
-    head = (self.model, self.drafter, self.params, self._state)
-    shapes = tuple(getattr(x, "shape", None) for x in args)
-    key = (function.__name__, self.model, self.drafter, shapes, tuple(static.items()))
-    key += (self.cfg.max_batch, self._num_slots, self._form)
-    if key not in _COMPILED:
-      jax.block_until_ready(self._state)  # work under way is not compilation
-      begin = time.perf_counter()
-      function.lower(*head, *args, **static).compile()
-      _COMPILED.add(key)
-      seconds = time.perf_counter() - begin
-      self._clock += seconds
-      self.compile_seconds += seconds
-      for job in jobs:
-        job.stats.compile_seconds += seconds
-      for row in self._rows:  # those that wait for another's compilation too
-        if row.job is not None:
-          row.job.started += seconds
-    self._state, answer = function(*head, *args, **static)
-    return answer
-
   def _read(self, num: int) -> None:
     """Waits for the `num` oldest answers and puts their events into the outbox."""
     for _ in range(num):
@@ -409,12 +386,3 @@ class Engine(driver_lib.Driver):
     if job.row >= 0:
       self._rows[job.row].job = None
     return Event(job.id, tokens, logprobs, reason, job.stats, list(tops))
-
-
-def _form(params: base.Params) -> Any:
-  """What a program is compiled for beside model and drafter: FR and full heads have one drafter."""
-  leaves, structure = jax.tree.flatten(params)
-  return structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
-
-
-_COMPILED: set[Any] = set()

@@ -148,14 +148,18 @@ def slots_of(least: int, unit: int, backend: str) -> int:
   return -(-least // unit) * unit
 
 
+def chunk_sizes(largest: int) -> list[int]:
+  """Tokens of a prefill forward: the largest, quarters of it, and the smallest."""
+  sizes = []
+  while largest >= SMALLEST_CHUNK:
+    sizes.append(largest)
+    largest //= 4
+  return list(dict.fromkeys((*sizes, SMALLEST_CHUNK)))
+
+
 def chunk_of(start: int, rest: int, largest: int, num_slots: int) -> int:
   """The largest chunk while the prompt fills it, then the smallest that holds the rest."""
-  size, sizes = largest, []
-  while size >= SMALLEST_CHUNK:
-    sizes.append(size)
-    size //= 4
-  sizes.append(SMALLEST_CHUNK)
-  fitting = [s for s in sizes if start + s <= num_slots]
+  fitting = [s for s in chunk_sizes(largest) if start + s <= num_slots]
   holding = [s for s in fitting if s >= rest]
   return min(holding) if holding else max(fitting)
 

@@ -341,8 +341,10 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
     assert chat.name == "hf" and chat.cfg.max_queue == 5 and chat.cfg.host == "127.0.0.1"
     assert chat.models()["data"][0]["max_model_len"] == 128 and chat.report()["rows"] == 2
     assert isinstance(chat._engine.drafter, ngram.NGramDrafter)
+    assert re.search(r"warm-up: \d+ programs in [\d.]+ s", capfd.readouterr().err)
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
     assert chat.chat(body)["usage"]["completion_tokens"] == 6
+    assert chat.report()["compile_seconds"] == 0
   assert serve.main(["s", "--model=/no/such"]) == 1
   assert "found no such file or folder" in capfd.readouterr().err
   assert serve.main(["s", f"--model={folder}", "--json_schema=x"]) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import programs
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer.drafters import base, chain, eagle, ngram
 from minicpm_jax.models import draft as draft_lib
@@ -248,7 +249,7 @@ def test_compilation_is_in_no_rate_of_any_row(monkeypatch):
 
   for name in ("prefill", "draft", "verify"):
     monkeypatch.setattr(rounds_lib, name, Timed(name))
-  monkeypatch.setattr(engine_lib, "_COMPILED", set())
+  monkeypatch.setattr(programs, "_COMPILED", set())
   monkeypatch.setattr(engine_lib, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
   model, params = small.make()
   drafter = chain.ChainDrafter(model, num_levels=3)

@@ -1,0 +1,186 @@
+"""The engine's programs: compiled when they are called for, which is timed, or before.
+
+Shapes are few: a prompt's chunk has one of `rows.chunk_sizes`, attention reads a span, and on a GPU
+every span has a program for each `rounds.Known`.
+"""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from minicpm_jax import config
+from minicpm_jax.infer import requests
+from minicpm_jax.infer import rounds as rounds_lib
+from minicpm_jax.infer import rows as rows_lib
+from minicpm_jax.infer import state as state_lib
+from minicpm_jax.infer.drafters import base
+
+
+class Program(NamedTuple):
+  """A function of `rounds` as the engine will call it."""
+
+  function: Any
+  args: tuple[Any, ...]
+  static: dict[str, Any]
+
+
+class Sizes(NamedTuple):
+  """What shapes depend on. `ahead`: slots that rounds under way may need behind a sequence;
+  `dense_len`: of sparse attention where the host tells of it (`Known.is_long`), else None."""
+
+  cfg: config.EngineConfig
+  num_slots: int
+  ahead: int
+  tells: bool
+  dense_len: int | None
+
+  def span(self, num_slots: int) -> int:
+    return rows_lib.span_of(num_slots, self.cfg.min_span, self.num_slots)
+
+  def spans(self, num_tokens: int) -> list[int]:
+    """Spans of sequences that end with `num_tokens` tokens."""
+    return sorted({self.span(n) for n in range(1, num_tokens + self.ahead + 1)})
+
+  @property
+  def first(self) -> int:
+    """The longest sequence that the smallest span serves to its end."""
+    return max(1, self.span(1) - self.ahead)
+
+  def lengths(self, span: int) -> list[bool]:
+    """Values of Known.is_long for sequences within `span`."""
+    if self.dense_len is None:
+      return [False]
+    return [False] * (self.dense_len > 1) + [True] * (self.dense_len <= span)
+
+
+def settings(vocab_size: int) -> state_lib.RowSettings:
+  """What an empty request sets in its row."""
+  request = requests.Request([0], config.SamplingConfig())
+  return rows_lib.settings(rows_lib.Job(0, request, (), requests.Stats()), vocab_size)
+
+
+def prefills(sizes: Sizes, num_tokens: int, mask_1W: Any) -> Iterator[Program]:
+  """Chunks of prompts of up to `num_tokens` tokens, also of what follows a cached beginning."""
+  chunks = rows_lib.chunk_sizes(sizes.cfg.chunk_size)
+  largest = rows_lib.chunk_of(0, num_tokens, sizes.cfg.chunk_size, sizes.num_slots)
+  for size in (size for size in chunks if size <= largest):
+    spans = {sizes.span(size), *(span for span in sizes.spans(num_tokens) if span >= size)}
+    one = np.int32(1)
+    args = (np.zeros((1, size), np.int32), np.int32(0), one, one, np.int32(0), mask_1W)
+    for span in sorted(spans):
+      for is_long in sizes.lengths(span):
+        known = rounds_lib.Known(is_long=is_long)
+        yield Program(rounds_lib.prefill, args, dict(span=span, known=known))
+
+
+def runs(sizes: Sizes, num_tokens: int) -> Iterator[Program]:
+  """Rounds of sequences of up to `num_tokens` tokens, for every `Known`."""
+  for span in sizes.spans(num_tokens):
+    for is_bare in (False, True) if sizes.tells else (False,):
+      for is_long in sizes.lengths(span):
+        known = rounds_lib.Known(is_bare, is_long)
+        static = dict(span=span, rounds=sizes.cfg.rounds_per_dispatch, known=known)
+        yield Program(rounds_lib.run, (), static)
+
+
+def compile_all(lowered: Iterable[Any], num_threads: int) -> int:
+  """Compiles side by side, while the next are traced; their number."""
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    futures = [pool.submit(one.compile) for one in lowered]
+    for future in futures:
+      future.result()
+  return len(futures)
+
+
+class Programs:
+  """How `Engine` calls the functions of its state."""
+
+  model: Any
+  drafter: Any
+  params: base.Params
+  cfg: config.EngineConfig
+
+  def warm_up(self, num_tokens: int | None = None, num_threads: int = 4) -> int:
+    """Compiles what requests of up to `num_tokens` tokens (prompt and answer; None: those of the
+    smallest span) without constraints will ask for; the number of programs.
+
+    One row takes a chunk of a prompt that never ends, which brings the state into the form (where
+    its arrays lie) that all later steps find; the other programs are compiled and not run. Nothing
+    is sampled, and the row stays unused.
+    """
+    if self.has_work:
+      raise ValueError("warm_up: found requests under way, expected none")
+    began, before, zero = time.perf_counter(), self.compile_seconds, np.int32(0)
+    sizes = self._sizes()
+    num_tokens = sizes.first if num_tokens is None else min(num_tokens, self.cfg.capacity)
+    chunks = [*prefills(sizes, num_tokens, self._free_mask)]
+    smallest = min(chunks, key=lambda program: program.args[0].size)
+    blank = settings(self.model.cfg.vocab_size)
+    self._state = state_lib.admit(self._state, zero, blank)
+    self._call(smallest.function, [], *smallest.args, **smallest.static)
+    self._state = state_lib.admit(self._state, zero, blank)
+
+    def lowered():
+      yield state_lib.admit.lower(self._state, zero, blank)
+      yield state_lib.release.lower(self._state, zero)
+      yield state_lib.copy_row.lower(self.drafter, self._state, zero, zero)
+      if self.before is not None:
+        yield state_lib.put_prefix.lower(self._state, zero, self.before.k, self.before.v)
+      for function, args, static in (
+        *chunks,
+        *runs(sizes, num_tokens),
+      ):  # the smallest again: the state has come to rest
+        yield function.lower(*self._head, *args, **static)
+        _COMPILED.add(self._key(function, args, static))
+
+    num = compile_all(lowered(), num_threads)
+    self.compile_seconds = before + time.perf_counter() - began
+    return num
+
+  def _sizes(self) -> Sizes:
+    sparse = self.model.cfg.sparse if self.tells else None
+    ahead = 2 * self.cfg.rounds_per_dispatch * (self.drafter.num_levels + 1) + self._num_rows
+    dense_len = None if sparse is None else sparse.dense_len
+    return Sizes(self.cfg, self._num_slots, ahead, self.tells, dense_len)
+
+  @property
+  def _head(self) -> tuple[Any, ...]:
+    return (self.model, self.drafter, self.params, self._state)
+
+  @functools.cached_property
+  def _form(self) -> Any:
+    """What a program is compiled for beside model and drafter: FR and full heads have one."""
+    leaves, structure = jax.tree.flatten(self.params)
+    return structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
+
+  def _key(self, function: Any, args: Sequence[Any], static: dict[str, Any]) -> Any:
+    """Equal for calls of one program."""
+    shapes = tuple(getattr(x, "shape", None) for x in args)
+    key = (function.__name__, self.model, self.drafter, shapes, tuple(static.items()))
+    return (*key, self.cfg.max_batch, self._num_slots, self._form)
+
+  def _call(self, function: Any, jobs: list[rows_lib.Job], *args: Any, **static: Any) -> Any:
+    """Runs a function of the state; what it compiles first is timed apart."""
+    if (key := self._key(function, args, static)) not in _COMPILED:
+      jax.block_until_ready(self._state)  # work under way is not compilation
+      begin = time.perf_counter()
+      function.lower(*self._head, *args, **static).compile()
+      _COMPILED.add(key)
+      seconds = time.perf_counter() - begin
+      self._clock += seconds
+      self.compile_seconds += seconds
+      for job in jobs:
+        job.stats.compile_seconds += seconds
+      for row in self._rows:  # those that wait for another's compilation too
+        if row.job is not None:
+          row.job.started += seconds
+    self._state, answer = function(*self._head, *args, **static)
+    return answer
+
+
+_COMPILED: set[Any] = set()

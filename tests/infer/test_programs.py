@@ -1,0 +1,101 @@
+"""Warm-up: after it nothing compiles (counted by jax itself), and tokens are as without it."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from minicpm_jax import config
+from minicpm_jax.infer import answers, generate, programs, requests
+from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import rounds as rounds_lib
+from minicpm_jax.infer.drafters import chain
+from tests.infer import small
+
+CFG = config.EngineConfig(capacity=77, max_batch=2, chunk_size=16, min_span=32)
+DRAWN = config.SamplingConfig(temperature=1.1, top_p=0.9, max_new_tokens=9, seed=4)
+
+
+@contextlib.contextmanager
+def compilations():
+  """Names of what is compiled meanwhile."""
+  names = []
+
+  def note(event, seconds, **more):
+    del seconds
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(more.get("fun_name"))
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_requests_of_the_first_span_compile_nothing_and_say_what_they_said():
+  """Weights that are bound to a device, as checkpoints bring them, change the state's form."""
+  model, params = generate.for_decoding(*small.make(num_layers=1))
+  params = jax.device_put(params, jax.devices()[0])
+  engine = engine_lib.Engine(model, params, CFG)
+  with compilations() as names:
+    num = engine.warm_up()
+  assert num == 5 and len(names) >= num and engine.compile_seconds > 0 and not engine.has_work
+  prompts = [[3, 1, 4, 1, 5], [9], [2, 6] * 6, [3, 1, 4, 1, 5, 9]]
+  calls = [requests.Request(p, dataclasses.replace(DRAWN, seed=i)) for i, p in enumerate(prompts)]
+  calls[1] = dataclasses.replace(calls[1], want_logprobs=True, num_top_logprobs=2)
+  calls[2] = dataclasses.replace(calls[2], sampling=config.SamplingConfig(max_new_tokens=9))
+  with compilations() as names:
+    found = engine.collect(calls)
+    engine.cancel(engine.add(requests.Request([1, 2], DRAWN)))
+  assert names == [] and [s.compile_seconds for s in found.stats] == [0.0] * 4
+  assert [s.cached_tokens for s in found.stats] == [0] * 4
+  cold = engine_lib.Engine(model, params, CFG).collect(calls)
+  assert found.tokens == cold.tokens and found.top_logprobs == cold.top_logprobs
+  engine.add(requests.Request([1], DRAWN))
+  with pytest.raises(ValueError, match="warm_up: found requests under way"):
+    engine.warm_up()
+
+
+@pytest.mark.parametrize("tells", [False, True])
+@pytest.mark.parametrize("rounds, levels, chunk, num", [(1, 0, 64, None), (3, 2, 16, 100)])
+def test_the_plan_holds_all_that_requests_ask_for(tells, rounds, levels, chunk, num, monkeypatch):
+  """What an engine of canned answers calls for, prompts of every length, greedy and drawn."""
+  model, params = small.make(num_layers=1, sparse=small.SPARSE)
+  cfg = dataclasses.replace(
+    CFG, capacity=160, chunk_size=chunk, rounds_per_dispatch=rounds, max_batch=1, min_prefix=4
+  )
+  more = {}
+  if levels:
+    more = dict(drafter=chain.ChainDrafter(model, num_levels=levels), draft_params=params)
+  engine = engine_lib.Engine(model, params, cfg, **more)
+  engine.tells = tells
+  asked, B, A = set(), cfg.max_batch, levels + 1
+
+  def key(function, args, static):
+    shape = args[0].shape if args else None
+    return (function is rounds_lib.prefill, shape, *sorted(static.items(), key=str))
+
+  def call(function, jobs, *args, **static):
+    asked.add(key(function, args, static))
+    rounds = static.get("rounds", 1)
+    shape = (1, 1, 1) if function is rounds_lib.prefill else (B, rounds, A)
+    tokens = np.ones(shape, np.int32)
+    logprobs = np.zeros(shape, np.float32)
+    return answers.Answer(tokens, logprobs, None, None, np.zeros(shape[0], bool))
+
+  monkeypatch.setattr(engine, "_call", call)
+  sizes = engine._sizes()
+  num = sizes.first if num is None else num
+  draws = [config.SamplingConfig(), config.SamplingConfig(temperature=1.0)]
+  for length in range(1, num):
+    sampling = dataclasses.replace(draws[length % 2], max_new_tokens=num - length)
+    begin = [length % 7] * (length // 2)  # some begin as the row's last one did
+    engine.generate([begin + [1] * (length - len(begin))], sampling)
+  planned = [*programs.prefills(sizes, num, engine._free_mask), *programs.runs(sizes, num)]
+  planned = {key(*program) for program in planned}
+  assert asked <= planned
+  assert len(asked) > 0.6 * len(planned)  # other rows ask for some of the rest
