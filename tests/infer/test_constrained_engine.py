@@ -250,7 +250,8 @@ def test_compilation_is_in_no_rate_of_any_row(monkeypatch):
   for name in ("prefill", "draft", "verify"):
     monkeypatch.setattr(rounds_lib, name, Timed(name))
   monkeypatch.setattr(programs, "_COMPILED", set())
-  monkeypatch.setattr(engine_lib, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+  for module in (engine_lib, programs):
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
   model, params = small.make()
   drafter = chain.ChainDrafter(model, num_levels=3)
   engine = engine_lib.Engine(model, params, CFG, drafter=drafter, draft_params=params)
