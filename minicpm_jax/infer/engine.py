@@ -66,6 +66,8 @@ class Engine(programs.Programs, driver_lib.Driver):
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
     requests.check_stops(self.stop_ids, state_lib.STOP_SLOTS, model.cfg.vocab_size)
     base.check_tree_size(self.drafter.num_nodes, self.drafter.num_levels)
+    is_sparse = model.cfg.sparse is not None and self.cfg.capacity >= model.cfg.sparse.dense_len
+    base.check_window(model.cfg.sparse if is_sparse else None, self.drafter.num_levels)
     self._num_rows = base.num_rows(self.drafter)
     if self.cfg.capacity <= self._num_rows:
       raise ValueError(
@@ -77,6 +79,7 @@ class Engine(programs.Programs, driver_lib.Driver):
     unit = 1 if model.cfg.sparse is None else model.cfg.sparse.block_size
     # A padded chunk and a tree always fit behind.
     self._num_slots = rows_lib.slots_of(self.cfg.capacity + extra, unit, jax.default_backend())
+    self._min_span = -(-self.cfg.min_span // unit) * unit  # spans are whole blocks
     self._state = state_lib.init_state(
       model, self.drafter, self.params, self.cfg.max_batch, self._num_slots
     )
@@ -213,7 +216,7 @@ class Engine(programs.Programs, driver_lib.Driver):
       self._state = state_lib.admit(self._state, np.int32(row), settings)
 
   def _span(self, num_slots: int) -> int:
-    return rows_lib.span_of(num_slots, self.cfg.min_span, self._num_slots)
+    return rows_lib.span_of(num_slots, self._min_span, self._num_slots)
 
   def _chunk_size(self, start: int, rest: int) -> int:
     return rows_lib.chunk_of(start, rest, self.cfg.chunk_size, self._num_slots)

@@ -218,8 +218,8 @@ def infllm_attention(
   """
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH, kv_length)
-  if cfg.use_nope and nope is None:
-    raise ValueError("nope: found None, expected (q, k) before RoPE because cfg.use_nope is set")
+  if cfg.use_nope:
+    _check_nope(nope, q_BTNH, k_BSKH)
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   length = q_offset + T if kv_length is None else kv_length
   if sparse_grid.is_always_dense(cfg, length if isinstance(length, int) else S):
@@ -289,6 +289,16 @@ def _is_ref(implementation: Implementation, grid: sparse_grid.Grid) -> bool:
       "cfg.alignment (pack with data.align), or implementation 'ref'"
     )
   return is_off
+
+
+def _check_nope(nope, q_BTNH, k_BSKH) -> None:
+  found = None if nope is None else tuple(np.shape(x) for x in nope)
+  expected = (q_BTNH.shape, k_BSKH.shape)
+  if found != expected:
+    raise ValueError(
+      f"nope: found shapes {found}, expected (q, k) before RoPE of shapes {expected}, because "
+      "cfg.use_nope is set"
+    )
 
 
 def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH=None, kv_length=None) -> None:

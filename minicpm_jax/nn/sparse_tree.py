@@ -57,8 +57,6 @@ def attend_tree(
   B, P, N, H = q_BPNH.shape
   k_BSKH, v_BSKH = kv.read(cache, cache.k), kv.read(cache, cache.v)
   S, K = k_BSKH.shape[1:3]
-  if S % cfg.block_size:
-    raise ValueError(f"cache: found {S} slots, expected a multiple of block_size {cfg.block_size}")
   keys_BSKH = kv.read(cache, cache.k_nope) if cfg.use_nope else k_BSKH
   compressed = [
     _with_own_windows(cache, level, keys_BSKH, cfg, grid) for level in sparse_cache.LEVELS
@@ -73,7 +71,9 @@ def attend_tree(
   ids, _ = sparse_attention.select_from_keys(
     rows(q_score_BPNH), *compressed, cfg, grid_rows, S, implementation
   )
-  num_pages = S // cfg.block_size
+  if rest := -S % cfg.block_size:  # a copy: the engine's caches and spans have whole blocks
+    k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
+  num_pages = (S + rest) // cfg.block_size
   pages_BM = jnp.arange(B * num_pages, dtype=jnp.int32).reshape(B, num_pages)
   paged = lambda x: jnp.reshape(x, (B * num_pages, cfg.block_size, K, -1))  # noqa: E731
   past, lse_past = sparse_decode.decode_blocks(

@@ -16,7 +16,8 @@ from minicpm_jax.infer.drafters import bita, chain, eagle, hierarchical, mtp
 from minicpm_jax.models import bita as bita_lib
 from tests.infer import bita_cases, small, test_constrained_engine, test_eagle
 
-CFG = config.EngineConfig(capacity=96, max_batch=2, chunk_size=16, min_span=128)
+# 108 slots, and below a hierarchy of 4 + 2 + 3 nodes, are no whole blocks of the sparse target.
+CFG = config.EngineConfig(capacity=96, max_batch=2, chunk_size=16, min_span=108)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7, 1, 8] * 7]
 SIZES = dict(num_levels=3, top_k=4, num_nodes=12)
 FILTERS = {
@@ -54,7 +55,7 @@ def drafter_of(name, model, params, has_fr):
     noisy = jax.tree.map(lambda x: x + 0.01 * np.sign(np.sin(37 * x)), params)
     tiny, tiny_params = small.make(num_layers=1)
     inner = chain.ChainDrafter(tiny, num_levels=2)
-    return hierarchical.HierarchicalDrafter(model, inner, 3), (noisy, tiny_params)
+    return hierarchical.HierarchicalDrafter(model, inner, 4), (noisy, tiny_params)
   cfg = bita_lib.for_target(model.cfg)
   return bita.make(bita_lib.Bita(cfg, bita_cases.params_of(cfg, seed=4)), *made)
 

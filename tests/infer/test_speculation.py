@@ -201,3 +201,22 @@ def test_drafts_that_do_not_fit_are_refused():
     ngram.NGramDrafter(num_levels=16, num_chains=4)
   with pytest.raises(ValueError, match="min_match: found 5, expected 1..4"):
     ngram.NGramDrafter(min_match=5)
+
+
+@pytest.mark.parametrize("selection, most", [("joint", 16), ("split", 8)])
+def test_paths_beyond_the_local_window_are_refused(selection, most):
+  """In the worst place a plain step still selects the block of the path's first token."""
+  sparse = dataclasses.replace(small.SPARSE, selection=selection)
+  size, blocks = sparse.block_size, sparse.window_size // sparse.block_size
+  first_local = lambda pos: pos // size - blocks + (selection == "split")  # noqa: E731
+  reach = lambda depth: all(  # noqa: E731
+    first_local(start + depth) <= start // size for start in range(5 * size)
+  )
+  assert reach(most) and not reach(most + 1)
+  base.check_window(sparse, most)
+  model, params = small.make(sparse=sparse)
+  drafter = ngram.NGramDrafter(num_levels=most + 1)
+  with pytest.raises(ValueError, match=f"num_levels: found {most + 1}, expected at most {most}"):
+    engine_lib.Engine(model, params, CFG, drafter=drafter)
+  short = dataclasses.replace(CFG, capacity=sparse.dense_len - 1)  # stays dense
+  engine_lib.Engine(model, params, short, drafter=drafter)

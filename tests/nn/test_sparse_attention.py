@@ -541,6 +541,11 @@ def attend_up_to(q, kv_length):
   return sparse_attention.infllm_attention(q, q, q, oracle.small(), kv_length=kv_length)
 
 
+def nope_of(q, nope):
+  """As of callers without the type-checking hook."""
+  sparse_attention._check_nope(nope, q, q)
+
+
 def check_shapes(q, *args):
   """What callers without the type-checking hook of the tests are told."""
   sparse_attention._check_shapes(q, *args)
@@ -552,6 +557,8 @@ def check_shapes(q, *args):
     (lambda q: sparse_attention.select_blocks(q[:, :, :3], q[:, :, :2], oracle.small()), "3 heads"),
     (lambda q: sparse_attention.select_blocks(q, q, oracle.small(), q_offset=1), "q_offset"),
     (lambda q: attend_up_to(q, 21), "kv_length: found 21, expected 0..20"),
+    (lambda q: nope_of(q, None), "nope: found shapes None"),
+    (lambda q: nope_of(q, (q[:, :3], q)), r"nope: found shapes \(\(1, 3, 4, 8\), "),
     (lambda q: check_shapes(q, q[..., :4], 0, None), r"k: found shape \(1, 20, 4, 4\)"),
     (lambda q: check_shapes(q, q, 0, None, q[:, :, :2]), r"v: found shape \(1, 20, 2, 8\)"),
     (lambda q: check_shapes(q, q, 0, np.ones((1, 9))), r"segment_ids: found shape \(1, 9\)"),

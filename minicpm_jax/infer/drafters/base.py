@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minicpm_jax import config
 from minicpm_jax.infer import constrained
 
 MAX_NODES = 64  # root included
@@ -137,6 +138,19 @@ def check_tree_size(num_nodes: int, num_levels: int) -> None:
     raise ValueError(f"num_nodes: found {num_nodes} tree nodes, expected 1..{MAX_NODES}")
   if not 0 <= num_levels < num_nodes:
     raise ValueError(f"num_levels: found {num_levels}, expected 0..{num_nodes - 1}")
+
+
+def check_window(sparse: config.SparseAttentionConfig | None, num_levels: int) -> None:
+  """Nodes always see their path, so a plain step must: it has to lie in the local window, whose
+  least depth is that of a query in the first slot of its block (infllm_v2.md 14)."""
+  if sparse is None:
+    return
+  most = sparse.window_size - (sparse.block_size if sparse.selection == "split" else 0)
+  if num_levels > max(0, most):
+    raise ValueError(
+      f"num_levels: found {num_levels}, expected at most {max(0, most)}: paths within the local "
+      f"window of sparse.window_size {sparse.window_size} ({sparse.selection})"
+    )
 
 
 def chain(tok_BP: Any) -> Tree:

@@ -70,7 +70,7 @@ class HierarchicalDrafter:
     self.inner.check(self.model, self._inner(params))
 
   def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:
-    capacity += self.num_levels + self.inner.num_nodes  # trees behind a chain behind the context
+    capacity = self._with_room(capacity)
     return State(
       cache=cache_lib.init(self.model.cfg, batch_size, capacity, per_row=True),
       inner=self.inner.init_state(self.model, self._inner(params), batch_size, capacity),
@@ -159,9 +159,13 @@ class HierarchicalDrafter:
   def _inner(self, params: base.Params) -> base.Params:
     """For the inner drafter; trees behind a chain reach further than the target's context."""
     small, inner = params.draft
-    extra = self.num_levels + self.inner.num_nodes
-    span = None if params.span is None else params.span + extra
-    return base.Params(small, inner, span)
+    return base.Params(small, inner, None if params.span is None else self._with_room(params.span))
+
+  def _with_room(self, num_slots: int) -> int:
+    """Slots for trees behind a chain behind `num_slots`, whole blocks of a sparse small model."""
+    sparse = self.model.cfg.sparse
+    unit = 1 if sparse is None else sparse.block_size
+    return -(-(num_slots + self.num_levels + self.inner.num_nodes) // unit) * unit
 
   def _seen(self, out: transformer.Output, new: base.Committed) -> base.Committed:
     """The committed tokens with the small model's features."""
