@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import ckpt, config
+from minicpm_jax.core import trees
 from minicpm_jax.infer import engine, generate
 from minicpm_jax.infer.drafters import ngram
 from minicpm_jax.models import joined, transformer, zoo
@@ -115,11 +116,6 @@ def quantised(weights: Weights, scheme: str, group_size: int = -1) -> Weights:
   return dataclasses.replace(weights, model=model, params=params)
 
 
-def num_bytes(params: Any) -> int:
-  """Of all arrays that a decode step reads."""
-  return sum(x.nbytes for x in jax.tree.leaves(params))
-
-
 # --- Sides ---------------------------------------------------------------------------------------
 
 
@@ -128,7 +124,7 @@ class Plain:
 
   def __init__(self, weights: Weights, settings: Settings, *, rounds: int):
     self._decoder, self._rounds = (weights.model, weights.params), rounds
-    self.num_bytes = num_bytes(weights.params)
+    self.num_bytes = trees.nbytes(weights.params)  # read by a decode step
     del settings  # XLA takes the cores of the process
 
   def run(self, prompt: Sequence[int], num_new: int) -> Timing:

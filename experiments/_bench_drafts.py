@@ -1,7 +1,6 @@
 """Rows of `bench_drafts`: mean accept length, tokens a second and draft time of each drafter."""
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import _bench_train, _command, _regenerate
+from experiments import _command, _regenerate, _results
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import frspec, generate
@@ -196,11 +195,8 @@ def _timed(engine: Any, prompt: list[int], sampling: config.SamplingConfig) -> t
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
   """JSON at `path`, a name in .json, and a picture of accept lengths and speeds beside it."""
-  result["environment"] = _bench_train.environment()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(json.dumps(result, indent=2) + "\n")
-  partial.replace(path)
+  result["environment"] = _results.environment()
+  files.write_json(path, result)
   matplotlib = extras.require_extra("matplotlib", extra="plot")
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import _forced
 from minicpm_jax import config
-from minicpm_jax.core import types
+from minicpm_jax.core import trees, types
 from minicpm_jax.infer import rounds
 from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base, eagle
@@ -179,16 +179,12 @@ def dense(cfg: config.ModelConfig) -> config.ModelConfig:
   return dataclasses.replace(cfg, sparse=None)
 
 
-def num_bytes(params: Any) -> int:
-  return sum(x.nbytes for x in jax.tree.leaves(params))
-
-
 def bytes_a_step(program: "Program") -> int:
   """Of everything that a plain step must read: parameters but the input embedding, keys, values."""
   cfg, target = program.model.cfg, program.params.target
   width = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
   width *= jnp.dtype(types.dtype_of(cfg.dtype)).itemsize
-  return num_bytes(target) - num_bytes(target["embed"]) + width * program.length
+  return trees.nbytes(target) - trees.nbytes(target["embed"]) + width * program.length
 
 
 # --- Programs ------------------------------------------------------------------------------------

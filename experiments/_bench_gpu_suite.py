@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from experiments import _bench_gpu as bench
-from experiments import _bench_train as reports
-from experiments import _forced
+from experiments import _forced, _results
 from minicpm_jax import config
+from minicpm_jax.core import trees
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import transformer
@@ -61,9 +61,9 @@ def run(
   if nodes:
     size = dataclasses.replace(size, nodes={kind: tuple(nodes) for kind in bench.QUANT})
   suite = Suite(size, parts, num_threads, is_only_compiled=is_only_compiled)
-  folder = reports.RESULTS if output is None else pathlib.Path(output)
+  folder = _results.RESULTS if output is None else pathlib.Path(output)
   path = folder / f"bench_decode_gpu_{shape}.json"
-  status = suite.run(read, lambda: reports.save(path, suite.rows, errors=suite.errors))
+  status = suite.run(read, lambda: _results.save(path, suite.rows, errors=suite.errors))
   print(path, flush=True)
   return status
 
@@ -114,7 +114,7 @@ class Suite:
     cfg, params, draft_cfg, draft = bench.weights(self.size, kind)
     jax.block_until_ready((params, draft))
     seconds = time.perf_counter() - began
-    self._row(part="weights", weights=kind, seconds=seconds, GB=bench.num_bytes(params) / 1e9)
+    self._row(part="weights", weights=kind, seconds=seconds, GB=trees.nbytes(params) / 1e9)
     return cfg, base.Params(params, draft), draft_cfg
 
   # --- One kind of weights ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import _serve_load
 from minicpm_jax import config
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.server import app, service
 
@@ -147,7 +147,6 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None
     ax.legend(fontsize=8)
   fig.suptitle(title, fontsize=10)
   fig.tight_layout()
-  partial = path.with_name(f".{path.name}")
-  fig.savefig(partial, dpi=120, format="png")
-  partial.replace(path)
+  with files.replacing(path) as partial:
+    fig.savefig(partial, dpi=120)
   plt.close(fig)

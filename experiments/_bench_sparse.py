@@ -1,6 +1,5 @@
 """What `experiments.bench_sparse` measures, keeps and draws."""
 
-import json
 import os
 import pathlib
 import statistics
@@ -88,17 +87,3 @@ def layer_memory() -> dict:
   form = jax.jit(lambda *x: sparse_attention.infllm_attention(*x, cfg))
   size = form.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
   return {"length": 32768, "num_heads": 32, "num_kv_heads": 2, "temp_gib": round(size / 2**30, 3)}
-
-
-def recorded(path: pathlib.Path, setting: dict) -> list[dict]:
-  """Rows of an earlier call with the same setting on the same kind of device."""
-  if not path.is_file():
-    return []
-  old = json.loads(path.read_text())
-  return old["rows"] if all(old.get(key) == value for key, value in setting.items()) else []
-
-
-def write(path: pathlib.Path, result: dict) -> None:
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(result, indent=1) + "\n")
-  partial.replace(path)

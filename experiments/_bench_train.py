@@ -1,16 +1,12 @@
-"""What bench_train measures with: our train step, the torch peer, timing, reports."""
+"""What bench_train measures with: our train step, the torch peer, timing."""
 
 import dataclasses
 import gc
-import importlib.util
-import json
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -23,7 +19,6 @@ from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
 
-RESULTS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 _FAMILY = dict(
   head_dim=64, max_position=4096, scale_emb=12.0, scale_depth=1.4, dim_model_base=256, norm_eps=1e-5
 )
@@ -323,56 +318,3 @@ def reset_peak() -> float:
   gc.collect()
   pathlib.Path("/proc/self/clear_refs").write_text("5")
   return peak_mb("VmRSS")
-
-
-# --- Reports ------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-  """Device, versions and load, for every result file."""
-  device = jax.devices()[0]
-  cpu = platform.processor() or platform.machine()
-  if pathlib.Path("/proc/cpuinfo").exists():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-  return {
-    "device": f"{device.platform}: {device.device_kind}",
-    "cpu": cpu,
-    "num_cpus": os.cpu_count(),
-    "jax": jax.__version__,
-    **{p: metadata.version(p) for p in ("torch", "transformers") if _is_installed(p)},
-    "python": platform.python_version(),
-    "load_average": os.getloadavg(),
-    "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-  }
-
-
-def _is_installed(package: str) -> bool:
-  return importlib.util.find_spec(package) is not None
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-  """A markdown table of the columns of all rows."""
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-  for row in rows:
-    found = (row.get(name, "") for name in names)
-    cells = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in found)
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
-def write(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> pathlib.Path:
-  """The rows as JSON, and as a table on the screen."""
-  save(path, rows, **more)
-  print(table(rows), f"\n\n{path}", flush=True)
-  return path
-
-
-def save(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> None:
-  """The rows as JSON."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".tmp")
-  text = json.dumps({"environment": environment(), **more, "rows": rows}, indent=1)
-  partial.write_text(text + "\n")
-  os.replace(partial, path)

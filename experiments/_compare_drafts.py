@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import _bench_train, _distill_draft, _regenerate
+from experiments import _distill_draft, _regenerate, _results
 from minicpm_jax import config
 from minicpm_jax.align import draft_run
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 
 HELD_OUT = "generated_heldout"
 BEST_OF = ("acc_1", "acc_2", "acc_3")
@@ -78,11 +78,8 @@ def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any
   """JSON at `path` (in .json), and acc_1 and acc_3 over steps: each variant at its best rate."""
   names = ("target", "regenerate", "regenerate_tokens", "steps", "rows", "seq_len")
   result = {name: values[name].value for name in names}
-  result |= {"rows": rows, "environment": _bench_train.environment()}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(json.dumps(result, indent=1) + "\n")
-  partial.replace(path)
+  result |= {"rows": rows, "environment": _results.environment()}
+  files.write_json(path, result)
   matplotlib = extras.require_extra("matplotlib", extra="plot")
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt

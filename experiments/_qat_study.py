@@ -6,7 +6,6 @@ which is made once. Losses are held-out nats a byte on the same windows for all 
 
 import dataclasses
 import json
-import os
 import pathlib
 import platform
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.align import distill
 from minicpm_jax.config import qat as qat_config
+from minicpm_jax.core import files
 from minicpm_jax.data import python_corpus
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
@@ -328,13 +328,6 @@ def load(path: pathlib.Path, size: Size) -> dict[str, Any]:
   }
 
 
-def save(report: dict[str, Any], path: pathlib.Path) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".json.tmp")
-  partial.write_text(json.dumps(report, indent=1) + "\n")
-  os.replace(partial, path)
-
-
 def table(report: dict[str, Any], suite: str) -> list[dict[str, Any]]:
   """One row an arm: held-out loss by seed, their mean, and the paired difference to the first."""
   rows, first = [], None
@@ -382,6 +375,5 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
   axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
   if axes[-1].lines:
     axes[-1].legend(fontsize=7)
-  partial = path.with_suffix(".tmp.png")
-  figure.savefig(partial, dpi=90)
-  os.replace(partial, path)
+  with files.replacing(path) as partial:
+    figure.savefig(partial, dpi=90)

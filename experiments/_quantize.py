@@ -12,7 +12,7 @@ import numpy as np
 
 from minicpm_jax.ckpt import gguf_write
 from minicpm_jax.config import ModelConfig
-from minicpm_jax.core import trees, types
+from minicpm_jax.core import files, trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer, zoo
@@ -189,8 +189,5 @@ def read_perplexity(folder: pathlib.Path, setting: dict[str, Any]) -> dict[str, 
 
 def write_perplexity(folder: pathlib.Path, result: dict[str, Any]) -> None:
   """JSON (renamed into place) and plot of the values so far."""
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / ".quantize_ppl.partial"
-  partial.write_text(json.dumps(result, indent=2) + "\n")
-  partial.replace(folder / "quantize_ppl.json")
+  files.write_json(folder / "quantize_ppl.json", result)
   _plot(folder / "quantize_ppl.png", result)

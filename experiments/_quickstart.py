@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -14,7 +13,7 @@ import minicpm_jax as mc
 from configs import nano
 from experiments import _baselines
 from minicpm_jax import config
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.data import documents, python_corpus, shards
 from minicpm_jax.infer import generate
@@ -47,9 +46,7 @@ class Run:
   def finish(self, seconds: float) -> None:
     path = self.workdir / "report.json"
     self.report["seconds"] = round(seconds, 1)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(self.report, indent=2) + "\n")
-    partial.replace(path)
+    files.write_json(path, self.report)
     self.say(f"done in {seconds / 60:.1f} minutes")
     for what, name in (
       ("numbers", "report.json"),

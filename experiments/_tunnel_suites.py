@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from experiments import _tunnel, _tunnel_law, _tunnel_mup, _tunnel_stages, _tunnel_wsd
-from minicpm_jax.tunnel import records, report
+from minicpm_jax.core import files
+from minicpm_jax.tunnel import report
 
 SUITES: dict[str, Callable[[_tunnel.Context], report.Section]] = {
   "mup": _tunnel_mup.mup,
@@ -58,7 +59,7 @@ def note_cost(ctx: _tunnel.Context, suite: str, wall: float, cpu: float) -> dict
   sums = known.setdefault(suite, {"cpu": 0.0, "wall": 0.0, "starts": 0})
   for name, value in (("cpu", cpu), ("wall", wall), ("starts", 1)):
     sums[name] += value
-  records.write_json(path, known)
+  files.write_json(path, known)
   return sums
 
 

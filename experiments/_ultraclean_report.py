@@ -2,14 +2,13 @@
 
 import collections
 import json
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from experiments import _ultraclean
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import documents, executor, stats
 from minicpm_jax.data.documents import Doc
 
@@ -94,12 +93,9 @@ def _examples(kept, quality, drops) -> dict[str, list[dict[str, Any]]]:
 
 def write(report: dict[str, Any], folder: pathlib.Path) -> None:
   """report.json and scores.png, each whole or not at all."""
-  partial = folder / "report.json.tmp"
-  partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-  os.replace(partial, folder / "report.json")
-  figure = plot(report)
-  figure.savefig(folder / "scores.tmp.png", dpi=100)
-  os.replace(folder / "scores.tmp.png", folder / "scores.png")
+  files.write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+  with files.replacing(folder / "scores.png") as partial:
+    plot(report).savefig(partial, dpi=100)
 
 
 def plot(report: dict[str, Any]):
@@ -136,6 +132,5 @@ def plot_verification(report: dict[str, Any], path: pathlib.Path) -> None:
   )
   axis.axvline(0, color="k", linewidth=0.8)
   axis.set(title=f"{report['candidate']}: {report['decision']}", xlabel=f"better by, {metric}")
-  partial = path.with_suffix(".tmp.png")
-  figure.savefig(partial, dpi=100)
-  os.replace(partial, path)
+  with files.replacing(path) as partial:
+    figure.savefig(partial, dpi=100)

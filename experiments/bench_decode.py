@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run() -> int | None:
   from experiments import _bench_decode as bench
-  from experiments import _bench_train as reports
+  from experiments import _results
   from minicpm_jax.core import fetch
   from minicpm_jax.models import zoo
 
@@ -89,12 +89,12 @@ def _run() -> int | None:
   rows = []
   for one in bench.on_texts(_SUITE.value, settings):
     rows += bench.measure(weights, names, one, _REPEATS.value)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   model = shape or pathlib.Path(path).name
   more = dict(model=model, threads=threads, repeats=_REPEATS.value)
   suffix = f"_{shape}" if shape else ""
   name = f"bench_decode_{_SUITE.value}{suffix}.json"
-  reports.write(folder / name, rows, left_out=missing, **more)
+  _results.write(folder / name, rows, left_out=missing, **more)
 
 
 def _run_gpu() -> int:

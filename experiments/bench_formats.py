@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run() -> None:
-  from experiments import _bench_train as reports
-  from experiments import _quantize
+  from experiments import _quantize, _results
   from minicpm_jax import ckpt
   from minicpm_jax.core import fetch
 
@@ -52,9 +51,9 @@ def _run() -> None:
     value = _quantize.perplexity(*back, text)
     rows.append({"format": name, "MB": size / 1e6, "perplexity": value})
     print(rows[-1], flush=True)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   more = dict(model=pathlib.Path(path).name, heldout=pathlib.Path(_HELDOUT.value).name)
-  reports.write(folder / "bench_formats.json", rows, **more, tokens=int(text.size))
+  _results.write(folder / "bench_formats.json", rows, **more, tokens=int(text.size))
 
 
 def _written(name: str, folder: pathlib.Path, model: Any, params: Any, tok: Any) -> tuple:

@@ -76,13 +76,13 @@ def _plan() -> list[tuple[str, str, str]]:
 def _run() -> int:
   import jax
 
-  from experiments import _bench_train as reports
+  from experiments import _results
 
   plan = _plan()
   kind = jax.devices()[0].device_kind
   if jax.default_backend() == "cpu" and any(what[1] != "xla" for what in plan):
     raise ValueError(f"no accelerator: found {kind!r}; on a CPU only --implementation=xla runs")
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   path = folder / f"kernels_{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
   old = json.loads(path.read_text())["rows"] if path.is_file() else []
   rows = {(row["op"], row["case"], row["implementation"]): row for row in old}
@@ -101,11 +101,11 @@ def _run() -> int:
       lines = str(error).splitlines() or [""]
       failed.append(f"{name}: {type(error).__name__}: {lines[0][:200]}")
       continue
-    environment = reports.environment()
+    environment = _results.environment()
     for row in map(dataclasses.asdict, found):
       key = (row["op"], row["case"], row["implementation"])
       rows[key] = row | dict(command=command, jax=environment["jax"], date=environment["date"])
-    reports.save(path, list(rows.values()))
+    _results.save(path, list(rows.values()))
   for line in failed:
     print(line, file=sys.stderr)
   print(f"{len(plan) - len(failed)} of {len(plan)} benches: {path}")

@@ -43,12 +43,13 @@ def _run() -> None:
   if VALUES.side is not None:
     print(json.dumps(_measure(pathlib.Path(path))))
     return
-  from experiments import _bench_train as reports
+  from experiments import _results
 
-  out = pathlib.Path(VALUES.output) if VALUES.output else reports.RESULTS
+  out = pathlib.Path(VALUES.output) if VALUES.output else _results.RESULTS
   out = out / "bench_long_prompt.json"
   key = {"model": pathlib.Path(path).name, "chunk": VALUES.chunk}
-  rows = _recorded(out, key | {n: reports.environment()[n] for n in ("cpu", "num_cpus", "jax")})
+  setting = key | {name: _results.environment()[name] for name in ("cpu", "num_cpus", "jax")}
+  rows = {(row["side"], row["prompt"]): row for row in _results.recorded(out, setting)}
   for side in VALUES.sides:
     command = [sys.executable, "-m", "experiments.bench_long_prompt", f"--side={side}"]
     command += [f"--{name}={VALUES[name].value}" for name in ("tokens", "new_tokens", "chunk")]
@@ -57,17 +58,7 @@ def _run() -> None:
       raise ValueError(f"side {side} ended with {done.returncode}:\n{done.stderr}")
     row = json.loads(done.stdout.splitlines()[-1])
     rows[row["side"], row["prompt"]] = row
-    reports.write(out, [rows[name] for name in sorted(rows, key=lambda n: n[::-1])], **key)
-
-
-def _recorded(path: pathlib.Path, key: dict) -> dict[tuple[str, int], dict]:
-  """Rows of an earlier run with equal `key`, by side and prompt."""
-  if not path.is_file():
-    return {}
-  old = json.loads(path.read_text())
-  found = old | old["environment"]
-  is_same = all(found.get(name) == value for name, value in key.items())
-  return {(row["side"], row["prompt"]): row for row in old["rows"]} if is_same else {}
+    _results.write(out, [rows[name] for name in sorted(rows, key=lambda n: n[::-1])], **key)
 
 
 def _measure(path: pathlib.Path) -> dict:

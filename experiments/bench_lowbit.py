@@ -34,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run() -> None:
   from experiments import _bench_lowbit as bench
-  from experiments import _bench_train as reports
+  from experiments import _results
 
   for name, value in (("--num_in", _IN.value), ("--num_out", _OUT.value)):
     if value % 64:
       raise ValueError(f"{name}: found {value}, expected a multiple of 64")
   rows = bench.measure(_IN.value, _OUT.value, _LAYERS.value, _REPEATS.value)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   shape = dict(num_in=_IN.value, num_out=_OUT.value, layers=_LAYERS.value, repeats=_REPEATS.value)
-  reports.write(folder / f"bench_lowbit_{_IN.value}_{_OUT.value}.json", rows, **shape)
+  _results.write(folder / f"bench_lowbit_{_IN.value}_{_OUT.value}.json", rows, **shape)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is the one that is found on the calibration text (quantization.md 5.2), its keys
 float model. Fake quantisation: what is measured is accuracy. Default model: the 135M model.
 """
 
-import json
 import pathlib
 import platform
 import sys
@@ -20,7 +19,7 @@ from absl import flags
 
 from experiments import _command, _quantize
 from minicpm_jax import ckpt
-from minicpm_jax.core import fetch
+from minicpm_jax.core import fetch, files
 from minicpm_jax.deploy import prefix, quantize
 from minicpm_jax.quant import gptq, tree
 
@@ -97,11 +96,7 @@ def _run():
         value = _perplexity(model, chosen, rows, before=before, act=scales)
         result["perplexity"][f"weights {weights}, inputs {act}, {where}"] = value
         print(f"weights {weights:5s} inputs {act:15s} {where:10s} {value:.3f}", flush=True)
-  folder = pathlib.Path(_OUTPUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / ".prefix_ppl.partial"
-  partial.write_text(json.dumps(result, indent=2) + "\n")
-  partial.replace(folder / "prefix_ppl.json")
+  files.write_json(pathlib.Path(_OUTPUT.value) / "prefix_ppl.json", result)
 
 
 def main(argv: list[str] | None = None) -> int:

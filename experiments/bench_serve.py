@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run() -> None:
-  from experiments import _bench_decode, _bench_serve, _models
-  from experiments import _bench_train as reports
+  from experiments import _bench_decode, _bench_serve, _models, _results
   from minicpm_jax import config
   from minicpm_jax.core import fetch
   from minicpm_jax.infer import engine as engine_lib
@@ -74,12 +73,12 @@ def _run() -> None:
   engine = engine_lib.Engine(model, params, cfg)  # no stop ids: all answers are equally long
   rows = _bench_serve.measure(engine, tok, prompts, clients, _NEW.value, _LEAST.value)
   name = _NAME.value or pathlib.Path(path).name.split(".")[0]
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else reports.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   out = folder / f"bench_serve_{name}.json"
   more = dict(model=pathlib.Path(path).name, max_batch=cfg.max_batch, prompt_tokens=_PROMPT.value)
   more |= dict(new_tokens=_NEW.value, rounds_per_dispatch=cfg.rounds_per_dispatch)
-  reports.write(out, rows, compile_seconds=engine.compile_seconds, **more)
-  device = "{device}, {num_cpus} CPUs".format(**reports.environment())
+  _results.write(out, rows, compile_seconds=engine.compile_seconds, **more)
+  device = "{device}, {num_cpus} CPUs".format(**_results.environment())
   title = f"{name}: {cfg.max_batch} rows, {_PROMPT.value} + {_NEW.value} tokens ({device})"
   _bench_serve.draw(out.with_suffix(".png"), rows, title)
 

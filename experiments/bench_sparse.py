@@ -24,7 +24,8 @@ import jax
 from absl import flags
 
 from experiments import _bench_sparse as bench
-from experiments import _command
+from experiments import _command, _results
+from minicpm_jax.core import files
 
 VALUES = flags.FlagValues()  # own set: other scripts have flags of the same names
 LENGTHS = flags.DEFINE_list(
@@ -53,10 +54,8 @@ def _run() -> None:
   if THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]
-  folder = pathlib.Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
   cores = f"_{THREADS.value}_core" if THREADS.value else ""
-  path = folder / f"sparse_{device.platform}{cores}.json"
+  path = pathlib.Path(OUT.value) / f"sparse_{device.platform}{cores}.json"
   setting = {
     "device": device.device_kind,
     "num_cpus": THREADS.value or os.cpu_count(),
@@ -66,7 +65,7 @@ def _run() -> None:
     "num_kv_heads": NUM_KV_HEADS.value,
     "head_dim": HEAD_DIM.value,
   }
-  rows = {row["length"]: row for row in bench.recorded(path, setting)}
+  rows = {row["length"]: row for row in _results.recorded(path, setting)}
   memory = bench.layer_memory()
   print(json.dumps(memory), flush=True)
   for length in lengths:
@@ -75,7 +74,7 @@ def _run() -> None:
       rows[length] = row
       print(json.dumps({k: v for k, v in row.items() if k != "runs"}), flush=True)
       ordered = [rows[n] for n in sorted(rows)]
-      bench.write(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
+      files.write_json(path, setting | {"prefill_of_a_layer": memory, "rows": ordered})
       bench.draw(ordered, path.with_suffix(".png"))
 
 

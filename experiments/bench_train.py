@@ -58,7 +58,7 @@ def _run() -> int | None:
   if suite == "scaling" and _BATCH.value % 8 and _BATCH.present:
     raise ValueError(f"--batch_size: found {_BATCH.value}, expected a multiple of 8 devices")
   is_kept = host_memory.keep() if suite != "memory" else False  # it would hold its peak
-  from experiments import _bench_mfu, _bench_train
+  from experiments import _bench_mfu, _bench_train, _results
 
   _command.refuse_unread(VALUES, _bench_mfu.unread(suite), f"--suite={suite}")
   bench, is_whole = _bench_train, _bench_mfu.is_served(suite)
@@ -82,10 +82,10 @@ def _run() -> int | None:
   if suite == "scaling":
     for row in rows:
       row["speed-up"] = row["tok/s"] / next(r["tok/s"] for r in rows if r["size"] == row["size"])
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else bench.RESULTS
+  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   name = f"bench_train_{suite}" + ("" if sizes == ["20m", "60m"] else "_" + "_".join(sizes))
   measured = dict(repeats=_REPEATS.value, is_memory_kept=is_kept, **shape)
-  bench.write(folder / f"{name}.json", rows, **measured)
+  _results.write(folder / f"{name}.json", rows, **measured)
   return int(any("error" in row for row in rows))
 
 

@@ -9,11 +9,7 @@ program over stacked runs. Runs per hour of wall and of CPU time, compilation in
 caches are off. One thread, so that the sides compare.
 """
 
-import datetime
-import json
 import os
-import pathlib
-import platform
 import sys
 import tempfile
 import time
@@ -33,12 +29,12 @@ flags.DEFINE_string("output", None, "JSON file to write.", flag_values=VALUES)
 def _run() -> None:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-  from minicpm_jax.core import host_memory
+  from minicpm_jax.core import files, host_memory
 
   host_memory.keep()
   import jax
 
-  from experiments import _bench_tunnel
+  from experiments import _bench_tunnel, _results
 
   jax.config.update("jax_enable_compilation_cache", False)
   specs, text = _bench_tunnel.sweep(VALUES.width, VALUES.runs, VALUES.steps)
@@ -56,23 +52,9 @@ def _run() -> None:
   for row in rows:
     row["speed_up"] = row["runs_per_hour"] / rows[0]["runs_per_hour"]
     row["cpu_speed_up"] = row["runs_per_cpu_hour"] / rows[0]["runs_per_cpu_hour"]
-  found = {
-    "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-    "num_cpus": os.cpu_count(),
-    "jax": jax.__version__,
-    "python": platform.python_version(),
-    "load_average": list(os.getloadavg()),
-    "date": datetime.datetime.now().isoformat(timespec="seconds"),
-    "width": VALUES.width,
-    "steps": VALUES.steps,
-    "runs": VALUES.runs,
-    "sides": rows,
-  }
   if VALUES.output is not None:
-    path = pathlib.Path(VALUES.output)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(partial, path)
+    sizes = {name: VALUES[name].value for name in ("width", "steps", "runs")}
+    files.write_json(VALUES.output, _results.environment() | sizes | {"sides": rows})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import _bench_ultraclean as bench
 from experiments import _command
+from minicpm_jax.core import files
 from minicpm_jax.data import ultraclean
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
@@ -101,9 +102,7 @@ def _run() -> None:
       "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     print(json.dumps(found, indent=1), f"({time.perf_counter() - start:.0f} s)", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    files.write_json(path, result)
   print(path)
 
 

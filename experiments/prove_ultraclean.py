@@ -11,8 +11,6 @@ documents drawn at random. The mean gain over the five sets decides, by paired b
 scores averaged over seeds. Writes prove.json and prove.png.
 """
 
-import json
-import os
 import pathlib
 import platform
 import sys
@@ -21,6 +19,7 @@ import jax
 from absl import flags
 
 from experiments import _command, _prove_ultraclean
+from minicpm_jax.core import files
 from minicpm_jax.core import logging as logging_lib
 
 VALUES = flags.FlagValues()
@@ -44,8 +43,7 @@ def _run() -> None:
   )
   found["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
   _prove_ultraclean.plot(found, workdir / "prove.png")
-  (workdir / "prove.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
-  os.replace(workdir / "prove.json.tmp", workdir / "prove.json")
+  files.write_json(workdir / "prove.json", found)
   for name, report in found["candidates"].items():
     low, high = report["interval"]
     print(

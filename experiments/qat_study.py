@@ -16,7 +16,7 @@ import sys
 from absl import flags
 
 from experiments import _command
-from minicpm_jax.core import host_memory
+from minicpm_jax.core import files, host_memory
 
 _SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill")
 VALUES = flags.FlagValues()
@@ -50,7 +50,7 @@ def _run() -> None:
 
     for arm, result in study.run_seed(list(arms.values()), seed, is_done):
       report["arms"].setdefault(arm.name, {})[str(seed)] = result
-      study_lib.save(report, path)
+      files.write_json(path, report)
       print(f"seed {seed}: {arm.name}: held-out {result['heldout']:.4f}", flush=True)
   for suite in _SUITE.value:
     report.setdefault("tables", {})[suite] = rows = study_lib.table(report, suite)
@@ -58,7 +58,7 @@ def _run() -> None:
     for row in rows:
       spread = " ".join(f"{x:.4f}" for x in row["losses"])
       print(f"  {row['arm']:32} {row['mean']:.4f}  ({spread})  {row['minus first']:+.4f}")
-  study_lib.save(report, path)
+  files.write_json(path, report)
   study_lib.plot(report, path.with_suffix(".png"))
 
 

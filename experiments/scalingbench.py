@@ -11,7 +11,6 @@ solutions, or the answer's text alone.
 """
 
 import json
-import os
 import pathlib
 import sys
 
@@ -36,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run() -> None:
   from experiments import _models
+  from minicpm_jax.core import files
   from minicpm_jax.core import logging as logging_lib
   from minicpm_jax.data import scalingbench
   from minicpm_jax.tunnel import bench, likelihood
@@ -60,10 +60,7 @@ def _run() -> None:
     print(json.dumps(row))
   result = {"models": rows, "sigmoid": _sigmoid(rows, sum(bool(i.choices) for i in items))}
   if VALUES.output is not None:
-    path = pathlib.Path(VALUES.output)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_json(VALUES.output, result)
 
 
 def _sigmoid(rows: list[dict], num_items: int) -> dict | None:

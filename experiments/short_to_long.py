@@ -19,7 +19,6 @@ so processes may share a folder (--first=0 --seeds=1 beside --first=1 --seeds=1)
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 
@@ -29,7 +28,7 @@ from absl import flags
 from experiments import _command
 from experiments import _short_to_long as toy
 from experiments import _short_to_long_report as report
-from minicpm_jax.core import host_memory
+from minicpm_jax.core import files, host_memory
 
 VALUES = flags.FlagValues()
 flags.DEFINE_integer("seeds", 2, "Runs.", flag_values=VALUES)
@@ -57,9 +56,7 @@ def _run() -> None:
     if VALUES[name].value < least:
       raise ValueError(f"--{name}: found {VALUES[name].value}, expected {least} or more")
   plan = toy.Plan(**{f.name: getattr(VALUES, f.name) for f in dataclasses.fields(toy.Plan)})
-  folder = pathlib.Path(VALUES.out)
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / "short_to_long.json"
+  path = pathlib.Path(VALUES.out) / "short_to_long.json"
   seeds = _recorded(path, plan)
   for seed in range(VALUES.first, VALUES.first + VALUES.seeds):
     if any(run["seed"] == seed for run in seeds):
@@ -73,9 +70,7 @@ def _run() -> None:
       "summary": report.summary(plan, seeds),
       "seeds": seeds,
     }
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(path)
+    files.write(path, json.dumps(result) + "\n")
     report.draw(seeds, path.with_suffix(".png"))
   print(json.dumps(report.summary(plan, seeds), indent=1))
 

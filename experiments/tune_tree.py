@@ -9,15 +9,14 @@ every size, and the flags for generate and serve. Run it on an otherwise idle ma
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
 from absl import flags
 
-from experiments import _bench_drafts, _bench_train, _command, _models
+from experiments import _bench_drafts, _command, _models, _results
 from minicpm_jax import ckpt, config
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate, tune
@@ -85,12 +84,9 @@ def run(values: flags.FlagValues) -> None:
     **shape,
     "num_nodes": chosen.num_nodes,
     "rows": [dataclasses.asdict(row) for row in rows],
-    "environment": _bench_train.environment(),
+    "environment": _results.environment(),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(json.dumps(result, indent=1) + "\n")
-  partial.replace(path)
+  files.write_json(path, result)
   _plot(rows, path.with_suffix(".png"))
   print("nodes  verify ms  draft ms  accept length  speedup")
   for r in rows:

@@ -9,14 +9,13 @@ anneal of a model of 0.2M parameters. Expected: good beats bad in at least 2 of 
 shuffled pools differ by less than half as much. Writes pools.json and pools.png; minutes on a CPU.
 """
 
-import json
-import os
 import pathlib
 import sys
 
 from absl import flags
 
 from experiments import _command, _verify_pools
+from minicpm_jax.core import files
 from minicpm_jax.core import logging as logging_lib
 
 VALUES = flags.FlagValues()
@@ -38,8 +37,7 @@ def _run() -> None:
     anneal_steps=VALUES.anneal_steps,
   )
   _verify_pools.plot(found, workdir / "pools.png")
-  (workdir / "pools.json.tmp").write_text(json.dumps(found, indent=1) + "\n")
-  os.replace(workdir / "pools.json.tmp", workdir / "pools.json")
+  files.write_json(workdir / "pools.json", found)
   print(f"good beats bad in {found['good_beats_bad']} of {found['num_seeds']} seeds")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.align import draft as draft_loss
-from minicpm_jax.core import trees, types
+from minicpm_jax.core import files, trees, types
 from minicpm_jax.models import transformer
 
 INDEX = "index.json"
@@ -72,7 +72,7 @@ def write(
       return Rows(folder, wanted)
   else:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_index(folder, wanted)
+    files.write_json(folder / INDEX, wanted)
   run = _compiled(cfg, model)
   shards: list[int] = []
   for rows in _shards(batches, num_rows):
@@ -87,12 +87,14 @@ def write(
     out = {key: np.concatenate([np.asarray(p[key]) for p in parts]) for key in parts[0]}
     for key in ARRAYS:
       if key in out:
-        _save(folder / f"{name}.{key}.npy", np.save, _bits(out.pop(key)))
-    _save(folder / f"{name}.npz", lambda file, x: np.savez(file, **x), rows | out)
+        with files.replacing(folder / f"{name}.{key}.npy") as partial:
+          np.save(partial, _bits(out.pop(key)))
+    with files.replacing(folder / f"{name}.npz") as partial:
+      np.savez(partial, **rows, **out)
     print(f"{folder}: {sum(shards)} rows of {cfg.data.seq_len} tokens", flush=True)
   if not shards:
     raise FeatureStoreError(f"{folder}: found no rows to store, expected at least one")
-  _write_index(folder, wanted | {"shards": shards})
+  files.write_json(folder / INDEX, wanted | {"shards": shards})
   return Rows(folder, wanted)
 
 
@@ -127,11 +129,6 @@ def _shards(batches: Iterator[draft_loss.Batch], num_rows: int | None) -> Iterat
       yield {key: np.stack([row[key] for row in some]) for key in some[0]}
 
 
-def _write_index(folder: pathlib.Path, index: dict[str, Any]) -> None:
-  text = json.dumps(index, indent=2) + "\n"
-  _save(folder / INDEX, lambda file, x: file.write(x.encode()), text)
-
-
 def _read_index(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   index = json.loads((folder / INDEX).read_text())
   for name, value in wanted.items():
@@ -145,13 +142,6 @@ def _read_index(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _bits(x: np.ndarray) -> np.ndarray:
   return x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-
-
-def _save(path: pathlib.Path, how: Any, value: Any) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "wb") as file:
-    how(file, value)
-  partial.replace(path)
 
 
 class Rows:

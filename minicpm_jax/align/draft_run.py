@@ -25,10 +25,10 @@ from minicpm_jax.align import bita as bita_loss
 from minicpm_jax.align import draft as draft_loss
 from minicpm_jax.align import draft_export, draft_features, draft_scale
 from minicpm_jax.ckpt import bita_io, draft_io, orbax_io, run_config
+from minicpm_jax.core import files, rng, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
-from minicpm_jax.core import rng, types
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.infer import frspec
 from minicpm_jax.models import bita as bita_lib
@@ -200,10 +200,8 @@ class _Run:
         ids = draft_vocab(self.cfg)
       if ids is None or not mesh_lib.is_main_process():
         return ids
-      self.workdir.mkdir(parents=True, exist_ok=True)
-      partial = path.with_name(".vocab_ids.partial.npy")
-      np.save(partial, ids)
-      partial.replace(path)
+      with files.replacing(path) as partial:
+        np.save(partial, ids)
     return np.load(path)
 
   def _store_features(self, params: types.Params) -> None:
@@ -235,10 +233,7 @@ class _Run:
       ) as batches:
         k = draft_scale.exponent(cfg.draft, self.model, params, next(batches))
       if mesh_lib.is_main_process():
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"exponent": k}) + "\n")
-        partial.replace(path)
+        files.write_json(path, {"exponent": k})
     return dataclasses.replace(cfg, draft=draft_scale.scaled(cfg.draft, k))
 
   def _begin(self, optimizer: Any, target_params: types.Params) -> Any:

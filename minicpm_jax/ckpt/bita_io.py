@@ -6,15 +6,13 @@ mask_embeddings  [M, D]           prompts  [P, L, 2, K, H] (0 = keys before RoPE
 import dataclasses
 import json
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, hf_tensors
+from minicpm_jax.ckpt import errors, hf_io, hf_tensors
 from minicpm_jax.core import trees
 from minicpm_jax.models import bita
 
@@ -71,14 +69,6 @@ def save_bita(path: str | pathlib.Path, draft: bita.Bita) -> None:
     for path_, name in _NAMES.items()
   }
   raw: dict[str, Any] = {"model_type": MODEL_TYPE} | dataclasses.asdict(draft.cfg)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-  try:
-    work.chmod(0o755)
+  with hf_io.replacing(folder) as work:
     safetensors_numpy.save_file(tensors, work / hf_tensors.WEIGHTS)
     (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    folder.mkdir(exist_ok=True)
-    for name in (hf_tensors.WEIGHTS, "config.json"):
-      (work / name).replace(folder / name)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)

@@ -16,8 +16,6 @@ import json
 import math
 import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +24,15 @@ import numpy as np
 from jaxtyping import Int
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import draft_quant, errors, hf_names, hf_tensors, quant_io, safetensors_file
+from minicpm_jax.ckpt import (
+  draft_quant,
+  errors,
+  hf_io,
+  hf_names,
+  hf_tensors,
+  quant_io,
+  safetensors_file,
+)
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.quant import qtensor
@@ -319,21 +325,9 @@ def save_draft(
     t2d = np.zeros(cfg.layer.vocab_size, bool)
     t2d[ids] = True
     tensors |= {"d2t": ids - np.arange(cfg.head_size), "t2d": t2d}
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-  try:
-    work.chmod(0o755)
+  with hf_io.replacing(folder) as work:
     _write_safetensors(work / hf_tensors.WEIGHTS, tensors)
     (work / "config.json").write_text(json.dumps(_to_json(cfg, target), indent=2) + "\n")
-    if not folder.exists():
-      work.replace(folder)
-    else:
-      for name in ("config.json", hf_tensors.WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
-      for name in (hf_tensors.WEIGHTS, "config.json"):
-        (work / name).replace(folder / name)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _to_json(cfg: config.DraftConfig, target: config.ModelConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from absl import logging
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import errors, gguf_vocab, hf_names, hf_tensors
-from minicpm_jax.core import trees, types
+from minicpm_jax.core import files, trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.models import joined, transformer
 from minicpm_jax.nn import rope
@@ -110,9 +110,8 @@ def save_gguf(
   tensors = list(_tensors(cfg, kind, embedding_kind))
   _check_leaves(cfg, leaves, path)
   _warn_of_rounding(tensors, leaves)
-  partial = path.with_name(f".{path.name}.partial")
-  writer = gguf.GGUFWriter(partial, cfg.arch)
-  try:
+  with files.replacing(path) as partial:
+    writer = gguf.GGUFWriter(partial, cfg.arch)
     _write_metadata(writer, cfg, kind)
     gguf_vocab.write_tokenizer(writer, tok, cfg)
     extra = _rope_tensors(cfg)
@@ -123,10 +122,7 @@ def save_gguf(
       row = t.shape[-1] // block.width * block.size
       shape = (*t.shape[:-1], row)
       nbytes = int(np.prod(shape))
-      if t.kind in (
-        "f32",
-        "f16",
-      ):  # the writer takes shapes of values for these, of bytes for uint8
+      if t.kind in ("f32", "f16"):  # the writer wants shapes of values here, of bytes for uint8
         dtype = np.dtype(np.float32 if t.kind == "f32" else np.float16)
         writer.add_tensor_info(t.name, t.shape, dtype, nbytes)
       else:
@@ -139,9 +135,6 @@ def save_gguf(
     for t in tensors:
       writer.write_tensor_data(_packed(cfg, t, leaves[t.path], lossy_ternary))
     writer.close()
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def _check_model(cfg: config.ModelConfig) -> None:

@@ -6,13 +6,14 @@ Saving streams likewise and puts nothing half-written in place. The MTP head has
 HF layouts and is left out with a notice; sampling defaults are not stored.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -145,21 +146,12 @@ def write_folder(
   tok: Any,
 ) -> None:
   """All files of a folder, put in place at the end; `tensors` is like `Tensors`."""
-  if folder.exists() and not folder.is_dir():
-    raise errors.CheckpointError(f"{folder}: found a file, expected a folder or nothing")
-  parent = folder if folder.exists() else folder.parent
-  parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
-  try:
-    work.chmod(0o755)
+  with replacing(folder) as work:
     _write_weights(work, tensors, shards)
     if tok is not None:
       tok.save(work)
     (work / "generation_config.json").write_text(_json(generation))
     (work / "config.json").write_text(_json(hf))
-    _move_into_place(work, folder)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
 
 
 class Tensors:
@@ -317,12 +309,27 @@ def _json(value: dict[str, Any]) -> str:
   return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _move_into_place(work: pathlib.Path, folder: pathlib.Path) -> None:
-  """`work` becomes `folder`; one that exists gets the files, config.json last.
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write a checkpoint to; it becomes `folder` when the block ends.
 
-  While files are replaced the folder has no config.json, so an interruption leaves nothing that
-  loads as a mixture of two exports.
+  A folder that exists gets the files, config.json last; other files in it stay. While files are
+  replaced it has no config.json, so an interruption leaves nothing that loads as a mixture of two.
   """
+  if folder.exists() and not folder.is_dir():
+    raise errors.CheckpointError(f"{folder}: found a file, expected a folder or nothing")
+  parent = folder if folder.exists() else folder.parent
+  parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
+  try:
+    work.chmod(0o755)
+    yield work
+    _move_into_place(work, folder)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _move_into_place(work: pathlib.Path, folder: pathlib.Path) -> None:
   if not folder.exists():
     work.replace(folder)
     return

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from minicpm_jax import config
+from minicpm_jax.core import files
 
 FILE_NAME = "config.py"
 
@@ -14,11 +15,8 @@ FILE_NAME = "config.py"
 def write(workdir: str | os.PathLike[str], cfg: Any, *, header: str = "") -> pathlib.Path:
   """Writes `cfg` as the Python that rebuilds it; `header` lines become the module docstring."""
   path = pathlib.Path(workdir) / FILE_NAME
-  path.parent.mkdir(parents=True, exist_ok=True)
   docstring = '"""' + header.replace("\\", "/").replace('"""', "'''").strip() + '\n"""\n\n'
-  temporary = path.with_suffix(".py.tmp")
-  temporary.write_text((docstring if header else "") + config.as_python(cfg))
-  os.replace(temporary, path)
+  files.write(path, (docstring if header else "") + config.as_python(cfg))
   return path
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from minicpm_jax.core import mesh, types
+from minicpm_jax.core import files, mesh, types
 
 JSONL = "metrics.jsonl"
 
@@ -80,9 +80,7 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
   text = path.read_text(encoding="utf-8")
   kept = "".join(json.dumps(row) + "\n" for row in _rows(text, path) if row["step"] <= step)
   if kept != text:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(kept, encoding="utf-8")
-    os.replace(partial, path)
+    files.write(path, kept)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | int | None]]:

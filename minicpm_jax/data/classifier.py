@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import ultraclean
 from minicpm_jax.data.documents import Doc
 
@@ -141,13 +141,10 @@ class Classifier:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """The model and its sidecar, under temporary names first."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    self.model.save_model(str(partial))
-    body = self.sidecar | {"fingerprint": fingerprint(partial)}
-    _write_json(sidecar_path(path), body)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+      self.model.save_model(str(partial))
+      body = self.sidecar | {"fingerprint": fingerprint(partial)}
+      files.write_json(sidecar_path(path), body)
     self.sidecar = body
 
 
@@ -317,7 +314,7 @@ def adopt(
       f"{path}: labels: found {sorted(model.get_labels())}, expected {[NEGATIVE, POSITIVE]}"
     )
   body = _sidecar(model, segmenter, max_chars) | {"fingerprint": fingerprint(path)}
-  _write_json(sidecar_path(path), body)
+  files.write_json(sidecar_path(path), body)
   return Classifier(model, segmenter, body)
 
 
@@ -329,12 +326,6 @@ def _load_model(path: pathlib.Path):
     return fasttext.load_model(str(path))
   except (RuntimeError, ValueError, MemoryError) as error:
     raise ClassifierError(f"{path}: not a fastText model ({error})") from None
-
-
-def _write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(json.dumps(body, indent=1) + "\n")
-  os.replace(partial, path)
 
 
 # --- Quantisation and evaluation -----------------------------------------------------------------

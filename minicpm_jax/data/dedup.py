@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from minicpm_jax.core import files
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -243,16 +244,12 @@ class DropListed:
 
 def write_removals(path: str | os.PathLike, removals: Iterable[Removal]) -> DropListed:
   """Writes the list (JSON lines) and returns the stage that applies it."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
   digest = hashlib.sha256()
-  with open(temporary, "wb") as file:
+  with files.replacing(path) as partial, open(partial, "wb") as file:
     for removal in removals:
       line = json.dumps(dataclasses.astuple(removal), ensure_ascii=False).encode() + b"\n"
       digest.update(line)
       file.write(line)
-  os.replace(temporary, path)
   return DropListed(path=str(path), sha256=digest.hexdigest())
 
 

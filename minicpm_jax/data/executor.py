@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import documents, tolerant, workers
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -186,8 +186,8 @@ def _process(task: _Task, folder: pathlib.Path, stages: Sequence[Stage], reader:
   start = time.perf_counter()
   counts = {"shard": task.name, "input": task.path, "kept": 0, "renamed_ids": 0}
   with contextlib.ExitStack() as stack:
-    drops_file = stack.enter_context(_atomic(folder / f"{task.name}.drops.jsonl"))
-    kept_file = stack.enter_context(_atomic(folder / f"{task.name}.parquet"))
+    drops_file = stack.enter_context(_synced(folder / f"{task.name}.drops.jsonl"))
+    kept_file = stack.enter_context(_synced(folder / f"{task.name}.parquet"))
 
     def on_drop(stage: str, item: Dropped, excerpt: str) -> None:
       row = {"id": item.id, "stage": stage, "reason": item.reason, "detail": item.detail}
@@ -198,10 +198,12 @@ def _process(task: _Task, folder: pathlib.Path, stages: Sequence[Stage], reader:
     docs = apply(_count_renamed(items, counts), stages, on_drop, counts)
     _write_parquet(kept_file, docs, counts)
   counts["seconds"] = time.perf_counter() - start
-  with _atomic(folder / f"{task.name}.counts.json") as file:
-    file.write(json.dumps(counts, ensure_ascii=False, indent=1).encode())
-  with _atomic(folder / f"{task.name}.done") as file:
-    file.write(task.signature.encode())
+  for name, text in (
+    (f"{task.name}.counts.json", json.dumps(counts, ensure_ascii=False, indent=1)),
+    (f"{task.name}.done", task.signature),  # last: with it the shard is done
+  ):
+    with _synced(folder / name) as file:
+      file.write(text.encode())
   return counts
 
 
@@ -234,18 +236,12 @@ def _batches(docs: Iterator[Doc]) -> Iterator[list[dict]]:
 
 
 @contextlib.contextmanager
-def _atomic(path: pathlib.Path):
-  """A binary file that gets its name only when the block ends without an error."""
-  temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-  try:
-    with open(temporary, "wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
+def _synced(path: pathlib.Path):
+  """A binary file that gets its name when the block ends without an error and it is on the disk."""
+  with files.replacing(path) as partial, open(partial, "wb") as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------- the whole folder
@@ -264,7 +260,7 @@ def _locked(folder: pathlib.Path):
 
 def _remove_stale(folder: pathlib.Path) -> None:
   """Temporary files of killed processes."""
-  for path in folder.glob(".tmp-*"):
+  for path in folder.glob(f"{files.PREFIX}*"):
     path.unlink(missing_ok=True)
 
 
@@ -345,7 +341,7 @@ def _finish(folder: pathlib.Path, tasks: list[_Task], *, num_resumed: int) -> Re
     counts["stages"].append({"stage": rows[0]["stage"], **total, "dropped": reasons})
   names = [task.name for task in tasks]
   report = {"shards": names, "inputs": [t.path for t in tasks], **counts}
-  with _atomic(folder / _REPORT) as file:
+  with _synced(folder / _REPORT) as file:
     file.write(json.dumps(report, ensure_ascii=False, indent=1).encode())
   return Report(
     folder=folder,

@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from minicpm_jax.core import files
 from minicpm_jax.data.documents import CorpusError
 
 Generate = Callable[[str], str]  # prompt -> text
@@ -201,10 +202,7 @@ def read(path: str | os.PathLike[str]) -> list[Item]:
 
 def write(path: str | os.PathLike[str], items: Iterable[Item]) -> None:
   """JSON lines that `read` takes; whole or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".tmp")
-  with open(partial, "w", encoding="utf-8") as file:
+  with files.replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
     for item in items:
       row = dataclasses.asdict(item) | {"target_bytes": item.target_bytes}
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
-  os.replace(partial, path)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from minicpm_jax.core import files
 from minicpm_jax.data import dedup, documents
 from minicpm_jax.data.documents import Doc
 
@@ -186,11 +187,8 @@ def _nearest(
 
 def save_pools(pools: Sequence[SeedPool], path: str | os.PathLike[str]) -> None:
   """The registry of pools with their verdicts, as JSON."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".tmp")
   rows = [dataclasses.asdict(pool) | {"deltas": dict(pool.deltas)} for pool in pools]
-  partial.write_text(json.dumps(rows, indent=1) + "\n")
-  os.replace(partial, path)
+  files.write_json(path, rows)
 
 
 def load_pools(path: str | os.PathLike[str]) -> list[SeedPool]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from array_record.python import array_record_module
 
+from minicpm_jax.core import files
 from minicpm_jax.data import documents as documents_lib
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
@@ -228,12 +229,6 @@ def _chunks(docs: Iterable[documents_lib.Doc], shard_bytes: int) -> Iterator[_Ch
     yield _Chunk(number, texts, empty, size, digest.hexdigest())
 
 
-def _write_atomic(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(text)
-  os.replace(partial, path)
-
-
 def _write_shard(
   tokenizer: tokenizer_lib.Tokenizer, cfg: ShardConfig, chunk: _Chunk, folder: pathlib.Path
 ) -> ShardInfo:
@@ -252,14 +247,14 @@ def _write_shard(
   suffix = [cfg.eos_id] if cfg.add_eos else []
   flags = FLAG_BOS * cfg.add_bos + FLAG_EOS * cfg.add_eos
   path = folder / f"part-{chunk.number:05d}.arrayrecord"
-  partial = path.with_name(path.name + ".tmp")
-  writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
   lengths = []
-  for ids, mask in zip(encoded, masks, strict=True):
-    ids = [*prefix, *ids, *suffix]
-    writer.write(encode_record(ids, source_id=cfg.source_id, flags=flags, loss_mask=mask))
-    lengths.append(len(ids))
-  writer.close()
+  with files.replacing(path) as partial:
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    for ids, mask in zip(encoded, masks, strict=True):
+      ids = [*prefix, *ids, *suffix]
+      writer.write(encode_record(ids, source_id=cfg.source_id, flags=flags, loss_mask=mask))
+      lengths.append(len(ids))
+    writer.close()
   info = ShardInfo(
     file=path.name,
     num_documents=len(lengths),
@@ -267,13 +262,12 @@ def _write_shard(
     num_tokens=sum(lengths),
     text_bytes=chunk.text_bytes,
     max_document=max(lengths),
-    file_bytes=partial.stat().st_size,
-    sha256=sha256_of(partial),
+    file_bytes=path.stat().st_size,
+    sha256=sha256_of(path),
     input_sha256=chunk.sha256,
   )
-  os.replace(partial, path)
   body = {"config": dataclasses.asdict(cfg), "shard": dataclasses.asdict(info)}
-  _write_atomic(path.with_suffix(".json"), json.dumps(body))
+  files.write(path.with_suffix(".json"), json.dumps(body))
   return info
 
 
@@ -436,7 +430,7 @@ def _publish(
     os.replace(work / info.file, work / file)
     final.append(dataclasses.replace(info, file=file))
   index = Index(config=cfg, shards=tuple(final))
-  _write_atomic(work / INDEX_FILE, index.as_json())
+  files.write(work / INDEX_FILE, index.as_json())
   if folder.exists():
     shutil.rmtree(folder)
   os.replace(work, folder)

@@ -6,12 +6,11 @@ order (integers only; means come from exact sums).
 
 import collections
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from minicpm_jax.core import files
 from minicpm_jax.data.documents import Doc
 
 SCORE_BINS = 20
@@ -100,7 +99,4 @@ def collect(docs: Iterable[Doc]) -> Stats:
 
 def write(stats: Stats, path: str | os.PathLike[str]) -> None:
   """One JSON file, whole or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(json.dumps(stats.as_dict(), indent=1) + "\n")
-  os.replace(partial, path)
+  files.write_json(path, stats.as_dict())

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from minicpm_jax.core import files
+
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first object of torch's files before they were archives
 _MAX_BYTES = 1 << 26  # of a .pt file; 64k ids take 200 kB
 
@@ -133,18 +135,13 @@ def save_index(folder: str | os.PathLike, ids: Ids) -> list[pathlib.Path]:
   """Writes `freq_{r}.npy` and `freq_{r}.pt`; returns both paths."""
   check_index(np.asarray(ids), 2**31)
   ids = np.asarray(ids, np.int32)
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   stem = f"freq_{ids.size}"
   npy = io.BytesIO()
   np.save(npy, ids)
   written = []
   for suffix, data in (("npy", npy.getvalue()), ("pt", _torch_archive(stem, ids.tolist()))):
-    path = folder / f"{stem}.{suffix}"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    written.append(path)
+    written.append(pathlib.Path(folder) / f"{stem}.{suffix}")
+    files.write(written[-1], data)
   return written
 
 

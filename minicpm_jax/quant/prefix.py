@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float, Int
 
-from minicpm_jax.core import types
+from minicpm_jax.core import files, types
 
 THRESHOLD = 64.0  # times the median over the sequence's tokens
 LEAST_SHARE = 0.1  # of the sequences, for the one id that was found
@@ -118,18 +117,10 @@ def check(prefix: Prefix, num_layers: int, widths: tuple[int, int, int]) -> None
 
 def save(folder: str | pathlib.Path, prefix: Prefix) -> None:
   """Two files in `folder`: the ids, and keys and values (float32)."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   arrays = {name: np.asarray(getattr(prefix, name), np.float32) for name in ("k", "v")}
   arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-  text = json.dumps({"prefixed_tokens": list(prefix.tokens)}) + "\n"
-  for name, content in (
-    (VALUES_FILE, safetensors.numpy.save(arrays)),
-    (TOKENS_FILE, text.encode()),
-  ):
-    partial = folder / f".{name}.partial"
-    partial.write_bytes(content)
-    os.replace(partial, folder / name)
+  files.write(pathlib.Path(folder) / VALUES_FILE, safetensors.numpy.save(arrays))
+  files.write_json(pathlib.Path(folder) / TOKENS_FILE, {"prefixed_tokens": list(prefix.tokens)})
 
 
 def load(folder: str | pathlib.Path, dtype: Any = "f32") -> Prefix:

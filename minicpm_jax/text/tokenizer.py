@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from minicpm_jax.core import files
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.text import bytes_map, templates
 
@@ -375,11 +376,7 @@ def json_bytes(value: Any) -> bytes:
   return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_files(folder: str | os.PathLike[str], files: dict[str, bytes]) -> None:
-  """Writes every file under a temporary name first, then renames."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, data in files.items():
-    partial = folder / f".{name}.partial"
-    partial.write_bytes(data)
-    os.replace(partial, folder / name)
+def write_files(folder: str | os.PathLike[str], contents: dict[str, bytes]) -> None:
+  """Name -> bytes in `folder`, each file whole or not at all."""
+  for name, content in contents.items():
+    files.write(pathlib.Path(folder) / name, content)

@@ -52,13 +52,6 @@ def spec_data(spec: plan.RunSpec) -> dict[str, Any]:
   return _json_data(spec)
 
 
-def write_json(path: pathlib.Path, data: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(json.dumps(data, indent=1) + "\n")
-  os.replace(partial, path)
-
-
 def waves(specs: Sequence[plan.RunSpec]) -> list[list[plan.RunSpec]]:
   """Trunks before branches; PlanError for a missing trunk, a missing save, names used twice."""
   by_name = {spec.name: spec for spec in specs}

@@ -8,13 +8,12 @@ import base64
 import dataclasses
 import html
 import io
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ def write(
   for section in sections:
     for block in section.blocks:
       if isinstance(block, Picture):
-        _write(folder / f"{block.name}.png", block.png)
+        files.write(folder / f"{block.name}.png", block.png)
   data = {
     "title": title,
     "sections": [
@@ -107,16 +106,10 @@ def write(
       for s in sections
     ],
   }
-  _write(folder / "report.json", (json.dumps(data, indent=1) + "\n").encode())
-  _write(folder / "report.html", as_html(title, intro, sections).encode())
-  _write(folder / "report.md", as_markdown(title, intro, sections).encode())
+  files.write_json(folder / "report.json", data)
+  files.write(folder / "report.html", as_html(title, intro, sections))
+  files.write(folder / "report.md", as_markdown(title, intro, sections))
   return folder / "report.md"
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_bytes(data)
-  os.replace(partial, path)
 
 
 def summary(sections: Sequence[Section]) -> Table:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.core import trees, types
+from minicpm_jax.core import files, trees, types
 from minicpm_jax.optim import schedules
 from minicpm_jax.train import loop
 from minicpm_jax.tunnel import corpus as corpus_lib
@@ -76,13 +76,10 @@ class Runner:
   def save_state(self, spec: plan.RunSpec, state: engine.State, result: records.Result) -> None:
     """The whole state at its step, with what is known of the run so far."""
     path = self._state_path(spec.name, int(state.step))
-    path.parent.mkdir(parents=True, exist_ok=True)
     leaves = {k: np.asarray(x) for k, x in trees.flatten_paths(state._asdict()).items()}
     about = {"spec": records.spec_data(spec), "result": records.result_data(result)}
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-      np.savez(file, __about__=np.array(json.dumps(about)), **leaves)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+      np.savez(partial, __about__=np.array(json.dumps(about)), **leaves)
 
   def load_state(self, spec: plan.RunSpec, name: str, step: int) -> engine.State:
     """The state `name` saved at `step`, for a run of the shapes of `spec`."""
@@ -294,7 +291,7 @@ class _Lane:
         "device": self.device.device_kind,
         "jax": jax.__version__,
       }
-      records.write_json(self.runner._result_path(spec.name), about)
+      files.write_json(self.runner._result_path(spec.name), about)
       losses = ", ".join(f"{name} {result.loss(name):.4f}" for name in result.losses)
       self.runner.log(f"{spec.name}: {losses} ({result.cpu_seconds:.1f} s CPU)")
     return {result.name: result for result in self.results}
@@ -326,6 +323,6 @@ def queue(
         )
       seconds = time.perf_counter() - began
       data = {"config": text, "step": done.step, "values": done.values, "seconds": seconds}
-      records.write_json(path, data)
+      files.write_json(path, data)
     found[cfg.name] = data
   return found

@@ -22,6 +22,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
+from minicpm_jax.core import files
 from minicpm_jax.data import mixture, sources
 from minicpm_jax.models import transformer
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -226,11 +227,7 @@ def verify(
     "wall_seconds": time.monotonic() - began,
     "cpu_seconds": time.process_time() - cpu,
   }
-  workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / f"verification-{cfg.candidate.name}.json"
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(json.dumps(report, indent=1) + "\n")
-  os.replace(partial, path)
+  files.write_json(workdir / f"verification-{cfg.candidate.name}.json", report)
   return report
 
 

@@ -24,7 +24,7 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
     pass
   assert steps(tmp_path) == []
   assert list((tmp_path / "tensorboard").glob("events.*"))
-  assert not list(tmp_path.glob("*.tmp"))
+  assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_torn_last_line_is_dropped_but_a_bad_middle_line_is_reported(tmp_path):

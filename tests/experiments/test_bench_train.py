@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import _bench_decode, _bench_mfu, _bench_train
+from experiments import _bench_decode, _bench_mfu, _bench_train, _results
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_a_failed_part_leaves_its_error_and_the_others_go_on(capsys, monkeypatch
   assert [row.get("error") for row in found] == [None, None, "RuntimeError: no such kernel"]
   assert found[0]["compile s"] == found[1]["compile s"] and found[0]["loss"] != found[1]["loss"]
   assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
-  assert "| error |" in _bench_train.table(found).splitlines()[0]
+  assert "| error |" in _results.table(found).splitlines()[0]
   late = _bench_mfu.rows("qat", "tiny", 1, budget=-1.0)
   assert [row["error"] for row in late] == ["not begun: -1 s are over"] * 5
 

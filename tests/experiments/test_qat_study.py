@@ -7,6 +7,7 @@ import pytest
 
 from experiments import _qat_study as study_lib
 from minicpm_jax import config
+from minicpm_jax.core import files
 
 
 @pytest.mark.slow
@@ -31,7 +32,7 @@ def test_arms_branch_from_one_run_and_land_in_the_report(tmp_path):
   assert results["full precision"]["heldout"] < np.log(256) + 0.5
   report = study_lib.load(tmp_path / "r.json", size)
   report["arms"] = {name: {"0": r} for name, r in results.items()}
-  study_lib.save(report, tmp_path / "r.json")
+  files.write_json(tmp_path / "r.json", report)
   again = study_lib.load(tmp_path / "r.json", size)
   assert again == json.loads(json.dumps(report))
   rows = study_lib.table(again, "share")

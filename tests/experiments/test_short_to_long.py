@@ -9,9 +9,10 @@ import pytest
 
 from experiments import _bench_sparse as bench
 from experiments import _recall as recall
+from experiments import _results, bench_sparse, short_to_long
 from experiments import _selection_probe as selection
 from experiments import _short_to_long as toy
-from experiments import bench_sparse, short_to_long
+from minicpm_jax.core import files
 from minicpm_jax.models import transformer
 
 
@@ -182,7 +183,7 @@ def test_bench_rows_are_medians_of_all_recorded_runs(tmp_path):
   ratios = [run["dense_cpu_s"] / run["sparse_cpu_s"] for run in third["runs"]]
   assert len(ratios) == 3 and third["speedup_cpu"] == sorted(ratios)[1]
   path = tmp_path / "sparse_cpu.json"
-  bench.write(path, setting | {"rows": [third]})
-  assert bench.recorded(path, setting) == [third]
-  assert bench.recorded(path, setting | {"head_dim": 16}) == []
+  files.write_json(path, setting | {"rows": [third]})
+  assert _results.recorded(path, setting) == [third]
+  assert _results.recorded(path, setting | {"head_dim": 16}) == []
   assert bench_sparse.LENGTHS.default == ["8192", "16384", "32768", "65536"]

@@ -1,0 +1,44 @@
+"""Files that are whole or not there."""
+
+import json
+import os
+
+import pytest
+
+from minicpm_jax.core import files
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+  path = tmp_path / "new" / "folder" / "a.txt"
+  with files.replacing(path) as partial:
+    partial.write_text("whole")
+    assert partial.parent == path.parent and partial.suffix == ".txt" and not path.exists()
+  assert os.listdir(path.parent) == ["a.txt"] and path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt))
+def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
+  path = tmp_path / "a.txt"
+  path.write_text("old")
+  with pytest.raises(error):
+    with files.replacing(path) as partial:
+      partial.write_text("half")
+      raise error
+  assert os.listdir(tmp_path) == ["a.txt"] and path.read_text() == "old"
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    with files.replacing(tmp_path / "a.txt"):
+      pass
+  assert os.listdir(tmp_path) == []
+
+
+def test_text_bytes_and_json(tmp_path):
+  files.write(tmp_path / "a", "über")
+  files.write(tmp_path / "b", b"\x00\xff")
+  files.write_json(tmp_path / "c.json", {"ü": [1, 2.5, None]})
+  assert (tmp_path / "a").read_bytes() == "über".encode()
+  assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+  text = (tmp_path / "c.json").read_text(encoding="utf-8")
+  assert json.loads(text) == {"ü": [1, 2.5, None]} and text.endswith("}\n")
