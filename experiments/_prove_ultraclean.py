@@ -109,7 +109,7 @@ def _base(workdir: pathlib.Path, seed: int, steps: int) -> config.TrainConfig:
   )
 
 
-def _control(plan: _ultraclean.Plan, tok, like: shards.Index) -> config.SourceConfig:
+def _control(plan: _ultraclean.Plan, tok) -> config.SourceConfig:
   """As many raw documents as are clean, drawn by hash: filtering without a filter."""
   items = [i for p in documents.expand(plan.inputs) for i in plan.reader(p)]
   docs = [i for i in items if isinstance(i, documents.Doc)]
@@ -152,7 +152,7 @@ def run(
     for name in HELD_OUT
   ]
   clean = config.SourceConfig(name="clean", path=str(plan.output / "shards" / "clean"))
-  candidates = (clean, _control(plan, tok, made["clean"]))
+  candidates = (clean, _control(plan, tok))
   for seed in range(num_seeds):
     cfg = _base(workdir, seed, stable_steps)
     loop.train(cfg, workdir / cfg.name, tok=tok)

@@ -43,16 +43,16 @@ MAY_CHANGE = ("name", "num_steps", "log_every", "eval_", "checkpoint", "mesh", "
 VOCAB_DOCUMENTS = 20_000  # of every source, counted for a reduced vocabulary
 
 
-def load_target(path: str, *, mesh: jax.sharding.Mesh | None = None) -> Target:
+def load_target(path: str) -> Target:
   """(model, params, tokenizer) of an HF folder, a run folder[@step] or a GGUF file."""
   folder, _ = orbax_io.split_step(path)
   if path.endswith(".gguf"):
-    return ckpt.load_gguf(path, mesh=mesh)
+    return ckpt.load_gguf(path)
   if (folder / run_config.FILE_NAME).is_file():
-    return ckpt.load_run(path, mesh=mesh)
+    return ckpt.load_run(path)
   if (pathlib.Path(path) / "config.json").is_file():
     dtype = "f32" if jax.default_backend() == "cpu" else None
-    return ckpt.load_hf(path, mesh=mesh, dtype=dtype)
+    return ckpt.load_hf(path, dtype=dtype)
   raise ValueError(
     f"target: found {path!r}, expected a run folder (config.py), a Hugging Face folder "
     "(config.json) or a .gguf file"

@@ -189,7 +189,7 @@ def write_tokenizer(writer: Any, tok: tokenizer.Tokenizer | None, cfg: config.Mo
   if isinstance(tok, SentencePieceTokenizer):
     tokens, types = _write_spm(writer, tok, cfg.vocab_size)
   elif isinstance(tok, tokenizer.HFTokenizer):
-    tokens, types = _write_bpe(writer, tok, cfg.vocab_size)
+    tokens, types = _write_bpe(writer, tok)
   else:
     raise errors.CheckpointError(
       f"save_gguf: tokenizer: found {type(tok).__name__}, expected HFTokenizer or "
@@ -222,7 +222,7 @@ def _write_ids(
     writer.add_pad_token_id(pad_id)
 
 
-def _write_bpe(writer: Any, tok: tokenizer.HFTokenizer, size: int) -> tuple[list[str], list[int]]:
+def _write_bpe(writer: Any, tok: tokenizer.HFTokenizer) -> tuple[list[str], list[int]]:
   spec = json.loads(tok.backend.to_str())
   model = spec["model"]
   if model["type"] != "BPE" or model.get("byte_fallback"):

@@ -126,7 +126,7 @@ def load_quantized(
   low = {path: leaf for path, leaf in table.items() if quant.selects(path)}
   plain = {path: leaf for path, leaf in table.items() if path not in low}
   _check_names(cfg, folder, source, low, plain, settings)
-  blocks = _check_plain(cfg, folder, source, plain)
+  blocks = _check_plain(cfg, source, plain)
   stored = hf_tensors.majority_dtype(blocks, source)
   chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)
   cfg = dataclasses.replace(cfg, dtype=chosen, param_dtype=chosen)
@@ -199,7 +199,6 @@ def _check_names(
 
 def _check_plain(
   cfg: config.ModelConfig,
-  folder: pathlib.Path,
   source: Mapping[str, safetensors_file.Reader],
   plain: Mapping[str, hf_names.Leaf],
 ) -> dict[str, tuple[int, ...]]:

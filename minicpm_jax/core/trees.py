@@ -1,6 +1,5 @@
-"""Parameter trees by path: "layers/attn/q/kernel" names, regex labels, counts, casts."""
+"""Parameter trees by path: "layers/attn/q/kernel" names, counts, casts."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,33 +43,6 @@ def map_with_path(
     return fn(path_str(path), *leaves)
 
   return jax.tree_util.tree_map_with_path(one, tree, *rest, is_leaf=is_leaf)
-
-
-def match_all(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], tree: Any) -> Any:
-  """Labels every leaf with the value of the first regex that matches its whole path.
-
-  Raises ValueError naming the leaves that no pattern covers and patterns that cover nothing.
-  """
-  pairs = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
-  hit = set()
-
-  def label(path: str, leaf: Any) -> Any:
-    del leaf
-    for i, (pattern, value) in enumerate(pairs):
-      if re.fullmatch(pattern, path):
-        hit.add(i)
-        return value
-    return missing
-
-  missing = object()
-  labels = map_with_path(label, tree)
-  bare = [path for path, value in flatten_paths(labels).items() if value is missing]
-  if bare:
-    raise ValueError(f"patterns: found no match for {bare}, expected every leaf to be covered")
-  idle = [pattern for i, (pattern, _) in enumerate(pairs) if i not in hit]
-  if idle:
-    raise ValueError(f"patterns: {idle} match no leaf; leaves are {list(flatten_paths(tree))}")
-  return labels
 
 
 def num_params(tree: Any) -> int:

@@ -56,7 +56,6 @@ def make_eval_iterator(
   source_name: str,
   num_batches: int | None = None,
   *,
-  batch_size_per_host: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
   vocab_size: int | None = None,
@@ -72,7 +71,7 @@ def make_eval_iterator(
   if source_name not in names:
     raise ValueError(f"source_name: found {source_name!r}, expected one of {names}")
   number = names.index(source_name)
-  batch_size = _rows_a_host(cfg, batch_size_per_host, process_count)
+  batch_size = _rows_a_host(cfg, None, process_count)
   source = sources.open_source(source_name, cfg.sources[number].path)
   sources.check_vocabulary(source, vocab_size)
   stream = sources.DocumentStream(

@@ -12,6 +12,7 @@ from typing import Any
 
 JSON_WHITESPACE = r"( |\n {0,32})?"  # what json.dumps writes, with and without indent; bounded
 JSON_COMPACT = ""  # no whitespace between tokens
+MAX_CALLS = 8  # of one answer
 
 # Numbers, strings and containers of Python source, for call arguments.
 _PYTHON_VALUES = r"""
@@ -90,7 +91,7 @@ def sql_select(tables: Mapping[str, Sequence[str]] | None = None) -> str:
   return f"{_SQL}table: TABLE\n{name}\nTABLE: {_any_of(tables)}\nCOLUMN: {_any_of(columns)}\n"
 
 
-def python_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   """Lark rules of `calls`: one call a line, keyword arguments only, as the tools' schemas say.
 
   `tools` are {"name", "parameters": JSON schema} or the same under "function". Arguments come in
@@ -118,11 +119,11 @@ def python_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> s
     rules += _argument_rules(f"t{index}", arguments)
     names.append(f"{_quote(name + '(')} t{index}f0 {_quote(')')}")
   one_of = "call: " + " | ".join(names)
-  more = f'calls: call ("\\n" call){{0,{max_calls - 1}}}' if max_calls > 1 else "calls: call"
+  more = f'calls: call ("\\n" call){{0,{MAX_CALLS - 1}}}'
   return "\n".join([more, one_of, *rules]) + _PYTHON_VALUES
 
 
-def json_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+def json_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   """Lark grammar of <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after another."""
   options = []
   for tool in tools:
@@ -135,12 +136,12 @@ def json_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str
     )
   schema = {"anyOf": options, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
   return (
-    f'start: call ("\\n" call){{0,{max_calls - 1}}}\n'
+    f'start: call ("\\n" call){{0,{MAX_CALLS - 1}}}\n'
     f'call: "<tool_call>\\n" body "\\n</tool_call>"\nbody: %json {json.dumps(schema)}'
   )
 
 
-def xml_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
+def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   """Lark grammar of MiniCPM5's <function name="N"><param name="P">V</param></function>.
 
   Texts are without <, & and line ends; lists and objects are JSON.
@@ -168,7 +169,7 @@ def xml_calls(tools: Sequence[Mapping[str, Any]], *, max_calls: int = 8) -> str:
       arguments.append(name if key in required else f"{name}?")
     opening = '<function name="' + function["name"] + '">'
     names.append(" ".join([_quote(opening), *arguments, '"</function>"']))
-  text = [f'start: call ("\\n" call){{0,{max_calls - 1}}}', "call: " + " | ".join(names), *rules]
+  text = [f'start: call ("\\n" call){{0,{MAX_CALLS - 1}}}', "call: " + " | ".join(names), *rules]
   return "\n".join(text) + XML_VALUES
 
 

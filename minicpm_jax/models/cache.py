@@ -116,7 +116,6 @@ def with_prefix(
   prefix: prefix_lib.Prefix,
   batch_size: int,
   capacity: int,
-  dtype: Any = None,
   *,
   per_row: bool = False,
 ) -> KVCache:
@@ -128,7 +127,7 @@ def with_prefix(
   P = prefix.length
   if capacity < P:
     raise ValueError(f"capacity: found {capacity} slots, expected at least the prefix's {P}")
-  cache = init(cfg, batch_size, capacity, dtype, per_row=per_row)
+  cache = init(cfg, batch_size, capacity, per_row=per_row)
   if cache.fine is not None:
     raise NotImplementedError(
       f"capacity: found {capacity}, expected less than sparse.dense_len {cfg.sparse.dense_len} "

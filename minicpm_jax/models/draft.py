@@ -284,23 +284,12 @@ def abstract_params(cfg: DraftConfig) -> tuple[types.Params, types.Params]:
 # --- Cache ---------------------------------------------------------------------------------------
 
 
-def init_cache(cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any = None) -> DraftCache:
+def init_cache(cfg: DraftConfig, batch_size: int, capacity: int) -> DraftCache:
   """An empty cache of `capacity` rows; with a window, a ring of window_size rows is enough."""
   if cfg.window_size and capacity > cfg.window_size:
     capacity = cfg.window_size
-  return _empty(cfg, batch_size, capacity, dtype)
-
-
-def init_linear_cache(
-  cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any = None
-) -> DraftCache:
-  """A cache with a slot for every position, window or not."""
-  return _empty(cfg, batch_size, capacity, dtype)
-
-
-def _empty(cfg: DraftConfig, batch_size: int, capacity: int, dtype: Any) -> DraftCache:
   layer = cfg.layer
-  dtype = types.dtype_of(layer.dtype) if dtype is None else dtype
+  dtype = types.dtype_of(layer.dtype)
   shape = (batch_size, capacity, layer.num_kv_heads, layer.head_dim)
   zeros = [tuple(jnp.zeros(shape, dtype) for _ in range(layer.num_layers)) for _ in range(2)]
   return DraftCache(*zeros, jnp.full((batch_size, capacity), -1, jnp.int32))

@@ -175,7 +175,7 @@ def _is_sharded() -> bool:
   return not here.empty and not here.manual_axes and math.prod(here.shape.values()) > 1
 
 
-def experts_on_mesh(x_BTD, weights_BTX, index_BTX, kernels, cfg: ModelConfig, run):
+def experts_on_mesh(x_BTD, weights_BTX, index_BTX, kernels, run):
   """`run` on every device with its tokens and its experts (ep), its slice of the width (tp)."""
   here = jax.sharding.get_abstract_mesh()
   sizes = dict(here.shape)
@@ -245,5 +245,5 @@ class MoE(nn.Module):
       return jnp.reshape(y, x.shape)
 
     if _is_sharded():
-      return experts_on_mesh(x_BTD, weights_BTX, index_BTX, kernels, cfg, run), loss
+      return experts_on_mesh(x_BTD, weights_BTX, index_BTX, kernels, run), loss
     return run(x_BTD, weights_BTX, index_BTX, *kernels), loss

@@ -17,15 +17,12 @@ def shift_left(
 def shift_targets(
   targets_BT: Int[Array, "B T"],
   loss_mask_BT: Float[Array, "B T"],
-  segment_ids_BT: Int[Array, "B T"] | None = None,
+  segment_ids_BT: Int[Array, "B T"],
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
   """Targets and mask of the extra head from those of next-token prediction.
 
   Position i predicts token i + 2, which is position i + 1's target; both inputs of position i
   (h_i and token i + 1) must lie in one segment.
   """
-  mask_BT = shift_left(loss_mask_BT)
-  if segment_ids_BT is not None:
-    is_same_BT = shift_left(segment_ids_BT) == segment_ids_BT
-    mask_BT = mask_BT * is_same_BT.astype(mask_BT.dtype)
-  return shift_left(targets_BT), mask_BT
+  is_same_BT = shift_left(segment_ids_BT) == segment_ids_BT
+  return shift_left(targets_BT), shift_left(loss_mask_BT) * is_same_BT.astype(loss_mask_BT.dtype)

@@ -56,8 +56,3 @@ def lr_scale(model_cfg: config.ModelConfig, role: Role) -> float:
 def lr_scales(model_cfg: config.ModelConfig, params: Any) -> Any:
   """Tree of learning-rate factors, one float a leaf."""
   return trees.map_with_path(lambda path, _: lr_scale(model_cfg, role_of(path)), params)
-
-
-def decay_mask(params: Any) -> Any:
-  """Tree of bools: True where weight decay applies (everything but norms and biases)."""
-  return trees.map_with_path(lambda path, _: role_of(path) in DECAYED, params)

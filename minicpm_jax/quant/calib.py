@@ -70,8 +70,8 @@ def hessian_update(
   return mesh.constrain(hessian_II + jnp.matmul(x_MI.T, x_MI, precision="highest"), None, None)
 
 
-def hessian_init(num_in: int, dtype: jnp.dtype = jnp.float32) -> Float[Array, "I I"]:
-  return jnp.zeros((num_in, num_in), dtype)
+def hessian_init(num_in: int) -> Float[Array, "I I"]:
+  return jnp.zeros((num_in, num_in), jnp.float32)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

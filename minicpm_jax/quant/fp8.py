@@ -127,12 +127,3 @@ def _backward(cfg: FP8Config, saved: Any, dy_MN: Any) -> Any:
 
 
 linear.defvjp(_forward, _backward)
-
-
-def linear_of(
-  x_MK: Float[types.AnyArray, "M K"], w_KN: Float[types.AnyArray, "K N"], cfg: FP8Config
-) -> Float[types.AnyArray, "M N"]:
-  """`linear` of float weights, quantised here."""
-  x_MK, w_KN = jnp.asarray(x_MK), jnp.asarray(w_KN)
-  wq_KN, ws_PQ = quantize_blocks(jax.lax.stop_gradient(w_KN), cfg)
-  return linear(x_MK, w_KN, wq_KN, ws_PQ, cfg)

@@ -20,7 +20,6 @@ Bytes = UInt8[np.ndarray, "blocks size"]
 
 class BlockType(NamedTuple):
   name: str
-  type_id: int  # of the file format
   width: int  # values in a block
   size: int  # bytes in a block
 
@@ -33,15 +32,15 @@ class BlockType(NamedTuple):
 TYPES: Mapping[str, BlockType] = {
   t.name: t
   for t in (
-    BlockType("f32", 0, 1, 4),
-    BlockType("f16", 1, 1, 2),
-    BlockType("bf16", 30, 1, 2),
-    BlockType("q4_0", 2, 32, 18),
-    BlockType("q4_1", 3, 32, 20),
-    BlockType("q8_0", 8, 32, 34),
-    BlockType("tq1_0", 34, 256, 54),
-    BlockType("tq2_0", 35, 256, 66),
-    BlockType("q2_0", 42, 64, 18),
+    BlockType("f32", 1, 4),
+    BlockType("f16", 1, 2),
+    BlockType("bf16", 1, 2),
+    BlockType("q4_0", 32, 18),
+    BlockType("q4_1", 32, 20),
+    BlockType("q8_0", 32, 34),
+    BlockType("tq1_0", 256, 54),
+    BlockType("tq2_0", 256, 66),
+    BlockType("q2_0", 64, 18),
   )
 }
 _FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -124,7 +124,7 @@ def quantize(
   num_groups = schemes.group_count(math.prod(shape[:num_in]), group_size)
   w_QgO = grouped(w, num_in, num_groups, num_lead)
   scale = rule.scale(w_QgO).astype(scale_dtype)
-  check_scales(scale, w)
+  _check_scales(scale, w)
   codes = rule.codes(w_QgO, scale.astype(jnp.float32))
   return QTensor(
     codes=codes.astype(jnp.int8).astype(rule.dtype).reshape(w.shape),
@@ -136,16 +136,14 @@ def quantize(
   )
 
 
-def check_scales(
-  scale: Float[types.AnyArray, "..."], w: Float[types.AnyArray, "..."], name: str = "kernel"
-) -> None:
+def _check_scales(scale: Float[types.AnyArray, "..."], w: Float[types.AnyArray, "..."]) -> None:
   """Refuses scales that are not finite; says nothing about traced arrays."""
   if isinstance(scale, jax.core.Tracer) or isinstance(w, jax.core.Tracer):
     return
   if not bool(jnp.all(jnp.isfinite(scale.astype(jnp.float32)))):
     high = float(jnp.max(jnp.abs(w.astype(jnp.float32))))
     raise ValueError(
-      f"{name}: found weights up to {high:.4g}, expected finite ones whose group scales are within "
+      f"kernel: found weights up to {high:.4g}, expected finite ones whose group scales are within "
       f"{jnp.dtype(scale.dtype).name} (at most {float(jnp.finfo(scale.dtype).max):.5g})"
     )
 

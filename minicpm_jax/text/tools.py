@@ -121,7 +121,7 @@ def with_instructions(
     message = dict(message)
     calls = message.pop("tool_calls", None) or []
     if calls:
-      block = render_calls([call_of(c, tools) for c in calls], "python", tools)
+      block = render_calls([call_of(c) for c in calls], "python", tools)
       message["content"] = (message.get("content") or "") + block
     out.append(message)
   if out and out[0]["role"] == "system":
@@ -147,7 +147,7 @@ def signature(tool: Tool) -> str:
   return f"def {tool.wire_name}({', '.join(parts)}):\n{body}"
 
 
-def call_of(item: Mapping[str, Any], tools: Sequence[Tool] = ()) -> Call:
+def call_of(item: Mapping[str, Any]) -> Call:
   """A call of a message: OpenAI's form, whose arguments are JSON text, or with a dict."""
   function = item.get("function", item) if isinstance(item, Mapping) else None
   if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

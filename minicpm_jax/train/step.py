@@ -15,7 +15,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
 
 from minicpm_jax import config
 from minicpm_jax.core import mesh as mesh_lib
@@ -79,24 +78,15 @@ TotalsFn = Callable[[Batch], dict[str, jax.Array]]
 # --- The pretraining objective -------------------------------------------------------------------
 
 
-def mtp_mask(
-  loss_mask_BT: Float[types.Array, "B T"], segment_ids_BT: Int[types.Array, "B T"]
-) -> Float[types.Array, "B T"]:
-  """Weight of position i for predicting x_{i+2}: that of target i+1, inside one segment."""
-  same_BT = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]).astype(loss_mask_BT.dtype)
-  return jnp.pad(loss_mask_BT[:, 1:] * same_BT, ((0, 0), (0, 1)))
-
-
-def mtp_targets(targets_BT: Int[types.Array, "B T"]) -> Int[types.Array, "B T"]:
-  """x_{i+2} at position i, 0 in the last column."""
-  return jnp.pad(targets_BT[:, 1:], ((0, 0), (0, 1)))
+def _mtp_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  return mtp.shift_targets(batch["targets"], batch["loss_mask"], batch["segment_ids"])
 
 
 def make_totals_fn(model: transformer.Transformer) -> TotalsFn:
   def totals_fn(batch: Batch) -> dict[str, jax.Array]:
     totals = {"loss": jnp.sum(batch["loss_mask"])}
     if model.cfg.mtp is not None:
-      totals["mtp_loss"] = jnp.sum(mtp_mask(batch["loss_mask"], batch["segment_ids"]))
+      totals["mtp_loss"] = jnp.sum(_mtp_targets(batch)[1])
     return {name: jnp.maximum(total, 1.0) for name, total in totals.items()}
 
   return totals_fn
@@ -135,8 +125,7 @@ def make_loss_fn(
       metrics["z_loss"] = metrics_lib.Metric(z, tokens)
     if cfg.mtp is not None:
       hidden_BTD = model.apply(variables, out.hidden, *inputs, method="mtp_hidden")
-      mask_BT = mtp_mask(mask_BT, batch["segment_ids"])
-      targets_BT = mtp_targets(batch["targets"])
+      targets_BT, mask_BT = _mtp_targets(batch)
       nll, *_ = _cross_entropy(cfg, params, hidden_BTD, targets_BT, mask_BT, 0.0)
       loss += cfg.mtp.loss_weight * nll / ctx.totals["mtp_loss"]
       metrics["mtp_loss"] = metrics_lib.Metric(nll, jnp.sum(mask_BT))

@@ -175,11 +175,11 @@ def _nonnegative_least_squares(design: np.ndarray, y: np.ndarray) -> tuple[float
   return best
 
 
-def _zoom(solve, bounds, *, points: int = 13, rounds: int = 14):
+def _zoom(solve, bounds, *, points: int = 13):
   """Minimises solve(p)[0] on a grid over the box that shrinks around the best point."""
   low, high = (np.array(side, np.float64) for side in zip(*bounds, strict=True))
   box_low, box_high, best = low.copy(), high.copy(), None
-  for _ in range(rounds):
+  for _ in range(14):
     axes = [np.linspace(a, b, points) for a, b in zip(low, high, strict=True)]
     for point in np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)):
       error, coefficients = solve(point)

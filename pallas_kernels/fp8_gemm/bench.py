@@ -41,10 +41,10 @@ def work(case: cases.Case, itemsize: int) -> tuple[float, float]:
   return 2.0 * M * K * N, K * (M + N) + scales + itemsize * M * N
 
 
-def programs(run, arrays, plain, dtype):
+def programs(arrays, plain, dtype):
   """Suffix of the case -> (function of the product and its arrays, the arrays, the bf16 product).
 
-  The function takes the product first: `run`, or the reference for the same codes.
+  The function takes the product first: the one that is timed, or the reference for the same codes.
   """
   (xq, xs, wq, ws), (x, w) = arrays, plain
   wq_NK = wq.T
@@ -98,7 +98,7 @@ def main(
       tuned, key = "triton", triton.key
       if args.implementation == "mosaic_gpu":
         tuned, key = "mosaic_gpu", mosaic_gpu.key
-      alone, given, _ = programs(run, arrays, plain, dtype)[""]
+      alone, given, _ = programs(arrays, plain, dtype)[""]
       best = tune.search(
         candidates(tuned),
         lambda c, alone=alone, given=given, run=run, tuned=tuned: bench.seconds(
@@ -111,7 +111,7 @@ def main(
       print(tune.save(api.OP, entry, best))
     run = functools.partial(run, implementation=args.implementation)
     flops, size = work(case, jnp.dtype(dtype).itemsize)
-    for suffix, (function, given, (dense, floats)) in programs(run, arrays, plain, dtype).items():
+    for suffix, (function, given, (dense, floats)) in programs(arrays, plain, dtype).items():
       exact = jax.jit(functools.partial(function, ref.matmul_ref))(*given)
       function = functools.partial(function, run)
       found = jax.jit(function)(*given).astype(jnp.float32)

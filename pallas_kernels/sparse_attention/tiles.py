@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 MAX_QUERIES = 31  # of a tile: a bit each
+TILES_A_RUN = 4096
 _NONE = 2**31 - 1  # sorts behind every entry
 
 
@@ -98,15 +99,15 @@ def blocks(x_BSKH, block: int):
   return jnp.reshape(x, (-1, block, K, H))
 
 
-def union_in_runs(ids_XQW, num_blocks: int, tiles_a_run: int = 4096):
-  """`union` of so many tiles at a time: bounds its temporaries, six integers an entry."""
-  if ids_XQW.shape[0] <= tiles_a_run:
+def union_in_runs(ids_XQW, num_blocks: int):
+  """`union` of TILES_A_RUN tiles at a time: bounds its temporaries, six integers an entry."""
+  if ids_XQW.shape[0] <= TILES_A_RUN:
     return union(ids_XQW, num_blocks)
 
   def one(ids_QW):
     return tuple(x[0] for x in union(ids_QW[None], num_blocks))
 
-  return jax.lax.map(one, ids_XQW, batch_size=tiles_a_run)
+  return jax.lax.map(one, ids_XQW, batch_size=TILES_A_RUN)
 
 
 def pad_rows(x_XR, rows: int):

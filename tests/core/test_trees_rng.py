@@ -29,19 +29,6 @@ def test_unflatten_refuses_a_leaf_that_is_also_a_folder(paths):
     trees.unflatten({path: 0 for path in paths})
 
 
-def test_match_all_must_cover_every_leaf_and_use_every_pattern():
-  labels = trees.match_all({r"embed/.*": "e", r".*kernel": "k", r"layers/.*": "l"}, TREE)
-  assert trees.flatten_paths(labels) == {
-    "embed/embedding": "e",
-    "layers/attn/q/kernel": "k",
-    "layers/n": "l",
-  }
-  with pytest.raises(ValueError, match="layers/n"):
-    trees.match_all({r"embed/.*": "e", r".*kernel": "k"}, TREE)
-  with pytest.raises(ValueError, match="lm_head"):
-    trees.match_all({r"lm_head/.*": "h", r".*": "k"}, TREE)
-
-
 def test_counts_and_casts():
   assert trees.num_params(TREE) == 8 + 12 + 2
   assert trees.nbytes(TREE) == 8 * 4 + 12 * 2 + 2 * 4
