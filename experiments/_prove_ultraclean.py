@@ -38,7 +38,7 @@ ROWS, SEQ_LEN, VOCAB = 8, 256, 4096
 def _bucket(name: str, row: dict) -> int:
   """0..999 by article where the file names one, so that no article is on two sides."""
   key = row.get("title") or row.get("path") or row["id"]
-  return int.from_bytes(hashlib.sha1(f"{name}\0{key}".encode()).digest()[:8], "big") % 1000
+  return documents.bucket(f"{name}\0{key}")
 
 
 def split(shared: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Path]:

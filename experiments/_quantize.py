@@ -1,9 +1,8 @@
 """Text for calibration and evaluation, perplexity, and the cost of a larger model."""
 
-import gzip
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,36 +13,19 @@ from minicpm_jax.ckpt import gguf_write
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import files, trees, types
 from minicpm_jax.core.extras import require_extra
+from minicpm_jax.data import documents
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.quant import gguf_types, gptq, tree
 
 
-def documents(path: pathlib.Path) -> Iterator[str]:
-  """Texts of a .txt or .jsonl file (field "text"), either with .gz."""
-  if not path.is_file():
-    raise ValueError(f"--text: {path}: found no such file, expected .txt or .jsonl (.gz)")
-  is_packed = path.suffix == ".gz"
-  kind = path.with_suffix("").suffix if is_packed else path.suffix
-  with (gzip.open if is_packed else open)(path, "rt", encoding="utf-8") as file:
-    if kind != ".jsonl":
-      yield file.read()
-      return
-    for number, line in enumerate(file, start=1):
-      row = json.loads(line)
-      if not isinstance(row.get("text"), str):
-        raise ValueError(f"{path}:{number}: found keys {sorted(row)}, expected a string 'text'")
-      yield row["text"]
-
-
 def token_stream(paths: Sequence[pathlib.Path], tok: Any) -> np.ndarray:
   """All texts as one row of tokens, documents apart by a BOS or else an EOS."""
   ids: list[int] = []
-  for path in paths:
-    for text in documents(path):
-      ids += tok.encode(text, add_bos=tok.add_bos)
-      if not tok.add_bos and tok.eos_id is not None:
-        ids.append(tok.eos_id)
+  for doc in documents.read(paths):
+    ids += tok.encode(doc.text, add_bos=tok.add_bos)
+    if not tok.add_bos and tok.eos_id is not None:
+      ids.append(tok.eos_id)
   return np.asarray(ids, np.int32)
 
 

@@ -4,9 +4,7 @@ All yield `Doc` (data.md section 1) in a fixed order: files sorted by path, then
 Bad input raises CorpusError naming file and line. Cleaning is left to later stages.
 
 A document without an id of its own gets one from its file's name and its place in the file (see
-`name_files`), so that splits by the hash of the id survive a move of the folder. Until December
-2026 these ids held the absolute path: splits of such documents change once, and folders made with
-them (prepare_data with --heldout_permille, ultraclean) must be made anew or kept as they are.
+`name_files`), so that splits by the hash of the id survive a move of the folder.
 """
 
 import contextlib
@@ -60,9 +58,14 @@ def stable_id(name: str, offset: int) -> str:
   return hashlib.sha1(f"{name}\0{offset}".encode()).hexdigest()
 
 
+def bucket(key: str) -> int:
+  """0..999 by the sha1 of the key: splits by it are the same in every run."""
+  return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") % 1000
+
+
 def is_heldout(key: str, permille: int = 20) -> bool:
-  """True for a fixed `permille` of all keys, by their sha1: the same split in every run."""
-  return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") % 1000 < permille
+  """True for a fixed `permille` of all keys."""
+  return bucket(key) < permille
 
 
 def deduplicate(docs: Iterable[Doc]) -> Iterator[Doc]:

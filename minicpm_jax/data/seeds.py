@@ -76,18 +76,15 @@ def hash_order(docs: Iterable[Doc], seed: int = 0) -> list[Doc]:
   """The documents in a random order that depends on their ids and file names only."""
 
   def key(doc: Doc) -> bytes:
-    return _digest(f"{seed}\0{doc.id}\0{os.path.basename(doc.source)}")
+    name = f"{seed}\0{doc.id}\0{os.path.basename(doc.source)}"
+    return hashlib.sha1(name.encode()).digest()
 
   return sorted(docs, key=key)
 
 
-def _digest(key: str) -> bytes:
-  return hashlib.sha1(key.encode()).digest()
-
-
 def split_of(doc_id: str, *, dev_permille: int = 100, test_permille: int = 100) -> Split:
   """Where a document belongs, by the hash of its id."""
-  number = int.from_bytes(_digest("split\0" + doc_id)[:8], "big") % 1000
+  number = documents.bucket("split\0" + doc_id)
   if number < test_permille:
     return "test"
   return "dev" if number < test_permille + dev_permille else "train"

@@ -19,7 +19,7 @@ from minicpm_jax.core import types
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import transformer
 from minicpm_jax.nn import functional, kv, layers, moe, rope, sparse_grid
-from minicpm_jax.quant import calib, prefix
+from minicpm_jax.quant import calib, prefix, qtensor, tree
 
 _GQA = (("attn/q", "attn/k", "attn/v"), ("attn/o",))
 _MLA = (("attn/q_a", "attn/kv_a"), ("attn/q_b",), ("attn/kv_b",), ("attn/o",))
@@ -196,6 +196,29 @@ def embed(
 ) -> Float[Array, "B T D"]:
   """Input of the first block."""
   return model.apply({"params": params}, jnp.asarray(tokens_BT), method="embed")
+
+
+def num_in(name: str) -> int:
+  """How many axes of the kernel "attn/o", "mlp/down", ... are inputs."""
+  return tree.layout(f"{name}/kernel")[0]
+
+
+def kernel(layer: types.Params, name: str) -> Float[Array, "*E I O"]:
+  """The kernel as [in, out], that of experts as [experts, in, out], float32."""
+  part, leaf = name.split("/")
+  w = layer[part][leaf]["kernel"].astype(jnp.float32)
+  if part == "moe":
+    return w
+  return w.reshape(int(np.prod(w.shape[: num_in(name)])), -1)
+
+
+def with_kernel(layer: types.Params, name: str, new: Any) -> types.Params:
+  """`layer` with another kernel; floats get the shape and dtype of the one they replace."""
+  part, leaf = name.split("/")
+  old = layer[part][leaf]["kernel"]
+  if not qtensor.is_qtensor(new):
+    new = new.reshape(old.shape).astype(old.dtype)
+  return {**layer, part: {**layer[part], leaf: {"kernel": new}}}
 
 
 def layer_params(cfg: ModelConfig, params: types.Params, i: int) -> types.Params:

@@ -33,7 +33,7 @@ from minicpm_jax.config import ModelConfig, QuantConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.deploy import blocks, smooth
 from minicpm_jax.models import joined, transformer
-from minicpm_jax.quant import awq, calib, gptq, prefix, qtensor, ternary, tree
+from minicpm_jax.quant import awq, calib, gptq, prefix, qtensor, ternary
 
 Method = Literal["rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq"]
 METHODS = ("rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq")
@@ -152,33 +152,11 @@ def _check(
   size = -1 if cfg.method == "ternary" else cfg.solver.group_size
   layer = blocks.layer_params(model_cfg, params, 0)
   for name in (name for stage in blocks.stages(model_cfg) for name in stage):
-    gptq.check_groups(kernel_2d(layer, name).shape[-2], size, name)
+    gptq.check_groups(blocks.kernel(layer, name).shape[-2], size, name)
   scheme = "ternary" if cfg.method == "ternary" else "int4"
   ternary.check_latent(
     QuantConfig(scheme=scheme, group_size=size), params
   )  # not a fused checkpoint
-
-
-def _num_in(name: str) -> int:
-  return tree.layout(f"{name}/kernel")[0]
-
-
-def kernel_2d(layer: types.Params, name: str) -> Float[Array, "*E I O"]:
-  """The kernel at "attn/o" as [in, out], that of experts as [experts, in, out], float32."""
-  part, kernel = name.split("/")
-  w = layer[part][kernel]["kernel"].astype(jnp.float32)
-  if part == "moe":
-    return w
-  return w.reshape(int(np.prod(w.shape[: _num_in(name)])), -1)
-
-
-def put(layer: types.Params, name: str, leaf: Any) -> types.Params:
-  """`layer` with another kernel; floats keep the dtype of the one they replace."""
-  part, kernel = name.split("/")
-  old = layer[part][kernel]["kernel"]
-  if not qtensor.is_qtensor(leaf):
-    leaf = leaf.reshape(old.shape).astype(old.dtype)
-  return {**layer, part: {**layer[part], kernel: {"kernel": leaf}}}
 
 
 def _to_leaf(
@@ -186,7 +164,7 @@ def _to_leaf(
 ) -> qtensor.QTensor:
   """The leaf of a kernel of `shape`: one solution, or one an expert."""
   if not name.startswith("moe/"):
-    return gptq.to_qtensor(solutions[0], cfg.solver, shape, num_in=_num_in(name))
+    return gptq.to_qtensor(solutions[0], cfg.solver, shape, num_in=blocks.num_in(name))
   leaves = [gptq.to_qtensor(one, cfg.solver, shape[1:]) for one in solutions]
   return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
 
@@ -199,10 +177,10 @@ def _without_data(
     part, kernel = name.split("/")
     w, is_moe = layer[part][kernel]["kernel"], part == "moe"
     if cfg.method == "ternary":
-      more = dict(num_in=_num_in(name), num_lead=int(is_moe), scale_dtype=jnp.float16)
+      more = dict(num_in=blocks.num_in(name), num_lead=int(is_moe), scale_dtype=jnp.float16)
       leaf = qtensor.quantize(w, "ternary", -1, **more)
     else:
-      kernels = kernel_2d(layer, name)
+      kernels = blocks.kernel(layer, name)
       path = f"layers_{i}/{name}"
       found = [
         gptq.round_to_nearest(one, cfg.solver, name=path)
@@ -212,7 +190,7 @@ def _without_data(
     off = qtensor.dequantize(leaf) - w.astype(jnp.float32)
     error = jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(w.astype(jnp.float32).ravel())
     rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": float(error)})
-    layer = put(layer, name, leaf)
+    layer = blocks.with_kernel(layer, name, leaf)
   return layer, rows
 
 
@@ -262,8 +240,8 @@ class _Work:
       for name, solutions in self.solve(stage, layer, hessian, i).items():
         part, kernel = name.split("/")
         leaf = _to_leaf(solutions, self.cfg, name, layer[part][kernel]["kernel"].shape)
-        stored = put(stored, name, leaf)
-        layer = put(layer, name, qtensor.dequantize(leaf))
+        stored = blocks.with_kernel(stored, name, leaf)
+        layer = blocks.with_kernel(layer, name, qtensor.dequantize(leaf))
         rows.append(
           {
             "layer": i,
@@ -285,7 +263,7 @@ class _Work:
   def hessian(
     self, name: str, layer: types.Params, hidden: list[np.ndarray], before: Any = None
   ) -> Float[Array, "*E I I"]:
-    *lead, num_in, _ = kernel_2d(layer, name).shape
+    *lead, num_in, _ = blocks.kernel(layer, name).shape
     total = jnp.zeros((*lead, num_in, num_in), jnp.float32)
     keep, first = self.keep[self.cfg.skipped(name)], [None] * len(hidden)
     if self.cfg.p_first == "bound" and self.cfg.skipped(name):
@@ -300,7 +278,7 @@ class _Work:
     self, stage: tuple[str, ...], layer: types.Params, hessian: Float[Array, "*E I I"], i: int
   ) -> dict[str, list[gptq.Solution]]:
     """Solutions by name, one a kernel or one an expert."""
-    kernels, path = [kernel_2d(layer, name) for name in stage], f"layers_{i}/" + "+".join(stage)
+    kernels, path = [blocks.kernel(layer, name) for name in stage], f"layers_{i}/" + "+".join(stage)
     if hessian.ndim == 2:
       solved = [self._solve_joined(kernels, hessian, path)]
     else:

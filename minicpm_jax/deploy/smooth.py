@@ -127,7 +127,9 @@ class _Search:
     def loss(t_I: Array) -> Float[Array, ""]:
       changed = layer
       for kernel in names:
-        changed = _put(changed, kernel, _rounded_rows(_kernel(layer, kernel), t_I, self.cfg))
+        changed = blocks.with_kernel(
+          changed, kernel, _rounded_rows(blocks.kernel(layer, kernel), t_I, self.cfg)
+        )
       total = 0.0
       for found, want, f in zip(branch(changed), wanted, factors, strict=True):
         off = (found - want).astype(jnp.float32) * f[..., None]
@@ -143,11 +145,11 @@ class _Search:
         self._each(lambda *args: blocks.projection_input(self.model_cfg, "mlp/down", layer, *args)),
         None,
       )
-      w_FD = _kernel(layer, "mlp/down")
+      w_FD = blocks.kernel(layer, "mlp/down")
     else:
       both = self._each(lambda *args: blocks.expert_down(self.model_cfg, layer, *args, e))
       inputs, own = [x for x, _ in both], [mask for _, mask in both]
-      w_FD = _kernel(layer, "moe/down")[e]
+      w_FD = blocks.kernel(layer, "moe/down")[e]
     factors, total = self._factors(inputs, own), calib.hessian_init(w_FD.shape[0])
     for x, f in zip(inputs, factors, strict=True):
       total = calib.hessian_update(total, x * f[..., None], f > 0)
@@ -162,17 +164,3 @@ def _rounded_rows(w: Float[Array, "*E I O"], t_I: Array, cfg: gptq.GPTQConfig) -
   if w.ndim == 2:
     return _rounded(w, t_I, cfg=cfg)
   return jnp.stack([_rounded(one, t_I, cfg=cfg) for one in w])
-
-
-def _kernel(layer: types.Params, name: str) -> Float[Array, "*E I O"]:
-  """Kernels here have one input axis; that of experts leads."""
-  part, kernel = name.split("/")
-  w = layer[part][kernel]["kernel"].astype(jnp.float32)
-  return w if part == "moe" else w.reshape(w.shape[0], -1)
-
-
-def _put(layer: types.Params, name: str, w: Float[Array, "*E I O"]) -> types.Params:
-  part, kernel = name.split("/")
-  old = layer[part][kernel]["kernel"]
-  new = w.reshape(old.shape).astype(old.dtype)
-  return {**layer, part: {**layer[part], kernel: {"kernel": new}}}

@@ -168,7 +168,7 @@ def test_planted_outliers():
     size = np.abs(np.asarray(blocks.projection_input(*args))).mean((0, 2))
     assert size[:4].mean() > 8 * size[4:].mean()
     later = works["p-gptq"].hessian("mlp/down", layer, hidden)
-    w, errors = quantize.kernel_2d(layer, "mlp/down"), {}
+    w, errors = blocks.kernel(layer, "mlp/down"), {}
     for method, work in works.items():
       solution = gptq.solve(w, work.hessian("mlp/down", layer, hidden), SOLVER)
       errors[method] = float(gptq.relative_error(gptq.dequantize(solution), w, later))

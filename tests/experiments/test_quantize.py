@@ -60,7 +60,7 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
     ((), "--output: found none"),
     (("--output=x", "--method=gptq"), "--text: gptq needs calibration text"),
     (("--output=x", "--method=rtn", "--group_size=48"), "group_size: found 48"),
-    (("--output=x", "--method=gptq", "--text=nothing.txt"), "found no such file"),
+    (("--output=x", "--method=gptq", "--text=nothing.txt"), "nothing.txt: no such file"),
     (("--output=x.gguf", "--method=rtn", "--kind=q5"), "--kind: found 'q5'"),
     (("--output=x.gguf", "--method=rtn", "--kind=tq2_0"), "--kind: found tq2_0"),
     (("--output=x.gguf", "--method=ternary", "--kind=q4_0"), "--kind: found q4_0"),
