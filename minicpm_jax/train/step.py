@@ -21,6 +21,7 @@ from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import rng, trees, types
 from minicpm_jax.models import transformer
+from minicpm_jax.nn import mtp
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.quant import qat
 from pallas_kernels.fused_ce import api as fused_ce
