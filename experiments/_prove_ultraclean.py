@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments import _ultraclean
+from experiments import _ultraclean, _verify_pools
 from minicpm_jax import config
 from minicpm_jax.core import extras
 from minicpm_jax.data import documents, executor, shards
@@ -32,7 +32,7 @@ HELD_OUT = (
 )
 HIDDEN = "zh_wiki_cmrc"  # every second document that is left hides in the raw text, as SQuAD does
 ITEMS, ITEM_CHARS = 80, 600  # of every held-out set
-ROWS, SEQ_LEN, VOCAB = 8, 256, 4096
+SEQ_LEN, VOCAB = 256, 4096
 
 
 def _bucket(name: str, row: dict) -> int:
@@ -77,49 +77,13 @@ def _plan(files: dict[str, pathlib.Path], shared: pathlib.Path, workdir: pathlib
   )
 
 
-def _base(workdir: pathlib.Path, seed: int, steps: int) -> config.TrainConfig:
-  return config.TrainConfig(
-    name=f"base{seed}",
-    model=config.ModelConfig(
-      name="prove",
-      vocab_size=VOCAB,
-      model_dim=64,
-      mlp_dim=192,
-      num_layers=2,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=16,
-      max_position=SEQ_LEN,
-      dim_model_base=32,
-    ),
-    optim=config.OptimConfig(
-      peak_lr=0.02, schedule=config.ScheduleConfig(warmup_steps=10, stable_steps=steps - 10)
-    ),
-    data=config.DataConfig(
-      sources=(config.SourceConfig(name="raw", path=str(workdir / "clean" / "shards" / "raw")),),
-      phases=(config.PhaseConfig(weights=(("raw", 1.0),)),),
-      seq_len=SEQ_LEN,
-      batch_size=ROWS,
-      seed=seed,
-    ),
-    checkpoint=config.CheckpointConfig(every_steps=0),
-    num_steps=steps,
-    seed=seed,
-    compilation_cache=str(workdir / "programs"),
-  )
-
-
 def _control(plan: _ultraclean.Plan, tok) -> config.SourceConfig:
   """As many raw documents as are clean, drawn by hash: filtering without a filter."""
   items = [i for p in documents.expand(plan.inputs) for i in plan.reader(p)]
   docs = [i for i in items if isinstance(i, documents.Doc)]
   docs.sort(key=lambda d: hashlib.sha1(f"control\0{d.id}".encode()).digest())
-  size, chosen = 0, []
   budget = sum(len(d.text) for d in executor.read_kept(plan.output / "clean"))
-  for doc in docs:
-    if size < budget:
-      chosen.append(doc)
-      size += len(doc.text)
+  chosen = _verify_pools.first(docs, budget)
   folder = plan.output / "shards" / "control"
   shards.prepare(chosen, folder, name="control", tokenizer=tok, overwrite=True)
   return config.SourceConfig(name="control", path=str(folder))
@@ -151,10 +115,14 @@ def run(
     )
     for name in HELD_OUT
   ]
-  clean = config.SourceConfig(name="clean", path=str(plan.output / "shards" / "clean"))
+  raw, clean = (
+    config.SourceConfig(name=name, path=str(plan.output / "shards" / name))
+    for name in ("raw", "clean")
+  )
   candidates = (clean, _control(plan, tok))
   for seed in range(num_seeds):
-    cfg = _base(workdir, seed, stable_steps)
+    steps = dict(warmup_steps=10, stable_steps=stable_steps - 10, num_steps=stable_steps)
+    cfg = _verify_pools.base_run(workdir, raw, VOCAB, seed, seq_len=SEQ_LEN, **steps)
     loop.train(cfg, workdir / cfg.name, tok=tok)
   reports = {}
   for source in candidates:

@@ -25,7 +25,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, list[documents.Doc]], list]:
     docs("zh_textbook_rust"),
   )
   size = min(sum(len(d.text) for d in wiki[60:]), sum(len(d.text) for d in reviews))
-  good, bad = _first(wiki[60:], size), _first(reviews, size)
+  good, bad = first(wiki[60:], size), first(reviews, size)
   both = [*good, *bad]
   random.Random(0).shuffle(both)
   pools = {"default": docs("zh_mixed_clue"), "good": good, "bad": bad}
@@ -35,7 +35,8 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, list[documents.Doc]], list]:
   return pools, sets
 
 
-def _first(docs: list[documents.Doc], size: int) -> list[documents.Doc]:
+def first(docs: list[documents.Doc], size: int) -> list[documents.Doc]:
+  """Documents from the start until they hold `size` characters."""
   out, count = [], 0
   for doc in docs:
     if count < size:
@@ -44,14 +45,24 @@ def _first(docs: list[documents.Doc], size: int) -> list[documents.Doc]:
   return out
 
 
-def _base(
-  workdir: pathlib.Path, source: config.SourceConfig, vocab: int, seed: int, stable: int
+def base_run(
+  workdir: pathlib.Path,
+  source: config.SourceConfig,
+  vocab_size: int,
+  seed: int,
+  *,
+  warmup_steps: int,
+  stable_steps: int,
+  num_steps: int,
+  seq_len: int,
 ) -> config.TrainConfig:
+  """The stable stage of a nano model on one source, from which candidates are annealed."""
+  schedule = config.ScheduleConfig(warmup_steps=warmup_steps, stable_steps=stable_steps)
   return config.TrainConfig(
     name=f"base{seed}",
     model=config.ModelConfig(
-      name="pools",
-      vocab_size=vocab,
+      name="nano",
+      vocab_size=vocab_size,
       model_dim=64,
       mlp_dim=192,
       num_layers=2,
@@ -61,18 +72,16 @@ def _base(
       max_position=256,
       dim_model_base=32,
     ),
-    optim=config.OptimConfig(
-      peak_lr=0.02, schedule=config.ScheduleConfig(warmup_steps=5, stable_steps=stable)
-    ),
+    optim=config.OptimConfig(peak_lr=0.02, schedule=schedule),
     data=config.DataConfig(
       sources=(source,),
-      phases=(config.PhaseConfig(weights=(("default", 1.0),)),),
-      seq_len=128,
+      phases=(config.PhaseConfig(weights=((source.name, 1.0),)),),
+      seq_len=seq_len,
       batch_size=8,
       seed=seed,
     ),
     checkpoint=config.CheckpointConfig(every_steps=0),
-    num_steps=stable,
+    num_steps=num_steps,
     seed=seed,
     compilation_cache=str(workdir / "programs"),
   )
@@ -95,7 +104,8 @@ def run(
     shards.prepare(docs, workdir / name, name=name, tokenizer=tok)
     sources[name] = config.SourceConfig(name=name, path=str(workdir / name))
   for seed in range(num_seeds):
-    cfg = _base(workdir, sources["default"], tok.vocab_size, seed, stable_steps)
+    steps = dict(warmup_steps=5, stable_steps=stable_steps, num_steps=stable_steps)
+    cfg = base_run(workdir, sources["default"], tok.vocab_size, seed, seq_len=128, **steps)
     loop.train(cfg, workdir / cfg.name, tok=tok)
   checkpoints = tuple(f"{workdir}/base{s}@{stable_steps}" for s in range(num_seeds))
   deltas, reports = {}, {}
