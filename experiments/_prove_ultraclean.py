@@ -137,7 +137,7 @@ def run(
   return {
     "tokens": {name: index.num_tokens for name, index in made.items()},
     "documents": {name: index.num_documents for name, index in made.items()},
-    "anneal_tokens": anneal_steps * ROWS * SEQ_LEN,
+    "anneal_tokens": anneal_steps * _verify_pools.ROWS * SEQ_LEN,
     "classifiers": found,
     "candidates": {name: {k: r[k] for k in keys} for name, r in reports.items()},
     "seed_deltas": {name: [s["delta"] for s in r["seeds"]] for name, r in reports.items()},

@@ -11,6 +11,7 @@ from minicpm_jax.train import loop
 from minicpm_jax.tunnel import likelihood, verification
 
 POOLS = ("good", "bad", "shuffled_a", "shuffled_b")
+ROWS = 8  # of a batch
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, list[documents.Doc]], list]:
@@ -77,7 +78,7 @@ def base_run(
       sources=(source,),
       phases=(config.PhaseConfig(weights=((source.name, 1.0),)),),
       seq_len=seq_len,
-      batch_size=8,
+      batch_size=ROWS,
       seed=seed,
     ),
     checkpoint=config.CheckpointConfig(every_steps=0),
