@@ -4,19 +4,18 @@ import json
 
 import pytest
 
-from experiments import bench_long_prompt
+from experiments import _results, bench_long_prompt
 
 
-def test_rows_are_kept_by_side_and_prompt(tmp_path):
+def test_rows_of_an_equal_setting_are_kept(tmp_path):
   key = {"model": "m.gguf", "chunk": 64, "jax": "1"}
   rows = [{"side": "sparse", "prompt": 8, "x": 1}, {"side": "dense", "prompt": 8, "x": 2}]
   stored = {"environment": {"jax": "1"}, "model": "m.gguf", "chunk": 64, "rows": rows}
   path = tmp_path / "r.json"
-  assert bench_long_prompt._recorded(path, key) == {}
+  assert _results.recorded(path, key) == []
   path.write_text(json.dumps(stored))
-  found = bench_long_prompt._recorded(path, key)
-  assert found == {("sparse", 8): rows[0], ("dense", 8): rows[1]}
-  assert bench_long_prompt._recorded(path, key | {"jax": "2"}) == {}
+  assert _results.recorded(path, key) == rows
+  assert _results.recorded(path, key | {"jax": "2"}) == []
 
 
 @pytest.mark.parametrize(
