@@ -49,6 +49,21 @@ def check_shared_memory(op: str, num_bytes: int, what: str) -> None:
     )
 
 
+def padded(x, *multiples: int):
+  """Zeros behind every axis, up to these multiples."""
+  return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])
+
+
+def across(x_R, width: int):
+  """[R, width] of a number a row."""
+  return jax.lax.broadcast_in_dim(x_R, (x_R.shape[0], width), (0,))
+
+
+def down(x_N, height: int):
+  """[height, N] of a number a column."""
+  return jax.lax.broadcast_in_dim(x_N, (height, x_N.shape[0]), (1,))
+
+
 def num_cores() -> int:
   """Multiprocessors of the device in use, or of an H100 where there is none."""
   return getattr(jax.devices()[0], "core_count", None) or 132

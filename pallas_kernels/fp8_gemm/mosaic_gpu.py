@@ -66,10 +66,6 @@ def key(M: int, N: int, K: int, dtype) -> str:
   return f"mosaic_gpu_{triton.key(M, N, K, dtype)}"
 
 
-def _padded(x, *multiples: int):
-  return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])
-
-
 def matmul_mosaic_gpu(
   xq_MK, xs_MQ, wq_KN, ws_QP, out_dtype=jnp.float32, *, config=None, interpret: bool | None = None
 ):
@@ -93,9 +89,9 @@ def matmul_mosaic_gpu(
   mgpu.check_shared_memory(OP, size, what)
   num_tiles = -(-M // config.block_m) * -(-N // config.block_n)
   y_MN = mgpu_kernels.matmul(
-    _padded(xq_MK, config.block_m, ref.BLOCK),
-    _padded(xs_MQ.T, 1, config.block_m),
-    _padded(wq_KN.T, config.block_n, ref.BLOCK),
+    mgpu.padded(xq_MK, config.block_m, ref.BLOCK),
+    mgpu.padded(xs_MQ.T, 1, config.block_m),
+    mgpu.padded(wq_KN.T, config.block_n, ref.BLOCK),
     ws_QP,
     tiles=tiles,
     programs=min(num_tiles, 2 if interpreted else mgpu.num_cores()),

@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import mgpu
 from pallas_kernels.sparse_attention.mgpu_kernels import (
   LOG2E,
-  across,
   hide,
   is_listed,
   member_bias,
@@ -45,11 +44,6 @@ def shared_bytes_kv(head_dim: int, num_stages: int, itemsize: int) -> int:
   """Of one program: k, v, rows of q and dout and their numbers in flight, scores."""
   tiles = (2 * ROWS * head_dim + ROWS * ROWS) * itemsize
   return tiles + num_stages * (2 * ROWS * head_dim * itemsize + NUMBERS * 4 * ROWS) + 4096
-
-
-def _down(x_r, height: int):
-  """[height, r] of a number a column."""
-  return jax.lax.broadcast_in_dim(x_r, (height, x_r.shape[0]), (1,))
 
 
 def _q_body(
@@ -111,7 +105,7 @@ def _q_body(
   of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
   query_R = query_of_rows(own, queries, group, block, interpreted)
   lse_R, delta_R = (mgpu.as_rows(ref[own], interpreted) for ref in (lse_smem, delta_smem))
-  delta_Rs = across(delta_R, block)
+  delta_Rs = mgpu.across(delta_R, block)
 
   def step(j, acc_RH):
     slot, bits = jax.lax.rem(j, num_stages), bits_ref[x, j]
@@ -119,7 +113,7 @@ def _q_body(
     def add(acc_RH):
       scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
       scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
-      bias_Rs = across(member_bias(bits, query_R) - lse_R, block)
+      bias_Rs = mgpu.across(member_bias(bits, query_R) - lse_R, block)
       probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + bias_Rs)
       dprobs_Rs = mgpu.dot_transposed(dout_smem.at[own], v_smem.at[slot], interpreted)
       dscores_Rs = (probs_Rs * (dprobs_Rs - delta_Rs)).astype(k_smem.dtype)
@@ -276,18 +270,18 @@ def _kv_body(
         bits = jnp.where(entry < end, bits_ref[e, jnp.minimum(entry, end - 1)], 0)
         members_sr = jnp.where(unit_sr == c, jnp.full(shape, bits, jnp.int32), members_sr)
       plgpu.barrier_wait(barriers.at[slot])
-      pos_sr, start_sr = _down(pos_smem[slot], ROWS), _down(start_smem[slot], ROWS)
+      pos_sr, start_sr = mgpu.down(pos_smem[slot], ROWS), mgpu.down(start_smem[slot], ROWS)
       is_member_sr = (jax.lax.shift_right_logical(members_sr, query_sr) & 1) == 1
       seen_sr = (spot_sr <= pos_sr) & (spot_sr >= start_sr) & is_member_sr
       scores_sr = mgpu.dot_transposed(k_smem, q_smem.at[slot], interpreted) * (scale * LOG2E)
-      probs_sr = jnp.exp2(scores_sr - _down(lse_smem[slot], ROWS))
+      probs_sr = jnp.exp2(scores_sr - mgpu.down(lse_smem[slot], ROWS))
       probs_sr = jnp.where(seen_sr, probs_sr, 0.0)
       scores_smem[...] = probs_sr.astype(scores_smem.dtype)
       plgpu.commit_smem()
       fetch(i + (num_stages - 1))
       dv_sH = mgpu.dot_add(dv_sH, scores_smem, dout_smem.at[slot], interpreted)
       dprobs_sr = mgpu.dot_transposed(v_smem, dout_smem.at[slot], interpreted)
-      dscores_sr = probs_sr * (dprobs_sr - _down(delta_smem[slot], ROWS))
+      dscores_sr = probs_sr * (dprobs_sr - mgpu.down(delta_smem[slot], ROWS))
       scores_smem[...] = dscores_sr.astype(scores_smem.dtype)
       plgpu.commit_smem()
       dk_sH = mgpu.dot_add(dk_sH, scores_smem, q_smem.at[slot], interpreted)

@@ -30,11 +30,6 @@ def shared_bytes(block: int, head_dim: int, num_stages: int, itemsize: int, warp
   return of_rows + 2 * num_stages * block * head_dim * itemsize + 4096
 
 
-def across(x_R, width: int):
-  """[R, width] of a number a row."""
-  return jax.lax.broadcast_in_dim(x_R, (x_R.shape[0], width), (0,))
-
-
 def rows_and_edges(pos_YCq, start_YCq, group: int):
   """(pos, start [Y, C, R] of the rows; lowest pos, highest start [Y, C] of the queries)."""
   is_query_YCq = pos_YCq >= 0
@@ -80,7 +75,7 @@ def hide(scores_Rs, first_spot, low, high, pos_ref, start_ref, interpreted: bool
     pos_R, start_R = (
       mgpu.as_rows(ref[...], interpreted) - first_spot for ref in (pos_ref, start_ref)
     )
-    seen_Rs = (lane_Rs <= across(pos_R, block)) & (lane_Rs >= across(start_R, block))
+    seen_Rs = (lane_Rs <= mgpu.across(pos_R, block)) & (lane_Rs >= mgpu.across(start_R, block))
     return jnp.where(seen_Rs, scores_Rs, HIDDEN)
 
   is_open = (first_spot + (block - 1) <= low) & (first_spot >= high)
@@ -195,13 +190,13 @@ def _body(
       scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
       bias_R = member_bias(bits, query_R)
       new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
-      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + across(bias_R - new_top_R, block))
+      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + mgpu.across(bias_R - new_top_R, block))
       shrink_R = jnp.exp2(top_R - new_top_R)
       sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
       refill(j)
       plgpu.barrier_wait(v_barriers.at[slot])
       acc_RH = mgpu.values_dot_add(
-        acc_RH * across(shrink_R, head_dim),
+        acc_RH * mgpu.across(shrink_R, head_dim),
         probs_Rs.astype(v_smem.dtype),
         v_smem.at[slot],
         interpreted,
@@ -225,7 +220,7 @@ def _body(
   )
   top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
   safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
-  out_ref[x, split, own] = (acc_RH / across(safe_R, head_dim)).astype(out_ref.dtype)
+  out_ref[x, split, own] = (acc_RH / mgpu.across(safe_R, head_dim)).astype(out_ref.dtype)
   lse_smem[own] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem.at[own], lse_ref.at[x, split, own])

@@ -10,7 +10,7 @@ units), lists of 8 bytes an entry (at most T * W a key head, sorted out of place
 import jax.numpy as jnp
 
 from pallas_kernels.common import mgpu
-from pallas_kernels.sparse_attention import inverse, tiles
+from pallas_kernels.sparse_attention import inverse, tiles, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -34,9 +34,7 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
   dout_BTNH, dlse_BTN = cotangents
   (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
   group, M = N // K, -(-S // block_size)
-  # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
-  delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
-  delta_BTN = delta_BTN - jnp.where(lse_BTN > -jnp.inf, dlse_BTN, 0.0)
+  delta_BTN = vjp.delta(out_BTNH, dout_BTNH, dlse_BTN, lse_BTN > -jnp.inf)
   lse_BTN = jnp.where(lse_BTN > -jnp.inf, lse_BTN * mgpu_kernels.LOG2E, kernels.NOTHING)
   by_row = (q_BTNH, dout_BTNH.astype(q_BTNH.dtype), lse_BTN, delta_BTN)
   k_PsKH, v_PsKH = (tiles.blocks(x, block_size) for x in (k_BSKH, v_BSKH))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, interpret
-from pallas_kernels.sparse_attention import tiles
+from pallas_kernels.sparse_attention import tiles, vjp
 from pallas_kernels.sparse_attention import tpu_kernels as kernels
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -170,9 +170,7 @@ def _backward(static: _Static, residuals, cotangents):
   B, T = q_BTNH.shape[:2]
   chunks, bit_R1, H, M = _prepare(static, q_BTNH, k_BSKH, ids_BKTW, pos_BT, start_BT)
   k_PC, v_PC = flat_keys(k_BSKH, static.block), flat_keys(v_BSKH, static.block)
-  # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
-  delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
-  delta_BTN = delta_BTN - jnp.where(lse_BTN > -jnp.inf, dlse_BTN, 0.0)
+  delta_BTN = vjp.delta(out_BTNH, dout_BTNH, dlse_BTN, lse_BTN > -jnp.inf)
   lse_BTN = jnp.where(lse_BTN > -jnp.inf, lse_BTN, kernels.NOTHING)
   to_tiles = functools.partial(tiles.to_tiles, queries=static.queries, heads=static.heads)
   chunks |= {

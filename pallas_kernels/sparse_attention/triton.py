@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, tune
-from pallas_kernels.sparse_attention import inverse
+from pallas_kernels.sparse_attention import inverse, vjp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,9 +198,7 @@ def _backward(static: _Static, residuals, cotangents):
   (B, T, _, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
   M = -(-S // static.block)
   sizes = _sizes(static, q_BTNH, k_BSKH)
-  # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
-  delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1)
-  delta_BTN = delta_BTN - jnp.where(lse_BTN > -jnp.inf, dlse_BTN, 0.0)
+  delta_BTN = vjp.delta(out_BTNH, dout_BTNH, dlse_BTN, lse_BTN > -jnp.inf)
   dout_BTNH = dout_BTNH.astype(q_BTNH.dtype)
   grads = (dout_BTNH, lse_BTN, delta_BTN)
   queries = max(1, config.kv_rows // sizes["GP"])

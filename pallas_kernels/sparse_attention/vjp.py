@@ -101,12 +101,16 @@ def _attend_fwd(static: xla.Static, *args):
   return (out_BKTGV, lse_BKTG), (args, out_BKTGV, lse_BKTG)
 
 
+def delta(out, dout, dlse, sees_something):
+  """out . dout of every row, less the cotangent of its lse: d lse / d scores = P joins there."""
+  products = out.astype(jnp.float32) * dout.astype(jnp.float32)
+  return jnp.sum(products, axis=-1) - jnp.where(sees_something, dlse, 0.0)
+
+
 def _attend_bwd(static: xla.Static, residuals, cotangents):
   args, out_BKTGV, lse_BKTG = residuals
   dout_BKTGV, dlse_BKTG = cotangents
-  # d lse / d scores = P, so its cotangent joins delta = out . dout with the opposite sign.
-  delta_BKTG = jnp.sum(dout_BKTGV.astype(jnp.float32) * out_BKTGV.astype(jnp.float32), axis=-1)
-  delta_BKTG = delta_BKTG - jnp.where(lse_BKTG >= xla.NOTHING, 0.0, dlse_BKTG)
+  delta_BKTG = delta(out_BKTGV, dout_BKTGV, dlse_BKTG, lse_BKTG < xla.NOTHING)
   backward = functools.partial(xla_backward.head_backward, static)
   dq, dk, dv = _over_rows_and_heads(backward, *args, lse_BKTG, delta_BKTG, dout_BKTGV)
   return dq, dk, dv, None, None, None

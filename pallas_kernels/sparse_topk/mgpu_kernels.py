@@ -49,11 +49,6 @@ def shared_bytes(
   return queries + parts * width * head_dim * itemsize + 2048
 
 
-def _across(x_R, width: int):
-  """[R, width] of a number a row."""
-  return jax.lax.broadcast_in_dim(x_R, (x_R.shape[0], width), (0,))
-
-
 def _scores_body(
   first_ref,  # [1] first 64 queries of this launch
   begin_ref,  # [B, tiles] first slot that a query of the tile may use
@@ -164,7 +159,9 @@ def _scores_body(
     """x in columns [begin, end) of each row, `other` outside."""
     lane = as_tile(jax.lax.broadcasted_iota(jnp.int32, x_Rn.shape, 1))
     n = x_Rn.shape[1]
-    return jnp.where((lane >= _across(begin_R, n)) & (lane < _across(end_R, n)), x_Rn, other)
+    return jnp.where(
+      (lane >= mgpu.across(begin_R, n)) & (lane < mgpu.across(end_R, n)), x_Rn, other
+    )
 
   # Normaliser: log-sum-exp (base 2) of every head over the visible windows of its level.
   level = 1 if rule.lse == "exact" else rules.COARSE
@@ -202,7 +199,7 @@ def _scores_body(
     at = first_row + g
     top_R = as_rows(top_smem[at])
     new_top_R = jnp.maximum(top_R, jnp.max(logits, axis=1) * (scale * LOG2E))
-    exps = jnp.exp2(logits * (scale * LOG2E) - _across(new_top_R, width))
+    exps = jnp.exp2(logits * (scale * LOG2E) - mgpu.across(new_top_R, width))
     sum_smem[at] = as_rows(sum_smem[at]) * jnp.exp2(top_R - new_top_R) + jnp.sum(exps, axis=1)
     top_smem[at] = new_top_R
     return nothing
@@ -236,7 +233,7 @@ def _scores_body(
     return tuple(as_tile(jnp.zeros((rows, width), jnp.float32)) for _ in range(parts))
 
   def add_scores(m, g, part, logits, totals):
-    exponents = logits * (scale * LOG2E) - _across(as_rows(top_smem[first_row + g]), width)
+    exponents = logits * (scale * LOG2E) - mgpu.across(as_rows(top_smem[first_row + g]), width)
     total = totals[part] + jnp.exp2(jnp.minimum(exponents, CLAMP))
     return tuple(total if i == part else x for i, x in enumerate(totals))
 

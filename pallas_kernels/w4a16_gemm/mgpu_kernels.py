@@ -32,11 +32,6 @@ def shared_bytes(block_n: int, num_stages: int, bits: int, itemsize: int) -> int
   return num_stages * step + itemsize * block_k * block_n + 4 * ROWS * block_n + 4096
 
 
-def _down(x_N, height: int):
-  """[height, N] of a number a column."""
-  return jax.lax.broadcast_in_dim(x_N, (height, x_N.shape[0]), (1,))
-
-
 def _body(
   x_ref,  # [M, K], inputs of a step in the order of the fields
   codes_ref,  # [R, N] uint8
@@ -95,10 +90,10 @@ def _body(
     for j in range(8 // bits):
       codes_RN = (jax.lax.shift_right_logical(bytes_RN, bits * j) & mask) + low
       if has_zero:
-        codes_RN = codes_RN - _down(zero_smem[slot], ROWS)
+        codes_RN = codes_RN - mgpu.down(zero_smem[slot], ROWS)
       w_smem[pl.ds(j * ROWS, ROWS), :] = codes_RN.astype(jnp.float32).astype(w_smem.dtype)
     plgpu.commit_smem()
-    return acc_MN + mgpu.dot(x_smem.at[slot], w_smem) * _down(scale_smem[slot], ROWS)
+    return acc_MN + mgpu.dot(x_smem.at[slot], w_smem) * mgpu.down(scale_smem[slot], ROWS)
 
   nothing = jnp.zeros((ROWS, block_n), jnp.float32)
   out_smem[...] = jax.lax.fori_loop(begin, end, step, nothing).astype(out_smem.dtype)

@@ -95,11 +95,11 @@ def matmul_mosaic_gpu(
   size = mgpu_kernels.shared_bytes(block_n, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {block_n}")
   if zero_QN is not None:
-    zero_QN = _padded(zero_QN.astype(jnp.int32), 1, block_n)
+    zero_QN = mgpu.padded(zero_QN.astype(jnp.int32), 1, block_n)
   y_sMN = mgpu_kernels.matmul(
-    _in_fields(_padded(x_MK, mgpu.ROWS, block_k), block_k, 8 // bits),
-    _padded(codes_RN, mgpu.ROWS, block_n),
-    _padded(scale_QN.astype(jnp.float32), 1, block_n),
+    _in_fields(mgpu.padded(x_MK, mgpu.ROWS, block_k), block_k, 8 // bits),
+    mgpu.padded(codes_RN, mgpu.ROWS, block_n),
+    mgpu.padded(scale_QN.astype(jnp.float32), 1, block_n),
     zero_QN,
     bits=bits,
     low=low,
@@ -127,10 +127,10 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
   size = kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
   y_sMN = kernels.matmul(
-    _padded(x_MK, blocks * height, block_k),
-    _padded(codes_RN, kernels.BYTES, width),
-    _padded(scale_QN, 1, width),
-    None if zero_QN is None else _padded(zero_QN, 1, width),
+    mgpu.padded(x_MK, blocks * height, block_k),
+    mgpu.padded(codes_RN, kernels.BYTES, width),
+    mgpu.padded(scale_QN, 1, width),
+    None if zero_QN is None else mgpu.padded(zero_QN, 1, width),
     rows=M if blocks == 1 else blocks * height,
     bits=bits,
     low=low,
@@ -141,10 +141,6 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
   )
   y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
   return y_MN[:M, :N]
-
-
-def _padded(x, *multiples: int):
-  return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])
 
 
 def _in_fields(x_MK, block_k: int, per_byte: int):
