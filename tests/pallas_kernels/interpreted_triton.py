@@ -1,8 +1,5 @@
 """Values of the Triton kernels. Run by test_triton.py in a process with TRITON_INTERPRET=1."""
 
-import importlib.util
-import pathlib
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,17 +11,8 @@ from pallas_kernels.sparse_decode import triton as decoding
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
-
-
-def load(name):
-  path = pathlib.Path(__file__).with_name(f"{name}.py")
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-host, suite = load("triton_host"), load("sparse_suite")
+from tests.pallas_kernels import sparse_suite as suite
+from tests.pallas_kernels import triton_host as host
 
 
 @pytest.fixture(autouse=True)

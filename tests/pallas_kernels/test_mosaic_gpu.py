@@ -3,10 +3,7 @@
 `make mosaic-compile` goes on to machine code; with a Hopper GPU: `-m gpu`.
 """
 
-import importlib.util
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +21,21 @@ from pallas_kernels.sparse_attention import mosaic_gpu as attention
 from pallas_kernels.sparse_decode import mosaic_gpu as decoding
 from pallas_kernels.sparse_topk import mosaic_gpu as topk
 from pallas_kernels.sparse_topk import rule as rules
-
-
-def load(name):
-  if name not in sys.modules:
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-  return sys.modules[name]
-
-
-suite = load("sparse_suite")
-
+from tests.pallas_kernels import sparse_suite as suite
 
 # --- Lists ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("num_blocks, tiles_a_run", [(200, 3), (9, 4096)])
-def test_union_of_lists_is_that_of_sets(num_blocks, tiles_a_run):
+def test_union_of_lists_is_that_of_sets(num_blocks, tiles_a_run, monkeypatch):
+  monkeypatch.setattr(tiles, "TILES_A_RUN", tiles_a_run)
   rng = np.random.default_rng(0)
   X, Q, W = 7, 31, 5
   ids = np.where(rng.random((X, Q, W)) < 0.3, -1, rng.integers(0, num_blocks, (X, Q, W)))
   ids[2] = -1
   ids[3, 0, :2] = 4  # twice in one list counts once
-  found = jax.jit(tiles.union_in_runs, static_argnums=(1, 2))(
-    jnp.asarray(ids, jnp.int32), num_blocks, tiles_a_run
-  )
+  found = jax.jit(lambda ids: tiles.union_in_runs(ids, num_blocks))(jnp.asarray(ids, jnp.int32))
   union, members, counts = (np.asarray(x) for x in found)
   for x in range(X):
     expected = sorted({int(i) for i in ids[x].ravel() if i >= 0})

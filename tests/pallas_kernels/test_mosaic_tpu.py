@@ -1,8 +1,5 @@
 """The Pallas TPU backends without a TPU: values in interpret mode, lowering; `-m tpu` with one."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,12 +9,7 @@ from pallas_kernels.sparse_attention import mosaic_tpu as attention
 from pallas_kernels.sparse_decode import mosaic_tpu as decoding
 from pallas_kernels.sparse_topk import mosaic_tpu as topk
 from pallas_kernels.sparse_topk import rule as rules
-
-_spec = importlib.util.spec_from_file_location(
-  "sparse_suite", pathlib.Path(__file__).with_name("sparse_suite.py")
-)
-suite = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(suite)
+from tests.pallas_kernels import sparse_suite as suite
 
 
 @pytest.mark.parametrize("selection, lse", [("joint", "coarse"), ("split", "exact")])

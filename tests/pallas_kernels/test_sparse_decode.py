@@ -1,19 +1,11 @@
 """Sparse decoding on rows and pages against a loop over queries in float64."""
 
-import importlib.util
-import pathlib
-
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.common import spec
 from pallas_kernels.sparse_decode import api, ref, xla
-
-_spec = importlib.util.spec_from_file_location(
-  "sparse_suite", pathlib.Path(__file__).with_name("sparse_suite.py")
-)
-suite = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(suite)
+from tests.pallas_kernels import sparse_suite as suite
 
 
 @pytest.mark.parametrize("layout", suite.LAYOUTS)

@@ -5,9 +5,6 @@ compiles to PTX; `triton_cubin` goes on to machine code and reads registers and 
 """
 
 import dataclasses
-import importlib.util
-import pathlib
-import sys
 import unittest.mock
 
 import jax
@@ -18,20 +15,11 @@ from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
+from tests.pallas_kernels import sparse_suite as suite
+from tests.pallas_kernels import triton_cubin as cubin
+from tests.pallas_kernels import triton_host as host
 
 ARCHS = (80, 90)
-
-
-def load(name):
-  if name not in sys.modules:
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-  return sys.modules[name]
-
-
-host, cubin, suite = load("triton_host"), load("triton_cubin"), load("sparse_suite")
 
 
 @pytest.mark.parametrize("op", ["select", "attend", "decode"])

@@ -1,9 +1,5 @@
 """The 8-bit matmul, and the form for few rows of all packed ones, against a float64 product."""
 
-import importlib.util
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +9,8 @@ from minicpm_jax.quant import qtensor
 from pallas_kernels.w4a16_gemm import cases as packed_cases
 from pallas_kernels.w4a16_gemm import ref, xla, xla_rows
 from pallas_kernels.w8a16_gemm import api, cases
+from tests.pallas_kernels import packed_suite as suite
 
-
-def load(name):
-  if name not in sys.modules:
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-  return sys.modules[name]
-
-
-suite = load("packed_suite")
 Case = packed_cases.Case
 
 
