@@ -41,15 +41,16 @@ notebooks: $(VENV)/.dev
 	@$(BIN)/jupytext --sync experiments/notebooks/*.py
 
 # The environment holds what setup.py names; a stamp says which extras are in it.
-# jax-triton imports on a CPU only beside jax's CUDA plugin (7.5 MB, no NVIDIA libraries).
-$(VENV)/.quickstart: setup.py $(CONSTRAINTS)
-	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+$(BIN)/python:
+	@echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: setup.py $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing minicpm_jax[quickstart] into $(VENV) (once, about a minute)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[quickstart]'
 	@touch $@
 
-$(VENV)/.dev: setup.py $(CONSTRAINTS)
-	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+# jax-triton imports on a CPU only beside jax's CUDA plugin (7.5 MB, no NVIDIA libraries).
+$(VENV)/.dev: setup.py $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing minicpm_jax[dev] into $(VENV) (once, a few minutes)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps \

@@ -8,6 +8,7 @@ import pytest
 from minicpm_jax import config
 from minicpm_jax.config import qat as qat_lib
 from minicpm_jax.optim import schedules
+from tests import words
 
 WSD = config.ScheduleConfig(warmup_steps=10, stable_steps=70, decay_steps=20, min_ratio=0.1)
 
@@ -53,16 +54,7 @@ def test_stages_of_a_run():
       config.PhaseConfig(name="decay", start_step=80, weights=(("b", 1.0),)),
     ),
   )
-  model = config.ModelConfig(
-    vocab_size=8,
-    model_dim=8,
-    mlp_dim=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=8,
-  )
+  model = words.model_config(8)
   whole = config.TrainConfig(
     model=model, data=data, optim=config.OptimConfig(schedule=WSD), num_steps=100
   )
@@ -93,16 +85,7 @@ def test_the_names_of_the_specification():
 
 def test_int4_stages():
   """100 steps, 20 of decay, a fifth of them in int4 at a tenth of the peak rate."""
-  model = config.ModelConfig(
-    vocab_size=8,
-    model_dim=8,
-    mlp_dim=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=8,
-  )
+  model = words.model_config(8)
   optim = config.OptimConfig(schedule=WSD, peak_lr=0.01)
   whole = config.TrainConfig(model=model, optim=optim, num_steps=100, name="run")
   first, int4 = config.int4_stages(whole, first_workdir="runs/a", group_size=8, decay_share=0.2)

@@ -11,6 +11,7 @@ from minicpm_jax.models import transformer
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
 from minicpm_jax.tunnel import engine, knobs, plan
+from tests import words
 
 STEPS, ROWS, SEQ = 3, 4, 16
 
@@ -118,17 +119,7 @@ def test_constants_by_hand():
 
 
 def test_what_cannot_be_data_is_refused():
-  moe = config.ModelConfig(
-    vocab_size=8,
-    model_dim=8,
-    mlp_dim=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=8,
-    moe=config.MoEConfig(),
-  )
+  moe = words.model_config(8, moe=config.MoEConfig())
   with pytest.raises(ValueError, match=r"model\.moe.*queue"):
     knobs.plain_model(moe)
   bad = spec("matrix")
