@@ -62,23 +62,12 @@ def _alone(spec: plan.RunSpec, text: corpus.Corpus) -> float:
       spec.weights_at(i), seed=spec.data_seed, step=i, rows=spec.batch_size, seq_len=spec.seq_len
     )
     ids = text.tokens[starts[:, None] + np.arange(spec.seq_len + 1)]
-    state, _, _ = step(state, _batch(ids), schedule)
+    state, _, _ = step(state, step_lib.whole_rows(ids), schedule)
   rows, total = _rows(text), 0.0
   for at in range(0, EVAL_ROWS, spec.batch_size):
     ids = rows.ids[at : at + spec.batch_size]
-    total += float(evaluate(state.params, _batch(ids))["loss"].sum)
+    total += float(evaluate(state.params, step_lib.whole_rows(ids))["loss"].sum)
   return total / float(rows.mask.sum())
-
-
-def _batch(ids: np.ndarray) -> step_lib.Batch:
-  rows, length = ids.shape[0], ids.shape[1] - 1
-  return {
-    "tokens": jnp.asarray(ids[:, :-1]),
-    "targets": jnp.asarray(ids[:, 1:]),
-    "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)),
-    "segment_ids": jnp.ones((rows, length), jnp.int32),
-    "loss_mask": jnp.ones((rows, length), jnp.float32),
-  }
 
 
 def _through_runner(batching: engine.Batching):

@@ -162,7 +162,7 @@ class Study:
 
       @jax.jit
       def heldout(params, rows):
-        total = jax.lax.map(lambda x: evaluate(params, _batch(x))["loss"], rows)
+        total = jax.lax.map(lambda x: evaluate(params, step_lib.whole_rows(x))["loss"], rows)
         return jnp.sum(total.sum) / jnp.sum(total.weight)
 
       self._compiled[quant] = model, optimizer, _chunk(step), heldout
@@ -276,27 +276,13 @@ def _chunk(step: Any) -> Any:
   @jax.jit
   def chunk(state, rows, schedule, *more):
     def one(state, x):
-      state, metrics, *_ = step(state, _batch(x), schedule, *more)
+      state, metrics, *_ = step(state, step_lib.whole_rows(x), schedule, *more)
       kept = {k: m.sum / m.weight for k, m in metrics.items()}
       return state, {k: kept[k] for k in ("loss", "zero_share", "flip_rate") if k in kept}
 
     return jax.lax.scan(one, state, rows)
 
   return chunk
-
-
-def _batch(rows: jax.Array) -> step_lib.Batch:
-  rows = rows.astype(jnp.int32)
-  tokens = rows[:, :-1]
-  ones = jnp.ones_like(tokens)
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-  return {
-    "tokens": tokens,
-    "targets": rows[:, 1:],
-    "positions": positions,
-    "segment_ids": ones,
-    "loss_mask": ones.astype(jnp.float32),
-  }
 
 
 def _thin(values: Any, num: int = 40) -> list[float]:

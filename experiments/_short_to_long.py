@@ -94,17 +94,12 @@ def model_config(plan: Plan, sparse: config.SparseAttentionConfig | None) -> con
 
 def batch(
   rng: np.random.Generator, tokens: int, length: int, near: float, rest: float
-) -> dict[str, np.ndarray]:
+) -> step_lib.Batch:
   """Rows for the train step; answers weigh 1, everything else `rest`."""
   rows = tokens // length
   tokens, kinds = recall.documents(rng, rows, length, near=near)
-  return {
-    "tokens": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "loss_mask": np.where(kinds[:, 1:] == recall.EASY, 1.0, rest).astype(np.float32),
-    "segment_ids": np.ones((rows, length), np.int32),
-    "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-  }
+  mask = np.where(kinds[:, 1:] == recall.EASY, 1.0, rest).astype(np.float32)
+  return step_lib.whole_rows(tokens, mask)
 
 
 def needle_documents(

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Integer
 
 from minicpm_jax import config
 from minicpm_jax.core import mesh as mesh_lib
@@ -74,6 +75,20 @@ def quantized_weights(cfg: config.ModelConfig) -> Weights:
 
 LossFn = Callable[[types.Params, Batch, LossContext], tuple[jax.Array, Metrics]]
 TotalsFn = Callable[[Batch], dict[str, jax.Array]]
+
+
+def whole_rows(
+  ids_BA: Integer[types.AnyArray, "B A"], loss_mask_BT: Float[types.AnyArray, "B T"] | None = None
+) -> Batch:
+  """The batch of rows of T + 1 ids, one document each; without a mask every target counts."""
+  tokens_BT = jnp.asarray(ids_BA[:, :-1], jnp.int32)
+  return {
+    "tokens": tokens_BT,
+    "targets": jnp.asarray(ids_BA[:, 1:], jnp.int32),
+    "positions": jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape),
+    "segment_ids": jnp.ones_like(tokens_BT),
+    "loss_mask": jnp.ones(tokens_BT.shape) if loss_mask_BT is None else jnp.asarray(loss_mask_BT),
+  }
 
 
 # --- The pretraining objective -------------------------------------------------------------------

@@ -134,14 +134,7 @@ def losses_of(cfg: config.TrainConfig) -> tuple[float, ...]:
   train_step = step_lib.make_train_step(loss_fn, step_lib.make_totals_fn(model), tx)
   rows, length = cfg.data.batch_size, cfg.data.seq_len
   tokens = np.tile(rng.integers(3, 40, size=(1, length + 1)), (rows, 1)).astype(np.int32)
-  batch = {
-    "tokens": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "loss_mask": np.ones((rows, length), np.float32),
-    "segment_ids": np.ones((rows, length), np.int32),
-    "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-    "source_ids": np.zeros((rows, length), np.int32),
-  }
+  batch = step_lib.whole_rows(tokens) | {"source_ids": np.zeros((rows, length), np.int32)}
   schedule = schedules.schedule_arrays(cfg.optim.schedule, cfg.optim.peak_lr)
   state = step_lib.TrainState(jnp.int32(0), params, tx.init(params))
   run = jax.jit(train_step).lower(state, batch, schedule)
