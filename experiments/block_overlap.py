@@ -22,7 +22,7 @@ from absl import flags
 from experiments import _block_overlap as overlap
 from experiments import _command, _quantize
 from minicpm_jax import ckpt, config
-from minicpm_jax.core import fetch
+from minicpm_jax.core import fetch, files
 
 VALUES = flags.FlagValues()
 _CASES = ("minicpm4_8b_32k", "minicpm4_8b_128k")
@@ -72,11 +72,7 @@ def _run() -> None:
     result["text_lists"].append(overlap.measure(model.cfg, params, rows, sparse))
     found = {k: v for k, v in result["text_lists"][-1].items() if k != "by_layer"}
     print(json.dumps(found), flush=True)
-  folder = pathlib.Path(_OUTPUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / "block_overlap.partial"
-  partial.write_text(json.dumps(result) + "\n")
-  partial.replace(folder / "block_overlap.json")
+  files.write(pathlib.Path(_OUTPUT.value) / "block_overlap.json", json.dumps(result) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

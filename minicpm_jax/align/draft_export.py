@@ -6,7 +6,6 @@ draft stores as codes) as floats that are scale times code, of the same size as 
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -16,7 +15,7 @@ from absl import logging
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import bita_io, draft_io
-from minicpm_jax.core import extras, types
+from minicpm_jax.core import extras, files, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import draft as draft_lib
@@ -100,9 +99,7 @@ def write_curves(workdir: pathlib.Path, cfg: config.DistillConfig) -> None:
       values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
       if values:
         curves.setdefault(name, []).append({"step": row["step"], **values})
-  partial = workdir / ".acceptance.partial"
-  partial.write_text(json.dumps({"kind": cfg.draft.kind, "curves": curves}, indent=2) + "\n")
-  partial.replace(workdir / "acceptance.json")
+  files.write_json(workdir / "acceptance.json", {"kind": cfg.draft.kind, "curves": curves})
   try:
     matplotlib = extras.require_extra("matplotlib", extra="plot")
   except ImportError as error:
