@@ -20,19 +20,16 @@ from minicpm_jax.data import documents
 from minicpm_jax.infer import frspec
 from minicpm_jax.text import tokenizer as tokenizer_lib
 
-
-def parse(argv: list[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  define = {"flag_values": values}
-  flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer (or of the model).", **define)
-  flags.DEFINE_multi_string("corpus", [], "Text of one domain; repeatable.", **define)
-  flags.DEFINE_list("weights", [], "Share of each --corpus.", **define)
-  flags.DEFINE_list("sizes", ["25%"], "Ids to keep, or shares of the vocabulary.", **define)
-  flags.DEFINE_string("output", None, "Folder of the lists.", **define)
-  flags.DEFINE_integer("vocab_size", None, "Of the model; default: the tokenizer's.", **define)
-  flags.DEFINE_integer("max_lines", 1_000_000, "Lines read of each domain.", **define)
-  flags.DEFINE_string("text_field", "text", "JSON key or Parquet column.", **define)
-  return _command.parse(values, argv, __doc__, needed=("tokenizer", "corpus", "output"))
+VALUES = flags.FlagValues()
+_OWN = {"flag_values": VALUES}
+flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer (or of the model).", **_OWN)
+flags.DEFINE_multi_string("corpus", [], "Text of one domain; repeatable.", **_OWN)
+flags.DEFINE_list("weights", [], "Share of each --corpus.", **_OWN)
+flags.DEFINE_list("sizes", ["25%"], "Ids to keep, or shares of the vocabulary.", **_OWN)
+flags.DEFINE_string("output", None, "Folder of the lists.", **_OWN)
+flags.DEFINE_integer("vocab_size", None, "Of the model; default: the tokenizer's.", **_OWN)
+flags.DEFINE_integer("max_lines", 1_000_000, "Lines read of each domain.", **_OWN)
+flags.DEFINE_string("text_field", "text", "JSON key or Parquet column.", **_OWN)
 
 
 def size_of(text: str, vocab_size: int) -> int:
@@ -57,20 +54,20 @@ def weights_of(texts: list[str], num: int) -> list[float]:
   return weights
 
 
-def run(values: flags.FlagValues) -> None:
-  tok = tokenizer_lib.load_tokenizer(values.tokenizer)
+def _run() -> None:
+  tok = tokenizer_lib.load_tokenizer(VALUES.tokenizer)
   if tok is None:
-    raise ValueError(f"--tokenizer: found none in {values.tokenizer}")
-  vocab_size = values.vocab_size or tok.vocab_size
-  sizes = [size_of(text, vocab_size) for text in values.sizes]  # before hours of counting
+    raise ValueError(f"--tokenizer: found none in {VALUES.tokenizer}")
+  vocab_size = VALUES.vocab_size or tok.vocab_size
+  sizes = [size_of(text, vocab_size) for text in VALUES.sizes]  # before hours of counting
   if not sizes:
     raise ValueError("--sizes: found none, expected numbers of ids or shares like 25%")
-  weights = weights_of(values.weights, len(values.corpus))
+  weights = weights_of(VALUES.weights, len(VALUES.corpus))
   counts = []
-  for path in values.corpus:
-    docs = documents.read([path], text_field=values.text_field, text_split="line")
+  for path in VALUES.corpus:
+    docs = documents.read([path], text_field=VALUES.text_field, text_split="line")
     lines = itertools.chain.from_iterable(doc.text.splitlines() for doc in docs)
-    lines = itertools.islice((line for line in lines if line.strip()), values.max_lines)
+    lines = itertools.islice((line for line in lines if line.strip()), VALUES.max_lines)
     counts.append(frspec.count_tokens(map(tok.encode, lines), vocab_size))
     print(f"{path}: {counts[-1].sum():,} tokens, {(counts[-1] > 0).sum():,} of {vocab_size} ids")
   weights = weights or [float(c.sum()) for c in counts]
@@ -78,7 +75,7 @@ def run(values: flags.FlagValues) -> None:
   forced = frspec.forced_ids(tok)
   for size in sizes:
     ids = frspec.build_index(mixed, size, forced)
-    paths = frspec.save_index(values.output, ids)
+    paths = frspec.save_index(VALUES.output, ids)
     print(
       f"{len(ids):,} ids ({len(ids) / vocab_size:.1%} of the vocabulary) keep "
       f"{frspec.coverage(mixed, ids):.2%} of the tokens: {', '.join(map(str, paths))}"
@@ -87,7 +84,7 @@ def run(values: flags.FlagValues) -> None:
 
 def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
+  return _command.run(_run, VALUES, argv, needed=("tokenizer", "corpus", "output"))
 
 
 if __name__ == "__main__":

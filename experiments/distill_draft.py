@@ -29,55 +29,50 @@ from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 
-
-def parse(argv: list[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  define = {"flag_values": values}
-  flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **define)
-  flags.DEFINE_string("workdir", None, "Folder of this run.", **define)
-  flags.DEFINE_enum(
-    "kind", "minicpm", ["eagle", "minicpm", "eagle3", "bita"], "Of draft.", **define
-  )
-  flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT|:eval]; repeatable.", **define)
-  flags.DEFINE_integer("steps", 2000, "Optimiser steps.", **define)
-  flags.DEFINE_string("draft_vocab", None, "eagle3: head rows, or a share (25%).", **define)
-  flags.DEFINE_bool("from_mtp", False, "Start from the target's MTP module.", **define)
-  flags.DEFINE_string("init_from", None, "Start from this draft folder.", **define)
-  flags.DEFINE_integer("window", 0, "Tokens that a draft row sees; 0 is all.", **define)
-  flags.DEFINE_integer("int4", 0, "Fake-quantise with this group size; 0 is off.", **define)
-  flags.DEFINE_integer("ternary", 0, "The same with ternary weights; -1: a channel.", **define)
-  flags.DEFINE_integer("regenerate", 0, "Documents that the target writes itself.", **define)
-  flags.DEFINE_multi_string("prompts", [], "JSONL for --regenerate; repeatable.", **define)
-  flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **define)
-  flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **define)
-  flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config.", **define)
-  return _command.parse(values, argv, __doc__, needed=("workdir",))
+VALUES = flags.FlagValues()
+_OWN = {"flag_values": VALUES}
+flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **_OWN)
+flags.DEFINE_string("workdir", None, "Folder of this run.", **_OWN)
+flags.DEFINE_enum("kind", "minicpm", ["eagle", "minicpm", "eagle3", "bita"], "Of draft.", **_OWN)
+flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT|:eval]; repeatable.", **_OWN)
+flags.DEFINE_integer("steps", 2000, "Optimiser steps.", **_OWN)
+flags.DEFINE_string("draft_vocab", None, "eagle3: head rows, or a share (25%).", **_OWN)
+flags.DEFINE_bool("from_mtp", False, "Start from the target's MTP module.", **_OWN)
+flags.DEFINE_string("init_from", None, "Start from this draft folder.", **_OWN)
+flags.DEFINE_integer("window", 0, "Tokens that a draft row sees; 0 is all.", **_OWN)
+flags.DEFINE_integer("int4", 0, "Fake-quantise with this group size; 0 is off.", **_OWN)
+flags.DEFINE_integer("ternary", 0, "The same with ternary weights; -1: a channel.", **_OWN)
+flags.DEFINE_integer("regenerate", 0, "Documents that the target writes itself.", **_OWN)
+flags.DEFINE_multi_string("prompts", [], "JSONL for --regenerate; repeatable.", **_OWN)
+flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **_OWN)
+flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **_OWN)
+flags.DEFINE_multi_string("set", [], "FIELD=VALUE override of the config.", **_OWN)
 
 
-def run(values: flags.FlagValues) -> None:
+def _run() -> None:
+  logging_lib.quiet_libraries()
   from minicpm_jax.align import draft_run
 
-  workdir = lib.folder(values.workdir)
-  if values.target is None:
+  workdir = lib.folder(VALUES.workdir)
+  if VALUES.target is None:
     if not (workdir / run_config.FILE_NAME).exists():
       raise ValueError(f"--target: found none and no {workdir / run_config.FILE_NAME}")
-    cfg = config.overrides(run_config.read(workdir), values["set"].value)
+    cfg = config.overrides(run_config.read(workdir), VALUES["set"].value)
     draft_run.train(cfg, workdir)
     return
-  if values.prompts and not values.regenerate:
+  if VALUES.prompts and not VALUES.regenerate:
     raise ValueError("--prompts: found without --regenerate, expected how many to answer")
-  target = draft_run.load_target(values.target)
-  cfg = lib.make_config(values, target[0].cfg)
-  if values.regenerate:
-    cfg = _regenerate.regenerate(cfg, target, workdir, values)
-  cfg = config.overrides(cfg, values["set"].value)
+  target = draft_run.load_target(VALUES.target)
+  cfg = lib.make_config(VALUES, target[0].cfg)
+  if VALUES.regenerate:
+    cfg = _regenerate.regenerate(cfg, target, workdir, VALUES)
+  cfg = config.overrides(cfg, VALUES["set"].value)
   draft_run.train(dataclasses.replace(cfg, name=workdir.name), workdir, target=target)
 
 
 def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  logging_lib.quiet_libraries()
-  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
+  return _command.run(_run, VALUES, argv, needed=("workdir",))
 
 
 if __name__ == "__main__":

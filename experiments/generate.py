@@ -27,49 +27,48 @@ from minicpm_jax.core import compilation_cache
 CHAT_CONTEXT = 8192  # tokens of a chat, where model and memory have as many
 ALIASES = {"model": "model_path", "prompt": "prompt_text", "seed": "random_seed"}
 ALIASES |= {"max_new_tokens": "num_generate"}
+VALUES = flags.FlagValues()
+_infer.define(VALUES, cpmcu.SERVE_ONLY)
+for _name, _target in ALIASES.items():
+  flags.DEFINE_alias(_name, _target, flag_values=VALUES)
+flags.DEFINE_string("system", None, "System turn in front.", flag_values=VALUES)
+flags.DEFINE_bool("chat", False, "Interactive chat.", flag_values=VALUES)
+flags.DEFINE_bool("raw", False, "No chat template.", flag_values=VALUES)
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-  """The flags of this script in a registry of its own (one process may import several scripts)."""
-  values = flags.FlagValues()
-  _infer.define(values, cpmcu.SERVE_ONLY)
-  for name, target in ALIASES.items():
-    flags.DEFINE_alias(name, target, flag_values=values)
-  flags.DEFINE_string("system", None, "System turn in front.", flag_values=values)
-  flags.DEFINE_bool("chat", False, "Interactive chat.", flag_values=values)
-  flags.DEFINE_bool("raw", False, "No chat template.", flag_values=values)
-  _command.parse(values, argv, __doc__)
-  prompts = [n for n in ("prompt_text", "prompt_file") if values[n].present]
-  if len(prompts) + values.chat > 1:
+def _check() -> None:
+  """Refuses flags that contradict each other."""
+  prompts = [n for n in ("prompt_text", "prompt_file") if VALUES[n].present]
+  if len(prompts) + VALUES.chat > 1:
     raise ValueError("--prompt, --prompt_file, --chat: found several, expected one of them")
-  if values.max_batch != 1 and values["max_batch"].present:
-    raise ValueError(f"--max_batch: found {values.max_batch}, expected 1: one prompt is decoded")
-  if values.raw and (values.chat or values.system is not None):
+  if VALUES.max_batch != 1 and VALUES["max_batch"].present:
+    raise ValueError(f"--max_batch: found {VALUES.max_batch}, expected 1: one prompt is decoded")
+  if VALUES.raw and (VALUES.chat or VALUES.system is not None):
     raise ValueError("--raw: found with --chat or --system, expected --prompt alone")
-  return values
 
 
-def run(values: flags.FlagValues) -> None:
-  cfg = _infer.read(values)
+def _run() -> None:
+  _check()
+  cfg = _infer.read(VALUES)
   with compilation_cache.use(cfg.compilation_cache):
-    _answer(values, cfg)
+    _answer(cfg)
 
 
-def _answer(values: flags.FlagValues, cfg: config.InferConfig) -> None:
+def _answer(cfg: config.InferConfig) -> None:
   text = cfg.prompt_text
   if cfg.prompt_file is not None:
     text = pathlib.Path(cfg.prompt_file).read_text()
-  cfg = dataclasses.replace(cfg, use_chat_template=cfg.use_chat_template and not values.raw)
-  if values.chat:
+  cfg = dataclasses.replace(cfg, use_chat_template=cfg.use_chat_template and not VALUES.raw)
+  if VALUES.chat:
     loaded = _infer.load(cfg, max_batch=1, num_tokens=CHAT_CONTEXT)
-    _talk.converse(_talk.Talk(cfg, loaded, values.system))
+    _talk.converse(_talk.Talk(cfg, loaded, VALUES.system))
     return
   # Bytes bound the tokens of the prompt; a little more for the template.
-  size = len(text.encode()) + len((values.system or "").encode()) + 256 + cfg.num_generate
+  size = len(text.encode()) + len((VALUES.system or "").encode()) + 256 + cfg.num_generate
   loaded = _infer.load(cfg, max_batch=1, num_tokens=size)
   tok = loaded.tok
-  talk = _talk.Talk(cfg, loaded, values.system)
-  if values.system is not None or (tok.chat_template and cfg.use_chat_template):
+  talk = _talk.Talk(cfg, loaded, VALUES.system)
+  if VALUES.system is not None or (tok.chat_template and cfg.use_chat_template):
     talk.say(text)
     return
   if cfg.use_chat_template:
@@ -80,7 +79,7 @@ def _answer(values: flags.FlagValues, cfg: config.InferConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,13 @@ from minicpm_jax.core import compilation_cache
 from minicpm_jax.infer import chat as chat_lib
 from minicpm_jax.infer.server import app, service
 
-
-def parse(argv: list[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  _infer.define(values, cpmcu.GENERATE_ONLY)
-  flags.DEFINE_alias("model", "model_path", flag_values=values)
-  default = config.ServerConfig()
-  flags.DEFINE_integer("max_queue", default.max_queue, "Waiting requests.", flag_values=values)
-  flags.DEFINE_integer("max_body_bytes", default.max_body_bytes, "Of a body.", flag_values=values)
-  flags.DEFINE_string("model_name", None, "Name in answers (the path's).", flag_values=values)
-  return _command.parse(values, argv, __doc__)
+VALUES = flags.FlagValues()
+_infer.define(VALUES, cpmcu.GENERATE_ONLY)
+flags.DEFINE_alias("model", "model_path", flag_values=VALUES)
+_DEFAULT = config.ServerConfig()
+flags.DEFINE_integer("max_queue", _DEFAULT.max_queue, "Waiting requests.", flag_values=VALUES)
+flags.DEFINE_integer("max_body_bytes", _DEFAULT.max_body_bytes, "Of a body.", flag_values=VALUES)
+flags.DEFINE_string("model_name", None, "Name in answers (the path's).", flag_values=VALUES)
 
 
 def make(values: flags.FlagValues) -> service.ChatService:
@@ -64,9 +61,9 @@ def make(values: flags.FlagValues) -> service.ChatService:
   )
 
 
-def run(values: flags.FlagValues) -> None:
-  with compilation_cache.use(_infer.read(values).compilation_cache):
-    chat = make(values)
+def _run() -> None:
+  with compilation_cache.use(_infer.read(VALUES).compilation_cache):
+    chat = make(VALUES)
     cfg, capacity = chat.cfg, chat.models()["data"][0]["max_model_len"]
     print(f"{chat.name}: {capacity} tokens a row, http://{cfg.host}:{cfg.port}", file=sys.stderr)
     app.make_server(chat).run()
@@ -74,7 +71,7 @@ def run(values: flags.FlagValues) -> None:
 
 def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
+  return _command.run(_run, VALUES, argv)
 
 
 if __name__ == "__main__":

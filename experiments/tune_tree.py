@@ -22,49 +22,47 @@ from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate, tune
 from minicpm_jax.infer.drafters import base, eagle, mtp
 
-
-def parse(argv: list[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  define, count = {"flag_values": values}, {"flag_values": values, "lower_bound": 1}
-  flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **define)
-  flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **define)
-  flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **define)
-  flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **define)
-  flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **define)
-  flags.DEFINE_integer("num_prompts", 16, "Prompts.", **count)
-  flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **count)
-  flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", lower_bound=2, **define)
-  flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **define)
-  flags.DEFINE_integer("length", 256, "Context at which steps are timed.", **count)
-  flags.DEFINE_integer("repeats", 15, "Timed runs of every size.", **count)
-  flags.DEFINE_integer("spec_num_iter", 6, "Levels of the tree.", **define)
-  flags.DEFINE_integer("spec_topk_per_iter", 10, "Nodes that a level grows from.", **define)
-  flags.DEFINE_list("sizes", [str(n) for n in tune.SIZES], "Tree sizes, root included.", **define)
-  flags.DEFINE_string("output", "benchmarks/results/tune_tree", "Without suffix.", **define)
-  return _command.parse(values, argv, __doc__, needed=("target", "prompts"))
+VALUES = flags.FlagValues()
+_OWN, _COUNT = {"flag_values": VALUES}, {"flag_values": VALUES, "lower_bound": 1}
+flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **_OWN)
+flags.DEFINE_string("draft", "mtp", "'mtp' (the target's own module) or NAME:FOLDER.", **_OWN)
+flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **_OWN)
+flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **_OWN)
+flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **_OWN)
+flags.DEFINE_integer("num_prompts", 16, "Prompts.", **_COUNT)
+flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **_COUNT)
+flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", lower_bound=2, **_OWN)
+flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **_OWN)
+flags.DEFINE_integer("length", 256, "Context at which steps are timed.", **_COUNT)
+flags.DEFINE_integer("repeats", 15, "Timed runs of every size.", **_COUNT)
+flags.DEFINE_integer("spec_num_iter", 6, "Levels of the tree.", **_OWN)
+flags.DEFINE_integer("spec_topk_per_iter", 10, "Nodes that a level grows from.", **_OWN)
+flags.DEFINE_list("sizes", [str(n) for n in tune.SIZES], "Tree sizes, root included.", **_OWN)
+flags.DEFINE_string("output", "benchmarks/results/tune_tree", "Without suffix.", **_OWN)
 
 
-def run(values: flags.FlagValues) -> None:
-  model, params, tok = _models.load(values.target)
-  shape = dict(num_levels=values.spec_num_iter, top_k=values.spec_topk_per_iter)
+def _run() -> None:
+  logging_lib.quiet_libraries()
+  model, params, tok = _models.load(VALUES.target)
+  shape = dict(num_levels=VALUES.spec_num_iter, top_k=VALUES.spec_topk_per_iter)
   shape["num_nodes"] = shape["num_levels"] + 1
-  name, _, path = values.draft.partition(":")
+  name, _, path = VALUES.draft.partition(":")
   if (name == "mtp") == bool(path):
-    raise ValueError(f"--draft: found {values.draft!r}, expected 'mtp' or NAME:FOLDER")
-  fr_ids = _bench_drafts.fr_index(values, model.cfg.vocab_size, tok.stop_ids)
+    raise ValueError(f"--draft: found {VALUES.draft!r}, expected 'mtp' or NAME:FOLDER")
+  fr_ids = _bench_drafts.fr_index(VALUES, model.cfg.vocab_size, tok.stop_ids)
   if path:
     draft = ckpt.load_draft(path, model.cfg)
     drafter, draft_params = eagle.make(draft, model, params, fr_ids=fr_ids, **shape)
   else:
     drafter, draft_params = mtp.make(model, params, fr_ids=fr_ids, **shape)
-  drafters = tune.sizes_for(drafter, [int(n) for n in values.sizes if n.isdigit()])
-  bad = [n for n in values.sizes if not n.isdigit() or int(n) not in drafters]
-  if bad and values["sizes"].present:
+  drafters = tune.sizes_for(drafter, [int(n) for n in VALUES.sizes if n.isdigit()])
+  bad = [n for n in VALUES.sizes if not n.isdigit() or int(n) not in drafters]
+  if bad and VALUES["sizes"].present:
     raise ValueError(f"--sizes: found {bad}, expected sizes that levels and top_k allow")
-  most = (values.num_prompts, values.max_prompt_tokens)
-  prompts = _bench_drafts.prompts_of(values.prompts, tok, *most)
-  sampling = config.SamplingConfig(max_new_tokens=values.new_tokens, temperature=values.temperature)
-  sizes = config.EngineConfig(capacity=max(map(len, prompts)) + values.new_tokens + 16)
+  most = (VALUES.num_prompts, VALUES.max_prompt_tokens)
+  prompts = _bench_drafts.prompts_of(VALUES.prompts, tok, *most)
+  sampling = config.SamplingConfig(max_new_tokens=VALUES.new_tokens, temperature=VALUES.temperature)
+  sizes = config.EngineConfig(capacity=max(map(len, prompts)) + VALUES.new_tokens + 16)
   out = engine_lib.Engine(model, params, sizes).generate(prompts, sampling)
   pairs = [(p, t) for p, t in zip(prompts, out.tokens, strict=True) if len(t) > 1]
   model, params = generate.for_decoding(model, params)
@@ -72,11 +70,11 @@ def run(values: flags.FlagValues) -> None:
   lengths = tune.accept_lengths(
     model, both, drafters, [[*p, *t] for p, t in pairs], [len(p) for p, _ in pairs]
   )
-  sizes = dict(length=values.length, repeats=values.repeats)
+  sizes = dict(length=VALUES.length, repeats=VALUES.repeats)
   times = tune.measure(model, both, drafters, plain=params, **sizes)
   rows = tune.costs(*times, lengths)
   chosen = tune.best(rows)
-  path = pathlib.Path(f"{values.output}.json")
+  path = pathlib.Path(f"{VALUES.output}.json")
   result = {
     "target": model.cfg.name,
     "draft": name,
@@ -108,8 +106,7 @@ def _plot(rows: list[tune.TreeCost], path: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
   """Status 0, or 1 and one line on stderr for bad input."""
-  logging_lib.quiet_libraries()
-  return _command.guard(__file__, lambda: run(parse(sys.argv if argv is None else argv)))
+  return _command.run(_run, VALUES, argv, needed=("target", "prompts"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import (
   _bench_drafts,
+  _command,
   _compare_drafts,
   _distill_draft,
   _regenerate,
@@ -29,6 +30,10 @@ def jsonl(path, rows):
   with opener(path, "wt") as file:
     file.write("".join(json.dumps(row) + "\n" for row in rows))
   return str(path)
+
+
+def parse(argv):
+  return _command.parse(distill_draft.VALUES, argv, None)
 
 
 class ChatIds(_regenerate.Ids):
@@ -102,7 +107,7 @@ def test_held_out_answers_begin_otherwise_than_those_trained_on(tmp_path, monkey
   monkeypatch.setattr(_regenerate, "HELDOUT", 3)
   model = common.config(num_layers=1)
   cfg = _distill_draft.distill_config(model, "x", "eagle", [f"t:{tmp_path / 't'}"], 4)
-  values = distill_draft.parse(["x", f"--workdir={tmp_path}", "--regenerate=4"])
+  values = parse(["x", f"--workdir={tmp_path}", "--regenerate=4"])
   found = _regenerate.regenerate(cfg, None, tmp_path, values)
   first = {name: {p[0] for p in prompts} for name, prompts in written.items()}
   assert len(first["train"]) == 4 and len(first["heldout"]) == 3
@@ -150,16 +155,17 @@ def test_few_prompts_are_halved_and_none_is_an_error(tmp_path, monkeypatch):
   path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"{n}"} for n in range(10, 15)])
   args = ["x", f"--workdir={tmp_path}", "--regenerate=9", f"--prompts={path}"]
   cfg = _distill_draft.distill_config(model.cfg, "x", "eagle", [], 4, needs_data=False)
-  _regenerate.regenerate(cfg, target, tmp_path, distill_draft.parse(args))
+  _regenerate.regenerate(cfg, target, tmp_path, parse(args))
   assert (len(written["heldout"]), len(written["train"])) == (2, 3)
   assert {p[1] for p in sum(written.values(), [])} == set(range(10, 15))
-  _regenerate.regenerate(cfg, target, tmp_path, distill_draft.parse([*args, "--regenerate=1"]))
+  _regenerate.regenerate(cfg, target, tmp_path, parse([*args, "--regenerate=1"]))
   assert len(written["train"]) == 1
   monkeypatch.undo()
   with pytest.raises(ValueError, match="train: found no prompts, expected some"):
     _regenerate.write_generated(tmp_path / "train", target, [], config.SamplingConfig())
   with pytest.raises(ValueError, match="--prompts: found without --regenerate"):
-    distill_draft.run(distill_draft.parse(["x", "--target=t", *args[1::2]]))
+    parse(["x", "--target=t", *args[1::2]])
+    distill_draft._run()
 
 
 def test_trees_and_variants_are_parsed_or_refused():
@@ -223,7 +229,7 @@ def test_every_logit_scale_is_a_row_of_its_own(tmp_path):
   ],
 )
 def test_settings_of_training_that_are_refused(argv, match):
-  values = distill_draft.parse(["x", "--workdir=w", "--target=t", "--data=a:b", *argv])
+  values = parse(["x", "--workdir=w", "--target=t", "--data=a:b", *argv])
   with pytest.raises(ValueError, match=match):
     cfg = _distill_draft.make_config(values, common.config(num_layers=1))
     config.overrides(cfg, values["set"].value)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import _infer, generate, serve
+from experiments import _command, _infer, generate, serve
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import draft_io
 from minicpm_jax.core import trees
@@ -64,13 +64,17 @@ ADDED = (
 ).split()
 
 
+def parse(command, *argv):
+  return _command.parse(command.VALUES, ["x", *argv], None)
+
+
 @pytest.mark.parametrize(
-  "parse, own, others",
-  [(generate.parse, CLI, SERVER), (serve.parse, SERVER, CLI)],
+  "command, own, others",
+  [(generate, CLI, SERVER), (serve, SERVER, CLI)],
   ids=["cli", "server"],
 )
-def test_names_and_defaults_are_those_of_the_table(parse, own, others):
-  values = parse(["command"])
+def test_names_and_defaults_are_those_of_the_table(command, own, others):
+  values = parse(command)
   for name, default in (BOTH | own).items():
     flag = values[name.replace("-", "_")]
     assert flag.default == default and type(flag.default) is type(default), name
@@ -86,7 +90,7 @@ def test_names_and_defaults_are_those_of_the_table(parse, own, others):
 
 
 def test_aliases_and_presets():
-  values = generate.parse(["g", "--model=x", "--prompt=hi", "--nouse_chat_template", "--top_k=3"])
+  values = parse(generate, "--model=x", "--prompt=hi", "--nouse_chat_template", "--top_k=3")
   cfg = _infer.read(values)
   assert (cfg.model_path, cfg.prompt_text, cfg.use_chat_template, cfg.top_k) == (
     "x",
@@ -94,12 +98,12 @@ def test_aliases_and_presets():
     False,
     3,
   )
-  cfg = _infer.read(generate.parse(["g", "--config=minicpm4_8b", "--spec_tree_size=24"]))
+  cfg = _infer.read(parse(generate, "--config=minicpm4_8b", "--spec_tree_size=24"))
   assert cfg.model_path == "MiniCPM4-8B-marlin-cpmcu" and cfg.minicpm4_yarn
   assert cfg.draft_model_path == cfg.frspec_path == "MiniCPM4-8B-Eagle-FRSpec-QAT-cpmcu"
   assert cfg.model_type == "minicpm4" and cfg.spec_tree_size == 24
   off = "--config=minicpm4_8b:nosparse,noquant,noeagle,noyarn"
-  cfg = _infer.read(serve.parse(["s", off, "--model=y"]))
+  cfg = _infer.read(parse(serve, off, "--model=y"))
   assert (cfg.model_path, cfg.draft_model_path, cfg.model_type) == ("y", None, "minicpm")
   assert not cfg.minicpm4_yarn
 
@@ -337,7 +341,7 @@ def test_drafts_that_cannot_be_had(folder, capfd, monkeypatch, flags_, message):
 def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
   pytest.importorskip("fastapi")
   flags_ = ["--max_batch=2", "--max_context=128", "--draft_kind=ngram", "--max_queue=5"]
-  with serve.make(serve.parse(["s", f"--model={folder}", *flags_, "--port=0"])) as chat:
+  with serve.make(parse(serve, f"--model={folder}", *flags_, "--port=0")) as chat:
     assert chat.name == "hf" and chat.cfg.max_queue == 5 and chat.cfg.host == "127.0.0.1"
     assert chat.models()["data"][0]["max_model_len"] == 128 and chat.report()["rows"] == 2
     assert isinstance(chat._engine.drafter, ngram.NGramDrafter)
@@ -350,4 +354,4 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
   assert serve.main(["s", f"--model={folder}", "--json_schema=x"]) == 1
   assert "requests say them" in capfd.readouterr().err
   with pytest.raises(flags.Error):
-    serve.parse(["s", "--prompt=x"])
+    parse(serve, "--prompt=x")

@@ -8,6 +8,7 @@ from experiments import (
   _bench_decode,
   _bench_drafts,
   _bench_mfu,
+  _command,
   _infer,
   _regenerate,
   bench_decode,
@@ -114,7 +115,7 @@ def test_flags_of_drafts_that_no_draft_reads(tmp_path):
   ids, sizes = np.arange(8), {"num_levels": 2, "top_k": 2, "num_nodes": 4}
 
   def check(*argv, fr_ids=None):
-    values = bench_drafts.parse(["x", "--target=t", "--prompts=p", *argv])
+    values = _command.parse(bench_drafts.VALUES, ["x", *argv], None)
     made = _bench_drafts.drafters(model, params, values.draft, fr_ids, sizes)
     _bench_drafts.check_read(values, model, fr_ids, made)
 
@@ -132,18 +133,22 @@ def test_flags_of_drafts_that_no_draft_reads(tmp_path):
   check(f"{eagle}:2/2/4", "--levels=3")  # n-grams have levels too
 
 
-@pytest.mark.parametrize("parse", [bench_drafts.parse, tune_tree.parse], ids=["drafts", "tree"])
-def test_a_share_is_of_a_shard_folder(parse, tmp_path):
+@pytest.mark.parametrize("command", [bench_drafts, tune_tree], ids=["drafts", "tree"])
+def test_a_share_is_of_a_shard_folder(command, tmp_path):
   np.save(tmp_path / "fr.npy", np.arange(6, dtype=np.int32))
-  common, share = ["x", "--target=t", "--prompts=p"], "--fr_share=0.5"
+  share = "--fr_share=0.5"
+
+  def parse(*argv):
+    return _command.parse(command.VALUES, ["x", *argv], None)
+
   with pytest.raises(ValueError, match="--fr_share: found with no --fr, which"):
-    _bench_drafts.fr_index(parse([*common, share]), 8, ())
+    _bench_drafts.fr_index(parse(share), 8, ())
   stored = f"--fr={tmp_path / 'fr.npy'}"
   with pytest.raises(ValueError, match="--fr_share: found with the stored index"):
-    _bench_drafts.fr_index(parse([*common, share, stored]), 8, ())
-  assert _bench_drafts.fr_index(parse([*common, stored]), 8, ()).tolist() == [0, 1, 2, 3, 4, 5]
-  assert _bench_drafts.fr_index(parse(common), 8, ()) is None
+    _bench_drafts.fr_index(parse(share, stored), 8, ())
+  assert _bench_drafts.fr_index(parse(stored), 8, ()).tolist() == [0, 1, 2, 3, 4, 5]
+  assert _bench_drafts.fr_index(parse(), 8, ()) is None
   docs = documents.from_texts(["1 2 3 3"])
   shards.prepare(docs, tmp_path / "t", name="t", tokenizer=_regenerate.Ids(8), add_eos=False)
-  found = _bench_drafts.fr_index(parse([*common, share, f"--fr={tmp_path / 't'}"]), 8, ())
+  found = _bench_drafts.fr_index(parse(share, f"--fr={tmp_path / 't'}"), 8, ())
   assert len(found) == 4 and {1, 2, 3} < set(found.tolist())
