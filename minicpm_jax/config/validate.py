@@ -6,8 +6,9 @@ import typing
 from typing import Any
 
 
-def require(ok: bool, field: str, found: Any, expected: str) -> None:
-  """Raises ValueError naming the field, what was found and what was expected."""
+def require(ok: Any, field: str, found: Any, expected: str) -> None:
+  """Raises ValueError naming the field, what was found and what was expected, unless `ok` is true
+  (numpy's truth too)."""
   if not ok:
     raise ValueError(f"{field}: found {found!r}, expected {expected}")
 

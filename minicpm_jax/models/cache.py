@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
@@ -165,6 +166,20 @@ def layer_view(cache: KVCache, layer: int | None, step: Step | None = None) -> k
 def lengths(cache: KVCache, step: Step) -> Any:
   """int32 [B]: slots used by the rows that a forward works on."""
   return cache.length if step.row is None else cache.length[step.row][None]
+
+
+def check_room(cache: KVCache, step: Step | None, num_new: int) -> None:
+  """ValueError where num_new tokens do not fit behind those held (a traced length cannot tell)."""
+  held: Any = cache.length if step is None else lengths(cache, step)
+  is_padded = step is not None and step.num_new_B is not None
+  is_unseen = isinstance(held, jax.core.Tracer) or not getattr(held, "is_fully_addressable", True)
+  num_held = 0 if is_padded or is_unseen else int(np.max(held))
+  if num_held + num_new > cache.capacity:
+    behind = f" behind {num_held}" if num_held else ""
+    raise ValueError(
+      f"tokens_BT: found {num_new} tokens{behind}, "
+      f"expected at most the cache's {cache.capacity} slots"
+    )
 
 
 def positions(cache: KVCache, step: Step, num_new: int) -> Any:

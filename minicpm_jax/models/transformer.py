@@ -222,12 +222,8 @@ class Transformer(nn.Module):
     if step is not None and not is_stepped:
       raise ValueError("step: found one, expected none without a cache of one length a row")
     step = cache_lib.Step() if is_stepped and step is None else step
-    num_keys = tokens_BT.shape[1] if cache is None else cache.capacity
-    if tokens_BT.shape[1] > num_keys:
-      raise ValueError(
-        f"tokens_BT: found {tokens_BT.shape[1]} tokens, "
-        f"expected at most the cache's {num_keys} slots"
-      )
+    if cache is not None:
+      cache_lib.check_room(cache, step, tokens_BT.shape[1])
     if is_stepped:
       positions_BT = cache_lib.positions(cache, step, tokens_BT.shape[1])
     elif cache is not None and segment_ids_BT is None:

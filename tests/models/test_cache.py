@@ -117,3 +117,8 @@ def test_more_tokens_than_slots_are_refused():
   model, params = common.build(cfg)
   with pytest.raises(ValueError, match="found 5 tokens, expected at most the cache's 4 slots"):
     model.apply({"params": params}, common.tokens((1, 5)), cache=cache_lib.init(cfg, 1, 4))
+  for more in ({}, {"per_row": True}):  # outside jit the length held is known too
+    cache = cache_lib.init(cfg, 1, 4, **more)
+    cache = cache.replace(length=cache.length + 3)
+    with pytest.raises(ValueError, match="found 2 tokens behind 3, expected .* 4 slots"):
+      model.apply({"params": params}, common.tokens((1, 2)), cache=cache)

@@ -23,6 +23,7 @@ Kind = Literal["chat", "completion"]
 
 # Accepted and without effect here: they describe the caller, not the answer.
 _NO_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_UNUSED_PARTS = ("image_url", "input_audio", "file")  # of a message's content
 # Not built: only these values are accepted.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "best_of": (1,),
@@ -364,13 +365,21 @@ def _messages(fields: _Fields) -> tuple[dict[str, Any], ...]:
   return tuple(_message(index, message) for index, message in enumerate(messages))
 
 
-def _part_text(where: str, part: Any) -> str:
-  """The text of one part of a content; images and the like are refused, no model sees them."""
-  text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-  if not isinstance(text, str):
-    expected = 'a part of text, {"type": "text", "text": ...}'
-    raise ApiError(f"{where}: found {part!r:.60}, expected {expected}", param="messages")
-  return text
+def _text_of_parts(where: str, parts: list[Any]) -> str:
+  """The text parts of a content (CPM.cu's rule): images and the like beside them are not used."""
+  texts = []
+  for i, part in enumerate(parts):
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in _UNUSED_PARTS:
+      continue
+    text = part.get("text") if kind == "text" else None
+    if not isinstance(text, str):
+      expected = 'a part of text, {"type": "text", "text": ...}'
+      raise ApiError(f"{where}[{i}]: found {part!r:.60}, expected {expected}", param="messages")
+    texts.append(text)
+  if parts and not texts:
+    raise ApiError(f"{where}: found {parts!r:.60}, expected a part of text", param="messages")
+  return "".join(texts)
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
@@ -384,7 +393,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     )
   content = message.get("content")
   if isinstance(content, list):
-    content = "".join(_part_text(f"{where}.content[{i}]", part) for i, part in enumerate(content))
+    content = _text_of_parts(f"{where}.content", content)
   calls = message.get("tool_calls") or []
   if content is None and role == "assistant":
     content = ""

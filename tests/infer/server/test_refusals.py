@@ -41,7 +41,12 @@ def test_a_body_of_a_hundred_levels_is_read():
     (
       {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
       "messages",
-      r"content\[0\]: found {'type': 'image_url', .*expected a part of text",
+      r"content: found \[{'type': 'image_url', .*expected a part of text",
+    ),
+    (
+      {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
+      "messages",
+      r"content\[0\]: found {'type': 'picture'}, expected a part of text",
     ),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls: found"),
     (

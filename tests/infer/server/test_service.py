@@ -221,7 +221,8 @@ def test_sampling_defaults_are_the_servers(make):
 def test_content_parts_roles_and_template_arguments(make):
   template = "{{ enable_thinking }}|" + scripted.TEMPLATE
   chat, engine = make("ok", template=template)
-  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+  image = {"type": "image_url", "image_url": {"url": "data:"}}  # of parts only text is used
+  parts = [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}]
   messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}]
   chat.chat({"messages": messages, "enable_thinking": False, "user": "me"})
   assert bytes(engine.requests[0].prompt[1:]) == b"False|[s]S[u]ab[a]"
