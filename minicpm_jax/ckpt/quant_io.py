@@ -80,7 +80,9 @@ def read_settings(folder: pathlib.Path, hf: Mapping[str, Any]) -> Settings:
   size = found.get("group_size")
   is_size = isinstance(size, int) and not isinstance(size, bool) and (size == -1 or size > 0)
   check(is_size, "group_size", "-1 or inputs > 0")
-  check(isinstance(found.get("sym", True), bool), "sym", "true or false")
+  for key in ("sym", "desc_act", "static_groups"):
+    check(found.get(key) in (None, True, False), key, "true or false")
+  is_symmetric = found.get("sym") is not False
   check(not found.get("lm_head"), "lm_head", "false (a quantised head is not built)")
   check(not found.get("dynamic"), "dynamic", "none (settings by module are not built)")
   version = found.get("checkpoint_format") or "gptq"
@@ -92,11 +94,11 @@ def read_settings(folder: pathlib.Path, hf: Mapping[str, Any]) -> Settings:
   )
   if is_marlin:
     check(size in (128, -1), "group_size", "128 or -1 (Marlin)")
-    check(found.get("sym", True), "sym", "true (Marlin)")
+    check(is_symmetric, "sym", "true (Marlin)")
     check(not found.get("desc_act"), "desc_act", "false (Marlin)")
     version = "gptq"
   is_ordered = bool(found.get("desc_act")) and not found.get("static_groups") and size != -1
-  return Settings(size, found.get("sym", True), version, is_marlin, is_ordered)
+  return Settings(size, is_symmetric, version, is_marlin, is_ordered)
 
 
 def load_quantized(
@@ -264,6 +266,23 @@ def _words(source: Mapping[str, safetensors_file.Reader], name: str) -> np.ndarr
   return source[name].read(name, is_words=True)
 
 
+def _scales(reader: safetensors_file.Reader, name: str) -> np.ndarray:
+  """float16, which the format has; other floats where float16 holds them to its own rounding."""
+  stored = reader.read(name)
+  if stored.dtype == np.float16:
+    return stored
+  wide = stored.astype(np.float32)
+  with np.errstate(over="ignore", invalid="ignore"):
+    half = wide.astype(np.float16)
+    off = np.abs(half.astype(np.float32) - wide) > 2.0**-11 * np.abs(wide)
+  if np.any(off):
+    raise errors.CheckpointError(
+      f"{reader.path}: {name}: found {stored.dtype} scales like {wide[off][0]:.4g}, expected what "
+      "float16 holds"
+    )
+  return half
+
+
 def _read_gptq(
   base: str,
   width: int,
@@ -283,7 +302,7 @@ def _read_gptq(
       "projections have no bias)"
     )
   size = width if settings.group_size == -1 else settings.group_size
-  scales = source[f"{base}.scales"].read(f"{base}.scales").astype(np.float16)
+  scales = _scales(source[f"{base}.scales"], f"{base}.scales")
   has_index = f"{base}.g_idx" in source
   if settings.needs_index and not has_index:
     raise errors.CheckpointError(
@@ -291,7 +310,7 @@ def _read_gptq(
       "true and static_groups is not)"
     )
   index = _words(source, f"{base}.g_idx") if has_index else np.arange(width, dtype=np.int32) // size
-  words = (_words(source, f"{base}.{part}") for part in ("qweight", "qzeros"))
+  words = [_words(source, f"{base}.{part}") for part in ("qweight", "qzeros")]
   try:
     return gptq_format.decode(
       gptq_format.Tensors(*words, scales, index),
@@ -338,17 +357,17 @@ def _marlin_layer(
   name: str, width: int, reader: safetensors_file.Reader, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
   """(codes [K, N], scales [Q, N]) of one joined projection."""
-  words, stored = reader.read(f"{name}.qweight", is_words=True), reader.read(f"{name}.scales")
+  words, stored = reader.read(f"{name}.qweight", is_words=True), _scales(reader, f"{name}.scales")
   groups = 1 if settings.group_size == -1 else width // settings.group_size
   if 16 * words.shape[0] != width or stored.shape != (groups, words.shape[1] // 2):
     raise errors.CheckpointError(
       f"{reader.path}: {name}: found qweight {list(words.shape)} and scales {list(stored.shape)}, "
       f"expected [{width // 16}, 2 N] and [{groups}, N]"
     )
-  if not np.all(np.isfinite(stored.astype(np.float32))):
+  if not np.all(np.isfinite(stored)):
     raise errors.CheckpointError(f"{reader.path}: {name}.scales: found inf or nan (damaged file?)")
   try:
-    return marlin.unpack(words, name), marlin.restore_scales(stored.astype(np.float16))
+    return marlin.unpack(words, name), marlin.restore_scales(stored)
   except ValueError as error:
     raise errors.CheckpointError(f"{reader.path}: {error}") from error
 

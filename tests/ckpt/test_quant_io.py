@@ -174,6 +174,7 @@ Q = "model.layers.1.self_attn.q_proj"
     ({"group_size": 32}, "scales: found shape"),
     ({"group_size": "128"}, "group_size: found '128'"),
     ({"lm_head": True}, "lm_head: found True"),
+    ({"desc_act": "no"}, "desc_act: found 'no', expected true or false"),
     ({"dynamic": {"a": {}}}, "dynamic: found"),
   ],
 )
@@ -189,6 +190,7 @@ def test_bad_tensors(folder, tmp_path):
   cases = [
     ({f"{Q}.qzeros": zeros}, (), rf"model.safetensors: {Q}.qzeros: found word 0x77777767"),
     ({f"{Q}.scales": stored[f"{Q}.scales"] * np.float16(np.inf)}, (), f"{Q}.scales: found inf"),
+    ({f"{Q}.scales": np.full((2, 32), 1e-6, np.float32)}, (), f"{Q}.scales: found float32 scales "),
     ({f"{Q}.qweight": stored[f"{Q}.qweight"][:2]}, (), rf"{Q}.qweight: found shape \[2, 32\]"),
     ({f"{Q}.qweight": stored[f"{Q}.qweight"].astype(np.float32)}, (), "found dtype F32, expected"),
     ({f"{Q}.g_idx": stored[f"{Q}.g_idx"] + 2}, (), f"{Q}.g_idx: found groups 2..3, expected 0..1"),
