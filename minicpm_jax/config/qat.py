@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from minicpm_jax.config.optim import ScheduleConfig
+from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.quant import QuantConfig, SchemeName
 from minicpm_jax.config.train import TrainConfig
 from minicpm_jax.config.validate import require
@@ -71,7 +71,16 @@ def qat_stages(
   stable stage, the decay. Where the switch lies inside the decay, the second goes on from the
   fraction that the decay had reached. Its data are drawn in another order (data.seed + 1).
   """
-  start = qat.switch_step(cfg.num_steps)
+  schedule, ratio = second_schedule(cfg.optim.schedule, qat, cfg.num_steps)
+  optim = dataclasses.replace(cfg.optim, peak_lr=qat.lr_peak * ratio, schedule=schedule)
+  return _two_stages(cfg, qat, optim, first_workdir)
+
+
+def _two_stages(
+  cfg: TrainConfig, qat: QATConfig, optim: OptimConfig, first_workdir: str
+) -> tuple[TrainConfig, TrainConfig]:
+  """`qat_stages` whose second stage has the optimiser `optim`."""
+  start, schedule = qat.switch_step(cfg.num_steps), optim.schedule
   require(start > 0, "qat.share", qat.share, "less than 1 for two stages (train cfg itself)")
   whole = qat.whole_schedule(cfg.optim.schedule, cfg.num_steps)
   first = dataclasses.replace(
@@ -81,12 +90,11 @@ def qat_stages(
     optim=dataclasses.replace(cfg.optim, schedule=whole),
     checkpoint=dataclasses.replace(cfg.checkpoint, keep_steps=(start,)),
   )
-  schedule, ratio = second_schedule(cfg.optim.schedule, qat, cfg.num_steps)
   second = dataclasses.replace(
     cfg,
     name=f"{cfg.name}_{qat.weights.scheme}",
     model=dataclasses.replace(cfg.model, quant=qat.weights),
-    optim=dataclasses.replace(cfg.optim, peak_lr=qat.lr_peak * ratio, schedule=schedule),
+    optim=optim,
     data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1, phases=_shifted(cfg, start)),
     checkpoint=dataclasses.replace(
       cfg.checkpoint, keep_steps=(schedule.decay_start,) if schedule.decay_start else ()
@@ -101,23 +109,38 @@ def qat_stages(
 def second_schedule(
   whole: ScheduleConfig, qat: QATConfig, num_steps: int
 ) -> tuple[ScheduleConfig, float]:
-  """(schedule of the quantised stage, factor of its peak rate) for a WSD run of `num_steps`."""
+  """(schedule of the quantised stage, factor of its peak rate) for a WSD run of `num_steps`.
+
+  The decay keeps its place in the whole run, also where that is shorter or longer than `whole`.
+  """
   require(whole.kind == "wsd", "optim.schedule.kind", whole.kind, "wsd")
   whole, start = qat.whole_schedule(whole, num_steps), qat.switch_step(num_steps)
   left = num_steps - start
   warmup = qat.rewarmup_steps if start > 0 else whole.warmup_steps
   require(warmup <= left, "qat.rewarmup_steps", warmup, f"at most the stage's {left} steps")
-  decay = min(whole.decay_steps, left - warmup)
+  end = whole.total_steps - start  # of the decay, in steps of the stage
+  expected = f"more than {start + warmup}, where the quantised stage has warmed up"
+  require(end >= warmup, "optim.schedule: total steps", whole.total_steps, expected)
+  decay = min(whole.decay_steps, end - warmup)
   done = max(0, start - whole.decay_start) / max(1, whole.decay_steps)
   ratio, min_ratio = 1.0, whole.min_ratio
   if done > 0:
-    shape = whole.decay_shape
-    require(shape == "exp_to", "optim.schedule.decay_shape", shape, "exp_to to switch in the decay")
-    ratio, min_ratio = whole.min_ratio**done, whole.min_ratio ** (1 - done)
+    shape, expected = (
+      whole.decay_shape,
+      "another to switch in the decay (its rest has no such form)",
+    )
+    require(shape != "one_minus_sqrt", "optim.schedule.decay_shape", shape, expected)
+    if shape == "exp_to":
+      ratio, min_ratio = whole.min_ratio**done, whole.min_ratio ** (1 - done)
+    elif shape == "linear_to":
+      ratio = 1 - (1 - whole.min_ratio) * done
+      min_ratio = whole.min_ratio / ratio
+    else:
+      ratio = 0.5 ** (done * whole.decay_steps / whole.half_life_steps)
   schedule = dataclasses.replace(
     whole,
     warmup_steps=warmup,
-    stable_steps=left - warmup - decay,
+    stable_steps=end - warmup - decay,
     decay_steps=decay,
     min_ratio=min_ratio,
   )
@@ -147,14 +170,12 @@ def int4_stages(
   ok = 0 <= export_ready_step < steps
   require(ok, "export_ready_step", export_ready_step, f"a step below the int4 stage's {steps}")
   start = cfg.num_steps - steps
-  first, second = qat_stages(
-    cfg, QATConfig(start_step=start, rewarmup_steps=0), first_workdir=first_workdir
-  )
   flat = dataclasses.replace(
     cfg.optim,
     peak_lr=cfg.optim.peak_lr / 10,
     schedule=ScheduleConfig(kind="constant", warmup_steps=0, stable_steps=steps),
   )
+  first, second = _two_stages(cfg, QATConfig(start_step=start), flat, first_workdir)
 
   def stage(name: str, scale_dtype: str, **more) -> TrainConfig:
     quant = QuantConfig(scheme="int4", group_size=group_size, scale_dtype=scale_dtype)

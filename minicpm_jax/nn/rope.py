@@ -42,6 +42,10 @@ def longrope_factors(family: Family, *, extension: float | int = 1) -> tuple[flo
   extension 4, MiniCPM4.1: 2) are that list times YaRN's by-parts ratio, rounded to four decimals,
   with the window of the 4096-token pre-training length (models.md 3.6).
   """
+  if family not in _CURVES:
+    raise ValueError(f"family: found {family!r}, expected one of {sorted(_CURVES)}")
+  if not 1 <= extension < math.inf:
+    raise ValueError(f"extension: found {extension}, expected a number >= 1")
   n, lo, hi, center, spread = _CURVES[family]
   index = np.arange(n, dtype=np.float64)
   base = lo + (hi - lo) / (1.0 + np.exp(-(index - center) / spread))

@@ -38,6 +38,27 @@ def test_switch_inside_the_decay_goes_on_from_its_fraction():
   np.testing.assert_allclose(found[-1], 0.005 * 0.1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ["exp_to", "linear_to", "exp_half_life"])
+def test_the_rest_of_a_decay_is_that_of_the_whole_run(shape):
+  """Without re-warm-up, at the same peak: the second stage's rates are the whole run's."""
+  whole = dataclasses.replace(WSD, decay_shape=shape, half_life_steps=7)
+  qat = config.QATConfig(share=0.13, lr_peak=0.005, rewarmup_steps=0)
+  schedule, ratio = qat_lib.second_schedule(whole, qat, 100)
+  found = rates(schedule, 0.005 * ratio, 13)
+  np.testing.assert_allclose(found, rates(whole, 0.005, 100)[87:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps, stable", [(90, 24), (120, 6)])
+def test_the_decay_stays_where_the_whole_schedule_has_it(num_steps, stable):
+  """A run cut short, or one that goes on at the floor: the decay is from step 80 to 100 in both."""
+  qat = config.QATConfig(share=0.4, lr_peak=0.005, rewarmup_steps=2)
+  schedule, ratio = qat_lib.second_schedule(WSD, qat, num_steps)
+  assert (schedule.stable_steps, schedule.decay_steps, ratio) == (stable, 20, 1.0)
+  start = qat.switch_step(num_steps)
+  found = rates(schedule, 0.005, num_steps - start)[2:]
+  np.testing.assert_allclose(found, rates(WSD, 0.005, num_steps)[start + 2 :], rtol=1e-5)
+
+
 def test_no_rewarmup_starts_at_the_peak_and_the_whole_run_warms_up_once():
   none = config.QATConfig(share=0.4, rewarmup_steps=0)
   schedule, _ = qat_lib.second_schedule(WSD, none, 100)
@@ -86,7 +107,8 @@ def test_the_names_of_the_specification():
 def test_int4_stages():
   """100 steps, 20 of decay, a fifth of them in int4 at a tenth of the peak rate."""
   model = words.model_config(8)
-  optim = config.OptimConfig(schedule=WSD, peak_lr=0.01)
+  schedule = dataclasses.replace(WSD, decay_shape="one_minus_sqrt")  # the int4 stage has its own
+  optim = config.OptimConfig(schedule=schedule, peak_lr=0.01)
   whole = config.TrainConfig(model=model, optim=optim, num_steps=100, name="run")
   first, int4 = config.int4_stages(whole, first_workdir="runs/a", group_size=8, decay_share=0.2)
   assert (first.num_steps, int4.num_steps, int4.init_from) == (96, 4, "runs/a@96")
@@ -115,5 +137,8 @@ def test_int4_stages():
   ],
 )
 def test_refusals(change, message):
+  root = dataclasses.replace(WSD, decay_shape="one_minus_sqrt")
+  with pytest.raises(ValueError, match="decay_shape: found 'one_minus_sqrt', expected another"):
+    qat_lib.second_schedule(root, config.QATConfig(share=0.1, rewarmup_steps=1), 100)
   with pytest.raises(ValueError, match=message):
     qat_lib.second_schedule(WSD, config.QATConfig(**change), 100)

@@ -47,6 +47,12 @@ def test_longrope_factors_have_the_released_values(family, extension, samples, t
     assert factors[index] == pytest.approx(expected, abs=tolerance)
 
 
+def test_an_extension_below_1_is_refused():
+  for extension in (0, 0.5, float("nan")):
+    with pytest.raises(ValueError, match=f"extension: found {extension}, expected a number >= 1"):
+      rope.longrope_factors("minicpm4_8b", extension=extension)
+
+
 def test_longrope_factors_equal_the_released_config(shared_dir):
   path = shared_dir / "models/minicpm4-0.5b-tokenizer/config.json"
   released = json.loads(path.read_text())["rope_scaling"]["long_factor"]
