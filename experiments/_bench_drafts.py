@@ -14,7 +14,7 @@ from absl import flags
 from experiments import _command, _regenerate, _results
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files, pictures
 from minicpm_jax.data import shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import frspec, generate
@@ -197,12 +197,8 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
   """JSON at `path`, a name in .json, and a picture of accept lengths and speeds beside it."""
   result["environment"] = _results.environment()
   files.write_json(path, result)
-  matplotlib = extras.require_extra("matplotlib", extra="plot")
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
   rows = result["rows"]
-  fig, axes = plt.subplots(1, 2, figsize=(11, 0.4 * len(rows) + 1.6), sharey=True)
+  fig, axes = pictures.figure(2, width=5.5, height=0.4 * len(rows) + 1.6, sharey=True)
   names = [r["drafter"] for r in rows]
   for ax, key in zip(axes, ("mean_accept_length", "tokens_per_second"), strict=True):
     bars = ax.barh(names, [r[key] for r in rows], color="tab:blue")
@@ -211,6 +207,4 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
     ax.margins(x=0.12)
   axes[0].invert_yaxis()
   fig.suptitle(result["title"], fontsize=10)
-  fig.tight_layout()
-  fig.savefig(path.with_suffix(".png"), dpi=120)
-  plt.close(fig)
+  pictures.save(fig, path.with_suffix(".png"), dpi=120)

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import _serve_load
 from minicpm_jax import config
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import pictures
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.server import app, service
 
@@ -126,11 +126,7 @@ def measure(
 
 def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None:
   """Throughput and time to the first token over the number of clients."""
-  matplotlib = extras.require_extra("matplotlib", extra="plot")
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+  fig, (left, right) = pictures.figure(2, width=5, height=3.6)
   for side, color in ((HTTP, "tab:blue"), (ALONE, "tab:gray")):
     mine = [r for r in rows if r["side"] == side]
     xs = [r["concurrency"] for r in mine]
@@ -146,7 +142,4 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
   fig.suptitle(title, fontsize=10)
-  fig.tight_layout()
-  with files.replacing(path) as partial:
-    fig.savefig(partial, dpi=120)
-  plt.close(fig)
+  pictures.save(fig, path, dpi=120)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax.config import SparseAttentionConfig
-from minicpm_jax.core import extras
+from minicpm_jax.core import pictures
 from minicpm_jax.nn import sparse_attention
 from pallas_kernels.flash import api as flash
 
@@ -62,8 +62,7 @@ def summary(length: int, runs: list[dict]) -> dict:
 
 
 def draw(rows: list[dict], path: pathlib.Path) -> None:
-  pyplot = extras.require_extra("matplotlib.pyplot", extra="plot")
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+  figure, (left, right) = pictures.figure(2, width=4.5, height=3.5)
   lengths = [row["length"] for row in rows]
   for name, mark in (("dense", "o-"), ("sparse", "s-")):
     left.loglog(lengths, [row[f"{name}_cpu_s"] for row in rows], mark, label=f"{name}, CPU time")
@@ -76,8 +75,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   for axis in (left, right):
     axis.legend(fontsize=8)
     axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  pictures.save(figure, path, dpi=120)
 
 
 def layer_memory() -> dict:

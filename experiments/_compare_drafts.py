@@ -13,7 +13,7 @@ from absl import flags
 from experiments import _distill_draft, _regenerate, _results
 from minicpm_jax import config
 from minicpm_jax.align import draft_run
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files, pictures
 
 HELD_OUT = "generated_heldout"
 BEST_OF = ("acc_1", "acc_2", "acc_3")
@@ -80,11 +80,7 @@ def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any
   result = {name: values[name].value for name in names}
   result |= {"rows": rows, "environment": _results.environment()}
   files.write_json(path, result)
-  matplotlib = extras.require_extra("matplotlib", extra="plot")
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+  fig, axes = pictures.figure(2, width=5, height=4, sharey=True)
   for number, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
     own = [row for row in rows if row["variant"] == name]
     best = max(own, key=score)["rate"]
@@ -97,6 +93,4 @@ def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any
         ax.set(xlabel="step", ylabel=key, ylim=(0, 1))
   axes[0].legend()
   fig.suptitle(f"Drafts at equal steps, held-out text that the target wrote: {values.target}")
-  fig.tight_layout()
-  fig.savefig(path.with_suffix(".png"), dpi=120)
-  plt.close(fig)
+  pictures.save(fig, path.with_suffix(".png"), dpi=120)

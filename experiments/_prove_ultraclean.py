@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import _ultraclean, _verify_pools
 from minicpm_jax import config
-from minicpm_jax.core import extras
+from minicpm_jax.core import pictures
 from minicpm_jax.data import documents, executor, shards
 from minicpm_jax.text import tokenizer as tokenizer_lib
 from minicpm_jax.train import loop
@@ -146,8 +146,7 @@ def run(
 
 def plot(found: dict, path: pathlib.Path) -> None:
   """Gain of every held-out set and of their mean, filtered beside the control."""
-  figure = extras.require_extra("matplotlib.figure", extra="plot").Figure(layout="constrained")
-  axis = figure.subplots()
+  figure, (axis,) = pictures.figure(width=6.4, height=4.8)
   names = [*HELD_OUT, "mean"]
   for shift, (name, report) in zip((-0.2, 0.2), found["candidates"].items(), strict=True):
     gains = [report["deltas"][s]["bits_per_byte"] for s in HELD_OUT] + [report["delta"]]
@@ -155,4 +154,4 @@ def plot(found: dict, path: pathlib.Path) -> None:
   axis.set(yticks=range(len(names)), yticklabels=names, xlabel="bits per byte better than raw")
   axis.axvline(0, color="k", linewidth=0.8)
   axis.legend()
-  figure.savefig(path, dpi=100)
+  pictures.save(figure, path)

@@ -18,7 +18,7 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.align import distill
 from minicpm_jax.config import qat as qat_config
-from minicpm_jax.core import files
+from minicpm_jax.core import pictures
 from minicpm_jax.data import python_corpus
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
@@ -339,12 +339,8 @@ def table(report: dict[str, Any], suite: str) -> list[dict[str, Any]]:
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
   """One panel a suite: held-out loss of every arm and seed, and loss curves of the first one."""
-  from minicpm_jax.core import extras
-
-  figures = extras.require_extra("matplotlib.figure", extra="plot")
   shown = [s for s in SUITES if len(table(report, s)) > 1]
-  figure = figures.Figure(figsize=(4.2 * (len(shown) + 1), 3.6), layout="constrained")
-  axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+  figure, axes = pictures.figure(len(shown) + 1, width=4.2, height=3.6)
   for axis, suite in zip(axes, shown, strict=False):
     for i, row in enumerate(table(report, suite)):
       axis.plot(row["losses"], [i] * len(row["losses"]), "o", color="tab:blue", markersize=4)
@@ -361,5 +357,4 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
   axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
   if axes[-1].lines:
     axes[-1].legend(fontsize=7)
-  with files.replacing(path) as partial:
-    figure.savefig(partial, dpi=90)
+  pictures.save(figure, path, dpi=90)

@@ -11,8 +11,7 @@ import numpy as np
 
 from minicpm_jax.ckpt import gguf_write
 from minicpm_jax.config import ModelConfig
-from minicpm_jax.core import files, trees, types
-from minicpm_jax.core.extras import require_extra
+from minicpm_jax.core import files, pictures, trees, types
 from minicpm_jax.data import documents
 from minicpm_jax.deploy import quantize
 from minicpm_jax.models import transformer, zoo
@@ -141,11 +140,7 @@ def through_gguf(params: types.Params, kind: str) -> types.Params:
 
 
 def _plot(path: pathlib.Path, result: dict[str, Any]) -> None:
-  matplotlib = require_extra("matplotlib", extra="plot")
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(6, 3.2))
+  figure, (axes,) = pictures.figure(width=6, height=3.2)
   names = list(result["perplexity"])
   for i, name in enumerate(names):
     values = result["perplexity"][name]
@@ -153,8 +148,7 @@ def _plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     axes.plot([i - 0.3, i + 0.3], [np.mean(values)] * 2, color="black")
   axes.set_xticks(range(len(names)), names, rotation=30)
   axes.set_ylabel("perplexity")
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  pictures.save(figure, path, dpi=120)
 
 
 def read_perplexity(folder: pathlib.Path, setting: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import minicpm_jax as mc
 from configs import nano
 from experiments import _baselines
 from minicpm_jax import config
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files, pictures
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.data import documents, python_corpus, shards
 from minicpm_jax.infer import generate
@@ -255,13 +255,9 @@ def train_to_the_end(run: Run, cfg: config.TrainConfig) -> dict[str, float]:
 
 def plot_losses(run: Run, cfg: config.TrainConfig) -> None:
   """loss.png: training loss, held-out loss and learning rate over the steps."""
-  matplotlib = extras.require_extra("matplotlib", extra="plot")
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
   rows = logging_lib.read_metrics(run.workdir / "train")
   steps_of = [r for r in rows if "loss" in r]
-  fig, ax = plt.subplots(figsize=(9, 5))
+  fig, (ax,) = pictures.figure(width=9, height=5)
   ax.plot([r["step"] for r in steps_of], [r["loss"] for r in steps_of], lw=1, label="training loss")
   for name in cfg.eval_sources:
     key = f"eval/{name}/loss"
@@ -284,9 +280,7 @@ def plot_losses(run: Run, cfg: config.TrainConfig) -> None:
   )
   right.set_ylabel("learning rate (red)")
   ax.legend(loc="upper center")
-  fig.tight_layout()
-  fig.savefig(run.workdir / "loss.png", dpi=120)
-  plt.close(fig)
+  pictures.save(fig, run.workdir / "loss.png", dpi=120)
   run.tell(f"loss curve: {run.workdir / 'loss.png'}")
 
 

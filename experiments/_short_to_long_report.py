@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from experiments import _short_to_long as toy
-from minicpm_jax.core import extras
+from minicpm_jax.core import pictures
 
 ARMS = {  # name in the picture -> key of `final`
   "short model, full attention": "short_trained_full_attention",
@@ -54,8 +54,7 @@ def summary(plan: toy.Plan, seeds: list[dict]) -> dict:
 
 def draw(seeds: list[dict], path: pathlib.Path) -> None:
   """Training losses, needle accuracy over the long stage, share of needle blocks selected."""
-  pyplot = extras.require_extra("matplotlib.pyplot", extra="plot")
-  figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 3.8))
+  figure, (left, middle, right) = pictures.figure(3, width=4.7, height=3.8)
   colors = {"short": "gray", "full": "C0", "sparse": "C1"}
   lines = (  # model, attention it is read with, style, label
     ("full", "full", "-", "trained and read with full"),
@@ -89,9 +88,7 @@ def draw(seeds: list[dict], path: pathlib.Path) -> None:
   left.set_ylim(None, 1.1 * top)  # the switch, not the first steps of all
   for axis in (left, middle, right):
     axis.legend(fontsize=8)
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  pictures.save(figure, path, dpi=120)
 
 
 def _smooth(values: list[float], size: int = 20) -> np.ndarray:

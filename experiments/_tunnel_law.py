@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from experiments import _tunnel
+from minicpm_jax.core import pictures
 from minicpm_jax.tunnel import bench, corpus, fit, plan, report
 
 LR = 0.016  # muP, best at every width of the suite "mup"
@@ -151,7 +152,7 @@ def _trained_longer(
 
 def _draw(section: report.Section, law_fit: fit.ScalingLaw, points) -> None:
   n, d, losses = points
-  figure, axes = report.figure(2)
+  figure, axes = pictures.figure(2)
   for size in np.unique(n):
     mine = n == size
     line = axes[0].plot(d[mine], losses[mine], "o", label=f"N = {size:,.0f}")[0]
@@ -239,7 +240,7 @@ def scaling_bench(ctx: _tunnel.Context) -> report.Section:
     "task and the short runs were added for a range from chance to near the ceiling, by accuracies",
     "of widths other than the held-out one.",
   )
-  figure, axes = report.figure(len(TASKS))
+  figure, axes = pictures.figure(len(TASKS))
   for axis, (task, about) in zip(axes, TASKS.items(), strict=True):
     rows = items_of(ctx, task)
     nats = [runner.score([spec], rows)[0].reshape(ITEMS, CHOICES) for spec in models]
@@ -371,7 +372,7 @@ def batch(ctx: _tunnel.Context) -> report.Section:
 
 def _draw_batch(section: report.Section, optima: list[tuple], needs: dict) -> None:
   """Bytes needed against the batch for one model, and all minima against the loss."""
-  figure, axes = report.figure(2)
+  figure, axes = pictures.figure(2)
   for level, (batches, needed) in needs.items():
     axes[0].plot(batches, needed, "o-", label=f"loss {level:.2f}")
   axes[0].set(xscale="log", yscale="log", xlabel="batch, bytes", ylabel="bytes needed")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from experiments import _tunnel
+from minicpm_jax.core import pictures
 from minicpm_jax.tunnel import coordinates, fit, plan, records, report, search
 
 TITLES = {"matrix": "muP, embedding as matrix", "vector": "muP, as vector", "sp": "standard"}
@@ -164,7 +165,7 @@ def _lr_stability(section: report.Section, by_width: dict, lrs: tuple) -> dict[i
 
 
 def _draw(section: report.Section, losses: dict, scale: _tunnel.Scale) -> None:
-  figure, axes = report.figure(len(losses))
+  figure, axes = pictures.figure(len(losses))
   for axis, (mode, by_width) in zip(axes, losses.items(), strict=True):
     for width, grid in by_width.items():
       mean = np.where(np.isfinite(grid), grid, np.nan).mean(1)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from experiments import _tunnel
+from minicpm_jax.core import pictures
 from minicpm_jax.optim import probe
 from minicpm_jax.tunnel import fit, knobs, plan, records, report
 
@@ -194,7 +195,7 @@ def _branches_are_fresh_runs(
 
 
 def _horizon_curve(section: report.Section, found: dict, lengths: tuple[int, ...]) -> None:
-  figure, axes = report.figure(2)
+  figure, axes = pictures.figure(2)
   for name in ("constant", "Cosine(S)", "WSD 2.5%", "WSD 10%"):
     axes[0].plot(lengths, [np.mean([r[name] for r in found[s]]) for s in lengths], "o-", label=name)
   axes[0].set(xscale="log", xlabel="steps S", ylabel="held-out nats per byte")
@@ -316,7 +317,7 @@ def diagnostics(ctx: _tunnel.Context) -> report.Section:
     f"cosine {_tunnel.signed(cosines['wsd'])}",
     f"constant rate: {_tunnel.signed(cosines['constant'])}",
   )
-  figure, axes = report.figure(len(names), height=3.0)
+  figure, axes = pictures.figure(len(names), height=3.0)
   for axis, name in zip(axes, names, strict=True):
     for run in specs:
       trace = found[run.name]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments import _ultraclean
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files, pictures
 from minicpm_jax.data import documents, executor, stats
 from minicpm_jax.data.documents import Doc
 
@@ -94,16 +94,13 @@ def _examples(kept, quality, drops) -> dict[str, list[dict[str, Any]]]:
 def write(report: dict[str, Any], folder: pathlib.Path) -> None:
   """report.json and scores.png, each whole or not at all."""
   files.write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-  with files.replacing(folder / "scores.png") as partial:
-    plot(report).savefig(partial, dpi=100)
+  pictures.save(plot(report), folder / "scores.png")
 
 
 def plot(report: dict[str, Any]):
   """A matplotlib figure: score histogram of every language, and where documents went."""
-  figures = extras.require_extra("matplotlib.figure", extra="plot")
   histograms = report["score_histogram"]
-  figure = figures.Figure(figsize=(4 * (len(histograms) + 1), 3.2), layout="constrained")
-  axes = figure.subplots(1, len(histograms) + 1, squeeze=False)[0]
+  figure, axes = pictures.figure(len(histograms) + 1, width=4, height=3.2)
   for axis, (lang, counts) in zip(axes, histograms.items(), strict=False):
     left = np.arange(len(counts)) / len(counts)
     axis.bar(left, counts, width=1 / len(counts), align="edge", color="tab:blue")
@@ -119,11 +116,9 @@ def plot(report: dict[str, Any]):
 
 def plot_verification(report: dict[str, Any], path: pathlib.Path) -> None:
   """Delta of every set, and the interval of their mean that decided."""
-  figures = extras.require_extra("matplotlib.figure", extra="plot")
   metric = report["decided_by"]
   deltas = {name: found[metric] for name, found in report["deltas"].items() if metric in found}
-  figure = figures.Figure(figsize=(6, 1.2 + 0.4 * len(deltas)), layout="constrained")
-  axis = figure.subplots()
+  figure, (axis,) = pictures.figure(width=6, height=1.2 + 0.4 * len(deltas))
   axis.barh(list(deltas), list(deltas.values()), color="tab:gray")
   low, high = report["interval"]
   axis.barh(["mean"], [report["delta"]], color="tab:blue")
@@ -132,5 +127,4 @@ def plot_verification(report: dict[str, Any], path: pathlib.Path) -> None:
   )
   axis.axvline(0, color="k", linewidth=0.8)
   axis.set(title=f"{report['candidate']}: {report['decision']}", xlabel=f"better by, {metric}")
-  with files.replacing(path) as partial:
-    figure.savefig(partial, dpi=100)
+  pictures.save(figure, path)

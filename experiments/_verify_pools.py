@@ -4,7 +4,7 @@ import pathlib
 import random
 
 from minicpm_jax import config
-from minicpm_jax.core import extras
+from minicpm_jax.core import pictures
 from minicpm_jax.data import documents, seeds, shards
 from minicpm_jax.text import tokenizer as tokenizer_lib
 from minicpm_jax.train import loop
@@ -125,9 +125,8 @@ def run(
 
 def plot(found: dict, path: pathlib.Path) -> None:
   """One dot for every pool and seed."""
-  figure = extras.require_extra("matplotlib.figure", extra="plot").Figure(layout="constrained")
-  axis = figure.subplots()
+  figure, (axis,) = pictures.figure(width=6.4, height=4.8)
   axis.plot(range(len(POOLS)), [found["deltas"][p] for p in POOLS], "o", color="tab:blue")
   axis.axhline(0, color="k", linewidth=0.8)
   axis.set(xticks=range(len(POOLS)), xticklabels=POOLS, ylabel="bits per byte better than default")
-  figure.savefig(path, dpi=100)
+  pictures.save(figure, path)

@@ -65,7 +65,8 @@ def _run() -> None:
 
 def _sigmoid(rows: list[dict], num_items: int) -> dict | None:
   """The fit and its held-out errors; None for fewer models than it needs."""
-  from minicpm_jax.tunnel import bench, report
+  from minicpm_jax.core import pictures
+  from minicpm_jax.tunnel import bench
 
   if len(rows) < 4 + VALUES.held_out or "accuracy" not in rows[0]:
     return None
@@ -74,12 +75,12 @@ def _sigmoid(rows: list[dict], num_items: int) -> dict | None:
   found = bench.extrapolate(losses, accuracies, is_held, chance=VALUES.chance, num_items=num_items)
   print(f"held out: sigmoid off by {found.sigmoid_error:.4f}, a line by {found.line_error:.4f}")
   if VALUES.output is not None:
-    figure, (axis,) = report.figure()
+    figure, (axis,) = pictures.figure()
     axis.plot(losses, accuracies, "o")
     line = [min(losses) + (max(losses) - min(losses)) * i / 99 for i in range(100)]
     axis.plot(line, found.fitted(line))
     axis.set(xlabel="conditional loss, nats per token", ylabel="accuracy")
-    figure.savefig(pathlib.Path(VALUES.output).with_suffix(".png"), dpi=100)
+    pictures.save(figure, pathlib.Path(VALUES.output).with_suffix(".png"))
   s = found.fitted
   errors = {"sigmoid_error": found.sigmoid_error, "line_error": found.line_error}
   return {"lo": s.lo, "hi": s.hi, "k": s.k, "l0": s.l0} | errors

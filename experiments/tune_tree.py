@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import _bench_drafts, _command, _models, _results
 from minicpm_jax import ckpt, config
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files, pictures
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate, tune
@@ -95,13 +95,11 @@ def _run() -> None:
 
 
 def _plot(rows: list[tune.TreeCost], path: pathlib.Path) -> None:
-  figures = extras.require_extra("matplotlib.figure", extra="plot")
-  figure = figures.Figure(figsize=(9, 3.2), layout="constrained")
-  fields = ("verify_ms", "accept_length", "speedup")
-  for axis, field in zip(figure.subplots(1, 3), fields, strict=True):
+  figure, axes = pictures.figure(3, width=3, height=3.2)
+  for axis, field in zip(axes, ("verify_ms", "accept_length", "speedup"), strict=True):
     axis.plot([r.num_nodes for r in rows], [getattr(r, field) for r in rows], "o-")
     axis.set(xlabel="tree nodes", title=field.replace("_", " "), ylim=(0, None))
-  figure.savefig(path, dpi=100)
+  pictures.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:

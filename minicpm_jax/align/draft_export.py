@@ -15,7 +15,7 @@ from absl import logging
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import bita_io, draft_io
-from minicpm_jax.core import extras, files, types
+from minicpm_jax.core import files, pictures, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import draft as draft_lib
@@ -101,19 +101,13 @@ def write_curves(workdir: pathlib.Path, cfg: config.DistillConfig) -> None:
         curves.setdefault(name, []).append({"step": row["step"], **values})
   files.write_json(workdir / "acceptance.json", {"kind": cfg.draft.kind, "curves": curves})
   try:
-    matplotlib = extras.require_extra("matplotlib", extra="plot")
+    figure, axes = pictures.figure(max(len(curves), 1), width=5, height=4)
   except ImportError as error:
     print(f"no acceptance.png: {error}")
     return
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  fig, axes = plt.subplots(1, max(len(curves), 1), figsize=(5 * max(len(curves), 1), 4))
-  for ax, (name, rows) in zip(np.atleast_1d(axes), curves.items(), strict=False):
+  for ax, (name, rows) in zip(axes, curves.items(), strict=False):
     for k in range(1, cfg.eval_depth + 1):
       ax.plot([r["step"] for r in rows], [r[f"acc_{k}"] for r in rows], label=f"acc_{k}")
     ax.set(xlabel="step", ylabel="acceptance", title=f"{cfg.draft.kind}: {name}", ylim=(0, 1))
     ax.legend()
-  fig.tight_layout()
-  fig.savefig(workdir / "acceptance.png", dpi=120)
-  plt.close(fig)
+  pictures.save(figure, workdir / "acceptance.png", dpi=120)

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from minicpm_jax.core import extras, files
+from minicpm_jax.core import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,6 @@ def _cell(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
   return str(value)
-
-
-def figure(columns: int = 1, *, height: float = 3.4):
-  """(figure, list of axes) side by side; needs the plot extra."""
-  made = extras.require_extra("matplotlib.figure", extra="plot").Figure(
-    figsize=(4.4 * columns, height), layout="constrained"
-  )
-  return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
 # --- Files ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from minicpm_jax.core import pictures
 from minicpm_jax.tunnel import report
 
 
@@ -21,7 +22,7 @@ def made() -> report.Section:
 def test_files_say_what_was_shown(tmp_path):
   pytest.importorskip("matplotlib")
   section = made()
-  figure, axes = report.figure(2)
+  figure, axes = pictures.figure(2)
   axes[0].plot([1, 2])
   section.picture("curve", figure, "A curve")
   path = report.write(tmp_path / "out", "Title", "Intro.", [section])
