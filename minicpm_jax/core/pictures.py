@@ -7,7 +7,7 @@ from minicpm_jax.core import extras, files
 
 
 def figure(
-  columns: int = 1, *, width: float = 4.4, height: float = 3.4, sharey: bool = False
+  columns: int = 1, *, width: float | int = 4.4, height: float | int = 3.4, sharey: bool = False
 ) -> tuple[Any, list[Any]]:
   """(matplotlib figure, its axes side by side); width and height of one of them in inches."""
   made = extras.require_extra("matplotlib.figure", extra="plot").Figure(

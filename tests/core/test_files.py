@@ -1,11 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and pictures."""
 
 import json
 import os
+import struct
 
 import pytest
 
-from minicpm_jax.core import files
+from minicpm_jax.core import files, pictures
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -42,3 +43,14 @@ def test_text_bytes_and_json(tmp_path):
   assert (tmp_path / "b").read_bytes() == b"\x00\xff"
   text = (tmp_path / "c.json").read_text(encoding="utf-8")
   assert json.loads(text) == {"ü": [1, 2.5, None]} and text.endswith("}\n")
+
+
+def test_pictures_have_the_size_asked_for_and_touch_no_global_state(tmp_path):
+  pytest.importorskip("matplotlib")
+  figure, axes = pictures.figure(3, width=2, height=1.5, sharey=True)
+  axes[0].plot([1, 2])
+  pictures.save(figure, tmp_path / "new" / "a.png", dpi=50)
+  header = (tmp_path / "new" / "a.png").read_bytes()[:24]
+  assert header[:8] == b"\x89PNG\r\n\x1a\n"
+  assert struct.unpack(">II", header[16:]) == (3 * 2 * 50, 75)
+  assert axes[1].get_ylim() == axes[0].get_ylim() != (0, 1)
