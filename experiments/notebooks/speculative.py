@@ -179,7 +179,7 @@ if not tiny:
 prompts = [tok.encode(text)[:32] for text in heldout[:2] if len(text) > 200]
 samplings = [config.SamplingConfig(max_new_tokens=12 if tiny else 96)]
 samplings.append(dataclasses.replace(samplings[0], temperature=0.8, seed=1))
-lengths, speeds = {}, {}
+lengths, speeds, plain = {}, {}, {}
 for name, (one, weights) in named.items():
   runner = engine.Engine(
     model, params, config.EngineConfig(capacity=160), drafter=one, draft_params=weights
@@ -191,7 +191,7 @@ for name, (one, weights) in named.items():
     seconds = sum(stats.decode_seconds for stats in out.stats)
     speeds[key] = sum(len(tokens) - 1 for tokens in out.tokens) / seconds
     if name == "plain":
-      plain = {**(plain if sampling.temperature else {}), sampling.temperature: out.tokens}
+      plain[sampling.temperature] = out.tokens
     assert out.tokens == plain[sampling.temperature]
     print(f"{name:<8} T={sampling.temperature}: {lengths[key]:.2f} tokens a round")
 

@@ -147,7 +147,7 @@ def make_totals_fn(cfg: config.DistillConfig) -> step_lib.TotalsFn:
 def make_loss_fn(
   cfg: config.DistillConfig,
   target: transformer.Transformer,
-  ids_R: Int[np.ndarray, "R"] | None = None,
+  ids_R: Int[np.ndarray, " R"] | None = None,
 ) -> step_lib.LossFn:
   """`loss_fn(params, batch, ctx)`; the batch has `row_seed` (`draft.with_row_seeds`).
 
@@ -177,7 +177,7 @@ def make_loss_fn(
 def make_acceptance_fn(
   cfg: config.DistillConfig,
   target: transformer.Transformer,
-  ids_R: Int[np.ndarray, "R"] | None = None,
+  ids_R: Int[np.ndarray, " R"] | None = None,
 ) -> Callable[[types.Params, Batch], step_lib.Metrics]:
   """(params, batch) -> acc_1 .. acc_depth on held-out text, as `draft.make_acceptance_fn` says.
 

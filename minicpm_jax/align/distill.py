@@ -45,7 +45,7 @@ def kl_and_ce(
   teacher_TV: Float[Array, "T V"],
   targets_T: Any,
   temperature: float = 1.0,
-) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
   """(tau^2 KL(teacher || student), cross entropy of the student) of every token, float32 logits."""
   soft_TV = jax.nn.log_softmax(student_TV / temperature)
   goal_TV = jax.nn.log_softmax(teacher_TV / temperature)

@@ -260,7 +260,7 @@ def _majority(cfg: config.DraftConfig, source: Source, low: Mapping[str, Any]) -
 
 def _ids(
   cfg: config.DraftConfig, source: Source, folder: pathlib.Path
-) -> Int[np.ndarray, "R"] | None:
+) -> Int[np.ndarray, " R"] | None:
   """Full token ids of the head's rows from d2t; checked against t2d where it is there."""
   if cfg.kind != "eagle3" or "d2t" not in source:
     return None

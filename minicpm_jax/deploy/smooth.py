@@ -101,7 +101,7 @@ class _Search:
       found.append(jnp.where(keep if own is None else keep & own[i], bound, 0.0))
     return found
 
-  def _mean_abs(self, batches: list[Array], factors: list[Array]) -> Float[Array, "I"]:
+  def _mean_abs(self, batches: list[Array], factors: list[Array]) -> Float[Array, " I"]:
     total = (jnp.zeros(batches[0].shape[-1]), jnp.zeros(()))
     for x, f in zip(batches, factors, strict=True):
       total = calib.abs_update(total, x * f[..., None], f > 0)

@@ -44,7 +44,7 @@ def verify_chain(
   p_BAV: Float[Array, "B A V"],
   accept_BL: Float[Array, "B L"],
   last_BA: Float[Array, "B A"],
-) -> tuple[Int[Array, "B"], Int[Array, "B A"]]:
+) -> tuple[Int[Array, " B"], Int[Array, "B A"]]:
   """(num_B, tokens_BA): the first num_B tokens of each row are emitted, 1..L + 1 of them.
 
   drafted_BL[:, i] was drawn from q_BLV[:, i]; p_BAV[:, i] is the target's law at that position, A =
@@ -81,9 +81,9 @@ def verify_siblings(
   q_BV: Float[Array, "B V"],
   p_BV: Float[Array, "B V"],
   accept_BC: Float[Array, "B C"],
-  last_B: Float[Array, "B"],
+  last_B: Float[Array, " B"],
   rule: Siblings,
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
   """(index of the accepted candidate or -1, emitted token) of C candidates for one position.
 
   iid: all drawn from q; a rejection leaves norm(max(p - q, 0)) of the target. without_replacement:
@@ -282,7 +282,7 @@ def _round(models, params, state: _State, settings, num_drafted: int):
   return state, num_B, new_BA
 
 
-def _noise(key_B: Array, length_B: Int[Array, "B"], num: int) -> Float[Array, "B A 3"]:
+def _noise(key_B: Array, length_B: Int[Array, " B"], num: int) -> Float[Array, "B A 3"]:
   """Independent uniforms for the tokens at length + 1, ...: to draft, to accept, to sample last."""
   positions_BA = length_B[:, None] + 1 + jnp.arange(num, dtype=jnp.int32)[None, :]
 

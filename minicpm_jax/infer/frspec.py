@@ -30,7 +30,7 @@ class FrIndexError(ValueError):
 Ids = Sequence[int] | Int[np.ndarray, "r"]
 
 
-def count_tokens(token_lists: Iterable[Sequence[int]], vocab_size: int) -> Int[np.ndarray, "V"]:
+def count_tokens(token_lists: Iterable[Sequence[int]], vocab_size: int) -> Int[np.ndarray, " V"]:
   """Occurrences of every id."""
   counts_V = np.zeros(vocab_size, np.int64)
   for tokens in token_lists:
@@ -43,8 +43,8 @@ def count_tokens(token_lists: Iterable[Sequence[int]], vocab_size: int) -> Int[n
 
 
 def mix(
-  counts: Sequence[Num[np.ndarray, "V"]], weights: Sequence[float | int]
-) -> Float[np.ndarray, "V"]:
+  counts: Sequence[Num[np.ndarray, " V"]], weights: Sequence[float | int]
+) -> Float[np.ndarray, " V"]:
   """Frequencies of a mixture: domain d gives share weights[d] / sum, whatever its size."""
   if len(counts) != len(weights):
     raise FrIndexError(f"weights: found {len(weights)}, expected one for each of {len(counts)}")
@@ -59,8 +59,8 @@ def mix(
 
 
 def build_index(
-  counts_V: Num[np.ndarray, "V"], size: int, forced_ids: Iterable[int] = ()
-) -> Int[np.ndarray, "r"]:
+  counts_V: Num[np.ndarray, " V"], size: int, forced_ids: Iterable[int] = ()
+) -> Int[np.ndarray, " r"]:
   """Exactly `size` ids: the most frequent, ties by lower id; forced ids replace the rarest kept.
 
   Forced ids that are frequent keep their rank; the others come last, by falling count.
@@ -101,7 +101,7 @@ def forced_ids(tok: Any) -> tuple[int, ...]:
   return tuple(sorted(ids))
 
 
-def coverage(counts_V: Num[np.ndarray, "V"], ids: Ids) -> float:
+def coverage(counts_V: Num[np.ndarray, " V"], ids: Ids) -> float:
   """Share of all occurrences that the index keeps."""
   total = float(counts_V.sum())
   if not total > 0:
@@ -109,7 +109,7 @@ def coverage(counts_V: Num[np.ndarray, "V"], ids: Ids) -> float:
   return float(counts_V[np.asarray(ids)].sum()) / total
 
 
-def check_index(ids: Num[np.ndarray, "r"], vocab_size: int, what: str = "fr index") -> None:
+def check_index(ids: Num[np.ndarray, " r"], vocab_size: int, what: str = "fr index") -> None:
   """Refuses an index with ids outside the vocabulary or twice."""
   if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
     raise FrIndexError(
@@ -145,7 +145,7 @@ def save_index(folder: str | os.PathLike, ids: Ids) -> list[pathlib.Path]:
   return written
 
 
-def load_index(path: str | os.PathLike, size: int | None = None) -> Int[np.ndarray, "r"]:
+def load_index(path: str | os.PathLike, size: int | None = None) -> Int[np.ndarray, " r"]:
   """int32 ids of a .npy or .pt file, or of the folder's `freq_{size}` (its only one if None)."""
   path = pathlib.Path(path)
   if path.is_dir():
@@ -190,7 +190,7 @@ class _NoClasses(pickle.Unpickler):
     raise pickle.UnpicklingError("found a stored tensor, expected a plain list of ints")
 
 
-def _ids_of(path: pathlib.Path) -> Int[np.ndarray, "r"]:
+def _ids_of(path: pathlib.Path) -> Int[np.ndarray, " r"]:
   try:
     value = _unpickled(path)
   except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:

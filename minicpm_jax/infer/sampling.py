@@ -120,13 +120,13 @@ def keep_mask(
   return ((z_BV > value_B[:, None]) | is_tie_BV) & (ratio_BV >= state.min_p_B[:, None])
 
 
-def uniforms(key_B: Key[Array, "B"], positions_B: Int[Array, "B"]) -> Float[Array, "B"]:
+def uniforms(key_B: Key[Array, " B"], positions_B: Int[Array, " B"]) -> Float[Array, " B"]:
   """u_t of each row: one number in [0, 1) for each (key, absolute position)."""
   fold = jax.vmap(jax.random.fold_in)
   return jax.vmap(jax.random.uniform)(fold(key_B, positions_B))
 
 
-def inverse_cdf(p_BV: Float[Array, "B V"], u_B: Float[Array, "B"]) -> Int[Array, "B"]:
+def inverse_cdf(p_BV: Float[Array, "B V"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
   """Smallest id with cumsum(p)[id] > u * sum(p); p need not be normalised, p = 0 is never taken."""
   cdf_BV = jnp.cumsum(p_BV, axis=1)
   # A parallel cumsum may wobble by an ulp where p is 0, hence the second condition.
@@ -136,7 +136,7 @@ def inverse_cdf(p_BV: Float[Array, "B V"], u_B: Float[Array, "B"]) -> Int[Array,
 
 
 def penalise(
-  logits_BV: Float[Array, "B V"], penalty_B: Float[Array, "B"], seen_BV: Bool[Array, "B V"]
+  logits_BV: Float[Array, "B V"], penalty_B: Float[Array, " B"], seen_BV: Bool[Array, "B V"]
 ) -> Float[Array, "B V"]:
   """z / r where z > 0, else z * r, for the tokens that have been seen (CTRL, arXiv 1909.05858)."""
   r_B1 = penalty_B[:, None]
@@ -158,9 +158,9 @@ def distribution(logits_BV: Float[Array, "B V"], state: SamplingState) -> Float[
 def sample(
   logits_BV: Float[Array, "B V"],
   state: SamplingState,
-  positions_B: Int[Array, "B"],
+  positions_B: Int[Array, " B"],
   seen: Callable[[], Bool[Array, "B V"]] | None = None,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
   """The token at absolute position `positions_B` of each row; greedy ties go to the lower id.
 
   `seen` gives the tokens of each row's context; it is evaluated only where a row has a penalty.
@@ -185,7 +185,7 @@ def sample(
   return tokens_B.astype(jnp.int32)
 
 
-def logprobs(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, "B"]) -> Float[Array, "B"]:
+def logprobs(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"]) -> Float[Array, " B"]:
   """log softmax(logits)[token]: the model's own, before temperature and filters."""
   logits_BV = logits_BV.astype(jnp.float32)
   chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]

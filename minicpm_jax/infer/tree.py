@@ -19,7 +19,7 @@ def num_candidates(k: int, num_levels: int) -> int:
 
 
 def build(
-  root_B: Int[Array, "B"],
+  root_B: Int[Array, " B"],
   scores_BC: Float[Array, "B C"],
   tokens_BC: Int[Array, "B C"],
   beams_BLK: Int[Array, "B L K"],
@@ -63,7 +63,7 @@ def build(
   return base.Tree(tok_BP=tok, parent_BP=parent, depth_BP=depth, anc_BPP=anc)
 
 
-def ancestors(parent_P: Int[Array, "P"], num_levels: int) -> Bool[Array, "P P"]:
+def ancestors(parent_P: Int[Array, " P"], num_levels: int) -> Bool[Array, "P P"]:
   """[i, j]: j is i or above it; the root is its own parent and everybody's ancestor."""
   own = jnp.eye(parent_P.shape[0], dtype=bool)
   anc = own
@@ -74,7 +74,7 @@ def ancestors(parent_P: Int[Array, "P"], num_levels: int) -> Bool[Array, "P P"]:
 
 def match(
   tree: base.Tree, y_BP: Int[Array, "B P"], num_levels: int
-) -> tuple[Int[Array, "B"], Int[Array, "B A"], Int[Array, "B A"]]:
+) -> tuple[Int[Array, " B"], Int[Array, "B A"], Int[Array, "B A"]]:
   """(accepted, path, new): how many tokens a round emits, by which nodes, and which tokens.
 
   y_BP: the target's own sample after each node. A node is accepted iff every node on its path is

@@ -14,7 +14,7 @@ Act = Literal["silu", "fatrelu"]
 
 
 def rms_norm(
-  x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
+  x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*rows D"]:
   """x * rsqrt(mean(x^2) + eps) in float32, cast to x's dtype, times `scale` (Llama's order)."""
   normed = _normalized(x, eps) if x.dtype == jnp.float32 else _recomputed_normalized(x, eps)

@@ -65,15 +65,15 @@ class Layout:
   num_blocks: expert of each block of places, blocks in use; sizes_E: places of each expert.
   """
 
-  row_P: Int[Array, "P"]
-  is_row_P: Bool[Array, "P"]
-  place_R: Int[Array, "R"]
-  block_expert_M: Int[Array, "M"]
+  row_P: Int[Array, " P"]
+  is_row_P: Bool[Array, " P"]
+  place_R: Int[Array, " R"]
+  block_expert_M: Int[Array, " M"]
   num_blocks: Int[Array, ""]
-  sizes_E: Int[Array, "E"]
+  sizes_E: Int[Array, " E"]
 
 
-def layout(expert_R: Int[Array, "R"], num_experts: int, block: int) -> Layout:
+def layout(expert_R: Int[Array, " R"], num_experts: int, block: int) -> Layout:
   """Groups rows by expert, each group padded to whole blocks; expert `num_experts` = nowhere."""
   R = expert_R.shape[0]
   max_blocks = min(R, R // block + num_experts)
@@ -103,7 +103,7 @@ def layout(expert_R: Int[Array, "R"], num_experts: int, block: int) -> Layout:
 def block_matmul(
   x_MBK: Float[Array, "M B K"],
   w_EKN: Float[Array, "E K N"],
-  expert_M: Int[Array, "M"],
+  expert_M: Int[Array, " M"],
   num_blocks: Int[Array, ""],
 ) -> Float[Array, "M B N"]:
   """x_m @ w[expert_m] for the first `num_blocks` blocks, zeros after them."""

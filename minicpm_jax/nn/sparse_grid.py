@@ -67,7 +67,7 @@ class Grid:
 
 
 def document_bounds(
-  segment_ids_BS: Ids, length_B: Int[Array, "B"]
+  segment_ids_BS: Ids, length_B: Int[Array, " B"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
   """(first slot, one past the last) of the run of equal ids that holds each slot.
 

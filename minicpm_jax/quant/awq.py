@@ -29,19 +29,19 @@ _READERS = {
 class Smoothing(NamedTuple):
   """What a search found; losses[i] belongs to ratio i / len(losses)."""
 
-  factor_I: Float[Array, "I"]
+  factor_I: Float[Array, " I"]
   ratio: float
   losses: tuple[float, ...]
 
 
-def factor(mean_abs_I: Float[Array, "I"], ratio: Any) -> Float[Array, "I"]:
+def factor(mean_abs_I: Float[Array, " I"], ratio: Any) -> Float[Array, " I"]:
   """t = max(a^ratio, 1e-4) / sqrt(max t min t); ratio 0 gives ones."""
   t_I = jnp.maximum(mean_abs_I.astype(jnp.float32) ** ratio, 1e-4)
   return t_I / jnp.sqrt(jnp.max(t_I) * jnp.min(t_I))
 
 
 def rounded(
-  w_IO: Float[Array, "I O"], t_I: Float[Array, "I"], cfg: gptq.GPTQConfig
+  w_IO: Float[Array, "I O"], t_I: Float[Array, " I"], cfg: gptq.GPTQConfig
 ) -> Float[Array, "I O"]:
   """Q(w t) / t: the kernel as plain group quantisation of the smoothed weights leaves it."""
   solution = gptq.round_to_nearest(w_IO.astype(jnp.float32) * t_I[:, None], cfg)
@@ -49,8 +49,8 @@ def rounded(
 
 
 def search(
-  mean_abs_I: Float[Array, "I"],
-  loss: Callable[[Float[Array, "I"]], Any],
+  mean_abs_I: Float[Array, " I"],
+  loss: Callable[[Float[Array, " I"]], Any],
   num_ratios: int = NUM_RATIOS,
 ) -> Smoothing:
   """The factor of least loss(t) over ratios 0, 1/n, ..., (n - 1)/n; the first of equal ones."""
@@ -71,7 +71,7 @@ def readers(layer: types.Params, norm: str) -> tuple[str, ...]:
 
 
 def fold_norm(
-  layer: types.Params, norm: str, kernels: Sequence[str], t_I: Float[Array, "I"]
+  layer: types.Params, norm: str, kernels: Sequence[str], t_I: Float[Array, " I"]
 ) -> types.Params:
   """`layer` with norm scale / t and rows of the kernels * t ("attn/q" names); others untouched.
 

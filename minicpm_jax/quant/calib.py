@@ -76,10 +76,10 @@ def hessian_init(num_in: int) -> Float[Array, "I I"]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def abs_update(
-  total: tuple[Float[Array, "I"], Float[Array, ""]],
+  total: tuple[Float[Array, " I"], Float[Array, ""]],
   x_BTK: Float[Array, "B T *K"],
   keep_BT: Bool[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "I"], Float[Array, ""]]:
+) -> tuple[Float[Array, " I"], Float[Array, ""]]:
   """(sum of |x| of every channel, number of tokens), for the smoothing search."""
   x_BTI = jnp.abs(flat(x_BTK).astype(jnp.float32))
   if keep_BT is None:

@@ -60,7 +60,7 @@ class Solution(NamedTuple):
   codes_IO: UInt8[Array, "I O"]
   scale_QO: Float[Array, "Q O"]
   zero_QO: Int[Array, "Q O"]
-  g_idx_I: Int[Array, "I"]  # group of every input
+  g_idx_I: Int[Array, " I"]  # group of every input
   damp: Float[Array, ""]  # that was used; not finite codes: see `solve`
   error: Float[Array, ""]  # ||(Wq - W) X^T|| / ||W X^T||
 

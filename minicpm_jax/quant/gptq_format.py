@@ -36,7 +36,7 @@ class Codes(NamedTuple):
   codes_IO: UInt8[np.ndarray, "I O"]
   scale_QO: Float16[np.ndarray, "Q O"]
   zero_QO: UInt8[np.ndarray, "Q O"]
-  g_idx_I: Int32[np.ndarray, "I"]
+  g_idx_I: Int32[np.ndarray, " I"]
 
 
 def pack_words(codes: UInt8[np.ndarray, "rows cols"], name: str = "codes") -> np.ndarray:
