@@ -36,7 +36,7 @@ def make_optimizer(
 
     g = grads * min(1, clip_norm / |grads|)      (norm over all trained leaves)
     m, v = Adam moments; u = m^ / (sqrt(v^) + eps)
-    -lr * s * (u + wd * p)            decay_coupling "lr"           (s: `mup.lr_scales`)
+    -lr * s * (u + wd * p)            decay_coupling "lr"           (s: `mup.lr_scale`)
     -lr * s * u - wd * p              decay_coupling "independent"
 
   with wd = 0 on norms. Leaves matching `cfg.frozen` get no moments, no update and no share in the

@@ -17,10 +17,9 @@ on embeddings and none on norms is Megatron's default, not the paper's. Forward 
 (scale_emb, residual_scale, logit_divisor) live in the model.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from minicpm_jax import config
-from minicpm_jax.core import trees
 
 Role = Literal["matrix", "vector", "embedding", "head", "router", "norm"]
 
@@ -51,8 +50,3 @@ def lr_scale(model_cfg: config.ModelConfig, role: Role) -> float:
   if role == "embedding" and model_cfg.mup_embedding == "vector":
     return 1.0
   return 1.0 / model_cfg.width_ratio
-
-
-def lr_scales(model_cfg: config.ModelConfig, params: Any) -> Any:
-  """Tree of learning-rate factors, one float a leaf."""
-  return trees.map_with_path(lambda path, _: lr_scale(model_cfg, role_of(path)), params)

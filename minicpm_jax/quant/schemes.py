@@ -103,8 +103,3 @@ def group_count(num_in: int, group_size: int, name: str = "kernel") -> int:
       f"{name}: group_size: found {group_size!r}, expected -1 or a divisor of {num_in} inputs"
     )
   return num_in // group_size
-
-
-def round_scale(scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """float32 scale after rounding to its storage dtype, where dequantisation will read it."""
-  return scale.astype(dtype).astype(jnp.float32)
