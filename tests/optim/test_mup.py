@@ -59,6 +59,7 @@ def test_both_readings_of_the_embedding():
   for reading in ("matrix", "vector"):
     for role in ("matrix", "head", "router"):
       assert mup.lr_scale(model(mup_embedding=reading), role) == 1 / 9
+    assert mup.lr_scale(model(mup_embedding=reading), "norm") == 1.0
   assert mup.lr_scale(model(dim_model_base=None), "matrix") == 1.0  # Llama: muP is off
 
 

@@ -5,16 +5,10 @@ import functools
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.common import gpu
 from pallas_kernels.fp8_gemm import cases, triton
 from tests.pallas_kernels import fp8_suite as suite
-from tests.pallas_kernels import triton_host as host
 
-
-@pytest.fixture(autouse=True)
-def on_the_host(monkeypatch):
-  monkeypatch.setattr(gpu, "launch", host.launch)
-  monkeypatch.setattr(gpu, "check_cuda", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("on_the_host")
 
 
 @pytest.mark.parametrize("block_n", [32, 128])

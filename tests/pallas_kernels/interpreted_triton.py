@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common import gpu
 from pallas_kernels.sparse_attention import mosaic_gpu
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
@@ -12,13 +11,8 @@ from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
 from tests.pallas_kernels import sparse_suite as suite
-from tests.pallas_kernels import triton_host as host
 
-
-@pytest.fixture(autouse=True)
-def on_the_host(monkeypatch):
-  monkeypatch.setattr(gpu, "launch", host.launch)
-  monkeypatch.setattr(gpu, "check_cuda", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("on_the_host")
 
 
 @pytest.mark.parametrize("selection, lse", [("joint", "exact"), ("split", "coarse")])
