@@ -5,7 +5,8 @@ Modules know logical names only ("embed", "act_batch", ...); `RULES` maps them t
 
 Two kinds of use, two policies for a dimension that its mesh axes do not divide:
   parameters  `tree_shardings` refuses and names the tensor, except for `kv_heads`: few heads of
-              keys and values (2 in MiniCPM4) are replicated over tp, as every tp rank needs them;
+              keys and values (2 in MiniCPM4) are replicated over tp, as every tp rank needs them,
+              and so are groups and bytes of quantised kernels (45 groups of 128 in 5760 inputs);
   activations `constrain` is a hint: such a dimension is left whole (batch 1 in decoding).
 The global batch is checked once, by `check_batch`.
 """
@@ -36,6 +37,10 @@ RULES: dict[str, tuple[str, ...]] = {
   "vocab": ("tp",),
   "expert": ("ep",),
   "lora": ("fsdp",),
+  "embed_groups": ("fsdp",),
+  "heads_groups": ("tp",),
+  "mlp_groups": ("tp",),
+  "lora_groups": ("fsdp",),
   "act_batch": ("dp", "fsdp", "ep"),
   "act_seq": ("cp",),
   "act_embed": (),
@@ -45,7 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "act_vocab": ("tp",),
   "act_expert": ("ep",),
 }
-REPLICATED_IF_UNEVEN = ("kv_heads",)
+REPLICATED_IF_UNEVEN = ("kv_heads", "embed_groups", "heads_groups", "mlp_groups", "lora_groups")
 
 Names = Sequence[str | None]
 

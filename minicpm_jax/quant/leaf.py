@@ -55,13 +55,14 @@ def names(
 ) -> qtensor.QTensor:
   """Logical axis names of every array of `qt`, in its own structure.
 
-  Unpacked codes are cut like the kernel. Scales and packed codes keep the first input axis' name
-  (groups and bytes lie along it) where it is the whole input; outputs are cut like the kernel's.
+  Unpacked codes are cut like the kernel. Groups of scales and packed bytes, which lie along the
+  inputs, are cut like the first input axis where their number divides ("mlp_groups"); outputs are
+  cut like the kernel's.
   """
   lead, out = kernel_names[:num_lead], kernel_names[num_lead + qt.num_in :]
-  along = kernel_names[num_lead] if qt.num_groups > 1 else None
-  first = kernel_names[num_lead]
-  grouped = (*lead, along, *out)
+  name = kernel_names[num_lead]
+  first = None if name is None else f"{name}_groups"
+  grouped = (*lead, first if qt.num_groups > 1 else None, *out)
   return qt.replace(
     codes=(*lead, first, *out) if qt.is_packed else kernel_names,
     scale=grouped,

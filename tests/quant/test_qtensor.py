@@ -13,7 +13,7 @@ from minicpm_jax.config import MeshConfig, QuantConfig
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.nn import functional
-from minicpm_jax.quant import qtensor, schemes, tree
+from minicpm_jax.quant import leaf, qtensor, schemes, tree
 from pallas_kernels.common import gpu, spec
 from tests.models import common
 
@@ -233,6 +233,22 @@ def test_init_restore_shard_and_donate(dense, tmp_path):
     qtensor.dequantize(jax.device_get(again)),
     2 * qtensor.dequantize(quantized["layers"]["mlp"]["gate"]["kernel"]),
   )
+
+
+@pytest.mark.parametrize("num_in, groups, packed_bytes", [(96, None, "tp"), (128, "tp", "tp")])
+def test_groups_that_the_mesh_does_not_divide_are_on_every_device(num_in, groups, packed_bytes):
+  """MiniCPM-2B's 5760 inputs in groups of 128 are 45 groups: tp = 2 cuts their codes alone."""
+  qt = qtensor.pack(qtensor.quantize(jnp.ones((num_in, 64)), "int4", 32))
+  labels, sizes = leaf.names(qt, ("mlp", "embed")), {"tp": 2, "fsdp": 2}
+  spec = {
+    name: mesh_lib.partition_spec(getattr(labels, name), sizes=sizes, shape=getattr(qt, name).shape)
+    for name in ("codes", "scale")
+  }
+  assert spec["scale"] == jax.sharding.PartitionSpec(groups, "fsdp")
+  assert spec["codes"] == jax.sharding.PartitionSpec(packed_bytes, "fsdp")
+  few = leaf.names(qtensor.pack(qtensor.quantize(jnp.ones((6, 64)), "int4", 2)), ("mlp", "embed"))
+  whole = mesh_lib.partition_spec(few.codes, sizes=sizes, shape=(3, 64))
+  assert whole == jax.sharding.PartitionSpec(None, "fsdp")
 
 
 def test_initial_parameters_are_quantised_normals():
