@@ -1,5 +1,6 @@
 """Which backend serves a call of an op (style.md 2.7)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -47,6 +48,11 @@ def configs(
       f"{implementation!r}"
     )
   return {n: config if isinstance(config, c) else None for n, c in classes.items()}
+
+
+def requested(config: Any, interpret: bool | None) -> Any:
+  """`config` with the `interpret` that the call asks for; None leaves the config's own."""
+  return config if interpret is None else dataclasses.replace(config, interpret=interpret)
 
 
 def _full_name(kind: type) -> str:

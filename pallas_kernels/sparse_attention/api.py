@@ -28,6 +28,7 @@ def attend_blocks(
   base_B=None,
   implementation: Implementation = "auto",
   config: Config | None = None,
+  interpret: bool | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks (MiniCPM4 section 2.1.2).
 
@@ -44,7 +45,8 @@ def attend_blocks(
   `auto`: `gather` (2 * W * block rows of memory a query) for at most 16 queries, else on CUDA
   `mosaic_gpu` (Hopper, 16-bit floats; backward too, or Triton's where its own tiles do not fit)
   or `triton`, on TPU `mosaic_tpu`, else `xla`. `ref` holds T x S scores. `config` is
-  of the implementation of its class; others that `auto` tries take their own.
+  of the implementation of its class; others that `auto` tries take their own. `interpret` is of
+  the Mosaic ones: None = on a CPU.
   """
   del counts_BKT
   tiles = spec.configs(
@@ -77,10 +79,12 @@ def attend_blocks(
     {
       "xla": lambda: vjp.attend_xla(*args, **sizes, config=tiles["xla"]),
       "mosaic_gpu": lambda: mosaic_gpu.attend_mosaic_gpu(
-        *args, **sizes, config=tiles["mosaic_gpu"]
+        *args, **sizes, config=tiles["mosaic_gpu"], interpret=interpret
       ),
       "triton": lambda: triton.attend_triton(*args, **sizes, config=tiles["triton"]),
-      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(*args, **sizes, config=tiles["mosaic_tpu"]),
+      "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(
+        *args, **sizes, config=tiles["mosaic_tpu"], interpret=interpret
+      ),
       "ref": lambda: ref.attend_ref(
         *args[:3], ref.block_mask(*args[3:], k_BSKH.shape[1], block_size)
       ),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.common import mgpu, tune
+from pallas_kernels.common import mgpu, spec, tune
 from pallas_kernels.sparse_attention import mosaic_gpu_backward, tiles, triton, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -96,13 +96,24 @@ def check_shapes(op: str, q_BTNH, k, v, block: int) -> None:
 
 
 def attend_mosaic_gpu(
-  q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, *, block_size, num_local=0, config=None
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  ids_BKTW,
+  pos_BT,
+  start_BT,
+  *,
+  block_size,
+  num_local=0,
+  config=None,
+  interpret=None,
 ):
   """As `vjp.attend_xla`, or NotImplementedError with the reason."""
   from pallas_kernels.sparse_attention import mgpu_kernels
 
   op, H = "sparse_attention", q_BTNH.shape[-1]
   config = config or default_config(q_BTNH.shape[2] // k_BSKH.shape[2], H, q_BTNH.dtype)
+  config = spec.requested(config, interpret)
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k_BSKH, v=v_BSKH)
   check_shapes(op, q_BTNH, k_BSKH, v_BSKH, block_size)

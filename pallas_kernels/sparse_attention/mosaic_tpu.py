@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import gpu, interpret
+from pallas_kernels.common import gpu, spec
+from pallas_kernels.common import interpret as interpret_lib
 from pallas_kernels.sparse_attention import tiles, vjp
 from pallas_kernels.sparse_attention import tpu_kernels as kernels
 from pallas_kernels.sparse_topk import rule as rules
@@ -47,17 +48,27 @@ class _Static:
 
 
 def attend_tpu(
-  q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, *, block_size, num_local=0, config=None
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  ids_BKTW,
+  pos_BT,
+  start_BT,
+  *,
+  block_size,
+  num_local=0,
+  config=None,
+  interpret=None,
 ):
   """As `vjp.attend_xla`, or NotImplementedError with the reason. The band is part of the union."""
   del num_local
-  config = config or TpuConfig()
+  config = spec.requested(config or TpuConfig(), interpret)
   (_, _, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   gpu.check_arrays("sparse_attention", q=q_BTNH, k=k_BSKH, v=v_BSKH)
   if H != v_BSKH.shape[-1]:
     raise NotImplementedError(f"sparse_attention: head widths {H} and {v_BSKH.shape[-1]}")
   kernels.lanes(K, H)
-  is_interpreted = interpret.is_interpreted("sparse_attention", config.interpret, "tpu")
+  is_interpreted = interpret_lib.is_interpreted("sparse_attention", config.interpret, "tpu")
   queries = max(1, min(31, config.rows // (N // K)))
   num_listed = min(-(-k_BSKH.shape[1] // block_size), queries * ids_BKTW.shape[3])
   chunk = max(1, min(config.chunk, config.max_list_bytes // (5 * 4 * num_listed)))

@@ -22,6 +22,7 @@ def decode_blocks(
   page_table_BM=None,
   implementation: spec.Implementation = "auto",
   config: triton.TritonConfig | mosaic_gpu.MosaicGpuConfig | tpu_config.TpuConfig | None = None,
+  interpret: bool | None = None,
 ):
   """softmax(q k^T / sqrt(H)) v over the tokens of the listed blocks, for a few queries a row.
 
@@ -35,7 +36,7 @@ def decode_blocks(
   Returns (out [B, T, N, H] in v's dtype, lse [B, T, N] float32). No gradient: see
   `sparse_attention`. Reads 2 * W * block_size * H numbers a query and key head
   (infllm_v2.md sections 13 and 15). `config` is of the implementation of its class;
-  others that `auto` tries take their own.
+  others that `auto` tries take their own. `interpret` is of the Mosaic ones: None = on a CPU.
   """
   tiles = spec.configs(
     "sparse_decode",
@@ -65,10 +66,10 @@ def decode_blocks(
       "xla": lambda: xla.decode_xla(*args, block_size=block_size),
       "triton": lambda: triton.decode_triton(*args, block_size=block_size, config=tiles["triton"]),
       "mosaic_gpu": lambda: mosaic_gpu.decode_mosaic_gpu(
-        *args, block_size=block_size, config=tiles["mosaic_gpu"]
+        *args, block_size=block_size, config=tiles["mosaic_gpu"], interpret=interpret
       ),
       "mosaic_tpu": lambda: mosaic_tpu.decode_tpu(
-        *args, block_size=block_size, config=tiles["mosaic_tpu"]
+        *args, block_size=block_size, config=tiles["mosaic_tpu"], interpret=interpret
       ),
     },
   )

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.common import gpu, mgpu, tune
+from pallas_kernels.common import gpu, mgpu, spec, tune
 from pallas_kernels.sparse_attention import mosaic_gpu, tiles
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -39,7 +39,18 @@ def default_config(num_tiles: int, num_listed: int) -> MosaicGpuConfig:
 
 
 def decode_mosaic_gpu(
-  q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM, *, block_size, config=None
+  q_BTNH,
+  k,
+  v,
+  ids_BKTW,
+  pos_BT,
+  start_BT,
+  base_B,
+  page_table_BM,
+  *,
+  block_size,
+  config=None,
+  interpret=None,
 ):
   """As `api.decode_blocks`, or NotImplementedError with the reason."""
   op = "sparse_decode"
@@ -48,6 +59,7 @@ def decode_mosaic_gpu(
   G = N // K
   name = f"{tune.key(G, H, q_BTNH.dtype, 'mosaic_gpu')}_rows{B * K}"
   config = config or tune.lookup(op, MosaicGpuConfig, name) or default_config(B * K, T * W)
+  config = spec.requested(config, interpret)
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k, v=v)
   mosaic_gpu.check_shapes(op, q_BTNH, k, v, block_size)

@@ -8,16 +8,28 @@ start at slot 0, or have a page table.
 
 import jax.numpy as jnp
 
-from pallas_kernels.common import gpu, interpret
+from pallas_kernels.common import gpu, spec
+from pallas_kernels.common import interpret as interpret_lib
 from pallas_kernels.sparse_attention import mosaic_tpu, tiles
 from pallas_kernels.sparse_attention import tpu_kernels as kernels
 
 
 def decode_tpu(
-  q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM, *, block_size, config=None
+  q_BTNH,
+  k,
+  v,
+  ids_BKTW,
+  pos_BT,
+  start_BT,
+  base_B,
+  page_table_BM,
+  *,
+  block_size,
+  config=None,
+  interpret=None,
 ):
   """As `api.decode_blocks`, or NotImplementedError with the reason."""
-  config = config or mosaic_tpu.TpuConfig()
+  config = spec.requested(config or mosaic_tpu.TpuConfig(), interpret)
   B, T, N, H = q_BTNH.shape
   K, W = k.shape[2], ids_BKTW.shape[3]
   G = N // K
@@ -26,7 +38,7 @@ def decode_tpu(
     raise NotImplementedError(f"sparse_decode: {T} queries a row, at most 31")
   if base_B is not None:
     raise NotImplementedError("sparse_decode: rows that start at other slots than 0 (base_B)")
-  is_interpreted = interpret.is_interpreted("sparse_decode", config.interpret, "tpu")
+  is_interpreted = interpret_lib.is_interpreted("sparse_decode", config.interpret, "tpu")
   ids_XTW = jnp.reshape(ids_BKTW, (B * K, T, W))
   num_blocks = page_table_BM.shape[1] if page_table_BM is not None else -(-k.shape[1] // block_size)
   logical_XU, bits_XU, counts_X = tiles.union(ids_XTW, num_blocks)

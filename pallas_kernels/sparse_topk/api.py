@@ -20,6 +20,7 @@ def select_blocks(
   start_BT=None,
   implementation: spec.Implementation = "auto",
   config: Config | None = None,
+  interpret: bool | None = None,
 ):
   """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
 
@@ -33,8 +34,8 @@ def select_blocks(
   Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
   O(T * num_slots / kernel_stride) with the causal half skipped when q_offset is a Python int;
-  memory is one chunk's logits. `config` is of the implementation of its
-  class; others that `auto` tries take their own.
+  memory is one chunk's logits. `config` is of the implementation of its class; others that `auto`
+  tries take their own. `interpret` is of the Mosaic ones: None = on a CPU.
   """
   tiles = spec.configs(
     "sparse_topk",
@@ -54,7 +55,9 @@ def select_blocks(
     {
       "xla": lambda: xla.select_xla(*args, tiles["xla"]),
       "triton": lambda: triton.select_triton(*args, tiles["triton"]),  # the faster on an H200
-      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(*args, tiles["mosaic_gpu"]),
-      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, tiles["mosaic_tpu"]),
+      "mosaic_gpu": lambda: mosaic_gpu.select_mosaic_gpu(
+        *args, tiles["mosaic_gpu"], interpret=interpret
+      ),
+      "mosaic_tpu": lambda: mosaic_tpu.select_tpu(*args, tiles["mosaic_tpu"], interpret=interpret),
     },
   )

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import mgpu, tune
+from pallas_kernels.common import mgpu, spec, tune
 from pallas_kernels.sparse_topk import rule as rules
 
 MAX_BLOCKS = 8192  # of a row: a choice holds their scores in registers
@@ -43,6 +43,7 @@ def runs(
   rule: rules.Rule,
   num_slots: int,
   config: MosaicGpuConfig | None = None,
+  interpret: bool | None = None,
 ):
   """(queries of a run, padded length, its block scores, its choice), as `triton.runs`.
 
@@ -54,6 +55,7 @@ def runs(
   F, K = fine_BFKH.shape[1:3]
   name = tune.key(N // K, H, q_BTNH.dtype, "mosaic_gpu")
   config = config or tune.lookup(op, MosaicGpuConfig, name) or MosaicGpuConfig()
+  config = spec.requested(config, interpret)
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, fine=fine_BFKH, coarse=coarse_BCKH)
   if H % 16 or H > 256:
@@ -132,11 +134,12 @@ def select_mosaic_gpu(
   rule: rules.Rule,
   num_slots: int,
   config: MosaicGpuConfig | None = None,
+  interpret: bool | None = None,
 ):
   """As `xla.select_xla`, or NotImplementedError with the reason."""
   (B, T), K, W = q_BTNH.shape[:2], fine_BFKH.shape[2], rule.num_selected
   rows, padded, scores, choose = runs(
-    q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots, config
+    q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots, config, interpret
   )
 
   def run(first):

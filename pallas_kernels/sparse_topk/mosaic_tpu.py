@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import gpu, interpret
+from pallas_kernels.common import gpu, spec
+from pallas_kernels.common import interpret as interpret_lib
 from pallas_kernels.sparse_attention import mosaic_tpu as tiles
 from pallas_kernels.sparse_attention import tpu_kernels
 from pallas_kernels.sparse_topk import rule as rules
@@ -234,14 +235,15 @@ def select_tpu(
   rule: rules.Rule,
   num_slots: int,
   config: TpuConfig | None = None,
+  interpret: bool | None = None,
 ):
   """As `xla.select_xla`, or NotImplementedError with the reason."""
-  config = config or TpuConfig()
+  config = spec.requested(config or TpuConfig(), interpret)
   B, T, N, H = q_BTNH.shape
   F, K = fine_BFKH.shape[1:3]
   G, Q, C = N // K, config.queries, tpu_kernels.lanes(K, H)
   gpu.check_arrays("sparse_topk", q=q_BTNH, fine=fine_BFKH)
-  is_interpreted = interpret.is_interpreted("sparse_topk", config.interpret, "tpu")
+  is_interpreted = interpret_lib.is_interpreted("sparse_topk", config.interpret, "tpu")
   per_block = rule.block_size // rule.kernel_stride
   if rule.kernel_size // rule.kernel_stride - 1 > per_block:
     raise NotImplementedError(f"sparse_topk: a window of {rule.kernel_size} spans three blocks")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.common import interpret
 from pallas_kernels.fp8_gemm import api as fp8
 from pallas_kernels.sparse_attention import api as attention
 from pallas_kernels.sparse_attention import mosaic_gpu as attention_mosaic
@@ -116,6 +117,26 @@ def test_a_server_that_auto_tries_takes_no_config_of_another(op, backend, monkey
     assert given == {name: config if kind is config_class else None for _, name, kind in tried}
     for a, b in zip(found, expected, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+def test_a_mosaic_server_is_told_whether_to_interpret(op, implementation, monkeypatch):
+  """The call's word, else the config's, else None: the device decides."""
+  told = []
+
+  def ask(op, wanted, platform):
+    told.append(wanted)
+    raise NotImplementedError(platform)
+
+  monkeypatch.setattr(interpret, "is_interpreted", ask)
+  call, *servers = OPS[op]
+  (kind,) = (kind for _, name, kind in servers if name.endswith(implementation[-3:]))
+  pairs = [(None, None), (None, True), (kind(interpret=True), None), (kind(interpret=True), False)]
+  for config, wanted in pairs:
+    with pytest.raises(NotImplementedError, match=f"^{implementation[-3:]}$"):
+      call(config, implementation=implementation, interpret=wanted)
+  assert told == [None, True, True, False]
 
 
 @pytest.mark.parametrize(
