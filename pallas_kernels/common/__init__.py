@@ -1,1 +1,1 @@
-"""Shared pieces of the kernels: dispatch, cases, tuning, benchmarks."""
+"""Shared pieces of the kernels: dispatch, launching, tuning, benchmarks."""
