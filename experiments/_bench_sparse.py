@@ -75,6 +75,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   for axis in (left, right):
     axis.legend(fontsize=8)
     axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    axis.minorticks_off()
   pictures.save(figure, path, dpi=120)
 
 
