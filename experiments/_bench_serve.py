@@ -112,6 +112,7 @@ def measure(
     raise ValueError(f"prompts: found {len(prompts)}, expected at least {need}")
   rows, fresh = [], iter(prompts)
   take = lambda num: list(itertools.islice(fresh, num))  # noqa: E731
+  engine.warm_up(engine.cfg.capacity)
   alone(engine, take(2 * engine.cfg.max_batch), engine.cfg.max_batch, new_tokens)
   for c, num in _num_requests(concurrencies, min_requests).items():
     own = alone(engine, take(num), c, new_tokens)

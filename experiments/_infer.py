@@ -139,6 +139,7 @@ def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = No
     max_batch=max_batch,
     chunk_size=cfg.chunk_length,
     rounds_per_dispatch=cfg.rounds_per_dispatch,
+    shrinks=True,
   )
   stops = () if cfg.ignore_eos else chat.stop_ids(model.cfg, tok)
   more = {"drafter": drafter, "draft_params": draft_params, "stop_ids": stops}

@@ -32,6 +32,7 @@ _BATCH = flags.DEFINE_integer(
 _ROUNDS = flags.DEFINE_integer(
   "rounds_per_dispatch", 1, "Tokens between two answers to the host.", flag_values=VALUES
 )
+_SHRINKS = flags.DEFINE_bool("shrinks", True, "Rounds of live rows alone.", flag_values=VALUES)
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", 64, "Of a prompt.", lower_bound=1, flag_values=VALUES
 )
@@ -69,6 +70,7 @@ def _run() -> None:
     capacity=_PROMPT.value + _NEW.value + 1,
     max_batch=_BATCH.value,
     rounds_per_dispatch=_ROUNDS.value,
+    shrinks=_SHRINKS.value,
   )
   engine = engine_lib.Engine(model, params, cfg)  # no stop ids: all answers are equally long
   rows = _bench_serve.measure(engine, tok, prompts, clients, _NEW.value, _LEAST.value)
@@ -77,6 +79,7 @@ def _run() -> None:
   out = folder / f"bench_serve_{name}.json"
   more = dict(model=pathlib.Path(path).name, max_batch=cfg.max_batch, prompt_tokens=_PROMPT.value)
   more |= dict(new_tokens=_NEW.value, rounds_per_dispatch=cfg.rounds_per_dispatch)
+  more |= dict(shrinks=cfg.shrinks)
   _results.write(out, rows, compile_seconds=engine.compile_seconds, **more)
   device = "{device}, {num_cpus} CPUs".format(**_results.environment())
   title = f"{name}: {cfg.max_batch} rows, {_PROMPT.value} + {_NEW.value} tokens ({device})"

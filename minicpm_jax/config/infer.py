@@ -46,6 +46,7 @@ class EngineConfig:
   chunk_size: int = 512  # tokens of one prefill forward; the rest of a prompt goes in smaller ones
   rounds_per_dispatch: int = 1  # rounds between two answers to the host
   min_span: int = 256  # cache slots read at least; doubled until they hold the longest row
+  shrinks: bool = False  # rounds of the live rows alone: programs of 1, 2, 4, ... rows
   min_prefix: int = 32  # tokens; shorter common prefixes are not copied. -1 = no prompt cache
 
   def __post_init__(self):

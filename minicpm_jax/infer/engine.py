@@ -199,7 +199,8 @@ class Engine(programs.Programs, driver_lib.Driver):
         return
       job = self._waiting.popleft()
       kind, reuse = rows_lib.kind_of(self.model.cfg, job), self.drafter.reuses_prefix
-      row, source, num = rows_lib.choose_row(self._rows, job, kind, self.cfg.min_prefix, reuse)
+      more = (self.cfg.min_prefix, reuse, self._shrinks)
+      row, source, num = rows_lib.choose_row(self._rows, job, kind, *more)
       job.row, job.num_cached, job.started = row, num, time.perf_counter()
       self._rows[row] = rows_lib.Row(job, list(job.request.prompt[:num]), kind)
       if source != row:
@@ -256,8 +257,13 @@ class Engine(programs.Programs, driver_lib.Driver):
     length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
     span = self._span(length + rounds * A + self._num_rows)
     known = self._known(live, min(len(job.request.prompt) + len(job.tokens) for job in live))
-    answer = self._call(rounds_lib.run, live, span=span, rounds=rounds, known=known)
-    self._await(rows_lib.Answer(answer, self._jobs_by_row(live), rounds))
+    first, num = 0, len(self._rows)
+    if self._shrinks:
+      first, num = rows_lib.window([job.row for job in live], num)
+    static = dict(span=span, rounds=rounds, known=known)
+    args, static = programs.of_rows(static, first, num, len(self._rows))
+    answer = self._call(rounds_lib.run, live, *args, **static)
+    self._await(rows_lib.Answer(answer, self._jobs_by_row(live)[first : first + num], rounds))
 
   def _known(self, jobs: list[rows_lib.Job], length: int) -> rounds_lib.Known:
     """`length`: tokens of the shortest sequence. Off a GPU branches are free, programs are not."""

@@ -21,6 +21,11 @@ from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base
 
 
+def of_rows(static: dict[str, Any], first: int, num: int, most: int) -> tuple[tuple, dict]:
+  """(arguments, static ones) of `rounds.run` for `num` of `most` rows."""
+  return ((), static) if num == most else ((np.int32(first),), static | {"num_rows": num})
+
+
 class Program(NamedTuple):
   """A function of `rounds` as the engine will call it."""
 
@@ -37,6 +42,7 @@ class Sizes(NamedTuple):
   num_slots: int
   ahead: int
   tells: bool
+  shrinks: bool
   dense_len: int | None
 
   def span(self, num_slots: int) -> int:
@@ -85,7 +91,9 @@ def runs(sizes: Sizes, num_tokens: int) -> Iterator[Program]:
       for is_long in sizes.lengths(span):
         known = rounds_lib.Known(is_bare, is_long)
         static = dict(span=span, rounds=sizes.cfg.rounds_per_dispatch, known=known)
-        yield Program(rounds_lib.run, (), static)
+        most = sizes.cfg.max_batch
+        for num in rows_lib.window_sizes(most) if sizes.shrinks else (most,):
+          yield Program(rounds_lib.run, *of_rows(static, 0, num, most))
 
 
 def compile_all(lowered: Iterable[Any], num_threads: int) -> int:
@@ -146,7 +154,11 @@ class Programs:
     sparse = self.model.cfg.sparse if self.tells else None
     ahead = 2 * self.cfg.rounds_per_dispatch * (self.drafter.num_levels + 1) + self._num_rows
     dense_len = None if sparse is None else sparse.dense_len
-    return Sizes(self.cfg, self._num_slots, ahead, self.tells, dense_len)
+    return Sizes(self.cfg, self._num_slots, ahead, self.tells, self._shrinks, dense_len)
+
+  @property
+  def _shrinks(self) -> bool:
+    return self.cfg.shrinks and getattr(self.drafter, "by_row", False)
 
   @property
   def _head(self) -> tuple[Any, ...]:

@@ -118,18 +118,23 @@ def prefill(
   )
 
 
-def _draft(drafter: base.Drafter, params: base.Params, state: state_lib.State, span: int):
-  params = params._replace(span=span)
-  tree, draft = drafter.draft(params, state.draft, state.root_B, state.cache.length)
+def _draft(drafter, params: base.Params, state: state_lib.State, span: int, first: Any = None):
+  params, length_B = params._replace(span=span), cache_lib.lengths(state.cache, _rows(state, first))
+  tree, draft = drafter.draft(params, state.draft, state.root_B, length_B)
   return tree, state.replace(draft=draft)
 
 
-def _round(model, drafter, params, state: state_lib.State, span, known: Known = Known()):
+def _rows(state: state_lib.State, first: Any) -> cache_lib.Step:
+  """The rows of the cache that the state is of: all, or a window from `first` on."""
+  return cache_lib.Step(row=first, num_rows=state.root_B.shape[0])
+
+
+def _round(model, drafter, params, state: state_lib.State, span, known: Known, first: Any = None):
   """(state after a round, its Answer)."""
-  tree, state = _draft(drafter, params, state, span)
+  tree, state = _draft(drafter, params, state, span, first)
   D = drafter.num_levels
   if not getattr(drafter, "may_pass", False):
-    return _verify(model, drafter, params, state, tree, None, span, D, known)
+    return _verify(model, drafter, params, state, tree, None, span, D, known, first)
 
   def plainly(state):
     root = base.Tree(
@@ -138,11 +143,11 @@ def _round(model, drafter, params, state: state_lib.State, span, known: Known = 
       depth_BP=tree.depth_BP[:, :1],
       anc_BPP=tree.anc_BPP[:, :1, :1],
     )
-    state, short = _verify(model, drafter, params, state, root, None, span, 0, known)
+    state, short = _verify(model, drafter, params, state, root, None, span, 0, known, first)
     return state, answers.put(nothing, 0, short)
 
   def whole(state):
-    return _verify(model, drafter, params, state, tree, None, span, D, known)
+    return _verify(model, drafter, params, state, tree, None, span, D, known, first)
 
   is_any = jnp.any((tree.tok_BP[:, 1:] >= 0) & state.is_live_B[:, None])
   nothing = answers.no_answer(state.root_B.shape[0], 1, D, model.cfg.vocab_size)
@@ -170,12 +175,14 @@ def _verify(
   span,
   num_levels,
   known: Known = Known(),
+  first: Any = None,
 ):
   """(state after the round, its Answer)."""
   cfg, D = model.cfg, num_levels
   B, P = tree.tok_BP.shape
-  length_B = state.cache.length
-  out = _forward(model, drafter, params, state, tree, span, known)
+  step = _rows(state, first).replace(span=span, is_long=known.is_long)
+  length_B = cache_lib.lengths(state.cache, step)
+  out = _forward(model, drafter, params, state, tree, step)
   logits_NV = jnp.reshape(out.logits, (B * P, -1))
   masked_NV = logits_NV
   if mask_BPW is not None:
@@ -226,7 +233,7 @@ def _verify(
   root_logits_B = jnp.max(jnp.reshape(logits_NV, (B, P, -1))[:, 0], axis=-1)
   is_bad_B = ~jnp.isfinite(root_logits_B) & state.is_live_B
   state = state.replace(
-    cache=cache_lib.commit(cfg, out.cache, path_BA, acc_B),
+    cache=cache_lib.commit(cfg, out.cache, path_BA, acc_B, step),
     draft=drafter.commit(params._replace(span=span), state.draft, new),
     root_B=jnp.where(acc_B > 0, last_B, state.root_B),
     is_live_B=is_live_B,
@@ -244,7 +251,7 @@ def _verify(
   )
 
 
-def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, span, known) -> Any:
+def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, step) -> Any:
   """The target's output at the nodes, `hidden` also at what rides on them."""
   tokens_BR, more = jnp.maximum(tree.tok_BP, 0), {}
   anc_BRR, depth_BR, num_riders = tree.anc_BPP, tree.depth_BP, base.num_riders(drafter)
@@ -257,7 +264,7 @@ def _forward(model, drafter, params, state: state_lib.State, tree: base.Tree, sp
     {"params": params.target},
     tokens_BR,
     cache=state.cache,
-    step=cache_lib.Step(anc_BTT=anc_BRR, depth_BT=depth_BR, span=span, is_long=known.is_long),
+    step=step.replace(anc_BTT=anc_BRR, depth_BT=depth_BR),
     rope_length=_rope_length(model.cfg, state.rope_length_B),
     tap_layers=drafter.tap_layers,
     return_logits=not num_riders,
@@ -282,21 +289,33 @@ def _cut(state: state_lib.State, acc_B, new_BA):
   return acc_B, is_open_B
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "rounds"), donate_argnames="state")
+@functools.partial(
+  jax.jit, static_argnames=(*_STATIC, "rounds", "num_rows"), donate_argnames="state"
+)
 def run(
   model: Any,
   drafter: base.Drafter,
   params: base.Params,
   state: state_lib.State,
+  first: Any = None,
   *,
   span: int,
   rounds: int,
   known: Known = Known(),
+  num_rows: int = 0,
 ) -> tuple[state_lib.State, answers.Answer]:
-  """`rounds` rounds, fewer when no row is live."""
+  """`rounds` rounds, fewer when no row is live. With `first`: of `num_rows` rows from there on, for
+  drafters that are `by_row`; all live ones must be among them."""
+  if first is None:
+    return _run(model, drafter, params, state, None, span, rounds, known)
+  part = state_lib.window(state, first, num_rows)
+  part, answer = _run(model, drafter, params, part, first, span, rounds, known)
+  return state_lib.put_window(state, part, first), answer
 
+
+def _run(model, drafter, params, state: state_lib.State, first, span, rounds, known: Known):
   def one(state):
-    return _round(model, drafter, params, state, span, known)
+    return _round(model, drafter, params, state, span, known, first)
 
   if rounds == 1:
     return one(state)
@@ -305,15 +324,15 @@ def run(
     i, state, answer = carry
     # Unpacked weights must not become loop invariants: XLA would store them as floats.
     held, state = jax.lax.optimization_barrier((params, state))
-    state, new = _round(model, drafter, held, state, span, known)
+    state, new = _round(model, drafter, held, state, span, known, first)
     return i + 1, state, answers.put(answer, i, new)
 
   answer = answers.no_answer(
     state.root_B.shape[0], rounds, drafter.num_levels, model.cfg.vocab_size
   )
-  first = (jnp.zeros((), jnp.int32), state, answer)
+  begin = (jnp.zeros((), jnp.int32), state, answer)
   is_on = lambda carry: (carry[0] < rounds) & jnp.any(carry[1].is_live_B)  # noqa: E731
-  _, state, answer = jax.lax.while_loop(is_on, body, first)
+  _, state, answer = jax.lax.while_loop(is_on, body, begin)
   return state, answer
 
 

@@ -71,13 +71,33 @@ def kind_of(cfg: config.ModelConfig, job: Job) -> Any:
   return rotation, cfg.sparse is not None and total >= cfg.sparse.dense_len
 
 
+def window(rows: Sequence[int], most: int) -> tuple[int, int]:
+  """(first, number) of the rows that rounds work on: 1, 2, 4, ... with all `rows` among them."""
+  first, size = min(rows), 1
+  while size < max(rows) - first + 1:
+    size *= 2
+  size = min(size, most)
+  return min(first, most - size), size
+
+
+def window_sizes(most: int) -> list[int]:
+  """Numbers of rows that `window` may give."""
+  return sorted({window([0, i], most)[1] for i in range(most)})
+
+
 def choose_row(
-  rows: Sequence[Row], job: Job, kind: Any, min_prefix: int, can_reuse: bool
+  rows: Sequence[Row],
+  job: Job,
+  kind: Any,
+  min_prefix: int,
+  can_reuse: bool,
+  is_close: bool = False,
 ) -> tuple[int, int, int]:
   """(row, row to continue, tokens of it). One token less than the common prefix is reused: the
   state of a draft at the last one depends on the token that follows.
 
-  kind: `kind_of` the job; can_reuse: False where a draft cannot go on from a copied row.
+  kind: `kind_of` the job; can_reuse: False where a draft cannot go on from a copied row; is_close:
+  of rows that serve as well the one beside those at work (`window`).
   """
   prompt = job.request.prompt
   free = [i for i, row in enumerate(rows) if row.job is None]
@@ -90,10 +110,15 @@ def choose_row(
     num = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.held), len(prompt)))
     return max(0, num - 1)
 
-  own = max(free, key=lambda i: (common(i), -len(rows[i].held)))
+  def cost(index: int) -> tuple[int, int]:
+    busy = [i for i, row in enumerate(rows) if row.job is not None]
+    size = window([*busy, index], len(rows))[1] if is_close else 0
+    return size, len(rows[index].held)
+
+  own = min(free, key=lambda i: (-common(i), *cost(i)))
   best = max(range(len(rows)), key=common)
   if common(best) >= common(own) + max(1, min_prefix):
-    own = min(free, key=lambda i: len(rows[i].held))
+    own = min(free, key=cost)
     return own, best, common(best)
   num = common(own)
   return own, own, num if num >= min_prefix else 0

@@ -113,6 +113,19 @@ def put_prefix(state: State, row: Any, k: Any, v: Any) -> State:
   return state.replace(cache=cache.replace(k=all_layers(cache.k, k), v=all_layers(cache.v, v)))
 
 
+def window(state: State, first: Any, num_rows: int) -> State:
+  """Rows first.. of everything but the cache, which stays whole; see `put_window`."""
+  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, num_rows)  # noqa: E731
+  return jax.tree.map(cut, state.replace(cache=None)).replace(cache=state.cache)
+
+
+def put_window(state: State, part: State, first: Any) -> State:
+  """`state` with a window of it that rounds have worked on."""
+  put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0)  # noqa: E731
+  whole = jax.tree.map(put, state.replace(cache=None), part.replace(cache=None))
+  return whole.replace(cache=part.cache)
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def release(state: State, row: Any) -> State:
   """The row stops decoding; its cache stays for requests that begin alike."""

@@ -56,17 +56,19 @@ class Step:
   Default: T tokens in a chain, all of which count. `num_new_B`: tokens that count (padding comes
   last; 0 leaves a row as it is). `anc_BTT` makes it a tree of at most 64 nodes: node i sees the
   committed slots and node j iff anc[i, j]; positions are length + depth; nothing is committed,
-  see `commit`. `row`: the forward has batch 1 and works on that row. `total_B`: sequence length
-  that decides between dense and sparse attention (chunks of one prompt: the whole prompt; default:
-  that after this forward, node by node). `sees_BTS`: of a tree on dense attention, which committed
-  slots each node sees (training of mask tokens). `span`: a static bound of length + T; slots beyond
-  it are not read. `is_long`: every sequence that counts is known to reach sparse.dense_len.
+  see `commit`. `row`: the forward works on `num_rows` rows from that one on. `total_B`: sequence
+  length that decides between dense and sparse attention (chunks of one prompt: the whole prompt;
+  default: that after this forward, node by node). `sees_BTS`: of a tree on dense attention, which
+  committed slots each node sees (training of mask tokens). `span`: a static bound of length + T;
+  slots beyond it are not read. `is_long`: every sequence that counts is known to reach
+  sparse.dense_len.
   """
 
   num_new_B: Any = None  # int32
   anc_BTT: Any = None  # bool, ancestor or self
   depth_BT: Any = None  # int32, 0 = root
   row: Any = None  # int32 scalar
+  num_rows: int = flax.struct.field(pytree_node=False, default=1)
   total_B: Any = None  # int32
   sees_BTS: Any = None  # bool
   span: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -157,6 +159,7 @@ def layer_view(cache: KVCache, layer: int | None, step: Step | None = None) -> k
   more = {"length": cache.length}
   if step is not None:
     more = {"length": lengths(cache, step), "row": step.row, "span": step.span}
+    more["num_rows"] = step.num_rows
   if layer is None:
     return kv.LayerCache(layer=jnp.zeros((), jnp.int32), **more, **arrays)
   arrays = {name: None if x is None else x[layer] for name, x in arrays.items()}
@@ -165,7 +168,9 @@ def layer_view(cache: KVCache, layer: int | None, step: Step | None = None) -> k
 
 def lengths(cache: KVCache, step: Step) -> Any:
   """int32 [B]: slots used by the rows that a forward works on."""
-  return cache.length if step.row is None else cache.length[step.row][None]
+  if step.row is None:
+    return cache.length
+  return jax.lax.dynamic_slice_in_dim(cache.length, step.row, step.num_rows)
 
 
 def check_room(cache: KVCache, step: Step | None, num_new: int) -> None:
@@ -225,8 +230,14 @@ def after(
   if step.is_tree:
     return cache.replace(**arrays)
   new = num_new if step.num_new_B is None else step.num_new_B
-  at = slice(None) if step.row is None else step.row[None]
-  return cache.replace(length=cache.length.at[at].add(new), **arrays)
+  return cache.replace(length=_longer(cache, step, new), **arrays)
+
+
+def _longer(cache: KVCache, step: Step, num_B: Any) -> Any:
+  """int32 [B]: lengths of all rows, with num_B more in those that the forward works on."""
+  if step.row is None:
+    return cache.length + num_B
+  return cache.length.at[step.row + jnp.arange(step.num_rows, dtype=jnp.int32)].add(num_B)
 
 
 def _rows_axis(array: Any) -> int:
@@ -234,39 +245,46 @@ def _rows_axis(array: Any) -> int:
   return array.ndim - 4
 
 
-def commit(cfg: ModelConfig, cache: KVCache, path_BA: Any, num_B: Any) -> KVCache:
+def commit(
+  cfg: ModelConfig, cache: KVCache, path_BA: Any, num_B: Any, step: Step | None = None
+) -> KVCache:
   """The accepted path of a tree, as slots length, length + 1, ... (inference.md 9).
 
   path_BA: node of each depth, nodes lie at length + node; rows beyond num_B are garbage that the
-  next forward overwrites. Compressed keys are made of committed tokens alone, so here.
+  next forward overwrites. Compressed keys are made of committed tokens alone, so here. step: whose
+  `row` and `num_rows` the tree's forward had.
   """
-  A = path_BA.shape[1]
+  step, (B, A) = Step() if step is None else step, path_BA.shape
   if A > 1:
-    slots_BA = cache.length[:, None] + path_BA
-    rows_B1 = jnp.arange(cache.batch_size, dtype=jnp.int32)[:, None]
+    length_B = lengths(cache, step)
+    slots_BA = length_B[:, None] + path_BA
+    first = jnp.zeros((), jnp.int32) if step.row is None else step.row
+    rows_B1 = first + jnp.arange(B, dtype=jnp.int32)[:, None]
     zero = jnp.zeros((), jnp.int32)
 
     def moved(x: Any) -> Any:
       stacked = (slice(None),) * _rows_axis(x)
       # The barrier ends the read before the write, which then happens in place.
       new = jax.lax.optimization_barrier(x[(*stacked, rows_B1, slots_BA)])
-      if cache.batch_size == 1:
-        at = (zero,) * len(stacked) + (zero, cache.length[0], zero, zero)
+      if B == 1:
+        at = (zero,) * len(stacked) + (first, length_B[0], zero, zero)
         return jax.lax.dynamic_update_slice(x, new, at)
-      to_BA = cache.length[:, None] + jnp.arange(A, dtype=jnp.int32)[None, :]
+      to_BA = length_B[:, None] + jnp.arange(A, dtype=jnp.int32)[None, :]
       return x.at[(*stacked, rows_B1, to_BA)].set(new, mode="drop", unique_indices=True)
 
     arrays = {name: getattr(cache, name) for name in ("k", "v", "k_nope")}
     cache = cache.replace(**jax.tree.map(moved, arrays))
     if cache.fine is not None:
-      cache = _compress(cfg, cache, A)
-  return cache.replace(length=cache.length + num_B)
+      cache = _compress(cfg, cache, A, step)
+  return cache.replace(length=_longer(cache, step, num_B))
 
 
-def _compress(cfg: ModelConfig, cache: KVCache, num_new: int) -> KVCache:
+def _compress(cfg: ModelConfig, cache: KVCache, num_new: int, step: Step) -> KVCache:
   """Adds the windows that the tokens at length, length + 1, ... complete, in every layer."""
+  length_B = lengths(cache, step)
+  step = Step(row=step.row, num_rows=step.num_rows)
   grid = sparse_grid.make_grid(
-    cfg.sparse, num_new, cache.capacity, cache.batch_size, q_offset=cache.length
+    cfg.sparse, num_new, cache.capacity, length_B.shape[0], q_offset=length_B
   )
 
   def one(view: kv.LayerCache) -> dict[str, Any]:
@@ -276,12 +294,12 @@ def _compress(cfg: ModelConfig, cache: KVCache, num_new: int) -> KVCache:
   if cfg.scan_layers:
 
     def body(layer: Any, levels: dict[str, Any]) -> dict[str, Any]:
-      view = layer_view(cache, None, Step()).replace(layer=layer, **levels)
+      view = layer_view(cache, None, step).replace(layer=layer, **levels)
       return one(view)
 
     levels = {name: getattr(cache, name) for name in sparse_cache.LEVELS}
     return cache.replace(**jax.lax.fori_loop(0, cfg.num_layers, body, levels))
-  levels = [one(layer_view(cache, i, Step())) for i in range(cfg.num_layers)]
+  levels = [one(layer_view(cache, i, step)) for i in range(cfg.num_layers)]
   return cache.replace(
     **{name: tuple(level[name] for level in levels) for name in sparse_cache.LEVELS}
   )

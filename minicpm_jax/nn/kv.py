@@ -14,8 +14,8 @@ class LayerCache:
   """Keys and values of one layer, or of all layers with the number of the one at work.
 
   Under the scan over layers the stacked arrays travel in the carry and each layer writes its T
-  new slots, so a decode step copies no cache. With `row` a forward of batch 1 works on that row of
-  a cache with more rows.
+  new slots, so a decode step copies no cache. With `row` a forward works on `num_rows` rows from
+  that one on, of a cache with more rows.
   """
 
   k: Float[Array, "*L B S K H"]
@@ -26,11 +26,12 @@ class LayerCache:
   fine: Float[Array, "*L B F K H"] | None = None  # compressed keys, see nn/sparse_cache.py
   coarse: Float[Array, "*L B C K H"] | None = None
   row: Int[Array, ""] | None = None
+  num_rows: int = flax.struct.field(pytree_node=False, default=1)
   span: int | None = flax.struct.field(pytree_node=False, default=None)  # slots read; None = all
 
 
 def write_at(cache: LayerCache, array: Array, new_BEKH: Array, first: Array) -> Array:
-  """`array` with new_BEKH at entries first.. of this layer and of every row (or of `cache.row`).
+  """`array` with new_BEKH at entries first.. of this layer and of every row (or those of `row`).
 
   `first` is a scalar or one start a row. One row is a slice update; rows that start apart are one
   scatter. Entries beyond the end are dropped by the scatter (a slice update would move: callers
@@ -46,17 +47,18 @@ def write_at(cache: LayerCache, array: Array, new_BEKH: Array, first: Array) -> 
     if cache.layer is None:
       return jax.lax.dynamic_update_slice(array, new, (row, first, zero, zero))
     return jax.lax.dynamic_update_slice(array, new[None], (cache.layer, row, first, zero, zero))
-  at_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+  at_B1 = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+  at_B1 = at_B1 if cache.row is None else at_B1 + cache.row
   at_BE = first[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None, :]
   at = (at_B1, at_BE) if cache.layer is None else (cache.layer, at_B1, at_BE)
   return array.at[at].set(new, mode="drop", unique_indices=True)
 
 
 def read(cache: LayerCache, array: Array, *, span: int | None = None) -> Array:
-  """This layer's entries [B, S, K, H] of `array`, those of `cache.row`, up to `span`."""
+  """This layer's entries [B, S, K, H] of `array`, those of `cache.row`.., up to `span`."""
   starts, sizes = [0] * 4, list(array.shape[-4:])
   if cache.row is not None:
-    starts[0], sizes[0] = cache.row, 1
+    starts[0], sizes[0] = cache.row, cache.num_rows
   if span is not None:
     sizes[1] = min(span, sizes[1])
   if cache.layer is not None:

@@ -10,6 +10,7 @@ import pytest
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate
+from minicpm_jax.infer import rows as rows_lib
 from minicpm_jax.infer.drafters import chain, ngram
 from tests.infer import small
 
@@ -65,6 +66,55 @@ def test_rows_of_a_batch_equal_each_alone_under_their_own_settings(mup):
   alone = engine_lib.Engine(*mup, alone_cfg).collect(requests)
   assert together.tokens == alone.tokens
   assert [len(t) for t in together.tokens] == [10, 10, 10, 4]
+
+
+@pytest.mark.parametrize("is_drafted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rounds_of_the_live_rows_alone_change_no_token(is_drafted, monkeypatch):
+  """Rows end one after the other; drafted: a few rows complete the windows of sparse attention."""
+  model, params = small.make(num_layers=1, sparse=small.SPARSE if is_drafted else None)
+  drafter = ngram.NGramDrafter(num_levels=2) if is_drafted else None
+  cfg = dataclasses.replace(CFG, max_batch=4, min_span=64, rounds_per_dispatch=1 + is_drafted)
+  requests, lengths = [], (4, 30, 9, 14, 6, 12)
+  for i, (prompt, num) in enumerate(zip([*PROMPTS, [5] * 6, [1, 2] * 3], lengths, strict=True)):
+    sampling = dataclasses.replace(DRAWN, seed=i, max_new_tokens=num, repetition_penalty=1 + i / 9)
+    requests.append(engine_lib.Request(prompt, sampling, want_logprobs=True))
+  expected = engine_lib.Engine(model, params, cfg, drafter=drafter).collect(requests)
+  shrunk = engine_lib.Engine(model, params, dataclasses.replace(cfg, shrinks=True), drafter=drafter)
+  call, sizes = engine_lib.Engine._call, []
+
+  def counted(self, function, jobs, *args, **static):
+    if function.__name__ == "run":
+      sizes.append((static.get("num_rows", 4), len(jobs)))
+    return call(self, function, jobs, *args, **static)
+
+  monkeypatch.setattr(engine_lib.Engine, "_call", counted)
+  found = shrunk.collect(requests)
+  assert found.tokens == expected.tokens and [len(t) for t in found.tokens] == [*lengths]
+  for a, b in zip(found.logprobs, expected.logprobs, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  assert {num for num, _ in sizes} == {1, 2, 4} and all(num >= live for num, live in sizes)
+  assert {num for num, live in sizes if live == 1} == {1}
+
+
+def test_windows_hold_the_rows_and_new_rows_are_beside_them():
+  for rows, window in (
+    ([3], (3, 1)),
+    ([0, 1], (0, 2)),
+    ([4, 5], (4, 2)),
+    ([1, 3], (1, 4)),
+    ([3, 5], (2, 4)),
+    ([0, 4], (0, 6)),
+  ):
+    assert rows_lib.window(rows, 6) == window
+  assert rows_lib.window_sizes(6) == [1, 2, 4, 6] and rows_lib.window_sizes(1) == [1]
+  held = [[1, 2, 3, 4], [], [7, 7], [9] * 9]
+  rows = [rows_lib.Row(held=tokens, kind="k") for tokens in held]
+  rows[3].job = object()
+  job = rows_lib.Job(0, engine_lib.Request([1, 2, 3, 4, 5]), (), engine_lib.Stats())
+  choose = lambda *more: rows_lib.choose_row(rows, job, "k", *more)  # noqa: E731
+  assert choose(-1, True) == (1, 1, 0)  # the row that holds least
+  assert choose(-1, True, True) == (2, 2, 0)  # a window of two with row 3
+  assert choose(2, True, True) == (0, 0, 3)  # what is in the cache is worth more
 
 
 def test_streams_of_one_engine_may_be_read_in_turn(mup):

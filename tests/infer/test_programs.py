@@ -61,27 +61,34 @@ def test_requests_of_the_first_span_compile_nothing_and_say_what_they_said():
 
 
 @pytest.mark.parametrize("tells", [False, True])
-@pytest.mark.parametrize("rounds, levels, chunk, num", [(1, 0, 64, None), (3, 2, 16, 100)])
-def test_the_plan_holds_all_that_requests_ask_for(tells, rounds, levels, chunk, num, monkeypatch):
+@pytest.mark.parametrize(
+  "rounds, levels, chunk, num, batch",
+  [(1, 0, 64, None, 1), (3, 2, 16, 100, 1), (1, 0, 16, None, 5)],
+)
+def test_the_plan_holds_all_that_requests_ask_for(
+  tells, rounds, levels, chunk, num, batch, monkeypatch
+):
   """What an engine of canned answers calls for, prompts of every length, greedy and drawn."""
   model, params = small.make(num_layers=1, sparse=small.SPARSE)
   cfg = dataclasses.replace(
-    CFG, capacity=160, chunk_size=chunk, rounds_per_dispatch=rounds, max_batch=1, min_prefix=4
+    CFG, capacity=160, chunk_size=chunk, rounds_per_dispatch=rounds, max_batch=batch, min_prefix=4
   )
+  cfg = dataclasses.replace(cfg, shrinks=True)
   more = {}
   if levels:
     more = dict(drafter=chain.ChainDrafter(model, num_levels=levels), draft_params=params)
   engine = engine_lib.Engine(model, params, cfg, **more)
   engine.tells = tells
-  asked, B, A = set(), cfg.max_batch, levels + 1
+  asked, A = set(), levels + 1
 
   def key(function, args, static):
-    shape = args[0].shape if args else None
+    shape = tuple(x.shape for x in args)
     return (function is rounds_lib.prefill, shape, *sorted(static.items(), key=str))
 
   def call(function, jobs, *args, **static):
     asked.add(key(function, args, static))
     rounds = static.get("rounds", 1)
+    B = static.get("num_rows", cfg.max_batch)
     shape = (1, 1, 1) if function is rounds_lib.prefill else (B, rounds, A)
     tokens = np.ones(shape, np.int32)
     logprobs = np.zeros(shape, np.float32)
@@ -91,10 +98,11 @@ def test_the_plan_holds_all_that_requests_ask_for(tells, rounds, levels, chunk, 
   sizes = engine._sizes()
   num = sizes.first if num is None else num
   draws = [config.SamplingConfig(), config.SamplingConfig(temperature=1.0)]
-  for length in range(1, num):
+  for length in (*range(1, num - 1, 3), num - 1):
     sampling = dataclasses.replace(draws[length % 2], max_new_tokens=num - length)
     begin = [length % 7] * (length // 2)  # some begin as the row's last one did
-    engine.generate([begin + [1] * (length - len(begin))], sampling)
+    prompt = begin + [1] * (length - len(begin))
+    engine.generate([prompt] * (1 + length % batch), sampling)
   planned = [*programs.prefills(sizes, num, engine._free_mask), *programs.runs(sizes, num)]
   planned = {key(*program) for program in planned}
   assert asked <= planned

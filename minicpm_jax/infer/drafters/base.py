@@ -90,8 +90,10 @@ class Drafter(Protocol):
   after the final norm. reuses_prefix: False where a copied row of the state is not enough to go on
   from an earlier position (then the engine's prompt cache stays off). A drafter may also have
   `may_pass` = True: rounds in which it cuts all of its nodes in all rows then run the root alone
-  (T = 1 in `commit`). One with `num_riders` > 0 has so many rows of its own behind every node in
-  the target's forward (`ride(params, tree) -> Riders`); `commit` gets those of the last node.
+  (T = 1 in `commit`); and `by_row` = True: every array of its state, small, has the rows first, and
+  rounds may be of some rows alone (EngineConfig.shrinks). One with `num_riders` > 0 has so many
+  rows of its own behind every node in the target's forward (`ride(params, tree) -> Riders`);
+  `commit` gets those of the last node.
   """
 
   num_nodes: int
@@ -177,6 +179,7 @@ class NoDrafter:
   num_levels: int = 0
   tap_layers: tuple[int, ...] = ()
   reuses_prefix: bool = True
+  by_row: bool = True
 
   def check(self, model: Any, params: Params) -> None:
     pass

@@ -32,6 +32,7 @@ class NGramDrafter:
   tap_layers: tuple[int, ...] = ()
   reuses_prefix: bool = True
   may_pass: bool = True
+  by_row: bool = True
 
   def __post_init__(self):
     base.check_tree_size(self.num_nodes, self.num_levels)
