@@ -35,7 +35,7 @@ def load(
     raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")
   if tok is None:
     raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
-  model, params = generate.for_decoding(model, params, num_rows)
+  model, params = generate.for_decoding(model, params, num_rows, donate=True)
   return model, params, tok
 
 

@@ -110,6 +110,7 @@ class Chat:
   """`say` returns an answer, `stream` yields it piece by piece, `reset` forgets the conversation.
 
   An answer that is interrupted (the stream closed early) stays in the history as far as it came.
+  donate: `params` are given up, or they and their decoding form are both held (`for_decoding`).
   """
 
   def __init__(
@@ -122,16 +123,17 @@ class Chat:
     system: str | None = None,
     enable_thinking: bool | None = None,
     stop: Sequence[str] = (),
+    donate: bool = False,
   ):
     if tok is None:
       raise ValueError("tok: found None, expected a tokenizer (the model folder holds none)")
-    self.model, self.params = generate.for_decoding(model, params)
+    self.template = template_for(model.cfg, tok)  # or refuses, before anything is given up
+    self.model, self.params = generate.for_decoding(model, params, donate=donate)
     self.tok = tok
     self.sampling = config.SamplingConfig() if sampling is None else sampling
     self.system = system
     self.enable_thinking = enable_thinking
     self.stop = tuple(stop)
-    self.template = template_for(model.cfg, tok)
     self.stats = Stats()  # of the last answer
     self.messages: list[dict[str, str]] = []
     self._engine: engine_lib.Engine | None = None

@@ -37,11 +37,17 @@ class Chunk:
 
 
 def for_decoding(
-  model: transformer.Transformer, params: types.Params, num_rows: int = 1
+  model: transformer.Transformer,
+  params: types.Params,
+  num_rows: int = 1,
+  *,
+  donate: bool = False,
 ) -> tuple[transformer.Transformer, types.Params]:
   """The form that decodes fastest here; call once. On a TPU nothing changes.
 
-  num_rows: that a step multiplies, rows of the batch times nodes of a draft tree.
+  num_rows: that a step multiplies, rows of the batch times nodes of a draft tree. donate: `params`
+  are given up; their arrays are deleted as soon as the next form of them is there, so that two
+  copies of the weights are never kept.
 
   On a GPU: layers unrolled (under the scan XLA copies every layer's weights out of the stack at
   every token, three times the traffic) and projections of one input joined, in their own dtype;
@@ -56,21 +62,40 @@ def for_decoding(
   if is_scanned():
     return model, params
   cfg = model.cfg
+  follow = _replaced if donate else lambda old, new: new
   if cfg.scan_layers:
-    cfg, params = convert.unstack_layers(cfg, params)
+    cfg, split = convert.unstack_layers(cfg, params)
+    params = follow(params, split)
   if jax.default_backend() == "gpu":
-    params = tree.map_qtensors(_packed, joined.join_projections(cfg, params))
+    params = follow(params, tree.map_qtensors(_packed, joined.join_projections(cfg, params)))
     wide = lambda qt: qt.replace(scale=jnp.asarray(qt.scale, jnp.float32))  # noqa: E731
     cfg = dataclasses.replace(cfg, remat="none")
-    return transformer.Transformer(cfg), tree.map_qtensors(wide, params)
+    return transformer.Transformer(cfg), follow(params, tree.map_qtensors(wide, params))
   widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-  params = jax.tree.map(lambda x: widen(jnp.asarray(x)), params)
+  params = follow(params, jax.tree.map(lambda x: widen(jnp.asarray(x)), params))
   if num_rows > 1:  # they may have had the form for one
-    params = joined.split_projections(cfg, params)
-  params = tree.map_qtensors(_packed, joined.join_projections(cfg, params))
-  params = huge_pages.place(params if num_rows > 1 else joined.store_by_output(cfg, params))
+    params = follow(params, joined.split_projections(cfg, params))
+  params = follow(params, tree.map_qtensors(_packed, joined.join_projections(cfg, params)))
+  if num_rows == 1:
+    params = follow(params, joined.store_by_output(cfg, params))
+  params = follow(params, huge_pages.place(params))
   cfg = dataclasses.replace(cfg, dtype="f32", param_dtype="f32", remat="none")
   return transformer.Transformer(cfg), params
+
+
+def _replaced(old: types.Params, new: types.Params) -> types.Params:
+  """`new`, after the arrays of `old` that it does not share have been deleted."""
+  kept = {at for leaf in jax.tree.leaves(new) for at in _addresses(leaf)}
+  for leaf in jax.tree.leaves(old):
+    if isinstance(leaf, jax.Array) and kept.isdisjoint(_addresses(leaf)):
+      leaf.delete()
+  return new
+
+
+def _addresses(leaf: types.AnyArray) -> list[int]:
+  if not isinstance(leaf, jax.Array):
+    return []
+  return [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
 
 
 def is_scanned() -> bool:

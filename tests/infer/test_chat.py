@@ -1,5 +1,7 @@
 """A conversation with a small random model over bytes: what the model is asked, what comes back."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,30 @@ def test_an_answer_is_the_decoded_tokens_of_the_rendered_conversation(
   chat.reset()
   assert chat.messages == [{"role": "system", "content": "S"}]
   assert chat.say("hi") == answer
+
+
+def test_donated_weights_are_held_once(byte_tokenizer):
+  """By jax's own list of arrays; what both forms share lives on, and the answer is the same."""
+  model = transformer.Transformer(make_cfg(num_layers=3, mlp_dim=256))
+  params = transformer.init_params(model, jax.random.key(0))
+
+  def held(donate):
+    given = jax.tree.map(jnp.copy, params)
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    tok = byte_tokenizer(chat_template=TEMPLATE)
+    chat = chat_lib.Chat(model, given, tok, sampling=SAMPLING, donate=donate)
+    gc.collect()
+    more = sum(x.nbytes for x in jax.live_arrays()) - before
+    return more, chat.say("hi"), given
+
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  both, expected, given = held(False)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(given))
+  own, answer, given = held(True)
+  assert answer == expected
+  assert abs(own) < 0.01 * size < 0.3 * size < both  # as much as there was before
+  assert given["layers"]["mlp"]["up"]["kernel"].is_deleted()
 
 
 def test_the_second_turn_sees_the_first(model_and_params, byte_tokenizer, monkeypatch):
