@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicpm_jax.text import tools as tools_lib
+
 JSON_WHITESPACE = r"( |\n {0,32})?"  # what json.dumps writes, with and without indent; bounded
 JSON_COMPACT = ""  # no whitespace between tokens
 MAX_CALLS = 8  # of one answer
@@ -101,15 +103,8 @@ def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   """
   rules: list[str] = []
   names = []
-  if not tools:
-    raise ValueError("tools: found none, expected at least one")
-  for index, tool in enumerate(tools):
-    function = tool.get("function", tool)
-    name = function.get("name")
+  for index, (name, schema) in enumerate(_functions_of(tools)):
     _check_identifier("tools", name)
-    schema = function.get("parameters") or {}
-    if not isinstance(schema, Mapping):
-      raise ValueError(f"tools: {name}: found parameters {schema!r:.80}, expected a JSON schema")
     properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
     arguments = []
     for number, (key, field) in enumerate(properties.items()):
@@ -126,10 +121,8 @@ def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
 def json_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   """Lark grammar of <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after another."""
   options = []
-  for tool in tools:
-    function = tool.get("function", tool)
-    arguments = dict(function.get("parameters") or {}) | {"type": "object"}
-    properties = {"name": {"const": function["name"]}, "arguments": arguments}
+  for name, schema in _functions_of(tools):
+    properties = {"name": {"const": name}, "arguments": dict(schema) | {"type": "object"}}
     options.append(
       {"type": "object", "properties": properties, "required": ["name", "arguments"]}
       | {"additionalProperties": False}
@@ -149,12 +142,11 @@ def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
   rules, names = [], []
   simple = {"integer": "INTEGER", "number": "NUMBER", "boolean": '("True" | "False")'}
   simple |= {"null": '"None"'}
-  for index, tool in enumerate(tools):
-    function = tool.get("function", tool)
-    schema = function.get("parameters") or {}
+  for index, (function, schema) in enumerate(_functions_of(tools)):
     required = set(schema.get("required") or ())
     arguments = []
     for number, (key, field) in enumerate((schema.get("properties") or {}).items()):
+      field = field if isinstance(field, Mapping) else {}  # true: anything
       kind = field.get("type")
       value = simple.get(kind, "TEXT") if isinstance(kind, str) else "TEXT"
       if "enum" in field:
@@ -167,10 +159,29 @@ def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
       opening = '<param name="' + key + '">'
       rules.append(f'{name}: {_quote(opening)} {value} "</param>"')
       arguments.append(name if key in required else f"{name}?")
-    opening = '<function name="' + function["name"] + '">'
+    opening = '<function name="' + function + '">'
     names.append(" ".join([_quote(opening), *arguments, '"</function>"']))
   text = [f'start: call ("\\n" call){{0,{MAX_CALLS - 1}}}', "call: " + " | ".join(names), *rules]
   return "\n".join(text) + XML_VALUES
+
+
+def _functions_of(tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+  """(name, JSON schema of the parameters) of every tool, checked."""
+  if not isinstance(tools, list | tuple) or not tools:
+    found = tools if tools else "none"
+    raise ValueError(f"tools: found {found!s:.80}, expected a list of at least one")
+  found = []
+  for tool in tools:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+      raise ValueError(f"tools: found {tool!r:.80}, expected an object with a name")
+    schema = function.get("parameters") or {}
+    if not isinstance(schema, Mapping):
+      raise ValueError(f"tools: {name}: found parameters {schema!r:.80}, expected a JSON schema")
+    tools_lib.check_schema(f"tools: {name}", schema)
+    found.append((name, schema))
+  return found
 
 
 def _argument_rules(prefix: str, arguments: Sequence[tuple[str, bool]]) -> list[str]:
@@ -189,8 +200,10 @@ def _argument_rules(prefix: str, arguments: Sequence[tuple[str, bool]]) -> list[
   return rules
 
 
-def _python_type(field: Mapping[str, Any]) -> str:
+def _python_type(field: Mapping[str, Any] | bool) -> str:
   """A Lark expression for one value of the JSON schema `field`, in Python's spelling."""
+  if not isinstance(field, Mapping):
+    return "value"  # true: anything
   if "enum" in field:
     return "(" + " | ".join(_quote(_literal(value)) for value in field["enum"]) + ")"
   kind = field.get("type")

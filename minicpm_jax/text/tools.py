@@ -74,8 +74,9 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
       raise ToolError(f"{where}.function.name: found {name!r}, expected 1-64 of a-z A-Z 0-9 _ - .")
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
     is_object = isinstance(parameters, Mapping) and parameters.get("type", "object") == "object"
-    if not is_object or not isinstance(parameters.get("properties") or {}, Mapping):
+    if not is_object:
       raise ToolError(f"{where}.function.parameters: expected the JSON schema of an object")
+    check_schema(f"{where}.function.parameters", parameters)
     wire = re.sub(r"\W", "_", name)
     wire = f"_{wire}" if wire[0].isdigit() else wire
     wire = f"{wire}_" if keyword.iskeyword(wire) else wire
@@ -83,6 +84,45 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
       raise ToolError(f"{where}.function.name: found {name!r} twice (as {wire!r})")
     out.append(Tool(name, str(function.get("description") or ""), parameters, wire))
   return tuple(out)
+
+
+_FORMS = {"type": "a name or a list of names", "enum": "a list", "properties": "an object"}
+_FORMS |= {"required": "a list of names"}
+
+
+def check_schema(where: str, schema: Any) -> None:
+  """ToolError where the parts of a JSON schema that are read here have another form."""
+  if isinstance(schema, bool):
+    return
+  if not isinstance(schema, Mapping):
+    raise ToolError(f"{where}: found {schema!r:.60}, expected a JSON schema")
+  kinds = kinds_of(schema)
+  checks = {
+    "type": kinds is None or (len(kinds) > 0 and all(isinstance(kind, str) for kind in kinds)),
+    "enum": isinstance(schema.get("enum", []), list),
+    "properties": isinstance(schema.get("properties") or {}, Mapping),
+    "required": all(isinstance(name, str) for name in _as_list(schema.get("required"), [None])),
+  }
+  for name, is_ok in checks.items():
+    if not is_ok:
+      raise ToolError(f"{where}.{name}: found {schema[name]!r:.60}, expected {_FORMS[name]}")
+  fields = dict(schema.get("properties") or {})
+  if isinstance(schema.get("items", []), list):  # absent, or one schema a place
+    fields |= {f"items[{i}]": item for i, item in enumerate(schema.get("items", []))}
+  else:
+    fields["items"] = schema["items"]
+  for name, field in fields.items():
+    check_schema(f"{where}.{name}", field)
+
+
+def kinds_of(schema: Any) -> list[Any] | None:
+  """The types that a JSON schema allows; None where it does not say."""
+  kind = schema.get("type") if isinstance(schema, Mapping) else None
+  return kind if kind is None or isinstance(kind, list) else [kind]
+
+
+def _as_list(value: Any, otherwise: list[Any]) -> list[Any]:
+  return [] if value is None else value if isinstance(value, list) else otherwise
 
 
 def style_of(template: str) -> Style:
@@ -133,12 +173,12 @@ def with_instructions(
 def signature(tool: Tool) -> str:
   """A Python stub: def name(city: str, days: int = None), with the description below."""
   names = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
-  names |= {"array": "list", "object": "dict"}
+  names |= {"array": "list", "object": "dict", "null": "None"}
   required = tool.parameters.get("required") or ()
   parts, notes = [], []
   for key, field in tool.properties.items():
     field = field if isinstance(field, Mapping) else {}
-    kind = names.get(field.get("type"), "object")
+    kind = " | ".join(names.get(kind, "object") for kind in kinds_of(field) or ["any"])
     parts.append(f"{key}: {kind}" + ("" if key in required else " = None"))
     about = [str(field["description"])] if field.get("description") else []
     about += [f"one of {field['enum']!r}"] if field.get("enum") else []
@@ -317,8 +357,9 @@ def _read_xml(body: str, tools: Sequence[Tool]) -> list[Call]:
   for match in re.finditer(pattern, body, re.DOTALL):
     field = tool.properties.get(match["name"])
     text = match["cdata"] if match["cdata"] is not None else match["plain"]
-    is_string = isinstance(field, Mapping) and field.get("type") == "string"
-    is_string = is_string or match["cdata"] is not None
+    kinds = set(kinds_of(field) or ())
+    is_string = kinds == {"string"} or match["cdata"] is not None
+    is_string |= kinds == {"string", "null"} and text not in ("None", "null")
     arguments[match["name"]] = text if is_string else _value_of(text)
   return [Call(tool.name, arguments)]
 

@@ -320,8 +320,11 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
     grammars.python_calls([{"name": "f", "parameters": {"properties": {"class": {}}}}])
   with pytest.raises(ValueError, match="tools: found none"):
     grammars.python_calls([])
-  with pytest.raises(ValueError, match="tools: found the name None"):
-    grammars.python_calls([{}])
+  for make in (grammars.python_calls, grammars.json_calls, grammars.xml_calls):
+    with pytest.raises(ValueError, match="tools: found {}, expected an object with a name"):
+      make([{}])
+    with pytest.raises(ValueError, match="tools: f.a.type: found 3, expected a name or a list"):
+      make([{"name": "f", "parameters": {"properties": {"a": {"type": 3}}}}])
   with pytest.raises(ValueError, match="tools: f: found parameters 3"):
     grammars.python_calls([{"name": "f", "parameters": 3}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):

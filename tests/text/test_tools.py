@@ -133,6 +133,21 @@ def test_instructions_go_into_the_system_turn_and_old_calls_into_their_turns():
   assert without[0]["role"] == "system" and len(without) == 4
 
 
+def of_a(schema):
+  return [{"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}]
+
+
+def test_arguments_of_several_types_and_of_any():
+  (tool,) = tools.read_tools(of_a({"type": ["string", "null"]}))
+  assert "def f(a: str | None = None):" in tools.signature(tool)
+  for written, value in (("None", None), ("5", "5"), ("x", "x")):
+    text = f'<function name="f"><param name="a">{written}</param></function>'
+    (call,) = tools.parse(text, [tool], "xml").calls
+    assert call.arguments == {"a": value}
+  (tool,) = tools.read_tools(of_a(True))  # true is a schema: anything
+  assert "def f(a: object = None):" in tools.signature(tool)
+
+
 @pytest.mark.parametrize(
   "bad, message",
   [
@@ -142,6 +157,11 @@ def test_instructions_go_into_the_system_turn_and_old_calls_into_their_turns():
     ([{"function": {"name": "a b"}}], "found 'a b', expected 1-64"),
     ([{"name": "f", "parameters": {"type": "array"}}], "expected the JSON schema of an object"),
     ([{"name": "a-b"}, {"name": "a_b"}], "found 'a_b' twice"),
+    (of_a(3), r"parameters.a: found 3, expected a JSON schema"),
+    (of_a({"enum": 5}), "parameters.a.enum: found 5, expected a list"),
+    (of_a({"type": {}}), "parameters.a.type: found {}, expected a name or a list of names"),
+    (of_a({"items": {"properties": 1}}), "a.items.properties: found 1, expected an object"),
+    (of_a({"required": ["x", 1]}), r"a.required: found \['x', 1\], expected a list of names"),
   ],
 )
 def test_bad_tools_are_refused(bad, message):
