@@ -85,17 +85,22 @@ def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
   """ValueError for a flag of speculation or grammars that was given where nothing reads it."""
   kind = draft_kind(cfg)
   is_tree = kind in ("eagle", "eagle3", "mtp") or cfg.hier_draft_path is not None
-  is_read = dict(hier_min_length=kind == "hier", bita_width=kind == "bita")
-  is_read |= dict(spec_num_iter=is_tree or kind in ("chain", "hier"), spec_topk_per_iter=is_tree)
-  is_read |= dict(spec_tree_size=is_tree, spec_window_size=is_tree and kind != "mtp")
-  unread = [name for name, is_wanted in is_read.items() if not is_wanted]
-  _command.refuse_unread(values, unread, f"{kind} drafts" if kind != "none" else "no draft")
-  if not cfg.warmup and "warmup_tokens" in values:
-    _command.refuse_unread(values, ["warmup_tokens"], "--nowarmup")
-  if cfg.frspec_path is None:
-    _command.refuse_unread(values, ["frspec_vocab_size"], "no --frspec_path")
-  if "fast_forward" in values and cfg.json_schema is None and cfg.grammar_file is None:
-    _command.refuse_unread(values, ["fast_forward"], "no --json_schema or --grammar_file")
+  drafts = "no draft" if kind == "none" else f"{kind} drafts"
+  has_constraint = cfg.json_schema is not None or cfg.grammar_file is not None
+  for name, is_read, found_with in (
+    ("hier_min_length", kind == "hier", drafts),
+    ("bita_width", kind == "bita", drafts),
+    ("spec_num_iter", is_tree or kind in ("chain", "hier"), drafts),
+    ("spec_topk_per_iter", is_tree, drafts),
+    ("spec_tree_size", is_tree, drafts),
+    ("spec_window_size", is_tree and kind != "mtp", drafts),
+    ("shrinks", kind in ("none", "ngram"), drafts),
+    ("frspec_vocab_size", cfg.frspec_path is not None, "no --frspec_path"),
+    ("warmup_tokens", cfg.warmup, "--nowarmup"),
+    ("fast_forward", has_constraint, "no --json_schema or --grammar_file"),
+  ):
+    if name in values and not is_read:
+      _command.refuse_unread(values, [name], found_with)
 
 
 def sampling(cfg: config.InferConfig) -> config.SamplingConfig:
@@ -139,7 +144,7 @@ def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = No
     max_batch=max_batch,
     chunk_size=cfg.chunk_length,
     rounds_per_dispatch=cfg.rounds_per_dispatch,
-    shrinks=True,
+    shrinks=jax.default_backend() == "cpu" if cfg.shrinks is None else cfg.shrinks,
   )
   stops = () if cfg.ignore_eos else chat.stop_ids(model.cfg, tok)
   more = {"drafter": drafter, "draft_params": draft_params, "stop_ids": stops}

@@ -74,6 +74,7 @@ class InferConfig:
   # serve
   host: str = "127.0.0.1"  # CPM.cu: 0.0.0.0
   port: int = 8000
+  shrinks: bool | None = None  # rounds of the live rows alone; None: on a CPU (measured there)
   warmup: bool = True  # compile first, then listen
   warmup_tokens: int = 0  # prompt and answer that find all compiled; 0 = what the first span holds
 
@@ -102,7 +103,7 @@ SPARSE_ONLY = (
   "sparse_switch",
   "use_compress_lse",
 )
-SERVE_ONLY = ("host", "port", "warmup", "warmup_tokens")
+SERVE_ONLY = ("host", "port", "shrinks", "warmup", "warmup_tokens")
 GENERATE_ONLY = (
   "fast_forward",
   "prompt_file",

@@ -344,7 +344,7 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
   with serve.make(parse(serve, f"--model={folder}", *flags_, "--port=0")) as chat:
     assert chat.name == "hf" and chat.cfg.max_queue == 5 and chat.cfg.host == "127.0.0.1"
     assert chat.models()["data"][0]["max_model_len"] == 128 and chat.report()["rows"] == 2
-    assert isinstance(chat._engine.drafter, ngram.NGramDrafter)
+    assert isinstance(chat._engine.drafter, ngram.NGramDrafter) and chat._engine.cfg.shrinks
     assert re.search(r"warm-up: \d+ programs in [\d.]+ s", capfd.readouterr().err)
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
     assert chat.chat(body)["usage"]["completion_tokens"] == 6
