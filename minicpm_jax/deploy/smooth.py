@@ -1,13 +1,14 @@
 """The smoothing search of one block, "S-" (quantization.md 6): what is multiplied, by which loss.
 
   attn_norm -> {q, k, v}            the attention's output
+  outputs of v -> o                 o's own output; of multi-head attention only
   mlp_norm -> {gate, up}            the MLP's output
   rows of up -> down                down's own output
 
 In latent attention attn_norm feeds {q_a, kv_a}, and the latent norms q_b and kv_b, all by the
 attention's output. Experts share mlp_norm with the router, which is multiplied exactly and not
-rounded; each has up -> down over its own tokens. v -> o is left out: its shapes match in multi-head
-blocks only.
+rounded; each has up -> down over its own tokens. Where query heads share values (GQA) the shapes of
+v and o do not match and their pair is left out.
 """
 
 import dataclasses
@@ -66,10 +67,14 @@ def smooth(
     best = run.behind_norm(layer, names)
     layer = awq.fold_norm(layer, norm, awq.readers(layer, norm), best.factor_I)
     found[names[0]] = best.ratio
+    if "attn/v" in names and model_cfg.num_heads == model_cfg.num_kv_heads:
+      best = run.own(layer, "attn/o")
+      layer = awq.fold_v_o(layer, best.factor_I)
+      found["attn/o"] = best.ratio
   if model_cfg.moe is None:
-    best = run.down(layer)
+    best = run.own(layer, "mlp/down")
     return awq.fold_up_down(layer, best.factor_I), found | {"mlp/down": best.ratio}
-  experts = [run.down(layer, e) for e in range(model_cfg.moe.num_experts)]
+  experts = [run.own(layer, "moe/down", e) for e in range(model_cfg.moe.num_experts)]
   layer = awq.fold_up_down(layer, jnp.stack([one.factor_I for one in experts]))
   return layer, found | {"moe/down": [one.ratio for one in experts]}
 
@@ -138,24 +143,24 @@ class _Search:
 
     return self._best(self._mean_abs(normed, self._factors(normed)), loss)
 
-  def down(self, layer: types.Params, e: int | None = None) -> awq.Smoothing:
-    """The best factor between up and down, by down's own output; of expert e over its tokens."""
+  def own(self, layer: types.Params, name: str, e: int | None = None) -> awq.Smoothing:
+    """The best factor in front of down or o, by its own output; of expert e over its tokens."""
     if e is None:
       inputs, own = (
-        self._each(lambda *args: blocks.projection_input(self.model_cfg, "mlp/down", layer, *args)),
+        self._each(lambda *args: blocks.projection_input(self.model_cfg, name, layer, *args)),
         None,
       )
-      w_FD = blocks.kernel(layer, "mlp/down")
+      w_IO = blocks.kernel(layer, name)
     else:
       both = self._each(lambda *args: blocks.expert_down(self.model_cfg, layer, *args, e))
       inputs, own = [x for x, _ in both], [mask for _, mask in both]
-      w_FD = blocks.kernel(layer, "moe/down")[e]
-    factors, total = self._factors(inputs, own), calib.hessian_init(w_FD.shape[0])
+      w_IO = blocks.kernel(layer, name)[e]
+    factors, total = self._factors(inputs, own), calib.hessian_init(w_IO.shape[0])
     for x, f in zip(inputs, factors, strict=True):
       total = calib.hessian_update(total, x * f[..., None], f > 0)
 
-    def loss(t_F: Array) -> Float[Array, ""]:
-      return gptq.relative_error(_rounded(w_FD, t_F, cfg=self.cfg), w_FD, total)
+    def loss(t_I: Array) -> Float[Array, ""]:
+      return gptq.relative_error(_rounded(w_IO, t_I, cfg=self.cfg), w_IO, total)
 
     return self._best(self._mean_abs(inputs, factors), loss)
 

@@ -91,6 +91,22 @@ def fold_norm(
   return layer
 
 
+def fold_v_o(layer: types.Params, t_I: Float[Array, " I"]) -> types.Params:
+  """Outputs of v / t, inputs of o * t, one factor a channel of a head: attention is linear in v.
+
+  Of multi-head attention only: query heads that share values would need the same factors.
+  """
+  tree.check_floats(layer)
+  layer = _copy(layer)
+  v, o = (layer["attn"][name]["kernel"] for name in ("v", "o"))
+  if v.shape[1:] != o.shape[:2]:
+    raise ValueError(f"attn/v, attn/o: found {v.shape[1:]} and {o.shape[:2]}, expected equal heads")
+  t_NH = jnp.reshape(t_I, v.shape[1:])
+  layer["attn"]["v"]["kernel"] = (v.astype(jnp.float32) / t_NH[None]).astype(v.dtype)
+  layer["attn"]["o"]["kernel"] = (o.astype(jnp.float32) * t_NH[..., None]).astype(o.dtype)
+  return layer
+
+
 def fold_up_down(layer: types.Params, t_F: Float[Array, "*E F"]) -> types.Params:
   """Outputs of up / t, inputs of down * t: the gate's activation is linear in up.
 

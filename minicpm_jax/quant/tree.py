@@ -45,15 +45,16 @@ def selected(cfg: QuantConfig, params: types.Params) -> dict[str, Any]:
   return found
 
 
-def check_floats(params: types.Params) -> None:
-  """Refuses what rewriting kernels by name would miss: forms of decoding, and QTensors."""
+def check_floats(params: types.Params, where: str = "") -> None:
+  """Refuses what rewriting kernels by name would miss: forms of decoding, and QTensors; `where`
+  opens the message."""
   for path, w in trees.flatten_paths(params, qtensor.is_qtensor).items():
     if path.endswith("/kernel/values"):
       raise _output_major_error(path)
     if _parts(path):
       raise _joined_error(path)
     if qtensor.is_qtensor(w):
-      raise ValueError(f"{path}: found a QTensor ({w.scheme}), expected floats")
+      raise ValueError(f"{where}{path}: found a QTensor ({w.scheme}), expected floats")
 
 
 def selects(cfg: QuantConfig, path: str) -> bool:

@@ -26,7 +26,7 @@ from minicpm_jax.core import rng, trees, types
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.optim import schedules
-from minicpm_jax.quant import ternary
+from minicpm_jax.quant import ternary, tree
 from minicpm_jax.train import step as step_lib
 
 # Fields that a workdir's run may change when it goes on; every other difference is refused. The
@@ -282,6 +282,7 @@ def load_weights(
   except mesh_lib.ShardingError:  # a vocabulary that tp divides only once it is padded
     loaded, params, tok = load(path)
     params = jax.device_get(params)
+  tree.check_floats(params, f"init_from {path}: ")
   source = loaded.cfg
   if source.tie_embeddings and not cfg.tie_embeddings:
     source, params = convert.untie(source, params)

@@ -108,6 +108,8 @@ def test_smoothing_keeps_the_function_and_lowers_its_loss():
     )
     np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
   assert np.any(np.asarray(folded["mlp"]["up"]["kernel"]) != layer["mlp"]["up"]["kernel"])
+  with pytest.raises(ValueError, match="attn/v, attn/o: found .* expected equal heads"):
+    awq.fold_v_o(layer, jnp.ones(8))  # values are shared here
   text = smooth.Text(hidden[:1], [batches[0][1]], [np.zeros((2, 24), bool)])
   with pytest.raises(ValueError, match="smoothing: found no token that counts in"):
     smooth.smooth(model.cfg, layer, text, SOLVER, 4)

@@ -171,7 +171,18 @@ def test_smoothing_of_experts():
     assert losses[int(4 * ratio)] <= 1.001 * min(losses)
     found = np.asarray(folded["moe"]["down"]["kernel"])[e] / down
     np.testing.assert_allclose(found.mean(1), factor(inner, ratio), rtol=1e-3)
-  assert max(ratios["moe/down"]) > 0 and len(ratios) == 3
+  assert max(ratios["moe/down"]) > 0 and len(ratios) == 4
+  # MiniCPM-MoE is multi-head: v -> o too, whose input is the attention's heads.
+  y = np.asarray(seen["attn/o"][0], np.float64).reshape(len(x_MD), -1)
+  o = np.asarray(layer["attn"]["o"]["kernel"], np.float64).reshape(y.shape[1], -1)
+  losses = [np.square(y @ (rounded(o, factor(y, i / 4)) - o)).sum() for i in range(4)]
+  assert losses[int(4 * ratios["attn/o"])] <= 1.001 * min(losses) and ratios["attn/o"] > 0
+  t_NH = factor(y, ratios["attn/o"]).reshape(layer["attn"]["o"]["kernel"].shape[:2])
+  found = np.asarray(folded["attn"]["o"]["kernel"]) / np.asarray(layer["attn"]["o"]["kernel"])
+  np.testing.assert_allclose(found.mean(2), t_NH, rtol=1e-4)
+  t_D = np.asarray(layer["attn_norm"]["scale"]) / np.asarray(folded["attn_norm"]["scale"])
+  v, changed = (np.asarray(one["attn"]["v"]["kernel"]) for one in (layer, folded))
+  np.testing.assert_allclose(v * t_D[:, None, None] / t_NH, changed, rtol=1e-3, atol=1e-6)
 
 
 def test_smoothing_of_latent_attention():

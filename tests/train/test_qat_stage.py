@@ -47,6 +47,12 @@ def test_switch_restores_weights_and_resets_step_moments_and_schedule(stages):
   again = dataclasses.replace(second, init_from=str(folder / "fused"))
   with pytest.raises(ValueError, match="attn/k/kernel: found weights that are quantised already"):
     loop.train(again, folder / "again")
+  # and so are codes
+  packed_cfg, packed = convert.to_codes(model.cfg, params)
+  orbax_io.import_params(folder / "codes", packed_cfg, packed)
+  again = dataclasses.replace(second, init_from=str(folder / "codes"))
+  with pytest.raises(ValueError, match="init_from .*attn/k/kernel: found a QTensor \\(ternary\\)"):
+    loop.train(again, folder / "again")
 
 
 def test_moments_can_be_kept(stages):
