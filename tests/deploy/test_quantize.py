@@ -201,7 +201,7 @@ def test_first_positions_can_be_bounded():
   # awq_first="bound": the smoothing search counts them the same way.
   text = smooth.Text(hidden, work.segments, work.keep[0], [jnp.asarray(first)])
   search = smooth._Search(model.cfg, text, SOLVER, 4)
-  best, a = search.down(layer), np.abs(rows).mean(0)
+  best, a = search.own(layer, "mlp/down"), np.abs(rows).mean(0)
   t = np.maximum(a**best.ratio, 1e-4)
   assert best.ratio > 0
   np.testing.assert_allclose(best.factor_I, t / np.sqrt(t.max() * t.min()), rtol=1e-4)
