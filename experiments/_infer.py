@@ -389,20 +389,3 @@ def answer(
       yield piece
   if piece := text.finish("length"):
     yield piece
-
-
-def summary(stats: engine.Stats) -> str:
-  """The block of CPM.cu (inference.md 19): lengths, times, rates, mean accept length."""
-  decoded = max(stats.new_tokens - 1, 0)  # the first token comes out of the prefill
-  computed = stats.prompt_tokens - stats.cached_tokens
-  rows = [
-    ("prefill length", f"{stats.prompt_tokens} tokens ({stats.cached_tokens} from the cache)"),
-    ("prefill time", f"{stats.prefill_seconds:.3f} s"),
-    ("prefill speed", f"{computed / max(stats.prefill_seconds, 1e-9):.1f} tok/s"),
-    ("mean accept length", f"{max(stats.mean_accepted, 1.0):.2f}"),
-    ("decode length", f"{stats.new_tokens} tokens"),
-    ("decode time", f"{stats.decode_seconds:.3f} s"),
-    ("decode speed", f"{decoded / max(stats.decode_seconds, 1e-9):.1f} tok/s"),
-    ("compile time", f"{stats.compile_seconds:.1f} s (in no rate)"),
-  ]
-  return "\n".join(f"{name + ':':20}{value}" for name, value in rows)

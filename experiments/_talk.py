@@ -7,6 +7,7 @@ from collections.abc import Generator
 from experiments import _infer
 from minicpm_jax import config
 from minicpm_jax.infer import chat as chat_lib
+from minicpm_jax.infer import engine
 from minicpm_jax.text import chat as chat_text
 
 
@@ -40,12 +41,29 @@ class Talk:
     self.messages += [turn, {"role": "assistant", "content": said}]
 
   def complete(self, prompt: list[int]) -> str:
-    stats: list = []
+    stats: list[engine.Stats] = []
     mask = _infer.constraint(self.cfg, self.loaded)
     pieces = _infer.answer(self.loaded, prompt, self.sampling, stats, mask)
     said = show(pieces, use_stream=self.cfg.use_stream)
-    print(_colour(_infer.summary(stats[0]), self.cfg), file=sys.stderr)
+    print(_colour(summary(stats[0]), self.cfg), file=sys.stderr)
     return said
+
+
+def summary(stats: engine.Stats) -> str:
+  """The block of CPM.cu (inference.md 19): lengths, times, rates, mean accept length."""
+  decoded = max(stats.new_tokens - 1, 0)  # the first token comes out of the prefill
+  computed = stats.prompt_tokens - stats.cached_tokens
+  rows = [
+    ("prefill length", f"{stats.prompt_tokens} tokens ({stats.cached_tokens} from the cache)"),
+    ("prefill time", f"{stats.prefill_seconds:.3f} s"),
+    ("prefill speed", f"{computed / max(stats.prefill_seconds, 1e-9):.1f} tok/s"),
+    ("mean accept length", f"{max(stats.mean_accepted, 1.0):.2f}"),
+    ("decode length", f"{stats.new_tokens} tokens"),
+    ("decode time", f"{stats.decode_seconds:.3f} s"),
+    ("decode speed", f"{decoded / max(stats.decode_seconds, 1e-9):.1f} tok/s"),
+    ("compile time", f"{stats.compile_seconds:.1f} s (in no rate)"),
+  ]
+  return "\n".join(f"{name + ':':20}{value}" for name, value in rows)
 
 
 def _colour(text: str, cfg: config.InferConfig) -> str:
