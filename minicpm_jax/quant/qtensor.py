@@ -159,10 +159,8 @@ def make(
   zero: Any = None,
   g_idx: Any = None,
 ) -> QTensor:
-  """A QTensor of given codes [*lead, *in, *out] (from a solver or a file), checked for shape.
-
-  Values of the codes are not checked here: `check_codes` does that on the host.
-  """
+  """A QTensor of given codes [*lead, *in, *out] (from a solver or a file), checked for shape and,
+  outside jit, range: the cast to int4 would wrap a code of 9 to -7."""
   rule = schemes.get(scheme)
   lead, shape = tuple(codes.shape[:num_lead]), tuple(codes.shape[num_lead:])
   width = math.prod(shape[:num_in])
@@ -175,6 +173,8 @@ def make(
     if x is not None and tuple(x.shape) != want:
       raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected {want}")
   codes = jnp.asarray(codes)
+  if codes.dtype != rule.dtype or rule.dtype != jnp.int4:
+    _check_range(codes, rule, "codes")
   return QTensor(
     codes=codes.astype(rule.dtype),
     scale=jnp.asarray(scale),
@@ -190,14 +190,20 @@ def make(
 def check_codes(qt: QTensor, name: str = "codes") -> None:
   """Refuses codes outside the scheme's range, and non-finite scales (concrete arrays)."""
   rule = schemes.get(qt.scheme)
-  codes = unpack(qt).codes.astype(jnp.int32)
+  _check_range(unpack(qt).codes.astype(jnp.int8), rule, name)
+  if not bool(jnp.all(jnp.isfinite(qt.scale.astype(jnp.float32)))):
+    raise ValueError(f"{name}: scale: found a value that is not finite, expected finite scales")
+
+
+def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme, name: str) -> None:
+  if isinstance(codes, jax.core.Tracer) or not codes.size:
+    return
+  codes = codes.astype(jnp.int8) if codes.dtype == jnp.int4 else codes
   low, high = int(jnp.min(codes)), int(jnp.max(codes))
   if low < rule.low or high > rule.high:
     raise ValueError(
-      f"{name}: found codes {low}..{high}, expected {rule.low}..{rule.high} ({qt.scheme})"
+      f"{name}: found codes {low}..{high}, expected {rule.low}..{rule.high} ({rule.name})"
     )
-  if not bool(jnp.all(jnp.isfinite(qt.scale.astype(jnp.float32)))):
-    raise ValueError(f"{name}: scale: found a value that is not finite, expected finite scales")
 
 
 # --- Codes in bytes ------------------------------------------------------------------------------

@@ -115,8 +115,12 @@ def test_zero_points_and_group_index():
       r"scale: found shape \(3, 2\), expected \(2, 2\)",
     ),
     (
+      lambda: qtensor.make(jnp.full((4, 1), 9), jnp.ones((1, 1)), "int4", group_size=-1),
+      r"codes: found codes 9..9, expected -8..7",
+    ),
+    (
       lambda: qtensor.check_codes(
-        qtensor.make(jnp.full((4, 1), 3), jnp.ones((1, 1)), "ternary", group_size=-1), "w"
+        qtensor.quantize(jnp.ones((4, 1))).replace(codes=jnp.full((4, 1), 3, jnp.int8)), "w"
       ),
       r"w: found codes 3..3, expected -1..1",
     ),
