@@ -7,7 +7,7 @@ the fields behind `backend` are ours or belong to one of the two commands.
 import dataclasses
 from typing import Literal
 
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_kinds
 
 DRAFT_KINDS = ("eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none")
 
@@ -79,6 +79,7 @@ class InferConfig:
   warmup_tokens: int = 0  # prompt and answer that find all compiled; 0 = what the first span holds
 
   def __post_init__(self):
+    require_kinds(self, "")
     require(0 < self.memory_limit <= 1, "memory_limit", self.memory_limit, "in (0, 1]")
     require(self.chunk_length >= 16, "chunk_length", self.chunk_length, "tokens >= 16")
     kinds = (None, *DRAFT_KINDS)

@@ -9,7 +9,7 @@ from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import ModelConfig
 from minicpm_jax.config.optim import OptimConfig
 from minicpm_jax.config.train import CheckpointConfig
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_kinds
 
 DraftKind = Literal["eagle", "minicpm", "eagle3"]
 
@@ -33,6 +33,7 @@ class DraftConfig:
   window_size: int = 0  # tokens a draft row sees, itself included; 0 = all
 
   def __post_init__(self):
+    require_kinds(self, "draft.")
     kinds = ("eagle", "minicpm", "eagle3")
     require(self.kind in kinds, "draft.kind", self.kind, f"one of {kinds}")
     is_plain = self.layer.moe is None and self.layer.mla is None
@@ -79,6 +80,7 @@ class BitaConfig:
   num_prompts: int = 16  # soft prompts, seen by mask tokens alone
 
   def __post_init__(self):
+    require_kinds(self, "draft.")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       require(value >= 1, f"draft.{field.name}", value, ">= 1")

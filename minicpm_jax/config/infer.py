@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import numbers
 
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,17 +22,16 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("top_k", "max_new_tokens", "seed"):
-      value = getattr(self, name)
-      require(isinstance(value, numbers.Integral), f"sampling.{name}", value, "an integer")
+    require_kinds(self, "sampling.")
     penalty = self.repetition_penalty
     require(0 < penalty < math.inf, "sampling.repetition_penalty", penalty, "a number > 0")
     temperature = self.temperature
     require(0 <= temperature < math.inf, "sampling.temperature", temperature, "a number >= 0")
-    require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0")
+    require(0 <= self.top_k < 2**31, "sampling.top_k", self.top_k, "0..2^31 - 1")
     require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
     require(0 <= self.min_p <= 1, "sampling.min_p", self.min_p, "in [0, 1]")
-    require(self.max_new_tokens > 0, "sampling.max_new_tokens", self.max_new_tokens, "> 0")
+    limit = self.max_new_tokens
+    require(0 < limit <= 2**30, "sampling.max_new_tokens", limit, "1..2^30")
     require(-(2**63) <= self.seed < 2**63, "sampling.seed", self.seed, "a number of 64 bits")
 
 
@@ -50,6 +48,7 @@ class EngineConfig:
   min_prefix: int = 32  # tokens; shorter common prefixes are not copied. -1 = no prompt cache
 
   def __post_init__(self):
+    require_kinds(self, "engine.")
     require(self.capacity >= 2, "engine.capacity", self.capacity, "tokens >= 2")
     require(self.max_batch >= 1, "engine.max_batch", self.max_batch, "rows >= 1")
     require(self.chunk_size >= 16, "engine.chunk_size", self.chunk_size, "tokens >= 16")

@@ -21,6 +21,13 @@ def untyped(kind, **fields):
   "build, message",
   [
     (lambda: config.MeshConfig(dp=0), r"mesh\.dp: found 0"),
+    (lambda: untyped(config.EngineConfig, capacity="x"), "engine.capacity: found 'x', expected an"),
+    (lambda: untyped(config.EngineConfig, max_batch=1.5), "engine.max_batch: found 1.5"),
+    (lambda: untyped(config.EngineConfig, min_span=math.inf), "engine.min_span: found inf"),
+    (lambda: untyped(config.SamplingConfig, top_p=None), "sampling.top_p: found None, expected a"),
+    (lambda: untyped(config.SamplingConfig, top_k=True), "sampling.top_k: found True"),
+    (lambda: config.SamplingConfig(max_new_tokens=2**31), "sampling.max_new_tokens: found 2147"),
+    (lambda: untyped(config.ServerConfig, max_queue=[]), r"server.max_queue: found \[\]"),
     (lambda: config.MeshConfig(dp=-1, tp=-1), "at most one axis of size -1"),
     (lambda: config.MeshConfig(pp=2), r"mesh\.pp: found 2.*not built"),
     (lambda: config.RopeConfig(kind="dynamic"), r"rope\.factor: found None"),
