@@ -35,10 +35,12 @@ class Program(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """What shapes depend on. `ahead`: slots that rounds under way may need behind a sequence;
-  `dense_len`: of sparse attention where the host tells of it (`Known.is_long`), else None."""
+  """What shapes depend on. `min_span`: the config's in whole blocks; `ahead`: slots that rounds
+  under way may need behind a sequence; `dense_len`: of sparse attention where the host tells of it
+  (`Known.is_long`), else None."""
 
   cfg: config.EngineConfig
+  min_span: int
   num_slots: int
   ahead: int
   tells: bool
@@ -46,7 +48,7 @@ class Sizes(NamedTuple):
   dense_len: int | None
 
   def span(self, num_slots: int) -> int:
-    return rows_lib.span_of(num_slots, self.cfg.min_span, self.num_slots)
+    return rows_lib.span_of(num_slots, self.min_span, self.num_slots)
 
   def spans(self, num_tokens: int) -> list[int]:
     """Spans of sequences that end with `num_tokens` tokens."""
@@ -119,7 +121,7 @@ class Programs:
 
     One row takes a chunk of a prompt that never ends, which brings the state into the form (where
     its arrays lie) that all later steps find; the other programs are compiled and not run. Nothing
-    is sampled, and the row stays unused.
+    is sampled, and the row stays unused; what its cache held is forgotten.
     """
     if self.has_work:
       raise ValueError("warm_up: found requests under way, expected none")
@@ -129,6 +131,7 @@ class Programs:
     chunks = [*prefills(sizes, num_tokens, self._free_mask)]
     smallest = min(chunks, key=lambda program: program.args[0].size)
     blank = settings(self.model.cfg.vocab_size)
+    self._rows[0] = rows_lib.Row()  # no prompt goes on from what the chunk overwrites
     self._state = state_lib.admit(self._state, zero, blank)
     self._call(smallest.function, [], *smallest.args, **smallest.static)
     self._state = state_lib.admit(self._state, zero, blank)
@@ -154,7 +157,8 @@ class Programs:
     sparse = self.model.cfg.sparse if self.tells else None
     ahead = 2 * self.cfg.rounds_per_dispatch * (self.drafter.num_levels + 1) + self._num_rows
     dense_len = None if sparse is None else sparse.dense_len
-    return Sizes(self.cfg, self._num_slots, ahead, self.tells, self._shrinks, dense_len)
+    slots = (self._min_span, self._num_slots, ahead)
+    return Sizes(self.cfg, *slots, self.tells, self._shrinks, dense_len)
 
   @property
   def _shrinks(self) -> bool:

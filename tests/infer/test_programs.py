@@ -60,6 +60,18 @@ def test_requests_of_the_first_span_compile_nothing_and_say_what_they_said():
     engine.warm_up()
 
 
+def test_warming_up_later_leaves_no_stale_prompt_behind():
+  model, params = generate.for_decoding(*small.make(num_layers=1))
+  cfg = dataclasses.replace(CFG, max_batch=1, min_prefix=4)
+  prompt, greedy = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], config.SamplingConfig(max_new_tokens=9)
+  engine = engine_lib.Engine(model, params, cfg)
+  expected = engine.generate([prompt], greedy)
+  assert engine.generate([prompt], greedy).stats[0].cached_tokens == 11
+  engine.warm_up()
+  found = engine.generate([prompt], greedy)
+  assert found.stats[0].cached_tokens == 0 and found.tokens == expected.tokens
+
+
 @pytest.mark.parametrize("tells", [False, True])
 @pytest.mark.parametrize(
   "rounds, levels, chunk, num, batch",
@@ -73,7 +85,7 @@ def test_the_plan_holds_all_that_requests_ask_for(
   cfg = dataclasses.replace(
     CFG, capacity=160, chunk_size=chunk, rounds_per_dispatch=rounds, max_batch=batch, min_prefix=4
   )
-  cfg = dataclasses.replace(cfg, shrinks=True)
+  cfg = dataclasses.replace(cfg, shrinks=True, min_span=30)  # the engine's: 32, whole blocks
   more = {}
   if levels:
     more = dict(drafter=chain.ChainDrafter(model, num_levels=levels), draft_params=params)
