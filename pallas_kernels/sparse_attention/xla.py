@@ -64,21 +64,23 @@ class XlaConfig:
 
 
 def default_config(num_queries: int, group: int) -> XlaConfig:
-  """Backward tiles of 960 rows, which XLA's CPU matmul cuts into equal halves for two cores.
+  """65536 rows a chunk, tiles of 960, which XLA's CPU matmul cuts into equal halves for two cores.
 
-  Lanes have 512: with fewer it would not fuse exp into the matmul. 65536 rows a chunk. A block's
-  last tile is half empty on average: fewer queries make smaller tiles.
+  Tiles of two lanes have 512: with fewer it would not fuse exp into the matmul. A block's last tile
+  is half empty on average: fewer queries make smaller tiles and one lane.
   """
   band = max(1, min(64, 1024 // group))
   num_queries = max(1, num_queries)
   chunks = -(-num_queries // min(16384, max(64, 65536 // group)))
   chunk = -(-num_queries // (chunks * band)) * band
-  lanes = 2 if chunk % 2 == 0 and chunk >= 1024 else 1
+  tile, lanes = max(4, min(960 // group, chunk // 18)), 1
+  if chunk % 2 == 0 and chunk * group >= 32768:
+    lanes = 2
   return XlaConfig(
     chunk=chunk,
-    tile=max(4, min(960 // group, chunk // 18)),
+    tile=tile,
     lanes=lanes,
-    lane_tile=max(4, min(-(-512 // group), chunk // (18 * lanes))),
+    lane_tile=tile if lanes == 1 else -(-512 // group),
     band_queries=band,
   )
 
