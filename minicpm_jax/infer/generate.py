@@ -86,7 +86,7 @@ def for_decoding(
 def _replaced(old: types.Params, new: types.Params) -> types.Params:
   """`new`, after the arrays of `old` that it does not share have been deleted."""
   kept = {at for leaf in jax.tree.leaves(new) for at in _addresses(leaf)}
-  for leaf in jax.tree.leaves(old):
+  for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(old)}.values():  # some lie at two places
     if isinstance(leaf, jax.Array) and kept.isdisjoint(_addresses(leaf)):
       leaf.delete()
   return new

@@ -80,6 +80,17 @@ def test_donated_weights_are_held_once(byte_tokenizer):
   assert given["layers"]["mlp"]["up"]["kernel"].is_deleted()
 
 
+def test_donated_weights_may_lie_at_two_places():
+  model = transformer.Transformer(make_cfg(num_layers=2, scan_layers=False))
+  params = transformer.init_params(model, jax.random.key(0))
+  one = jnp.ones((model.cfg.model_dim,), jnp.bfloat16)
+  given = jax.tree.map(lambda x: one if x.shape == one.shape else x.astype(one.dtype), params)
+  expected = generate.for_decoding(model, jax.tree.map(jnp.copy, given))[1]
+  found = generate.for_decoding(model, given, donate=True)[1]
+  assert one.is_deleted()
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_the_second_turn_sees_the_first(model_and_params, byte_tokenizer, monkeypatch):
   seen = []
 
