@@ -127,7 +127,9 @@ class Programs:
       raise ValueError("warm_up: found requests under way, expected none")
     began, before, zero = time.perf_counter(), self.compile_seconds, np.int32(0)
     sizes = self._sizes()
-    num_tokens = sizes.first if num_tokens is None else min(num_tokens, self.cfg.capacity)
+    num_before = 0 if self.before is None else self.before.length  # stand in front of every prompt
+    most = sizes.first if num_tokens is None else num_tokens + num_before
+    num_tokens = min(most, self.cfg.capacity)
     chunks = [*prefills(sizes, num_tokens, self._free_mask)]
     smallest = min(chunks, key=lambda program: program.args[0].size)
     blank = settings(self.model.cfg.vocab_size)

@@ -13,6 +13,7 @@ from minicpm_jax.infer import answers, generate, programs, requests
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import rounds as rounds_lib
 from minicpm_jax.infer.drafters import chain
+from minicpm_jax.quant import prefix as prefix_lib
 from tests.infer import small
 
 CFG = config.EngineConfig(capacity=77, max_batch=2, chunk_size=16, min_span=32)
@@ -70,6 +71,17 @@ def test_warming_up_later_leaves_no_stale_prompt_behind():
   engine.warm_up()
   found = engine.generate([prompt], greedy)
   assert found.stats[0].cached_tokens == 0 and found.tokens == expected.tokens
+
+
+def test_prefix_tokens_are_no_part_of_what_a_request_may_hold():
+  model, params = generate.for_decoding(*small.make(num_layers=1))
+  rows = np.ones((1, 5, model.cfg.num_kv_heads, model.cfg.head_dim), np.float32)
+  before = prefix_lib.Prefix(rows, rows, (1, 2, 3, 4, 5))
+  engine = engine_lib.Engine(model, params, CFG, before=before)
+  engine.warm_up(28)
+  with compilations() as names:
+    engine.generate([[6] * 20], config.SamplingConfig(max_new_tokens=8))
+  assert names == []
 
 
 @pytest.mark.parametrize("tells", [False, True])
