@@ -189,8 +189,10 @@ def _verify_step(
   def step(params, cache):
     tree = cache_lib.Step(anc_BTT=anc_BTT, depth_BT=depth_BT)
     out = model.apply({"params": params}, parent, cache=cache, step=tree)
-    cache = cache_lib.commit(model.cfg, out.cache, parent, jnp.zeros((1,), jnp.int32))
-    return jnp.argmax(out.logits, axis=-1), cache
+    tokens = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+    # As in a round the path is known after the forward; else XLA would copy the cache twice.
+    path = jnp.minimum(parent, tokens)
+    return tokens, cache_lib.commit(model.cfg, out.cache, path, jnp.zeros((1,), jnp.int32))
 
   jitted = jax.jit(step, donate_argnums=1)
   cache = cache_lib.init(model.cfg, 1, length + base.MAX_NODES, per_row=True)

@@ -1,12 +1,15 @@
 """tune_tree: replayed accept lengths are those of real decoding; the rule by hand."""
 
+import re
+
+import jax
 import numpy as np
 import pytest
 
 from minicpm_jax import config
 from minicpm_jax.core import trees
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer import tune
+from minicpm_jax.infer import generate, tune
 from minicpm_jax.infer.drafters import base, mtp, ngram
 from tests.infer import small
 
@@ -62,6 +65,30 @@ def test_times_are_measured_for_every_size(pair):
   )
   assert set(verify) == {1, 4, 8} and set(draft) == {4, 8}
   assert min([*verify.values(), *draft.values()]) > 0
+
+
+def test_timed_step_copies_no_cache(pair, monkeypatch):
+  """A round of the engine moves the path in place; what is timed for it must as well."""
+  model, params = generate.for_decoding(*pair, num_rows=4)
+  texts, jit = [], jax.jit
+
+  def spying(function, **options):
+    jitted = jit(function, **options)
+
+    def call(*args):
+      texts.append(jitted.lower(*args).compile().as_text())
+      return jitted(*args)
+
+    return call
+
+  monkeypatch.setattr(tune.jax, "jit", spying)
+  run = tune._verify_step(model, params, 4, 16)
+  monkeypatch.undo()
+  run()
+  cfg = model.cfg
+  cache = f"1,{16 + base.MAX_NODES},{cfg.num_kv_heads},{cfg.head_dim}"
+  assert f"[{cache}]" in texts[0]
+  assert not re.findall(rf"= f32\[{cache}\]\S* copy\(", texts[0])
 
 
 def test_bad_input(pair):
