@@ -81,7 +81,8 @@ def read_settings(folder: pathlib.Path, hf: Mapping[str, Any]) -> Settings:
   is_size = isinstance(size, int) and not isinstance(size, bool) and (size == -1 or size > 0)
   check(is_size, "group_size", "-1 or inputs > 0")
   for key in ("sym", "desc_act", "static_groups"):
-    check(found.get(key) in (None, True, False), key, "true or false")
+    value = found.get(key)
+    check(value is None or isinstance(value, bool), key, "true or false")
   is_symmetric = found.get("sym") is not False
   check(not found.get("lm_head"), "lm_head", "false (a quantised head is not built)")
   check(not found.get("dynamic"), "dynamic", "none (settings by module are not built)")

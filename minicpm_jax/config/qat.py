@@ -118,11 +118,12 @@ def second_schedule(
   left = num_steps - start
   warmup = qat.rewarmup_steps if start > 0 else whole.warmup_steps
   require(warmup <= left, "qat.rewarmup_steps", warmup, f"at most the stage's {left} steps")
-  end = whole.total_steps - start  # of the decay, in steps of the stage
+  # End of the decay in steps of the stage; without a decay the stable stage goes on.
+  end = whole.total_steps - start if whole.decay_steps else left
   expected = f"more than {start + warmup}, where the quantised stage has warmed up"
   require(end >= warmup, "optim.schedule: total steps", whole.total_steps, expected)
   decay = min(whole.decay_steps, end - warmup)
-  done = max(0, start - whole.decay_start) / max(1, whole.decay_steps)
+  done = max(0, start - whole.decay_start) / whole.decay_steps if whole.decay_steps else 0.0
   ratio, min_ratio = 1.0, whole.min_ratio
   if done > 0:
     shape, expected = (

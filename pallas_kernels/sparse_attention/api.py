@@ -86,7 +86,7 @@ def attend_blocks(
         *args, **sizes, config=tiles["mosaic_tpu"], interpret=interpret
       ),
       "ref": lambda: ref.attend_ref(
-        *args[:3], ref.block_mask(*args[3:], k_BSKH.shape[1], block_size)
+        *args[:3], ref.grid_mask(*args[3:], k_BSKH.shape[1], block_size)
       ),
     },
   )

@@ -1,7 +1,6 @@
 """Attention over selected blocks with all scores in memory (infllm_v2.md section 9).
 
-One softmax over the selected tokens of the past; the blocks of a query count from the start of its
-document, which may lie anywhere. Differentiable as written; memory O(T * S) a head.
+One softmax over the selected tokens of the past. Differentiable as written; memory O(T * S) a head.
 """
 
 import jax
@@ -9,7 +8,10 @@ import jax.numpy as jnp
 
 
 def block_mask(ids_BKTW, pos_BT, start_BT, num_slots: int, block_size: int):
-  """Bool [B, K, T, S]: slot s is at or before the query and in one of its blocks."""
+  """Bool [B, K, T, S]: slot s is at or before the query and in one of its blocks.
+
+  Blocks count from the start of the query's document, which may lie anywhere.
+  """
   s_11S = jnp.arange(num_slots)[None, None, :]
   past_BTS = (s_11S <= pos_BT[:, :, None]) & (s_11S >= start_BT[:, :, None])
   block_BTS = (s_11S - start_BT[:, :, None]) // block_size
@@ -21,6 +23,13 @@ def block_mask(ids_BKTW, pos_BT, start_BT, num_slots: int, block_size: int):
     jnp.clip(block_BTS, 0, num_blocks - 1)[:, None], (*ids_BKTW.shape[:3], num_slots)
   )
   return jnp.take_along_axis(member_BKTM, block_BKTS, axis=-1) & past_BTS[:, None]
+
+
+def grid_mask(ids_BKTW, pos_BT, start_BT, num_slots: int, block_size: int):
+  """As `block_mask` for blocks that count from slot 0, the row's grid."""
+  mask_BKTS = block_mask(ids_BKTW, pos_BT, jnp.zeros_like(start_BT), num_slots, block_size)
+  slots_11S = jnp.arange(num_slots)[None, None, :]
+  return mask_BKTS & (slots_11S >= start_BT[:, :, None])[:, None]
 
 
 def attend_ref(q_BTNH, k_BSKH, v_BSKV, mask_BKTS):

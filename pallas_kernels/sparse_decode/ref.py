@@ -20,8 +20,5 @@ def decode_ref(q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM, 
     slots_BS = base_B[:, None] + jnp.arange(k.shape[1])[None, :]
     slots_BS11 = jnp.minimum(slots_BS, k.shape[1] - 1)[:, :, None, None]
     k, v = (jnp.take_along_axis(x, jnp.broadcast_to(slots_BS11, x.shape), axis=1) for x in (k, v))
-  # `block_mask` counts blocks from the start of the document: give it the row's grid instead.
-  zeros_BT = jnp.zeros_like(start_BT)
-  mask_BKTS = ref.block_mask(ids_BKTW, pos_BT, zeros_BT, k.shape[1], block_size)
-  after_start_BTS = jnp.arange(k.shape[1])[None, None, :] >= start_BT[:, :, None]
-  return ref.attend_ref(q_BTNH, k, v, mask_BKTS & after_start_BTS[:, None])
+  mask_BKTS = ref.grid_mask(ids_BKTW, pos_BT, start_BT, k.shape[1], block_size)
+  return ref.attend_ref(q_BTNH, k, v, mask_BKTS)

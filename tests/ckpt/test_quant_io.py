@@ -175,6 +175,7 @@ Q = "model.layers.1.self_attn.q_proj"
     ({"group_size": "128"}, "group_size: found '128'"),
     ({"lm_head": True}, "lm_head: found True"),
     ({"desc_act": "no"}, "desc_act: found 'no', expected true or false"),
+    ({"sym": 0}, "sym: found 0, expected true or false"),
     ({"dynamic": {"a": {}}}, "dynamic: found"),
   ],
 )

@@ -59,6 +59,16 @@ def test_the_decay_stays_where_the_whole_schedule_has_it(num_steps, stable):
   np.testing.assert_allclose(found, rates(WSD, 0.005, num_steps)[start + 2 :], rtol=1e-5)
 
 
+def test_a_stable_stage_that_was_not_branched_stays_flat():
+  """decay_steps 0: the rate holds however long the run is, so the quantised stage's does."""
+  flat = config.ScheduleConfig(warmup_steps=10, stable_steps=20)
+  qat = config.QATConfig(share=0.4, lr_peak=0.005, rewarmup_steps=2)
+  schedule, ratio = qat_lib.second_schedule(flat, qat, 100)
+  np.testing.assert_allclose(rates(flat, 0.01, 100)[60:], 0.01)
+  np.testing.assert_allclose(rates(schedule, 0.005 * ratio, 40)[2:], 0.005)
+  assert (schedule.stable_steps, schedule.decay_steps) == (38, 0)
+
+
 def test_no_rewarmup_starts_at_the_peak_and_the_whole_run_warms_up_once():
   none = config.QATConfig(share=0.4, rewarmup_steps=0)
   schedule, _ = qat_lib.second_schedule(WSD, none, 100)

@@ -316,6 +316,20 @@ def test_order_of_the_list_changes_nothing(seed):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_lists_count_blocks_from_slot_0_also_beside_document_starts():
+  """`start_BT` hides slots and shifts no block."""
+  q, k, v = oracle.draw(12, 96, 96, 2, 1, 8)
+  ids = oracle.small_lists(4, 96, 6, 4)
+  ids = np.where(ids > 1, ids, -1)
+  start = jnp.full((1, 96), 32, jnp.int32)
+  for implementation in ("xla", "gather", "ref"):
+    more = dict(block_size=16, start_BT=start, implementation=implementation)
+    out, lse = attention_api.attend_blocks(q, k, v, ids, **more)
+    plain, plain_lse = attend_lists(q, k, v, ids)
+    np.testing.assert_allclose(out[:, 32:], plain[:, 32:], atol=2e-5)
+    np.testing.assert_allclose(lse[:, 32:], plain_lse[:, 32:], atol=2e-5)
+
+
 def test_lse_merges_partitions():
   """Two halves of a list, merged by log-sum-exp, are the whole list; nothing gives -inf and 0."""
   q, k, v = oracle.draw(11, 96, 96, 2, 1, 8)
