@@ -160,7 +160,7 @@ def make(
   g_idx: Any = None,
 ) -> QTensor:
   """A QTensor of given codes [*lead, *in, *out] (from a solver or a file), checked for shape and,
-  outside jit, range: the cast to int4 would wrap a code of 9 to -7."""
+  where they are not traced, range: the cast to int4 would wrap a code of 9 to -7."""
   rule = schemes.get(scheme)
   lead, shape = tuple(codes.shape[:num_lead]), tuple(codes.shape[num_lead:])
   width = math.prod(shape[:num_in])
@@ -198,8 +198,9 @@ def check_codes(qt: QTensor, name: str = "codes") -> None:
 def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme, name: str) -> None:
   if isinstance(codes, jax.core.Tracer) or not codes.size:
     return
-  codes = codes.astype(jnp.int8) if codes.dtype == jnp.int4 else codes
-  low, high = int(jnp.min(codes)), int(jnp.max(codes))
+  with jax.ensure_compile_time_eval():  # under jit too, codes that are known are checked
+    codes = codes.astype(jnp.int8) if codes.dtype == jnp.int4 else codes
+    low, high = int(jnp.min(codes)), int(jnp.max(codes))
   if low < rule.low or high > rule.high:
     raise ValueError(
       f"{name}: found codes {low}..{high}, expected {rule.low}..{rule.high} ({rule.name})"

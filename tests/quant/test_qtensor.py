@@ -255,6 +255,17 @@ def test_groups_that_the_mesh_does_not_divide_are_on_every_device(num_in, groups
   assert whole == jax.sharding.PartitionSpec(None, "fsdp")
 
 
+def test_known_codes_may_meet_a_trace():
+  """Codes closed over by a jitted function are checked and used; traced ones only used."""
+  make = lambda codes: qtensor.make(codes, jnp.ones((1, 2)), "int4", group_size=-1)  # noqa: E731
+  codes = jnp.arange(-8, 8).reshape(8, 2)
+  beyond = codes + 1
+  for found in (jax.jit(lambda: make(codes))(), jax.jit(make)(codes)):
+    np.testing.assert_array_equal(found.codes.astype(jnp.int8), codes)
+  with pytest.raises(ValueError, match="codes: found codes -7..8"):
+    jax.jit(lambda: make(beyond))()
+
+
 def test_initial_parameters_are_quantised_normals():
   cfg = common.config("minicpm4_8b", quant=QuantConfig(scheme="ternary", weights="codes"))
   params = transformer.init_params(transformer.Transformer(cfg), jax.random.key(0))
