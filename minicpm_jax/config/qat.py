@@ -120,8 +120,9 @@ def second_schedule(
   require(warmup <= left, "qat.rewarmup_steps", warmup, f"at most the stage's {left} steps")
   # End of the decay in steps of the stage; without a decay the stable stage goes on.
   end = whole.total_steps - start if whole.decay_steps else left
-  expected = f"more than {start + warmup}, where the quantised stage has warmed up"
-  require(end >= warmup, "optim.schedule: total steps", whole.total_steps, expected)
+  least = max(warmup, 1)  # at the end of a decay nothing of it is left to go on with
+  expected = f"at least {start + least}, where the quantised stage has warmed up"
+  require(end >= least, "optim.schedule: total steps", whole.total_steps, expected)
   decay = min(whole.decay_steps, end - warmup)
   done = max(0, start - whole.decay_start) / whole.decay_steps if whole.decay_steps else 0.0
   ratio, min_ratio = 1.0, whole.min_ratio

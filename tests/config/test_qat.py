@@ -152,3 +152,12 @@ def test_refusals(change, message):
     qat_lib.second_schedule(root, config.QATConfig(share=0.1, rewarmup_steps=1), 100)
   with pytest.raises(ValueError, match=message):
     qat_lib.second_schedule(WSD, config.QATConfig(**change), 100)
+
+
+def test_a_switch_at_or_behind_the_end_of_the_decay_is_refused():
+  linear = dataclasses.replace(WSD, decay_shape="linear_to", min_ratio=0.0)
+  for start, warmup, least in ((100, 0, 101), (104, 0, 105), (98, 3, 101)):
+    qat = config.QATConfig(start_step=start, rewarmup_steps=warmup)
+    message = f"optim.schedule: total steps: found 100, expected at least {least}"
+    with pytest.raises(ValueError, match=message):
+      qat_lib.second_schedule(linear, qat, 120)
