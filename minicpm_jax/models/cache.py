@@ -178,7 +178,7 @@ def check_room(cache: KVCache, step: Step | None, num_new: int) -> None:
   held: Any = cache.length if step is None else lengths(cache, step)
   is_padded = step is not None and step.num_new_B is not None
   is_unseen = isinstance(held, jax.core.Tracer) or not getattr(held, "is_fully_addressable", True)
-  num_held = 0 if is_padded or is_unseen else int(np.max(held))
+  num_held = 0 if is_padded or is_unseen else int(np.max(jax.device_get(held)))
   if num_held + num_new > cache.capacity:
     behind = f" behind {num_held}" if num_held else ""
     raise ValueError(

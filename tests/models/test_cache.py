@@ -122,3 +122,16 @@ def test_more_tokens_than_slots_are_refused():
     cache = cache.replace(length=cache.length + 3)
     with pytest.raises(ValueError, match="found 2 tokens behind 3, expected .* 4 slots"):
       model.apply({"params": params}, common.tokens((1, 2)), cache=cache)
+
+
+def test_a_jitted_forward_may_close_over_its_cache():
+  """Then the length is known while it is traced, and so is whether the tokens fit behind it."""
+  cfg = common.config()
+  model, params = common.build(cfg)
+  tokens, empty = common.tokens((1, 4)), cache_lib.init(cfg, 1, 4)
+  forward = lambda t, cache: model.apply({"params": params}, t, cache=cache)  # noqa: E731
+  found = jax.jit(lambda t: forward(t, empty).logits)(tokens)
+  full = forward(tokens, empty)
+  np.testing.assert_allclose(found, full.logits, atol=1e-5)
+  with pytest.raises(ValueError, match="found 1 tokens behind 4, expected .* 4 slots"):
+    jax.jit(lambda t: forward(t, full.cache).logits)(tokens[:, :1])
