@@ -34,5 +34,6 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """`value` as indented JSON in UTF-8, whole or not at all."""
-  write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  """`value` as indented JSON in UTF-8, whole or not at all; lone surrogates as JSON's escapes."""
+  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+  write(path, text.encode(errors="backslashreplace"))
