@@ -8,7 +8,8 @@
 
 A prefix "model." and vLLM's "eagle_layers" are accepted. `embed_tokens` is the target's and is
 ignored, as is the head of the first two kinds and the norm that vLLM declares for `minicpm` without
-calling it. Row i of an EAGLE-3 head is token i + d2t[i]. int4 drafts: `draft_quant`.
+calling it. Row i of an EAGLE-3 head is token i + d2t[i]. int4 drafts (GPTQ,
+Marlin): `draft_quant`.
 """
 
 import dataclasses
@@ -101,7 +102,7 @@ def load_draft(
   if not folder.is_dir():
     raise errors.MissingFileError(f"{folder}: found no such folder, expected a draft checkpoint")
   raw = hf_tensors.read_json(folder / "config.json")
-  source = _strip(hf_tensors.open_tensors(folder), folder)
+  source = _strip(quant_io.open_tensors(folder), folder)
   cfg = _config(raw, source, target, folder)
   if is_plain:
     cfg = draft_lib.plain(cfg)

@@ -1,7 +1,8 @@
-"""int4 tensors of draft checkpoints, as GPTQ stores them.
+"""int4 tensors of draft checkpoints, as GPTQ or CPM.cu's Marlin files store them.
 
 NAME.qweight, .qzeros, .scales and .g_idx of the layers' seven linears, of fc too or not; norms and
-head are floats. Files in Marlin's layout are refused.
+head are floats. Marlin (`model_gptq.safetensors`, quantization.md 8.2): q|k|v and gate|up are
+joined, there are no .qzeros and .g_idx.
 """
 
 import pathlib
@@ -23,12 +24,8 @@ def find(
 
   rows: our path -> (released name, rule).
   """
-  if (folder / quant_io.MARLIN_FILE).exists():
-    raise errors.QuantizedCheckpointError(
-      f"{folder / quant_io.MARLIN_FILE}: found Marlin's layout, expected GPTQ tensors (a draft's "
-      "names in it are not published)"
-    )
-  bases = {path: quant_io.base_name(name) for path, (name, _) in rows.items()}
+  is_marlin = (folder / quant_io.MARLIN_FILE).is_file()
+  bases = {path: _stored_name(name, is_marlin) for path, (name, _) in rows.items()}
   low = {path: base for path, base in bases.items() if f"{base}.qweight" in source}
   others = [
     full
@@ -45,10 +42,13 @@ def find(
       f"expected GPTQ tensors of all linears of the layers, of fc or not, of nothing else; "
       f"without them: {floats}, not to be: {odd}"
     )
-  return {
-    path: [f"{base}.{part}" for part in ("qweight", "qzeros", "scales")]
-    for path, base in low.items()
-  }
+  each = ("qweight", "scales") if is_marlin else ("qweight", "qzeros", "scales")
+  return {path: [f"{base}.{part}" for part in each] for path, base in low.items()}
+
+
+def _stored_name(name: str, is_marlin: bool) -> str:
+  base = quant_io.base_name(name)
+  return quant_io.marlin_name(base)[0] if is_marlin else base
 
 
 def load_leaf(
@@ -60,9 +60,11 @@ def load_leaf(
   settings: quant_io.Settings,
   folder: pathlib.Path,
 ) -> qtensor.QTensor:
-  base = quant_io.base_name(name)
+  base = _stored_name(name, settings.is_marlin)
   parts = {n: x for n, x in source.items() if n.rpartition(".")[0] == base}
   full = next(iter(parts.values()))[1].rpartition(".")[0]
+  if own := quant_io.base_name(name).rsplit(".", 2)[1:]:  # not fc: the name before joining
+    full = ".".join([full.rsplit(".", 2)[0], *own])
   leaf = hf_names.Leaf(ours, rule, (((), f"{full}.weight"),))
   readers = {full_name: reader for reader, full_name in parts.values()}
   return quant_io.load_leaf(leaf, shape, readers, settings, folder)

@@ -121,7 +121,7 @@ def load_quantized(
     scan_layers=scan_layers,
     vocab_multiple=1 if mesh is None else hf_io.vocab_shards(mesh),
   )
-  source = _open(folder, settings)
+  source = open_tensors(folder)
   quant = config.QuantConfig(
     scheme="int4", group_size=settings.group_size, weights="codes", scale_dtype="f16"
   )
@@ -151,8 +151,9 @@ def load_quantized(
   return model, trees.unflatten(params), tokenizer.load_tokenizer(folder)
 
 
-def _open(folder: pathlib.Path, settings: Settings) -> dict[str, safetensors_file.Reader]:
-  if not settings.is_marlin:
+def open_tensors(folder: pathlib.Path) -> dict[str, safetensors_file.Reader]:
+  """Tensor name -> the open file that holds it: the Marlin file where there is one."""
+  if not (folder / MARLIN_FILE).is_file():
     return hf_tensors.open_tensors(folder)
   reader = safetensors_file.Reader(folder / MARLIN_FILE)
   return dict.fromkeys(reader.tensors, reader)
@@ -160,6 +161,15 @@ def _open(folder: pathlib.Path, settings: Settings) -> dict[str, safetensors_fil
 
 def base_name(name: str) -> str:
   return name.removesuffix(".weight")
+
+
+def marlin_name(base: str) -> tuple[str, tuple[str, ...]]:
+  """(name in Marlin's layout, what is joined there) of a projection; fc of a draft stands alone."""
+  layer, *inner = base.rsplit(".", 2)
+  for fused, parts in FUSED.items():
+    if ".".join(inner) in parts:
+      return f"{layer}.{fused}", parts
+  return base, (base,)
 
 
 def _check_names(
@@ -331,16 +341,14 @@ def _read_marlin(
   source: Mapping[str, safetensors_file.Reader],
   settings: Settings,
 ) -> gptq_format.Codes:
-  layer, inner = ".".join(base.split(".")[:3]), ".".join(base.split(".")[3:])
-  fused, parts = next((f, p) for f, p in FUSED.items() if inner in p)
-  name = f"{layer}.{fused}"
+  name, parts = marlin_name(base)
   codes, scale = _marlin_layer(name, width, source[f"{name}.qweight"], settings)
-  start = 0
+  start, total = 0, codes.shape[1]
   if len(parts) > 1:  # q is first, k and v are equal; gate and up are equal
-    total, place = codes.shape[1], parts.index(inner)
+    place = next(i for i, part in enumerate(parts) if base.endswith(part))
     start = place * out if len(parts) == 2 or place == 0 else total - (3 - place) * out
   columns = slice(start, start + out)
-  if start + out > codes.shape[1] or start < 0:
+  if start + out > total or start < 0 or (len(parts) == 1 and out != total):
     raise errors.CheckpointError(
       f"{source[f'{name}.qweight'].path}: {name}.qweight: found {codes.shape[1]} outputs, expected "
       f"those of {parts}"
@@ -357,10 +365,17 @@ def _read_marlin(
 def _marlin_layer(
   name: str, width: int, reader: safetensors_file.Reader, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(codes [K, N], scales [Q, N]) of one joined projection."""
+  """(codes [K, N], scales [Q, N]) of one joined projection.
+
+  fc of MiniCPM4's drafts is stored in halves: that of the first K/2 inputs beside the other.
+  """
   words, stored = reader.read(f"{name}.qweight", is_words=True), _scales(reader, f"{name}.scales")
-  groups = 1 if settings.group_size == -1 else width // settings.group_size
-  if 16 * words.shape[0] != width or stored.shape != (groups, words.shape[1] // 2):
+  halves = 2 if name.endswith("fc") and 32 * words.shape[0] == width else 1
+  inputs = width // halves
+  groups = 1 if settings.group_size == -1 else inputs // settings.group_size
+  is_split = halves == 1 or (settings.group_size != -1 and inputs % settings.group_size == 0)
+  whole = 2 * stored.shape[-1] == words.shape[-1] and words.shape[-1] % (4 * halves) == 0
+  if 16 * words.shape[0] != inputs or len(stored) != groups or not (is_split and whole):
     raise errors.CheckpointError(
       f"{reader.path}: {name}: found qweight {list(words.shape)} and scales {list(stored.shape)}, "
       f"expected [{width // 16}, 2 N] and [{groups}, N]"
@@ -368,7 +383,9 @@ def _marlin_layer(
   if not np.all(np.isfinite(stored)):
     raise errors.CheckpointError(f"{reader.path}: {name}.scales: found inf or nan (damaged file?)")
   try:
-    return marlin.unpack(words, name), marlin.restore_scales(stored)
+    codes = [marlin.unpack(x, name) for x in np.split(words, halves, axis=1)]
+    scale = [marlin.restore_scales(x) for x in np.split(stored, halves, axis=1)]
+    return np.concatenate(codes), np.concatenate(scale)
   except ValueError as error:
     raise errors.CheckpointError(f"{reader.path}: {error}") from error
 

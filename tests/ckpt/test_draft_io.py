@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from minicpm_jax.align import draft_export
 from minicpm_jax.ckpt import draft_io, errors
 from minicpm_jax.core import trees
 from minicpm_jax.models import draft as draft_lib
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import marlin, qtensor
 from minicpm_jax.quant import tree as quant_tree
 from tests.models import common
 from tests.models import test_draft as oracle
@@ -32,7 +33,7 @@ CONFIG = {
 }
 
 
-def layer_tensors(rng, prefix, in_dim=D):
+def layer_tensors(rng, prefix, in_dim):
   shapes = {
     "self_attn.q_proj": (N * H, in_dim),
     "self_attn.k_proj": (K * H, in_dim),
@@ -51,11 +52,11 @@ def released(kind):
   more = {"embed_tokens.weight": (V, D)}
   if kind == "eagle":
     more |= {"fc.weight": (D, 2 * D), "fc.bias": (D,)}
-    tensors = layer_tensors(rng, "layers.0")
+    tensors = layer_tensors(rng, "layers.0", D)
   elif kind == "minicpm":
     more |= {"fc.weight": (D, 2 * D), "input_norm1.weight": (D,), "input_norm2.weight": (D,)}
     more["layers.0.input_layernorm.weight"] = (D,)
-    tensors = layer_tensors(rng, "layers.0")
+    tensors = layer_tensors(rng, "layers.0", D)
   else:
     more |= {"fc.weight": (D, 3 * D), "norm.weight": (D,), "lm_head.weight": (R, D)}
     more |= {f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm")}
@@ -276,6 +277,73 @@ def test_gptq_tensors_mean_the_floats_they_stand_for_and_are_written_back(
   again = ckpt.load_draft(tmp_path / "again", target)
   common.assert_trees_close(again.params, low.params, atol=0, rtol=0)
   assert again.cfg.layer.quant == low.cfg.layer.quant
+
+
+def to_marlin(words):
+  """What CPM.cu's scripts/model_convert/gptq2marlin.py makes of a draft's GPTQ tensors."""
+
+  def columns(bases):  # (codes [K, N], scales [Q, N]) side by side
+    found = []
+    for base in bases:
+      packed = words[f"{base}.qweight"].view(np.uint32)
+      codes = np.stack([packed >> np.uint32(4 * i) & 15 for i in range(8)], 1)
+      found.append((codes.reshape(-1, packed.shape[1]), words[f"{base}.scales"]))
+    return [np.concatenate(x, 1) for x in zip(*found, strict=True)]
+
+  low = {name.rpartition(".")[0] for name in words if name.endswith("qweight")}
+  marlin_words = {n: x for n, x in words.items() if n.rpartition(".")[0] not in low}
+  for base in low:
+    bases = [base]
+    for joined in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
+      if base.endswith(tuple(joined)):
+        bases = [f"{base.rpartition('.')[0]}.{part}" for part in joined]
+    codes, scale = columns(bases)
+    halves = 2 if base == "fc" and "input_norm1.weight" in words else 1
+    cut = [np.split(x, halves) for x in (codes, scale)]
+    name = base.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+    if base.endswith(("k_proj", "v_proj", "up_proj")):
+      continue
+    marlin_words[f"{name}.qweight"] = np.concatenate(
+      [marlin.pack(x.astype(np.uint8)) for x in cut[0]], 1
+    )
+    marlin_words[f"{name}.scales"] = np.concatenate([marlin.permute_scales(x) for x in cut[1]], 1)
+  marlin_words.pop("t2d", None)
+  if "d2t" in marlin_words:
+    marlin_words["d2t"] = marlin_words["d2t"].astype(np.int32)
+  return {name: np.ascontiguousarray(x) for name, x in marlin_words.items()}
+
+
+@pytest.mark.parametrize("kind, with_fc", [("minicpm", True), ("minicpm", False), ("eagle3", True)])
+def test_marlin_files_of_cpmcu_hold_the_same_draft(tmp_path, monkeypatch, kind, with_fc):
+  here = sys.modules[__name__]
+  for name, value in dict(D=256, F=384, H=64, GROUP=128).items():
+    monkeypatch.setattr(here, name, value)
+  target = common.config(num_layers=3, model_dim=D)
+  changes = dict(hidden_size=D, intermediate_size=F)
+  changes["quantization_config"] = GPTQ["quantization_config"] | {"group_size": GROUP}
+  words, _ = to_gptq(released(kind), with_fc)
+  expected = ckpt.load_draft(write(tmp_path / "gptq", kind, words, **changes), target)
+  folder = write(tmp_path / "marlin", kind, to_marlin(words), **changes)
+  (folder / "model.safetensors").rename(folder / "model_gptq.safetensors")
+  found = ckpt.load_draft(folder, target)
+  assert found.cfg == dataclasses.replace(
+    expected.cfg, layer=dataclasses.replace(expected.cfg.layer, name="marlin")
+  )
+  codes = trees.flatten_paths(found.params, qtensor.is_qtensor)
+  assert sum(map(qtensor.is_qtensor, codes.values())) == 7 + with_fc
+  common.assert_trees_close(found.params, expected.params, atol=0, rtol=0)
+  if kind == "eagle3":
+    np.testing.assert_array_equal(found.ids, expected.ids)
+  elif with_fc:
+    tensors = to_marlin(words)
+    tensors["fc.qweight"] = np.ascontiguousarray(tensors["fc.qweight"][:, :-4])
+    st.save_file(tensors, folder / "model_gptq.safetensors")
+    with pytest.raises(errors.CheckpointError, match=r"fc: found qweight \[16, 1020\]"):
+      ckpt.load_draft(folder, target)
+    del tensors["layers.0.self_attn.qkv_proj.scales"]
+    st.save_file(tensors, folder / "model_gptq.safetensors")
+    with pytest.raises(errors.CheckpointError, match="missing.*qkv_proj.scales"):
+      ckpt.load_draft(folder, target)
 
 
 def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target):
