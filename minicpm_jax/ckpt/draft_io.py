@@ -18,7 +18,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -298,13 +298,20 @@ def _read_integers(reader: safetensors_file.Reader, name: str) -> np.ndarray:
 
 
 def save_draft(
-  path: str | pathlib.Path, draft: draft_lib.Draft, target: config.ModelConfig
+  path: str | pathlib.Path,
+  draft: draft_lib.Draft,
+  target: config.ModelConfig,
+  *,
+  layout: Literal["gptq", "marlin"] = "gptq",
 ) -> None:
   """Writes config.json and model.safetensors under released names; scales go beside them.
 
-  int4 QTensors (`cfg.layer.quant` of weights "codes") become GPTQ tensors, scales in float16.
+  int4 QTensors (`cfg.layer.quant` of weights "codes") become GPTQ tensors, scales in float16, or
+  with layout "marlin" what CPM.cu loads, in model_gptq.safetensors (groups of 128).
   The folder appears, or has its two files replaced, when all is written.
   """
+  if layout not in ("gptq", "marlin"):
+    raise ValueError(f"layout: found {layout!r}, expected 'gptq' or 'marlin'")
   cfg, folder = draft.cfg, pathlib.Path(path).absolute()
   draft_lib.check_fits(cfg, target)
   leaves, wanted = (
@@ -316,18 +323,28 @@ def save_draft(
     if a != b:
       raise errors.CheckpointError(f"draft.params: {name}: found {a}, expected {b}")
   tensors: dict[str, np.ndarray] = {}
+  low = {name: leaves[path] for path, (name, _) in names(cfg).items()}
+  low = {name: x for name, x in low.items() if qtensor.is_qtensor(x)}
+  if layout == "marlin":
+    if not low:
+      raise errors.CheckpointError("draft.params: found floats, expected int4 QTensors (Marlin)")
+    tensors |= draft_quant.marlin_tensors(low, cfg.kind)
   for path, (name, rule) in names(cfg).items():
-    if qtensor.is_qtensor(leaves[path]):
-      tensors |= draft_quant.gptq_tensors(quant_io.base_name(name), qtensor.unpack(leaves[path]))
-    else:
+    if name not in low:
       tensors[name] = hf_names.to_hf(rule, np.asarray(leaves[path]))
+    elif layout == "gptq":
+      tensors |= draft_quant.gptq_tensors(quant_io.base_name(name), qtensor.unpack(low[name]))
   if cfg.kind == "eagle3":
     ids = np.arange(cfg.head_size) if draft.ids is None else np.asarray(draft.ids, np.int64)
     t2d = np.zeros(cfg.layer.vocab_size, bool)
     t2d[ids] = True
     tensors |= {"d2t": ids - np.arange(cfg.head_size), "t2d": t2d}
+    if layout == "marlin":
+      tensors["d2t"] = tensors["d2t"].astype(np.int32)
+      del tensors["t2d"]
+  file = quant_io.MARLIN_FILE if layout == "marlin" else hf_tensors.WEIGHTS
   with hf_io.replacing(folder) as work:
-    _write_safetensors(work / hf_tensors.WEIGHTS, tensors)
+    _write_safetensors(work / file, tensors)
     (work / "config.json").write_text(json.dumps(_to_json(cfg, target), indent=2) + "\n")
 
 

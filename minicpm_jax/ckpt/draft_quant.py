@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minicpm_jax.ckpt import errors, hf_names, hf_tensors, quant_io, quant_write, safetensors_file
-from minicpm_jax.quant import gptq_format, qtensor
+from minicpm_jax.quant import gptq_format, marlin, qtensor
 
 Source = dict[str, tuple[safetensors_file.Reader, str]]  # released name -> (file, name in it)
 
@@ -75,6 +75,46 @@ def gptq_tensors(base: str, qt: qtensor.QTensor) -> dict[str, np.ndarray]:
   return {f"{base}.{part}": x for part, x in found._asdict().items()}
 
 
+def marlin_tensors(low: Mapping[str, qtensor.QTensor], kind: str) -> dict[str, np.ndarray]:
+  """Released name -> kernel, in the order q, k, v and gate, up, to CPM.cu's tensors.
+
+  Symmetric groups of 128 in order; outputs in multiples of 64, inputs (of each half of fc) of 128.
+  """
+  if kind == "eagle":
+    raise errors.CheckpointError(
+      "draft.cfg.kind: found 'eagle', expected 'minicpm' or 'eagle3' (CPM.cu's Marlin drafts)"
+    )
+  joined: dict[str, list[gptq_format.Codes]] = {}
+  for name, qt in low.items():
+    base = quant_io.base_name(name)
+    if qt.group_size != 128 or qt.zero is not None or qt.g_idx is not None:
+      raise errors.CheckpointError(
+        f"{base}: found group_size {qt.group_size}, expected symmetric groups of 128 in order "
+        "(Marlin)"
+      )
+    codes = quant_write.layer_codes(qtensor.unpack(qt), (), base)
+    joined.setdefault(quant_io.marlin_name(base)[0], []).append(codes)
+  tensors = {}
+  for base, parts in joined.items():
+    codes_IO = np.concatenate([c.codes_IO for c in parts], axis=1)
+    scale_QO = np.concatenate([c.scale_QO for c in parts], axis=1)
+    halves = 2 if base == "fc" and kind == "minicpm" else 1
+    if len(scale_QO) % halves:
+      raise errors.CheckpointError(
+        f"{base}: found {len(codes_IO)} inputs, expected a multiple of 256 (Marlin)"
+      )
+    try:
+      words = [marlin.pack(x, base) for x in np.split(codes_IO, halves)]
+    except ValueError as error:
+      raise errors.CheckpointError(f"Marlin: {error}") from error
+    scales = [marlin.permute_scales(x) for x in np.split(scale_QO, halves)]
+    tensors |= {
+      f"{base}.qweight": np.concatenate(words, axis=1),
+      f"{base}.scales": np.concatenate(scales, axis=1),
+    }
+  return tensors
+
+
 def settings_json(group_size: int) -> dict[str, Any]:
   """`quantization_config` of a written draft."""
   return {
@@ -84,5 +124,6 @@ def settings_json(group_size: int) -> dict[str, Any]:
     "group_size": group_size,
     "lm_head": False,
     "quant_method": "gptq",
+    "static_groups": True,
     "sym": True,
   }

@@ -332,6 +332,14 @@ def test_marlin_files_of_cpmcu_hold_the_same_draft(tmp_path, monkeypatch, kind, 
   codes = trees.flatten_paths(found.params, qtensor.is_qtensor)
   assert sum(map(qtensor.is_qtensor, codes.values())) == 7 + with_fc
   common.assert_trees_close(found.params, expected.params, atol=0, rtol=0)
+  draft_io.save_draft(tmp_path / "again", expected, target, layout="marlin")
+  stored = st.load_file(tmp_path / "again" / "model_gptq.safetensors")
+  wanted = {n: x for n, x in to_marlin(words).items() if n != "embed_tokens.weight"}
+  assert set(stored) == set(wanted)
+  for name, x in wanted.items():
+    np.testing.assert_array_equal(stored[name], x, err_msg=name)
+  again = ckpt.load_draft(tmp_path / "again", target)
+  common.assert_trees_close(again.params, expected.params, atol=0, rtol=0)
   if kind == "eagle3":
     np.testing.assert_array_equal(found.ids, expected.ids)
   elif with_fc:
@@ -359,6 +367,16 @@ def test_a_draft_trained_for_int4_keeps_its_values_in_the_file(tmp_path, target)
   common.assert_trees_close(quant_tree.dequantize_params(found.params), expected, atol=0, rtol=0)
   with pytest.raises(ValueError, match="expected latent int4 weights"):
     draft_export.as_int4(found)
+
+
+def test_what_marlin_cannot_hold_is_refused(tmp_path, target):
+  words, floats = to_gptq(released("minicpm"))
+  low = ckpt.load_draft(write(tmp_path / "low", "minicpm", words, **GPTQ), target)
+  plain = ckpt.load_draft(write(tmp_path / "plain", "minicpm", floats), target)
+  for draft, match in ((low, "found group_size 16, expected"), (plain, "found floats")):
+    with pytest.raises(errors.CheckpointError, match=match):
+      draft_io.save_draft(tmp_path / "d", draft, target, layout="marlin")
+  assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.slow
