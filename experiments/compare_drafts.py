@@ -20,8 +20,8 @@ from experiments import _compare_drafts as lib
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
 
-FLAGS = flags.FlagValues()
-_define = {"flag_values": FLAGS}
+VALUES = flags.FlagValues()
+_define = {"flag_values": VALUES}
 flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file.", **_define)
 flags.DEFINE_string("workdir", None, "Folder of the runs.", **_define)
 flags.DEFINE_multi_string("data", [], "NAME:PATH[:eval], begun documents.", **_define)
@@ -39,19 +39,19 @@ flags.DEFINE_string("output", "benchmarks/results/drafts_compare", "Without suff
 
 
 def run() -> None:
-  runs = lib.Runs(FLAGS)
+  runs = lib.Runs(VALUES)
   rows = []
-  for name, kind, changes in lib.variants(FLAGS.variant):
-    found = [runs.run(name, kind, changes, float(rate), 0) for rate in FLAGS.rates]
+  for name, kind, changes in lib.variants(VALUES.variant):
+    found = [runs.run(name, kind, changes, float(rate), 0) for rate in VALUES.rates]
     best = max(found, key=lib.score)
     rows += found
-    rows += [runs.run(name, kind, changes, best["rate"], seed) for seed in range(1, FLAGS.seeds)]
-    lib.write(pathlib.Path(f"{FLAGS.output}.json"), FLAGS, rows)
+    rows += [runs.run(name, kind, changes, best["rate"], seed) for seed in range(1, VALUES.seeds)]
+    lib.write(pathlib.Path(f"{VALUES.output}.json"), VALUES, rows)
 
 
 def main(argv: list[str] | None = None) -> int:
   logging_lib.quiet_libraries()
-  return _command.run(run, FLAGS, argv, needed=("target", "workdir", "data"))
+  return _command.run(run, VALUES, argv, needed=("target", "workdir", "data"))
 
 
 if __name__ == "__main__":
