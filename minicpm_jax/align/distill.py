@@ -11,6 +11,7 @@ nor donated.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import metrics as metrics_lib
 from minicpm_jax.core import types
 from minicpm_jax.models import transformer
@@ -34,9 +36,10 @@ class DistillLoss:
   temperature: float = 1.0
 
   def __post_init__(self):
+    validate.require_hints(self, "distill.")
     if not 0 <= self.alpha <= 1:
       raise ValueError(f"distill.alpha: found {self.alpha}, expected a share in [0, 1]")
-    if self.temperature <= 0:
+    if not 0 < self.temperature < math.inf:
       raise ValueError(f"distill.temperature: found {self.temperature}, expected > 0")
 
 

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import extras, files
 from minicpm_jax.data import ultraclean
 from minicpm_jax.data.documents import Doc
@@ -52,13 +54,11 @@ class ClassifierConfig:
   seed: int = 0
 
   def __post_init__(self):
+    validate.require_hints(self, "classifier.", least=0)
     for name in ("dim", "epochs", "word_ngrams", "min_count", "bucket", "threads"):
       if getattr(self, name) < 1:
         raise ValueError(f"classifier.{name}: found {getattr(self, name)}, expected >= 1")
-    if not self.lr > 0:
-      raise ValueError(f"classifier.lr: found {self.lr}, expected > 0")
-    if self.loss not in ("softmax", "ns", "hs", "ova"):
-      raise ValueError(f"classifier.loss: found {self.loss!r}, expected softmax, ns, hs or ova")
+    validate.require(0 < self.lr < math.inf, "classifier.lr", self.lr, "a number > 0")
 
 
 def preset(name: Literal["published", "small", "test"]) -> ClassifierConfig:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -91,6 +92,7 @@ class Decontaminate:
   sha256: str = ""  # of the files' bytes, filled in: other questions are another stage
 
   def __post_init__(self):
+    validate.require_hints(self, "decontaminate.", least=1)
     digest = hashlib.sha256()
     for path in self.paths:
       digest.update(hashlib.sha256(pathlib.Path(path).read_bytes()).digest())

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import files
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.documents import Doc, Dropped
@@ -52,6 +53,7 @@ class MinHash:
   max_bucket: int = 100  # a larger bucket is compared with its first members only
 
   def __post_init__(self):
+    validate.require_hints(self, "MinHash.", least=0)
     for name in ("shingle_size", "num_bands", "band_size", "max_bucket"):
       if getattr(self, name) < 1:
         raise ValueError(f"MinHash.{name}: found {getattr(self, name)}, expected at least 1")

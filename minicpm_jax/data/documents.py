@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import numbers
 import os
 import pathlib
 import unicodedata
@@ -42,6 +43,15 @@ class Doc:
   lang: str = ""
   meta: dict = dataclasses.field(default_factory=dict)
   score: float | None = None
+
+  def __post_init__(self):
+    for name in ("id", "text", "source", "lang"):  # not by hints: there are millions of these
+      if not isinstance(getattr(self, name), str):
+        found = getattr(self, name)
+        raise CorpusError(f"document {self.id!r}: {name}: found {found!r}, expected text")
+    if not isinstance(self.meta, dict) or not isinstance(self.score, numbers.Real | None):
+      found = f"{self.meta!r}, {self.score!r}"
+      raise CorpusError(f"document {self.id!r}: meta, score: found {found}, expected dict, number")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import ngrams, repetition
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -33,6 +34,11 @@ _POLICY_ZH = ("使用条款", "服务条款", "隐私政策", "隐私条款", "�
 
 class _Filter:
   """A stage that looks at one document at a time: subclasses give `check`."""
+
+  name: ClassVar[str]
+
+  def __post_init__(self):
+    validate.require_hints(self, f"{self.name}.", least=0)
 
   def check(self, doc: Doc) -> Doc | Dropped:
     raise NotImplementedError
@@ -214,6 +220,9 @@ class ByLanguage:
   name: ClassVar[str] = "by_language"
   filters: Mapping[str, tuple[Callable, ...]]
   otherwise: tuple[Callable, ...] = ()
+
+  def __post_init__(self):
+    validate.require_hints(self, "by_language.")
 
   def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
     for doc in docs:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from minicpm_jax.config import infer as infer_config
+from minicpm_jax.config import validate
 from minicpm_jax.data.documents import Doc, Dropped
 
 ChatPrompt = list[dict[str, str]]  # [{"role": ..., "content": ...}]
@@ -40,6 +41,11 @@ class JudgeConfig:
   max_chars: int = 6000  # of a document, from its start
   batch_size: int = 16
   sampling: infer_config.SamplingConfig = infer_config.SamplingConfig(max_new_tokens=96)
+
+  def __post_init__(self):
+    validate.require_hints(self, "judge.", least=0)
+    for name in ("max_chars", "batch_size"):
+      validate.require(getattr(self, name) >= 1, f"judge.{name}", getattr(self, name), "at least 1")
 
 
 def parse(answer: str) -> tuple[float, str] | None:

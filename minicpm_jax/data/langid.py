@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import extras
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -39,6 +40,9 @@ class LanguageFilter:
   min_score: float = 0.65
   max_chars: int = 4000
   trust_given: bool = False  # keep a language that the document already carries
+
+  def __post_init__(self):
+    validate.require_hints(self, "language.", least=0)
 
   def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
     for doc in docs:

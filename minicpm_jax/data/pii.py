@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal
 
+from minicpm_jax.config import validate
 from minicpm_jax.data.documents import Doc, Dropped
 
 Kind = Literal["email", "ip", "phone", "cn_id"]
@@ -66,6 +67,9 @@ class MaskPII:
 
   name: ClassVar[str] = "pii"
   kinds: tuple[Kind, ...] = _ORDER
+
+  def __post_init__(self):
+    validate.require_hints(self, "pii.")
 
   def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
     for doc in docs:

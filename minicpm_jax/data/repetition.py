@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -37,6 +38,13 @@ class GopherRepetition:
     (10, 0.10),
   )
   by_character: bool = False
+
+  def __post_init__(self):
+    validate.require_hints(self, "gopher_repetition.", least=0)
+    for name in ("top", "repeated"):
+      found = getattr(self, name)
+      ok = all(n >= 1 and share >= 0 for n, share in found)
+      validate.require(ok, f"gopher_repetition.{name}", found, "(size >= 1, share >= 0) pairs")
 
   @classmethod
   def chinese(cls) -> "GopherRepetition":

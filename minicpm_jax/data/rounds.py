@@ -7,8 +7,10 @@ documents as it has seeds, and at least half of it are original seeds, so it can
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import classifier, seeds
 from minicpm_jax.data.documents import Doc
 
@@ -25,9 +27,10 @@ class RoundsConfig:
   seed: int = 0
 
   def __post_init__(self):
+    validate.require_hints(self, "rounds.", least=0)
     if not 0 <= self.lo < self.hi <= 1:
       raise ValueError(f"rounds.lo, hi: found {self.lo}, {self.hi}, expected 0 <= lo < hi <= 1")
-    if self.mult <= 0 or self.max_rounds < 1:
+    if not 0 < self.mult < math.inf or self.max_rounds < 1:
       raise ValueError(
         f"rounds.mult, max_rounds: found {self.mult}, {self.max_rounds}, expected > 0 and >= 1"
       )

@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import files
 from minicpm_jax.data.documents import CorpusError
 
@@ -41,6 +42,10 @@ class Item:
     for name in ("task", "id", "input", "target"):
       if not getattr(self, name):
         raise CorpusError(f"item {self.id or '?'}: {name}: found nothing, expected text")
+    try:
+      validate.require_hints(self, f"item {self.id}: ", least=0)
+    except ValueError as error:
+      raise CorpusError(str(error)) from None
     if self.choices and not 0 <= self.gold < len(self.choices):
       raise CorpusError(
         f"item {self.id}: gold: found {self.gold}, expected the number of a choice below "

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import classifier, ultraclean
 from minicpm_jax.data.documents import Doc, Dropped
 
@@ -44,6 +45,9 @@ class ScoreStage:
   name: ClassVar[str] = "quality"
   models: tuple[Model, ...]
   threshold: float = classifier.THRESHOLD
+
+  def __post_init__(self):
+    validate.require_hints(self, "quality.", least=0)
 
   def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
     models = {model.lang: model for model in self.models}

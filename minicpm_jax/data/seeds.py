@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import files
 from minicpm_jax.data import dedup, documents
 from minicpm_jax.data.documents import Doc
@@ -37,8 +38,7 @@ class SeedPool:
   answer_field: str = "answer"
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise ValueError(f"seed pool {self.name}: kind: found {self.kind!r}, expected one of {KINDS}")
+    validate.require_hints(self, f"seed pool {self.name}: ")
 
 
 def read_pool(pool: SeedPool) -> Iterator[Doc]:

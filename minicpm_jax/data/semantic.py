@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import extras
 from minicpm_jax.data import ngrams
 from minicpm_jax.data.dedup import Removal
@@ -22,6 +23,11 @@ class HashedNGrams:
 
   width: int = 512
   sizes: tuple[int, ...] = (2, 3, 4)
+
+  def __post_init__(self):
+    validate.require_hints(self, "HashedNGrams.", least=1)
+    ok = len(self.sizes) > 0 and min(self.sizes) >= 1
+    validate.require(ok, "HashedNGrams.sizes", self.sizes, "sizes >= 1")
 
   def encode(self, sentences: Sequence[str], **unused: Any) -> np.ndarray:
     """float32 [sentences, width]; semhash passes options of its own encoder, which are ignored."""

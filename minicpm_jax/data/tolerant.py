@@ -13,6 +13,7 @@ import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import extras
 from minicpm_jax.data import documents, warc
 
@@ -27,6 +28,9 @@ class Reader:
   text_split: documents.TextSplit = "file"  # how plain text is cut
   max_bytes: int = 16 * 2**20  # of one JSON line or one text, UTF-8; longer is dropped
   name: str | None = None  # what ids are made from (`documents.name_files`); None: the file name
+
+  def __post_init__(self):
+    validate.require_hints(self, "reader.", least=1)
 
   def named(self, name: str) -> "Reader":
     """The same reader for the file that has this name among the inputs."""

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from typing import Literal, Protocol, runtime_checkable
 
+from minicpm_jax.config import validate
 from minicpm_jax.data import shards
 from minicpm_jax.text import bytes_map
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -135,6 +136,9 @@ class WhitespaceSegmenter:
 
   piece_mode: PieceMode = "decode"
 
+  def __post_init__(self):
+    validate.require_hints(self, "WhitespaceSegmenter.")
+
   @property
   def identity(self) -> str:
     return "whitespace"
@@ -148,6 +152,9 @@ class CharacterSegmenter:
   """Single characters; LF LF is one word. For Chinese and Japanese."""
 
   piece_mode: PieceMode = "decode"
+
+  def __post_init__(self):
+    validate.require_hints(self, "CharacterSegmenter.")
 
   @property
   def identity(self) -> str:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minicpm_jax.config import ModelConfig, QuantConfig
+from minicpm_jax.config import ModelConfig, QuantConfig, validate
 from minicpm_jax.core import trees, types
 from minicpm_jax.deploy import blocks, smooth
 from minicpm_jax.models import joined, transformer
@@ -54,16 +54,7 @@ class QuantizeConfig:
   awq_first: Literal["drop", "bound", "keep"] = "drop"  # S-P-: the same of the search
 
   def __post_init__(self):
-    if self.method not in METHODS:
-      raise ValueError(f"quantize.method: found {self.method!r}, expected one of {METHODS}")
-    if self.p_layers not in ("all", "down"):
-      raise ValueError(f"quantize.p_layers: found {self.p_layers!r}, expected all or down")
-    if self.p_first not in ("drop", "bound"):
-      raise ValueError(f"quantize.p_first: found {self.p_first!r}, expected drop or bound")
-    if self.awq_first not in ("drop", "bound", "keep"):
-      raise ValueError(
-        f"quantize.awq_first: found {self.awq_first!r}, expected drop, bound or keep"
-      )
+    validate.require_hints(self, "quantize.")
     for name, least in (("skip", 0), ("awq_tokens", 1), ("awq_ratios", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"quantize.{name}: found {getattr(self, name)}, expected >= {least}")

@@ -14,12 +14,14 @@ yet, the rounding of the division decides which one it gets: float32 and float64
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from minicpm_jax.config import validate
 from minicpm_jax.quant import qtensor, schemes
 
 _MAX_TRIES = 60  # of adding damp_step until the Cholesky factor is finite
@@ -41,13 +43,13 @@ class GPTQConfig:
   scale_dtype: Literal["f32", "f16"] = "f32"  # f16: scales rounded as files store them, first
 
   def __post_init__(self):
+    validate.require_hints(self, "gptq.")
     checks = (
       ("bits", self.bits in (2, 3, 4), "2, 3 or 4"),
       ("group_size", self.group_size == -1 or self.group_size > 0, "-1 or inputs > 0"),
-      ("damp", self.damp >= 0, "a share >= 0"),
-      ("damp_step", self.damp_step > 0, "a share > 0"),
+      ("damp", 0 <= self.damp < math.inf, "a share >= 0"),
+      ("damp_step", 0 < self.damp_step < math.inf, "a share > 0"),
       ("block_size", self.block_size > 0, "inputs > 0"),
-      ("scale_dtype", self.scale_dtype in ("f32", "f16"), "f32 or f16"),
     )
     for name, ok, expected in checks:
       if not ok:

@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float, Int
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import files, types
 
 THRESHOLD = 64.0  # times the median over the sequence's tokens
@@ -55,6 +56,7 @@ class Tally:
   ids: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def __post_init__(self):
+    validate.require_hints(self, "Tally.", least=0)
     self.counts_L = np.zeros(self.num_layers)
 
   def add(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from minicpm_jax import config
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_hints
 from minicpm_jax.tunnel import corpus as corpus_lib
 
 Number = float | int
@@ -39,6 +39,7 @@ class RunSpec:
   save_steps: tuple[int, ...] = ()  # steps whose whole state is kept
 
   def __post_init__(self):
+    require_hints(self, "", least=0)
     require(bool(self.name) and "/" not in self.name, "name", self.name, "a file name")
     for name in ("num_steps", "batch_size", "seq_len"):
       require(getattr(self, name) > 0, name, getattr(self, name), "an integer > 0")

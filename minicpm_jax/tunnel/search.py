@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from minicpm_jax.config import validate
+
 Number = float | int
 Point = dict[str, Number]
 Evaluate = Callable[[list[Point]], Sequence[Number] | np.ndarray]
@@ -23,7 +25,8 @@ class Log:
   high: Number
 
   def __post_init__(self):
-    if not 0 < self.low < self.high:
+    validate.require_hints(self, "Log.")
+    if not 0 < self.low < self.high < math.inf:
       raise ValueError(f"Log: found {self.low}..{self.high}, expected 0 < low < high")
 
   def at(self, unit: Number) -> float:

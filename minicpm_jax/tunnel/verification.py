@@ -22,6 +22,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io, run_config
+from minicpm_jax.config import validate
 from minicpm_jax.core import files
 from minicpm_jax.data import mixture, sources
 from minicpm_jax.models import transformer
@@ -57,6 +58,7 @@ class VerificationConfig:
   seed: int = 0  # of the bootstrap
 
   def __post_init__(self):
+    validate.require_hints(self, "")
     if not self.checkpoints:
       raise VerificationError("checkpoints: found none, expected at least one 'workdir@step'")
     if not 0 < self.share <= 1:
@@ -68,6 +70,10 @@ class VerificationConfig:
       )
     if not 0 < self.confidence < 1 or self.num_draws < 1:
       raise VerificationError("confidence, num_draws: expected in (0, 1) and >= 1")
+    if not self.max_epochs > 0 or self.seed < 0:
+      raise VerificationError(
+        f"max_epochs, seed: found {self.max_epochs}, {self.seed}, expected > 0 and >= 0"
+      )
 
 
 # --- Runs ----------------------------------------------------------------------------------------
