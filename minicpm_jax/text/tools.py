@@ -8,14 +8,18 @@ A call that cannot be read, or that names no offered tool, stays text and is rep
 """
 
 import ast
+import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import keyword
 import re
 import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+from minicpm_jax.text import tool_schema
 
 Style = Literal["python", "xml", "json"]
 OPENING = {"python": "<|tool_call_start|>", "xml": "<function name=", "json": "<tool_call>"}
@@ -25,9 +29,8 @@ MARKERS = ("<|tool_call_start|>", "<|tool_call_end|>", "<tool_call>", "</tool_ca
 MARKERS += ("<function", "</function>", "<param", "</param>")
 _RENAMED = "_reserved_"  # in front of a keyword argument that is a reserved word of Python
 
-
-class ToolError(ValueError):
-  """A tool definition that cannot be used."""
+ToolError = tool_schema.ToolError
+check_schema = tool_schema.check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,56 +76,20 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
       raise ToolError(f"{where}.function.name: found {name!r}, expected 1-64 of a-z A-Z 0-9 _ - .")
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    is_object = isinstance(parameters, Mapping) and parameters.get("type", "object") == "object"
-    if not is_object:
+    kind = parameters.get("type", "object") if isinstance(parameters, Mapping) else None
+    if kind not in tool_schema.OBJECT:
       raise ToolError(f"{where}.function.parameters: expected the JSON schema of an object")
-    check_schema(f"{where}.function.parameters", parameters)
+    tool_schema.check(f"{where}.function.parameters", parameters)
+    parameters = tool_schema.plain(parameters)
     wire = re.sub(r"\W", "_", name)
     wire = f"_{wire}" if wire[0].isdigit() else wire
     wire = f"{wire}_" if keyword.iskeyword(wire) else wire
-    if wire in [tool.wire_name for tool in out]:
-      raise ToolError(f"{where}.function.name: found {name!r} twice (as {wire!r})")
+    if name in [tool.name for tool in out]:
+      raise ToolError(f"{where}.function.name: found {name!r} twice")
+    while wire in [word for tool in out for word in (tool.name, tool.wire_name)]:
+      wire += "_"  # a-b beside a_b
     out.append(Tool(name, str(function.get("description") or ""), parameters, wire))
   return tuple(out)
-
-
-_FORMS = {"type": "a name or a list of names", "enum": "a list", "properties": "an object"}
-_FORMS |= {"required": "a list of names"}
-
-
-def check_schema(where: str, schema: Any) -> None:
-  """ToolError where the parts of a JSON schema that are read here have another form."""
-  if isinstance(schema, bool):
-    return
-  if not isinstance(schema, Mapping):
-    raise ToolError(f"{where}: found {schema!r:.60}, expected a JSON schema")
-  kinds = kinds_of(schema)
-  checks = {
-    "type": kinds is None or (len(kinds) > 0 and all(isinstance(kind, str) for kind in kinds)),
-    "enum": isinstance(schema.get("enum", []), list),
-    "properties": isinstance(schema.get("properties") or {}, Mapping),
-    "required": all(isinstance(name, str) for name in _as_list(schema.get("required"), [None])),
-  }
-  for name, is_ok in checks.items():
-    if not is_ok:
-      raise ToolError(f"{where}.{name}: found {schema[name]!r:.60}, expected {_FORMS[name]}")
-  fields = dict(schema.get("properties") or {})
-  if isinstance(schema.get("items", []), list):  # absent, or one schema a place
-    fields |= {f"items[{i}]": item for i, item in enumerate(schema.get("items", []))}
-  else:
-    fields["items"] = schema["items"]
-  for name, field in fields.items():
-    check_schema(f"{where}.{name}", field)
-
-
-def kinds_of(schema: Any) -> list[Any] | None:
-  """The types that a JSON schema allows; None where it does not say."""
-  kind = schema.get("type") if isinstance(schema, Mapping) else None
-  return kind if kind is None or isinstance(kind, list) else [kind]
-
-
-def _as_list(value: Any, otherwise: list[Any]) -> list[Any]:
-  return [] if value is None else value if isinstance(value, list) else otherwise
 
 
 def style_of(template: str) -> Style:
@@ -178,7 +145,7 @@ def signature(tool: Tool) -> str:
   parts, notes = [], []
   for key, field in tool.properties.items():
     field = field if isinstance(field, Mapping) else {}
-    kind = " | ".join(names.get(kind, "object") for kind in kinds_of(field) or ["any"])
+    kind = " | ".join(names.get(kind, "object") for kind in tool_schema.kinds_of(field) or ["any"])
     parts.append(f"{key}: {kind}" + ("" if key in required else " = None"))
     about = [str(field["description"])] if field.get("description") else []
     about += [f"one of {field['enum']!r}"] if field.get("enum") else []
@@ -256,21 +223,47 @@ def parse(text: str, tools: Sequence[Tool], style: Style) -> Parsed:
   errors: list[str] = []
   kept, position = [], 0
   for match in re.finditer(pattern, text, re.DOTALL):
+    if match.start() < position:
+      continue  # inside a string of the call before
     try:
-      calls += read(match["body"], tools)
-    except (ToolError, SyntaxError, ValueError, RecursionError, tokenize.TokenError) as error:
+      found, end = _read_longer(read, match, text, tools, style)
+    except _UNREADABLE as error:
       errors.append(f"{style} call at character {match.start()}: {error}")
       continue
+    calls += found
     kept.append(text[position : match.start()])
-    position = match.end()
+    position = end
   content = "".join([*kept, text[position:]])
   return Parsed(content.strip() if calls else content, tuple(calls), tuple(errors))
 
 
-def _find(name: str, tools: Sequence[Tool]) -> Tool:
-  for tool in tools:
-    if name in (tool.wire_name, tool.name):
-      return tool
+_UNREADABLE = (ToolError, SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError)
+
+
+def _read_longer(
+  read: Any, match: re.Match[str], text: str, tools: Sequence[Tool], style: Style
+) -> tuple[list[Call], int]:
+  """(calls, end) of a match; where it cannot be read its closing marker may stand in a string,
+  and the next ones are tried. The error is the first one's."""
+  try:
+    return read(match["body"], tools), match.end()
+  except _UNREADABLE:
+    closing = AFTER[style].strip("`\n") or "</function>"
+    start = match.start("body")
+    for other in itertools.islice(re.finditer(re.escape(closing), text), 64):
+      end = other.end() if style == "xml" else other.start()
+      if end > match.end():
+        with contextlib.suppress(*_UNREADABLE):
+          return read(text[start:end], tools), other.end()
+    raise
+
+
+def _find(name: str, tools: Sequence[Tool], *, is_wire: bool = False) -> Tool:
+  by_name = {tool.name: tool for tool in tools}
+  by_wire = {tool.wire_name: tool for tool in tools}
+  found = (by_name | by_wire if is_wire else by_wire | by_name).get(name)
+  if found is not None:
+    return found
   offered = ", ".join(tool.name for tool in tools)
   raise ToolError(f"found the name {name!r}, expected one of {offered}")
 
@@ -289,7 +282,7 @@ def _python_call(statement: ast.stmt, tools: Sequence[Tool]) -> Call:
   node = statement.value if isinstance(statement, ast.Expr) else None
   if not isinstance(node, ast.Call):
     raise ToolError(f"found {ast.unparse(statement)[:60]!r}, expected a call")
-  tool = _find(ast.unparse(node.func), tools)
+  tool = _find(ast.unparse(node.func), tools, is_wire=True)
   names = list(tool.properties)
   if len(node.args) > len(names):
     raise ToolError(f"{tool.name}: found {len(node.args)} positional arguments of {len(names)}")
@@ -357,7 +350,7 @@ def _read_xml(body: str, tools: Sequence[Tool]) -> list[Call]:
   for match in re.finditer(pattern, body, re.DOTALL):
     field = tool.properties.get(match["name"])
     text = match["cdata"] if match["cdata"] is not None else match["plain"]
-    kinds = set(kinds_of(field) or ())
+    kinds = set(tool_schema.kinds_of(field) or ())
     is_string = kinds == {"string"} or match["cdata"] is not None
     is_string |= kinds == {"string", "null"} and text not in ("None", "null")
     arguments[match["name"]] = text if is_string else _value_of(text)

@@ -156,7 +156,7 @@ def test_arguments_of_several_types_and_of_any():
     ([{"function": {}}], r"tools\[0\].function.name: found None"),
     ([{"function": {"name": "a b"}}], "found 'a b', expected 1-64"),
     ([{"name": "f", "parameters": {"type": "array"}}], "expected the JSON schema of an object"),
-    ([{"name": "a-b"}, {"name": "a_b"}], "found 'a_b' twice"),
+    ([{"name": "a-b"}, {"name": "a-b"}], "found 'a-b' twice"),
     (of_a(3), r"parameters.a: found 3, expected a JSON schema"),
     (of_a({"enum": 5}), "parameters.a.enum: found 5, expected a list"),
     (of_a({"type": {}}), "parameters.a.type: found {}, expected a name or a list of names"),
@@ -174,3 +174,51 @@ def test_bad_calls_of_a_message_are_refused():
     with pytest.raises(tools.ToolError, match="tool_calls: "):
       tools.call_of(item)
   assert tools.call_of({"name": "f", "arguments": json.dumps({"a": 1})}).arguments == {"a": 1}
+
+
+def test_python_names_of_types_are_read():
+  """BFCL and glaive write "dict", "float", "tuple", "any" (data.md 7.3)."""
+  parameters = {
+    "type": "dict",
+    "properties": {
+      "x": {"type": "float"},
+      "p": {"type": "tuple", "items": {"type": "any", "description": "d"}},
+      "o": {"type": "dict", "properties": {"k": {"type": ["list", "null"]}}},
+      "u": {"anyOf": [{"type": "float"}, {"type": "string"}]},
+    },
+    "required": ["x"],
+  }
+  (tool,) = tools.read_tools([{"name": "f", "parameters": parameters}])
+  assert tool.parameters == {
+    "type": "object",
+    "properties": {
+      "x": {"type": "number"},
+      "p": {"type": "array", "items": {"description": "d"}},
+      "o": {"type": "object", "properties": {"k": {"type": ["array", "null"]}}},
+      "u": {"anyOf": [{"type": "number"}, {"type": "string"}]},
+    },
+    "required": ["x"],
+  }
+  assert tools.signature(tool).startswith("def f(x: float, p: list = None, o: dict = None")
+
+
+def test_names_that_become_one_identifier_stay_apart():
+  found = tools.read_tools([{"name": "a_b"}, {"name": "a-b"}, {"name": "a.b"}, {"name": "class"}])
+  assert [tool.wire_name for tool in found] == ["a_b", "a_b_", "a_b__", "class_"]
+  for tool in found:
+    call = tools.Call(tool.name, {})
+    assert tools.parse(tools.render_calls([call], "python", found), found, "python").calls == (
+      call,
+    )
+
+
+@pytest.mark.parametrize("style", ["python", "json", "xml"])
+@pytest.mark.parametrize(
+  "inside", ["<|tool_call_end|>", "```", "</tool_call>", "a\n```\n</function>"]
+)
+def test_closing_markers_inside_strings_are_text(style, inside):
+  calls = (tools.Call("get-weather", {"city": inside, "days": 1}), tools.Call("now", {}))
+  text = tools.render_calls(calls, style, TOOLS) + " bye <|tool_call_end|>"
+  parsed = tools.parse(text, TOOLS, style)
+  assert parsed.calls == calls and parsed.errors == ()
+  assert parsed.content == "bye <|tool_call_end|>"
