@@ -7,9 +7,7 @@ Chinese or Japanese. A hit found by hash is confirmed on the text itself.
 import collections
 import dataclasses
 import functools
-import gzip
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from minicpm_jax.config import validate
-from minicpm_jax.data import ngrams
+from minicpm_jax.data import documents, ngrams
 from minicpm_jax.data.documents import Doc, Dropped
 
 _CJK_FACTOR = 2  # characters that stand for one word
@@ -99,7 +97,7 @@ class Decontaminate:
     object.__setattr__(self, "sha256", digest.hexdigest())
 
   def __call__(self, docs: Iterable[Doc]) -> Iterator[Doc | Dropped]:
-    index = load_index(self.paths, self.size, self.fields)
+    index = load_index(tuple(self.paths), self.size, tuple(self.fields), self.sha256)
     for doc in docs:
       if self.remove == "document":
         hit = next(index.hits(doc.text), None)
@@ -137,23 +135,34 @@ def read_items(
   path: str | os.PathLike, fields: Sequence[str] = ("question", "passage", "prompt")
 ) -> Iterator[tuple[str, str]]:
   """(id, text) of each item of an evaluation file; ValueError when an item has no text."""
-  opener = gzip.open if str(path).endswith(".gz") else open
-  with opener(path, "rt", encoding="utf-8") as file:
-    for number, line in enumerate(file, start=1):
-      row = json.loads(line)
-      parts = [row[f] for f in fields if isinstance(row.get(f), str)]
-      if not parts:
-        raise ValueError(
-          f"{path}: line {number}: found keys {sorted(row)}, expected one of {list(fields)}"
-        )
-      yield str(row.get("id", number)), "\n".join(parts)
+  is_empty = True
+  for number, row in documents.json_rows(path):
+    parts = [row[f] for f in fields if isinstance(row.get(f), str)]
+    if not parts:
+      raise documents.CorpusError(
+        f"{path}: line {number}: found keys {sorted(row)}, expected text under one of "
+        f"{list(fields)}"
+      )
+    is_empty = False
+    yield str(row.get("id", number)), "\n".join(parts)
+  if is_empty:
+    raise documents.CorpusError(f"{path}: found no item, expected JSON lines")
 
 
 @functools.lru_cache(maxsize=2)
-def load_index(paths: tuple[str, ...], size: int, fields: tuple[str, ...]) -> Index:
-  """The index of evaluation files; a benchmark is named by its file."""
-  names = [pathlib.Path(path).name.split(".")[0] for path in paths]
-  return Index({n: read_items(p, fields) for n, p in zip(names, paths, strict=True)}, size=size)
+def load_index(
+  paths: tuple[str, ...], size: int, fields: tuple[str, ...], sha256: str = ""
+) -> Index:
+  """The index of evaluation files; a benchmark is named by its file, the second of a name NAME#2.
+
+  `sha256` (`Decontaminate`) makes files whose content has changed another index.
+  """
+  named: dict[str, str] = {}
+  for path in paths:
+    stem = pathlib.Path(path).name.split(".")[0]
+    count = 1 + sum(name.split("#")[0] == stem for name in named)
+    named[f"{stem}#{count}" if count > 1 else stem] = path
+  return Index({name: read_items(path, fields) for name, path in named.items()}, size=size)
 
 
 def report(drops: Iterable[Mapping[str, str]], index: Index) -> dict[str, dict[str, int]]:

@@ -175,17 +175,23 @@ def read_jsonl(
   `name` (default: the file name) is what other ids are made from.
   """
   name = pathlib.Path(path).name if name is None else name
+  for number, row in json_rows(path):
+    yield row_doc(row, text_field, str(path), number, f"{path}: line {number}", name)
+
+
+def json_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+  """(line number, object) of a file of JSON lines; CorpusError names file and line."""
   for number, line in enumerate(_lines(path), start=1):
-    where = f"{path}: line {number}"
     if not line.strip():
       continue
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise CorpusError(f"{where}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+      raise CorpusError(f"{path}: line {number}: found no JSON ({error})") from None
     if not isinstance(row, dict):
-      raise CorpusError(f"{where}: found {type(row).__name__}, expected a JSON object")
-    yield row_doc(row, text_field, str(path), number, where, name)
+      found = type(row).__name__
+      raise CorpusError(f"{path}: line {number}: found {found}, expected a JSON object")
+    yield number, row
 
 
 def read_parquet(

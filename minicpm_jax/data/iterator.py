@@ -114,7 +114,11 @@ def _eval_batches(
 def _rows_a_host(
   cfg: data_config.DataConfig, batch_size_per_host: int | None, process_count: int
 ) -> int:
+  if process_count < 1:
+    raise ValueError(f"process_count: found {process_count}, expected at least 1")
   if batch_size_per_host is not None:
+    if batch_size_per_host < 1:
+      raise ValueError(f"batch_size_per_host: found {batch_size_per_host}, expected at least 1")
     return batch_size_per_host
   if cfg.batch_size % process_count:
     raise ValueError(
@@ -335,10 +339,13 @@ class BatchIterator(grain.DatasetIterator):
     the same under this config. With `force` every source goes on at the start of the document that
     the state names.
     """
-    if state.get("version") != STATE_VERSION:
-      raise DataStateError(
-        f"data state: version: found {state.get('version')!r}, expected {STATE_VERSION}"
-      )
+    found = state.get("version") if isinstance(state, dict) else f"{state!r:.60}"
+    if found != STATE_VERSION:
+      raise DataStateError(f"data state: version: found {found!r}, expected {STATE_VERSION}")
+    for field, kind in (("step", int), ("rows", dict), ("cursors", dict), ("config", dict)):
+      if not isinstance(state.get(field), kind):
+        found = f"{state.get(field)!r:.60}"
+        raise DataStateError(f"data state: {field}: found {found}, expected {kind.__name__}")
     mismatch = self._mismatch(state)
     if mismatch and not force:
       raise DataStateError(mismatch)

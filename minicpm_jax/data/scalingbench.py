@@ -7,7 +7,6 @@ have the answer's text alone as target (`has_reasoning` False). The user's own i
 """
 
 import dataclasses
-import gzip
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from minicpm_jax.config import validate
 from minicpm_jax.core import files
+from minicpm_jax.data import documents
 from minicpm_jax.data.documents import CorpusError
 
 Generate = Callable[[str], str]  # prompt -> text
@@ -61,20 +61,11 @@ class Item:
 
 
 def _rows(path: str | os.PathLike[str], needed: Sequence[str]) -> Iterator[dict]:
-  opener = gzip.open if str(path).endswith(".gz") else open
-  with opener(path, "rt", encoding="utf-8") as file:
-    for number, line in enumerate(file, start=1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}: line {number}: found no JSON ({error.msg})") from None
-      missing = [key for key in needed if not isinstance(row, dict) or key not in row]
-      if missing:
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f"{path}: line {number}: found {found}, expected also {missing}")
-      yield row | {"__line__": number}
+  for number, row in documents.json_rows(path):
+    missing = [key for key in needed if key not in row]
+    if missing:
+      raise CorpusError(f"{path}: line {number}: found {sorted(row)}, expected also {missing}")
+    yield row | {"__line__": number}
 
 
 def from_solutions(path: str | os.PathLike[str], task: str) -> list[Item]:
@@ -182,24 +173,21 @@ def read(path: str | os.PathLike[str]) -> list[Item]:
   """A user's or a written file: JSON lines {input, target[, task, id, label, choices, gold]}."""
   items = []
   for row in _rows(path, ("input", "target")):
-    row_id = str(row.get("id", row["__line__"]))
-    for key in ("input", "target"):
-      if not isinstance(row[key], str):
-        raise CorpusError(
-          f"{path}: line {row['__line__']}: {key}: found {type(row[key]).__name__}, expected text"
-        )
-    items.append(
-      Item(
+    choices = row.get("choices") or ()
+    try:
+      item = Item(
         task=str(row.get("task", pathlib.Path(path).name.split(".")[0])),
-        id=row_id,
+        id=str(row.get("id", row["__line__"])),
         input=row["input"],
         target=row["target"],
         label=str(row.get("label", "")),
         has_reasoning=bool(row.get("has_reasoning", True)),
-        choices=tuple(row.get("choices", ())),
-        gold=int(row.get("gold", 0)),
+        choices=tuple(choices) if isinstance(choices, list) else choices,
+        gold=row.get("gold", 0),
       )
-    )
+    except (CorpusError, TypeError) as error:
+      raise CorpusError(f"{path}: line {row['__line__']}: {error}") from None
+    items.append(item)
   if not items:
     raise CorpusError(f"{path}: found no item, expected JSON lines with input and target")
   return items

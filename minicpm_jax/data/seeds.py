@@ -51,22 +51,16 @@ def read_pool(pool: SeedPool) -> Iterator[Doc]:
 
 def _instructions(pool: SeedPool) -> Iterator[Doc]:
   for path, file_name in documents.name_files([pool.path]):
-    with documents.open_stream(path) as stream:
-      for number, line in enumerate(stream, start=1):
-        where = f"{path}: line {number}"
-        try:
-          row = json.loads(line)
-        except ValueError as error:
-          raise documents.CorpusError(f"{where}: not JSON ({error})") from None
-        parts = [row.get(name) for name in (pool.question_field, pool.answer_field)]
-        if not all(isinstance(part, str) for part in parts):
-          raise documents.CorpusError(
-            f"{where}: found keys {sorted(row)}, expected strings under "
-            f"{pool.question_field!r} and {pool.answer_field!r}"
-          )
-        own = row.get("id")
-        doc_id = own if isinstance(own, str) else documents.stable_id(file_name, number)
-        yield Doc(id=doc_id, text="\n\n".join(parts), source=str(path))
+    for number, row in documents.json_rows(path):
+      parts = [row.get(name) for name in (pool.question_field, pool.answer_field)]
+      if not all(isinstance(part, str) for part in parts):
+        raise documents.CorpusError(
+          f"{path}: line {number}: found keys {sorted(row)}, expected strings under "
+          f"{pool.question_field!r} and {pool.answer_field!r}"
+        )
+      own = row.get("id")
+      doc_id = own if isinstance(own, str) else documents.stable_id(file_name, number)
+      yield Doc(id=doc_id, text="\n\n".join(parts), source=str(path))
 
 
 # --- Sampling ------------------------------------------------------------------------------------
@@ -120,6 +114,7 @@ def sample_negatives(
 
   What a small source lacks is made up by the others. Fewer than `total` come back when all end.
   """
+  validate.require(total >= 0, "total", total, "a number of documents >= 0")
   queues = {name: hash_order(docs, seed) for name, docs in sources.items()}
   taken = dict.fromkeys(queues, 0)
   open_names = [name for name in queues if queues[name]]
@@ -190,6 +185,9 @@ def save_pools(pools: Sequence[SeedPool], path: str | os.PathLike[str]) -> None:
 
 def load_pools(path: str | os.PathLike[str]) -> list[SeedPool]:
   try:
-    return [SeedPool(**row) for row in json.loads(pathlib.Path(path).read_text())]
+    rows = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(rows, list):
+      raise TypeError(f"found {type(rows).__name__}")
+    return [SeedPool(**row) for row in rows]
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path}: not a list of seed pools ({error})") from None

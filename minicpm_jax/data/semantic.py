@@ -31,7 +31,8 @@ class HashedNGrams:
 
   def encode(self, sentences: Sequence[str], **unused: Any) -> np.ndarray:
     """float32 [sentences, width]; semhash passes options of its own encoder, which are ignored."""
-    return np.stack([self._encode(text) for text in sentences]).astype(np.float32)
+    rows = [self._encode(text) for text in sentences]
+    return np.asarray(rows, np.float32).reshape(len(rows), self.width)
 
   def _encode(self, text: str) -> np.ndarray:
     chars = ngrams.char_hashes(" ".join(ngrams.words(text.lower())))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from array_record.python import array_record_module
 
+from minicpm_jax.config import validate
 from minicpm_jax.core import files
 from minicpm_jax.data import documents as documents_lib
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -56,6 +57,9 @@ def encode_record(
     raise ShardError(f"token ids: found {found}, expected one row of integers")
   if array.size and (array.min() < 0 or array.max() >= _MAX_ID):
     raise ShardError(f"token id: found {array.min()}..{array.max()}, expected 0..{_MAX_ID - 1}")
+  for name, value in (("source_id", source_id), ("flags", flags)):
+    if not 0 <= value < 2**32:
+      raise ShardError(f"{name}: found {value}, expected 0..{2**32 - 1}")
   array = array.astype(np.int64)
   if loss_mask is not None:
     if len(loss_mask) != len(array):
@@ -99,6 +103,9 @@ class ShardInfo:
   sha256: str
   input_sha256: str
 
+  def __post_init__(self):
+    validate.require_hints(self, "shard.", least=0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardConfig:
@@ -115,6 +122,9 @@ class ShardConfig:
   shard_bytes: int  # text of one shard, at least (the last one may be smaller)
   parse_special: bool = True  # "<s>" in the text became BOS; folders without the field did so
   is_chat: bool = False  # texts are messages: template, loss mask on what the assistant says
+
+  def __post_init__(self):
+    validate.require_hints(self, "shards.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +169,7 @@ def read_index(folder: str | os.PathLike) -> Index:
       config=ShardConfig(**body["config"]),
       shards=tuple(ShardInfo(**s) for s in body["shards"]),
     )
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
+  except (KeyError, TypeError, ValueError) as error:
     raise ShardError(f"{path}: not a shard index ({error!r})") from None
   if version != VERSION:
     raise ShardError(f"{path}: found version {version}, expected {VERSION}")
@@ -351,6 +361,8 @@ def prepare(
   for wanted, field in ((add_bos, "bos_id"), (add_eos, "eos_id")):
     if wanted and getattr(tokenizer, field) is None:
       raise ShardError(f"tokenizer.{field}: found None, expected an id (add_{field[:3]} is set)")
+  if not 0 <= source_id < 2**32:
+    raise ShardError(f"source_id: found {source_id}, expected 0..{2**32 - 1}")
   if shard_bytes < 1 or num_workers < 0:
     raise ShardError(f"shard_bytes, num_workers: found {shard_bytes}, {num_workers}, expected > 0")
   cfg = ShardConfig(

@@ -58,7 +58,8 @@ class SentencePieceTokenizer(tokenizer.TraitsMixin):
       if i % 2:  # what the splitter matched
         ids.append(self.added_tokens[part])
       elif part:
-        ids.extend(self.processor.encode(part))
+        with tokenizer.text_errors(part):
+          ids.extend(self.processor.encode(part))
     return self._with_bos(ids, add_bos)
 
   def token_text(self, token_id: int) -> str | None:

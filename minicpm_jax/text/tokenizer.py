@@ -7,12 +7,13 @@ characters ("<s>" in a document is no BOS), which is what raw text wants: `encod
 out exactly, so that streaming and bits-per-byte work.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from minicpm_jax.core import files
@@ -54,6 +55,24 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
   def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes: ...
   def save(self, folder: str | os.PathLike[str]) -> None: ...
+
+
+@contextlib.contextmanager
+def text_errors(*texts: Any) -> Iterator[None]:
+  """Around the encoding of texts by a library: TokenizerError for what is no Unicode text."""
+  try:
+    yield
+  except (TypeError, RuntimeError) as error:
+    for text in texts:
+      if not isinstance(text, str):
+        raise TokenizerError(f"text: found {text!r:.60}, expected a str") from error
+      lone = [i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"]
+      if lone:
+        raise TokenizerError(
+          f"text: found a lone surrogate U+{ord(text[lone[0]]):04X} at character {lone[0]}, "
+          "expected Unicode text"
+        ) from error
+    raise
 
 
 def encode_plain(tok: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -163,12 +182,15 @@ class HFTokenizer(TraitsMixin):
 
   def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = True) -> list[int]:
     backend = self.backend if parse_special else self._plain
-    return self._with_bos(backend.encode(text, add_special_tokens=False).ids, add_bos)
+    with text_errors(text):
+      ids = backend.encode(text, add_special_tokens=False).ids
+    return self._with_bos(ids, add_bos)
 
   def encode_batch(self, texts: list[str], *, parse_special: bool = True) -> list[list[int]]:
     """Many texts at once on the library's threads."""
     backend = self.backend if parse_special else self._plain
-    return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+    with text_errors(*texts):
+      return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
 
   @functools.cached_property
   def _plain(self) -> Any:
@@ -181,12 +203,12 @@ class HFTokenizer(TraitsMixin):
     return {key: value for key, value in self.__dict__.items() if key != "_plain"}
 
   def token_text(self, token_id: int) -> str | None:
-    return self.backend.id_to_token(token_id)
+    return self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
   def piece_bytes(self, token_id: int) -> bytes:
     if token_id in self._added:
       return self._added[token_id].encode()
-    piece = self.backend.id_to_token(token_id)
+    piece = self.token_text(token_id)
     return b"" if piece is None else self._to_bytes(piece)
 
   def save(self, folder: str | os.PathLike[str]) -> None:

@@ -6,8 +6,6 @@ overlap; every token is predicted once.
 """
 
 import dataclasses
-import gzip
-import json
 import math
 import os
 import pathlib
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax.core import types
+from minicpm_jax.data import documents
 from minicpm_jax.data.documents import Doc
 from minicpm_jax.models import transformer
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -76,21 +75,21 @@ def choice_set(path: str | os.PathLike[str], *, limit: int | None = None) -> Eva
   target; HellaSwag's choices continue the question; everything else is "Question: ... Answer:".
   """
   name = pathlib.Path(path).name.split(".")[0]
-  opener = gzip.open if str(path).endswith(".gz") else open
   items = []
-  with opener(path, "rt", encoding="utf-8") as file:
-    for number, line in enumerate(file, start=1):
-      if limit is not None and len(items) >= limit:
-        break
-      row = json.loads(line)
-      missing = [key for key in ("question", "choices", "label") if key not in row]
-      if missing or not 0 <= row["label"] < len(row["choices"]):
-        raise ValueError(
-          f"{path}: line {number}: found keys {sorted(row)} and label {row.get('label')!r}, "
-          "expected question, choices and the number of a choice"
-        )
-      options = tuple(_option(name, row, choice) for choice in row["choices"])
-      items.append(Item(str(row.get("id", number)), options, row["label"]))
+  for number, row in documents.json_rows(path):
+    if limit is not None and len(items) >= limit:
+      break
+    question, choices, label = (row.get(key) for key in ("question", "choices", "label"))
+    ok = isinstance(question, str) and isinstance(choices, list) and type(label) is int
+    if not ok or not all(isinstance(c, str) for c in choices) or not 0 <= label < len(choices):
+      raise ValueError(
+        f"{path}: line {number}: found keys {sorted(row)} and label {label!r}, "
+        "expected question, choices and the number of a choice"
+      )
+    options = tuple(_option(name, row, choice) for choice in choices)
+    items.append(Item(str(row.get("id", number)), options, label))
+  if not items:
+    raise ValueError(f"{path}: found no item, expected JSON lines with question, choices, label")
   return EvalSet(name, "choice", tuple(items))
 
 

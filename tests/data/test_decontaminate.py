@@ -147,3 +147,30 @@ def test_real_questions_planted_in_real_text(shared_dir):
   ]
   assert all(isinstance(item, documents.Dropped) for item in stage(quoting))
   assert all(isinstance(item, documents.Doc) for item in stage(pages))
+
+
+def test_files_of_one_name_are_both_read_and_changed_files_again(tmp_path):
+  words = {name: " ".join(f"{name}{i}" for i in range(20)) for name in "abc"}
+  paths = []
+  for name in "ab":
+    (tmp_path / name).mkdir()
+    paths.append(tmp_path / name / "test.jsonl")
+    paths[-1].write_text(json.dumps({"question": words[name]}))
+  docs = [documents.Doc(id=name, text=text) for name, text in words.items()]
+
+  def details():
+    stage = decontaminate.Decontaminate(paths=tuple(map(str, paths)))
+    return [getattr(item, "detail", None) for item in stage(docs)]
+
+  assert details() == ["test 1", "test#2 1", None]
+  paths[0].write_text(json.dumps({"question": words["c"]}))
+  assert details() == [None, "test#2 1", "test 1"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no json", b"[1]", b'{"id": "a"}', b"\xff"])
+def test_a_file_without_items_is_refused_by_name(tmp_path, content):
+  path = tmp_path / "bench.jsonl"
+  path.write_bytes(content)
+  stage = decontaminate.Decontaminate(paths=(str(path),))
+  with pytest.raises(ValueError, match=r"bench\.jsonl"):
+    list(stage([documents.Doc(id="1", text="a")]))

@@ -470,3 +470,18 @@ def test_worker_processes_end_with_the_iterator_or_the_interpreter(tmp_path, fol
     [sys.executable, script], capture_output=True, text=True, env=env, timeout=300
   )
   assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+@pytest.mark.parametrize("field", ["version", "step", "rows", "cursors", "config"])
+def test_a_damaged_state_is_refused_by_field(folder, field):
+  it = iterator.make_iterator(make_config(folder))
+  state = it.get_state()
+  for damaged in ({k: v for k, v in state.items() if k != field}, state | {field: "junk"}):
+    with pytest.raises(iterator.DataStateError, match=f"data state: {field}: found"):
+      it.set_state(damaged)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size_per_host": 0}, {"process_count": 0}])
+def test_sizes_below_one_are_refused(folder, sizes):
+  with pytest.raises(ValueError, match=f"{next(iter(sizes))}: found 0"):
+    iterator.make_iterator(make_config(folder), **sizes)

@@ -134,3 +134,11 @@ def test_statistics_by_hand_and_merged():
   assert parts == whole == stats.collect(given[::-1])
   assert json.loads(json.dumps(found)) == found
   assert dataclasses.replace(whole).as_dict() == found
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "null", "[1]", '[{"name": "a"}]'])
+def test_a_file_of_no_pools_is_refused(tmp_path, content):
+  path = tmp_path / "pools.json"
+  path.write_text(content)
+  with pytest.raises(ValueError, match=r"pools\.json"):
+    seeds.load_pools(path)

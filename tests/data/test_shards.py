@@ -352,3 +352,27 @@ def test_a_mask_of_another_length_and_bad_messages_are_refused(tmp_path):
     with pytest.raises(shards.ShardError, match="messages .*cannot be rendered"):
       _prepare(tmp_path / "out", _docs([text]), is_chat=True)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda body: body["shards"][0].update(num_documents=-1), "num_documents: found -1"),
+    (lambda body: body["config"].update(vocab_size="x"), "vocab_size: found 'x'"),
+    (lambda body: body.update(shards={"a": 1}), "not a shard index"),
+  ],
+)
+def test_an_index_of_other_values_is_refused(tmp_path, change, message):
+  docs = documents.from_texts(["hello world"])
+  shards.prepare(docs, tmp_path / "s", name="s", tokenizer=ByteTokenizer())
+  path = tmp_path / "s" / "index.json"
+  body = json.loads(path.read_text())
+  change(body)
+  path.write_text(json.dumps(body))
+  with pytest.raises(shards.ShardError, match=message):
+    shards.read_index(tmp_path / "s")
+
+
+def test_source_ids_fit_their_field():
+  with pytest.raises(shards.ShardError, match="source_id: found -1"):
+    shards.encode_record([1], source_id=-1)

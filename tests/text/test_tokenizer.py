@@ -363,3 +363,17 @@ def test_added_tokens_that_are_not_special_stay_tokens_in_plain_text(copied, sha
   tok = tokenizer.load_tokenizer(copied)
   ids = tok.encode("<|tool_call|><|im_end|>", parse_special=False)
   assert ids[0] == 73442 and 73440 not in ids
+
+
+@pytest.mark.parametrize("bad, message", [("a\ud800b", r"U\+D800 at character 1"), (3, "found 3")])
+def test_what_is_no_text_is_named(bad, message):
+  tok = tokenizer.train_bpe(["hello world"] * 3, 280)
+  encode = type(tok).encode
+  encode = getattr(encode, "__wrapped__", encode)  # without beartype
+  with pytest.raises(tokenizer.TokenizerError, match=message):
+    encode(tok, bad)
+
+
+def test_ids_that_no_table_has_decode_to_nothing():
+  tok = tokenizer.train_bpe(["hello world"] * 3, 280)
+  assert tok.decode([-1, *tok.encode("hello"), 2**31, 2**40]) == "hello"
