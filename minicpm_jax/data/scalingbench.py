@@ -173,7 +173,12 @@ def read(path: str | os.PathLike[str]) -> list[Item]:
   """A user's or a written file: JSON lines {input, target[, task, id, label, choices, gold]}."""
   items = []
   for row in _rows(path, ("input", "target")):
-    choices = row.get("choices") or ()
+    line, choices = f"{path}: line {row['__line__']}", row.get("choices") or []
+    kinds = {"input": str, "target": str, "choices": list, "gold": int}
+    for key, value in {"choices": choices, "gold": 0, **row}.items():
+      if key in kinds and not isinstance(value, kinds[key]):
+        found, expected = type(value).__name__, kinds[key].__name__
+        raise CorpusError(f"{line}: {key}: found {found}, expected {expected}")
     try:
       item = Item(
         task=str(row.get("task", pathlib.Path(path).name.split(".")[0])),
@@ -182,11 +187,11 @@ def read(path: str | os.PathLike[str]) -> list[Item]:
         target=row["target"],
         label=str(row.get("label", "")),
         has_reasoning=bool(row.get("has_reasoning", True)),
-        choices=tuple(choices) if isinstance(choices, list) else choices,
+        choices=tuple(map(str, choices)),
         gold=row.get("gold", 0),
       )
-    except (CorpusError, TypeError) as error:
-      raise CorpusError(f"{path}: line {row['__line__']}: {error}") from None
+    except CorpusError as error:
+      raise CorpusError(f"{line}: {error}") from None
     items.append(item)
   if not items:
     raise CorpusError(f"{path}: found no item, expected JSON lines with input and target")

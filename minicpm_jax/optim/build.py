@@ -55,6 +55,10 @@ def frozen_labels(patterns: tuple[str, ...], params: Any) -> Any:
   """Tree of "frozen" (some pattern is found in the path) and "trained"."""
   paths = list(trees.flatten_paths(params))
   for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"optim.frozen: {pattern!r} is no regular expression ({error})") from None
     if not any(re.search(pattern, path) for path in paths):
       raise ValueError(f"optim.frozen: {pattern!r} matches no parameter; paths are {paths}")
 

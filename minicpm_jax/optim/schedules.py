@@ -55,6 +55,8 @@ def schedule_arrays(cfg: config.ScheduleConfig, peak_lr: float) -> ScheduleArray
     shape, rate = EXP, np.log(cfg.min_ratio) / cfg.decay_steps
   elif cfg.kind == "wsd":
     shape = LINEAR if cfg.decay_shape == "linear_to" else ONE_MINUS_SQRT
+  if not 0 <= peak_lr < np.inf:
+    raise ValueError(f"peak_lr: found {peak_lr}, expected a number >= 0")
   return ScheduleArrays(
     peak=np.float32(peak_lr),
     warmup=np.float32(cfg.warmup_steps),

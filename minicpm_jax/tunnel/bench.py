@@ -136,6 +136,8 @@ def fit_sigmoid(
     raise fit.FitError("points: expected finite losses and accuracies in [0, 1]")
   if chance is not None and not 0 <= chance < 1:
     raise ValueError(f"chance: found {chance}, expected in [0, 1)")
+  if num_items is not None and num_items < 1:
+    raise ValueError(f"num_items: found {num_items}, expected at least 1")
   width = float(np.ptp(ls))
   if width == 0:
     raise fit.FitError(f"losses: found only {ls[0]}, expected different ones")

@@ -60,6 +60,8 @@ def log_parabola_minimum(x: Vector, y: Vector, *, around: int | None = None) -> 
   if around is not None and around < len(xs):
     first = min(max(int(np.argmin(ys)) - around // 2, 0), len(xs) - around)
     xs, ys = xs[first : first + around], ys[first : first + around]
+  if len(np.unique(xs)) < 3:
+    raise FitError(f"x: found {np.exp(np.unique(xs))}, expected three different ones")
   center = xs.mean()
   a, b, c = np.polyfit(xs - center, ys, 2)
   if a <= 0:

@@ -133,6 +133,7 @@ def grid(
 def log_grid(center: Number, factor: Number, count: int) -> tuple[float, ...]:
   """`count` values around `center`, each `factor` times the one before."""
   require(center > 0 and factor > 1, "center, factor", (center, factor), "center > 0, factor > 1")
+  require(count >= 1, "count", count, "at least 1")
   return tuple(center * factor ** (i - (count - 1) / 2) for i in range(count))
 
 
@@ -205,7 +206,8 @@ def trunk_and_branches(
 
 def steps_for(tokens: Number, *, batch_size: int, seq_len: int) -> int:
   """Whole steps that see at least `tokens` tokens."""
-  require(tokens > 0, "tokens", tokens, "> 0")
+  for name, value in (("tokens", tokens), ("batch_size", batch_size), ("seq_len", seq_len)):
+    require(0 < value < math.inf, name, value, "a number > 0")
   return math.ceil(tokens / (batch_size * seq_len))
 
 

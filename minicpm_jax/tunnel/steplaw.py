@@ -6,6 +6,7 @@ N from 60M to 1B and D from 2B to 100B; smaller runs are outside.
 """
 
 import dataclasses
+import math
 
 Number = float | int
 
@@ -15,8 +16,8 @@ BATCH_COEFFICIENT, BATCH_D_EXPONENT = 0.58, 0.571
 
 def _check(**values: Number) -> None:
   for name, value in values.items():
-    if not value > 0:
-      raise ValueError(f"{name}: found {value}, expected > 0")
+    if not 0 < value < math.inf:
+      raise ValueError(f"{name}: found {value}, expected a number > 0")
 
 
 def learning_rate(n: Number, d: Number) -> float:
@@ -48,5 +49,6 @@ class Prediction:
 
 def predict(n: Number, d: Number, *, seq_len: int, multiple: int = 16) -> Prediction:
   """The vanilla run of MiniCPM4 table 3: batch in sequences, rounded to a multiple of 16."""
+  _check(seq_len=seq_len)
   tokens = batch_tokens(d)
   return Prediction(learning_rate(n, d), tokens, round_sequences(tokens / seq_len, multiple))

@@ -358,7 +358,7 @@ def test_a_mask_of_another_length_and_bad_messages_are_refused(tmp_path):
   "change, message",
   [
     (lambda body: body["shards"][0].update(num_documents=-1), "num_documents: found -1"),
-    (lambda body: body["config"].update(vocab_size="x"), "vocab_size: found 'x'"),
+    (lambda body: body["config"].update(vocab_size="x"), "index.json: not a shard index"),
     (lambda body: body.update(shards={"a": 1}), "not a shard index"),
   ],
 )

@@ -196,3 +196,8 @@ def test_the_roles_of_the_test_tree_match_the_scales_written_above():
     "layers/attn/q/kernel": "matrix",
     **dict.fromkeys(NORMS, "norm"),
   }
+
+
+def test_a_frozen_pattern_that_is_no_expression_is_named():
+  with pytest.raises(ValueError, match=r"optim\.frozen: '\(' is no regular expression"):
+    build.frozen_labels(("(",), {"embed": {"embedding": jnp.zeros(1)}})

@@ -151,3 +151,9 @@ def test_a_cosine_without_length_is_refused_and_an_unbranched_wsd_stays_flat():
       10**6, peak_lr=1.0, warmup_steps=5, stable_steps=10, decay_steps=0, shape=shape
     )
     assert float(lr) == 1.0
+
+
+@pytest.mark.parametrize("peak", [-1.0, np.nan, np.inf])
+def test_a_peak_that_is_no_rate_is_refused(peak):
+  with pytest.raises(ValueError, match="peak_lr"):
+    schedules.wsd(5, peak_lr=peak, warmup_steps=1, stable_steps=10, decay_steps=1)

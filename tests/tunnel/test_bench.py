@@ -135,3 +135,8 @@ def test_sigmoid_beats_a_line_on_the_held_out_largest():
 def test_bad_points_are_named(losses, accs, match):
   with pytest.raises(fit.FitError, match=match):
     bench.fit_sigmoid(losses, accs)
+
+
+def test_a_sigmoid_of_no_items_is_refused():
+  with pytest.raises(ValueError, match="num_items: found 0"):
+    bench.fit_sigmoid([1.0, 2.0, 3.0, 4.0], [0.9, 0.7, 0.4, 0.3], num_items=0)

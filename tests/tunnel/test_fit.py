@@ -180,3 +180,8 @@ def test_per_byte():
 def test_bad_points_are_named(call, match):
   with pytest.raises(fit.FitError, match=match):
     call()
+
+
+def test_equal_settings_show_no_minimum():
+  with pytest.raises(fit.FitError, match="three different"):
+    fit.log_parabola_minimum([2.0, 2.0, 4.0], [1.0, 2.0, 3.0])

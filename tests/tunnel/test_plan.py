@@ -124,3 +124,10 @@ def test_large_run_takes_what_was_found(tmp_path):
 def test_bad_plans_are_named(call, match):
   with pytest.raises(ValueError, match=match):
     call()
+
+
+def test_sizes_of_a_plan_are_checked():
+  with pytest.raises(ValueError, match="batch_size: found 0"):
+    plan.steps_for(10, batch_size=0, seq_len=1)
+  with pytest.raises(ValueError, match="count: found 0"):
+    plan.log_grid(1.0, 2.0, 0)

@@ -41,3 +41,10 @@ def test_rounding(sequences, rounded):
 def test_bad_sizes_are_named():
   with pytest.raises(ValueError, match="n: found 0"):
     steplaw.learning_rate(0, 1e9)
+
+
+def test_what_is_no_size_is_refused():
+  with pytest.raises(ValueError, match="seq_len: found 0"):
+    steplaw.predict(1e8, 1e9, seq_len=0)
+  with pytest.raises(ValueError, match="d: found inf"):
+    steplaw.learning_rate(1e8, float("inf"))
