@@ -94,7 +94,6 @@ def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
     ("spec_topk_per_iter", is_tree, drafts),
     ("spec_tree_size", is_tree, drafts),
     ("spec_window_size", is_tree and kind != "mtp", drafts),
-    ("shrinks", kind in ("none", "ngram"), drafts),
     ("frspec_vocab_size", cfg.frspec_path is not None, "no --frspec_path"),
     ("warmup_tokens", cfg.warmup, "--nowarmup"),
     ("fast_forward", has_constraint, "no --json_schema or --grammar_file"),

@@ -119,7 +119,8 @@ def prefill(
 
 
 def _draft(drafter, params: base.Params, state: state_lib.State, span: int, first: Any = None):
-  params, length_B = params._replace(span=span), cache_lib.lengths(state.cache, _rows(state, first))
+  params = params._replace(span=span, row=first)
+  length_B = cache_lib.lengths(state.cache, _rows(state, first))
   tree, draft = drafter.draft(params, state.draft, state.root_B, length_B)
   return tree, state.replace(draft=draft)
 
@@ -213,6 +214,7 @@ def _verify(
     features_BTD=jnp.take_along_axis(features, path_BA[:, :, None], axis=1),
     start_B=length_B,
     num_B=acc_B,
+    row=first,
     riders_BMD=riders_BMD,
   )
   path_NA = path_BA + P * jnp.arange(B, dtype=jnp.int32)[:, None]

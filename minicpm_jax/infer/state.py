@@ -114,16 +114,16 @@ def put_prefix(state: State, row: Any, k: Any, v: Any) -> State:
 
 
 def window(state: State, first: Any, num_rows: int) -> State:
-  """Rows first.. of everything but the cache, which stays whole; see `put_window`."""
-  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, num_rows)  # noqa: E731
-  return jax.tree.map(cut, state.replace(cache=None)).replace(cache=state.cache)
+  """Rows first.. of everything but the caches, the drafter's too, which stay whole; see
+  `put_window`."""
+  part = base.take_rows(state.replace(cache=None, draft=None), first, num_rows)
+  return part.replace(cache=state.cache, draft=state.draft)
 
 
 def put_window(state: State, part: State, first: Any) -> State:
   """`state` with a window of it that rounds have worked on."""
-  put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0)  # noqa: E731
-  whole = jax.tree.map(put, state.replace(cache=None), part.replace(cache=None))
-  return whole.replace(cache=part.cache)
+  own = (x.replace(cache=None, draft=None) for x in (state, part))
+  return base.put_rows(*own, first).replace(cache=part.cache, draft=part.draft)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -173,6 +173,14 @@ def lengths(cache: KVCache, step: Step) -> Any:
   return jax.lax.dynamic_slice_in_dim(cache.length, step.row, step.num_rows)
 
 
+def with_lengths(cache: KVCache, step: Step, length_B: Any) -> KVCache:
+  """`cache` with these slots used in the rows that a forward works on."""
+  if step.row is None:
+    return cache.replace(length=length_B)
+  length = jax.lax.dynamic_update_slice_in_dim(cache.length, length_B, step.row, axis=0)
+  return cache.replace(length=length)
+
+
 def check_room(cache: KVCache, step: Step | None, num_new: int) -> None:
   """ValueError where num_new tokens do not fit behind those held (a traced length cannot tell)."""
   held: Any = cache.length if step is None else lengths(cache, step)

@@ -300,18 +300,38 @@ def cached(cache: DraftCache) -> Layers:
   return tuple(zip(cache.k, cache.v, strict=True))
 
 
+def rows_of(
+  cache: DraftCache, row: Int[Array, ""] | None, num_rows: int, span: int | None = None
+) -> DraftCache:
+  """What a call reads: `num_rows` rows of the batch from `row` on (None: all), and of their slots
+  those that positions below `span` have (None: all)."""
+  size = list(cache.positions_BR.shape)
+  if row is not None:
+    size[0] = num_rows
+  if span is not None:
+    size[1] = min(span, size[1])
+
+  def cut(x: Array) -> Array:
+    first = (0 if row is None else row, *[0] * (x.ndim - 1))
+    return jax.lax.dynamic_slice(x, first, (*size, *x.shape[2:]))
+
+  return cache if size == [*cache.positions_BR.shape] else jax.tree.map(cut, cache)
+
+
 def write(
   cache: DraftCache,
   new: Layers,
   positions_BT: Int[Array, "B T"],
   is_valid_BT: Bool[Array, "B T"],
+  row: Int[Array, ""] | None = None,
 ) -> DraftCache:
-  """Puts valid rows into their slots; of more rows than slots the last ones stay."""
+  """Puts valid rows into their slots, from `row` of the batch on (None: they are all of it); of
+  more rows than slots the last ones stay."""
   R = cache.positions_BR.shape[1]
   last_B1 = jnp.max(jnp.where(is_valid_BT, positions_BT, -1), axis=1, keepdims=True)
   is_kept_BT = is_valid_BT & (positions_BT > last_B1 - R)
   slots_BT = jnp.where(is_kept_BT, positions_BT % R, R)  # slot R does not exist: dropped
-  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None] + (0 if row is None else row)
 
   def put(old: Array, value: Array) -> Array:
     return old.at[rows_B1, slots_BT].set(value.astype(old.dtype), mode="drop")
@@ -332,17 +352,23 @@ def extend(
   positions_BT: Int[Array, "B T"],
   is_valid_BT: Bool[Array, "B T"],
   rope_length: int | None = None,
+  *,
+  row: Int[Array, ""] | None = None,
+  span: int | None = None,
 ) -> tuple[Float[Array, "B T D"], DraftCache]:
   """Commits rows of true target features: (outputs, cache with the valid rows).
 
   Positions rise by one along a row; rows that are not valid may hold anything and leave no trace.
+  row: the cache's row that these begin with (None: they are all of it). span: bounds the positions
+  (None: the cache's size does).
   """
   model, variables = DraftModel(cfg), {"params": params}
   hidden_BTD = model.apply(variables, feature_BTF, method="fuse")
   tables = position_tables(cfg, positions_BT, rope_length)
   own_BTT = seen(positions_BT, jnp.where(is_valid_BT, positions_BT, -1), cfg.window_size)
   # Slots at or past the first new row are leftovers of a longer text.
-  old_BR = jnp.where(cache.positions_BR < positions_BT[:, :1], cache.positions_BR, -1)
-  past = (cached(cache), seen(positions_BT, old_BR, cfg.window_size))
+  held = rows_of(cache, row, positions_BT.shape[0], span)
+  old_BR = jnp.where(held.positions_BR < positions_BT[:, :1], held.positions_BR, -1)
+  past = (cached(held), seen(positions_BT, old_BR, cfg.window_size))
   hidden_BTD, new = model.apply(variables, embedded_BTD, hidden_BTD, tables, (past,), own_BTT)
-  return hidden_BTD, write(cache, new, positions_BT, is_valid_BT)
+  return hidden_BTD, write(cache, new, positions_BT, is_valid_BT, row)

@@ -64,7 +64,6 @@ GPU = "bench_decode --suite=gpu"
     ("generate --model=x", "--max_batch=2", "expected 1"),
     ("serve --model=x", "--spec_tree_size=8", "no draft"),
     ("serve --model=x", "--frspec_vocab_size=9", "no --frspec_path"),
-    ("serve --model=x --draft_kind=mtp", "--shrinks", "mtp drafts"),
     ("serve --model=x --nowarmup", "--warmup_tokens=9", "--nowarmup"),
   ],
 )

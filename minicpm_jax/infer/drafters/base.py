@@ -41,8 +41,8 @@ class Committed:
   tokens_BT: at positions start_B + t. next_BT: the token after each (of the last one of a prompt:
   the sampled root). features_BTD: the target's state at each token: hidden after the final norm,
   or where the drafter has `tap_layers` the residual stream before those layers side by side.
-  Only the first num_B are real (0: leave the row as it is). `row`: None for all rows, else B = 1
-  and the state's row that this belongs to.
+  Only the first num_B are real (0: leave the row as it is). `row`: None for all rows, else the
+  first of the B rows of the state that this belongs to (B = 1 in a prompt).
   """
 
   tokens_BT: Any  # int32
@@ -67,13 +67,15 @@ class Params(NamedTuple):
   """What a drafter may read.
 
   span: bounds the positions of this call (slots a cache must show). root_mask_BW: under a
-  constraint, bits of the tokens that may follow the root; a drafter may heed them or not.
+  constraint, bits of the tokens that may follow the root; a drafter may heed them or not. row: of
+  `draft`, the state's row that root_B begins with; None: root_B is of all rows.
   """
 
   target: Any
   draft: Any
   span: int | None = None
   root_mask_BW: Any = None  # int32
+  row: Any = None  # int32 scalar
 
   def root_bias(self, vocab_size: int) -> Any:
     """float32 [B, V] to be added to the logits after the root: 0, or -inf where it is forbidden."""
@@ -90,10 +92,10 @@ class Drafter(Protocol):
   after the final norm. reuses_prefix: False where a copied row of the state is not enough to go on
   from an earlier position (then the engine's prompt cache stays off). A drafter may also have
   `may_pass` = True: rounds in which it cuts all of its nodes in all rows then run the root alone
-  (T = 1 in `commit`); and `by_row` = True: every array of its state, small, has the rows first, and
-  rounds may be of some rows alone (EngineConfig.shrinks). One with `num_riders` > 0 has so many
-  rows of its own behind every node in the target's forward (`ride(params, tree) -> Riders`);
-  `commit` gets those of the last node.
+  (T = 1 in `commit`); and `by_row` = True: rounds may be of some rows alone
+  (EngineConfig.shrinks), so `draft` heeds `Params.row` and `commit` `Committed.row`; the state
+  stays whole. One with `num_riders` > 0 has so many rows of its own behind every node in the
+  target's forward (`ride(params, tree) -> Riders`); `commit` gets those of the last node.
   """
 
   num_nodes: int
@@ -114,7 +116,7 @@ class Drafter(Protocol):
     """The tree after root_B (int32, at position length_B), and the state with scratch rows."""
 
   def commit(self, params: Params, state: Any, new: Committed) -> Any:
-    """State after a round in all rows: T = num_levels + 1, num_B accepted."""
+    """State after a round: T = num_levels + 1, num_B accepted."""
 
   def copy_row(self, state: Any, source: Any, target: Any) -> Any:
     """State in which row `target` continues like row `source` (prompt cache)."""
@@ -123,6 +125,22 @@ class Drafter(Protocol):
 def copy_rows(state: Any, source: Any, target: Any) -> Any:
   """`copy_row` for states whose leaves all have the batch as their first axis."""
   return jax.tree.map(lambda x: x.at[target].set(x[source]), state)
+
+
+def take_rows(state: Any, row: Any, num_rows: int) -> Any:
+  """`num_rows` rows from `row` on (None: all) of arrays that all have the batch first."""
+  if row is None:
+    return state
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, num_rows), state)
+
+
+def put_rows(state: Any, part: Any, row: Any) -> Any:
+  """`state` with rows that `take_rows` gave."""
+  if row is None:
+    return part
+  return jax.tree.map(
+    lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=0), state, part
+  )
 
 
 def num_riders(drafter: Any) -> int:

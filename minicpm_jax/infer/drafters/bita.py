@@ -34,6 +34,7 @@ class BitaDrafter:
   width: int = 5
   tap_layers: tuple[int, ...] = ()
   reuses_prefix: bool = True
+  by_row: bool = True
 
   def __post_init__(self):
     most = base.MAX_NODES
@@ -88,7 +89,8 @@ class BitaDrafter:
     parent_P, depth_P = np.asarray(parent, np.int32), np.asarray(depth, np.int32)
     anc_PP = tree_lib.ancestors(jnp.asarray(parent_P), self.num_levels)
     rows = lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (root_B.shape[0], *x.shape))  # noqa: E731
-    tok_BP = jnp.concatenate((root_B[:, None], state.tok_BC), axis=1)
+    tok_BC = base.take_rows(state.tok_BC, params.row, root_B.shape[0])
+    tok_BP = jnp.concatenate((root_B[:, None], tok_BC), axis=1)
     return base.Tree(tok_BP, rows(parent_P), rows(depth_P), rows(anc_PP)), state
 
   def ride(self, params: base.Params, tree: base.Tree) -> base.Riders:
@@ -114,7 +116,9 @@ class BitaDrafter:
     _, best_BMW = jax.lax.top_k(logits_BMV, self.width)
     tok = [best_BMW[:, level, :width] for level, width in enumerate(self._widths())]
     tok_BC = jnp.concatenate(tok, axis=1).astype(jnp.int32)
-    return State(jnp.where((new.num_B > 0)[:, None], tok_BC, state.tok_BC))
+    old_BC = base.take_rows(state.tok_BC, new.row, tok_BC.shape[0])
+    tok_BC = jnp.where((new.num_B > 0)[:, None], tok_BC, old_BC)
+    return State(base.put_rows(state.tok_BC, tok_BC, new.row))
 
   def copy_row(self, state: State, source: Any, target: Any) -> State:
     return base.copy_rows(state, source, target)

@@ -30,6 +30,7 @@ class ChainDrafter:
   num_levels: int = 4
   tap_layers: tuple[int, ...] = ()
   reuses_prefix: bool = True
+  by_row: bool = True
 
   def __post_init__(self):
     base.check_tree_size(self.num_nodes, self.num_levels)
@@ -50,24 +51,26 @@ class ChainDrafter:
     return State(cache=cache, last_B=jnp.zeros((batch_size,), jnp.int32))
 
   def prefill(self, params: base.Params, state: State, new: base.Committed) -> State:
-    row = new.row
-    cache = state.cache.replace(length=state.cache.length.at[row].set(new.start_B[0]))
-    step = cache_lib.Step(num_new_B=new.num_B, row=row, span=params.span)
-    cache = self._forward(params, new.tokens_BT, cache, step).cache
-    last = jnp.take_along_axis(new.tokens_BT, new.num_B[:, None] - 1, axis=1)[0, 0]
-    return State(cache=cache, last_B=state.last_B.at[row].set(last))
+    step = cache_lib.Step(num_new_B=new.num_B, row=new.row, span=params.span)
+    cache = cache_lib.with_lengths(state.cache, step, new.start_B)
+    state = state.replace(cache=self._forward(params, new.tokens_BT, cache, step).cache)
+    return self.commit(params, state, new)
 
   def commit(self, params: base.Params, state: State, new: base.Committed) -> State:
     at_B1 = jnp.maximum(new.num_B[:, None] - 1, 0)
     last_B = jnp.take_along_axis(new.tokens_BT, at_B1, axis=1)[:, 0]
-    return state.replace(last_B=jnp.where(new.num_B > 0, last_B, state.last_B))
+    old_B = base.take_rows(state.last_B, new.row, last_B.shape[0])
+    last_B = jnp.where(new.num_B > 0, last_B, old_B)
+    return state.replace(last_B=base.put_rows(state.last_B, last_B, new.row))
 
   def draft(
     self, params: base.Params, state: State, root_B: Any, length_B: Any
   ) -> tuple[base.Tree, State]:
-    step = cache_lib.Step(span=params.span)
-    cache = state.cache.replace(length=jnp.maximum(length_B - 1, 0))
-    tokens, feed_BT = [root_B], jnp.stack((state.last_B, root_B), axis=1)
+    B = root_B.shape[0]
+    step = cache_lib.Step(row=params.row, num_rows=B, span=params.span)
+    cache = cache_lib.with_lengths(state.cache, step, jnp.maximum(length_B - 1, 0))
+    last_B = base.take_rows(state.last_B, params.row, B)
+    tokens, feed_BT = [root_B], jnp.stack((last_B, root_B), axis=1)
     for _ in range(self.num_levels):
       out = self._forward(params, feed_BT, cache, step)
       logits_B1V = self.model.apply({"params": params.draft}, out.hidden[:, -1:], method="unembed")

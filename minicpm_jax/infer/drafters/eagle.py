@@ -47,6 +47,7 @@ class EagleDrafter:
   num_levels: int = 2
   top_k: int = 10
   num_nodes: int = 12
+  by_row: bool = True
 
   @property
   def tap_layers(self) -> tuple[int, ...]:
@@ -102,13 +103,7 @@ class EagleDrafter:
   # --- Committed rows ---------------------------------------------------------------------------
 
   def prefill(self, params: base.Params, state: EagleState, new: base.Committed) -> EagleState:
-    if new.row is None:
-      return self.commit(params, state, new)
-    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, new.row, 1, 0), state)
-    one = self.commit(params, one, new)
-    return jax.tree.map(
-      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, new.row, 0), state, one
-    )
+    return self.commit(params, state, new)
 
   def commit(self, params: base.Params, state: EagleState, new: base.Committed) -> EagleState:
     T = new.tokens_BT.shape[1]
@@ -128,12 +123,15 @@ class EagleDrafter:
       new.start_B[:, None] + steps_1T,
       steps_1T < new.num_B[:, None],
       self._rope_length(state),
+      row=new.row,
+      span=params.span,
     )
     last_B11 = jnp.clip(new.num_B - first, 1, end - first)[:, None, None] - 1
     feature_BD = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
     is_new_B1 = (new.num_B > first)[:, None]
-    feature_BD = jnp.where(is_new_B1, feature_BD.astype(state.feature_BD.dtype), state.feature_BD)
-    return EagleState(cache, feature_BD)
+    old_BD = base.take_rows(state.feature_BD, new.row, feature_BD.shape[0])
+    feature_BD = jnp.where(is_new_B1, feature_BD.astype(old_BD.dtype), old_BD)
+    return EagleState(cache, base.put_rows(state.feature_BD, feature_BD, new.row))
 
   def copy_row(self, state: EagleState, source: Any, target: Any) -> EagleState:
     return base.copy_rows(state, source, target)
@@ -151,7 +149,8 @@ class EagleDrafter:
   ) -> tuple[Any, Any, Any]:
     """What `tree.build` picks the tree from, the same for any number of nodes."""
     k, B = self.top_k, root_B.shape[0]
-    feature_B1D = state.feature_BD[:, None]
+    feature_B1D = base.take_rows(state.feature_BD, params.row, B)[:, None]
+    held = draft_lib.rows_of(state.cache, params.row, B, params.span)
     bias_BV = None if params.root_mask_BW is None else params.root_bias(self.cfg.layer.vocab_size)
     zero_B1 = jnp.zeros((B, 1), jnp.float32)
     scores_B1K, tokens_B1K = self._children(params, feature_B1D, zero_B1, bias_BV)
@@ -166,7 +165,8 @@ class EagleDrafter:
     scratch = None
     for level in range(1, self.num_levels):
       position_BK = jnp.broadcast_to((length_B + level - 1)[:, None], (B, k))
-      hidden_BKD, scratch = self._expand(params, state, beam, position_BK, length_B, scratch)
+      more = (length_B, scratch, self._rope_length(state))
+      hidden_BKD, scratch = self._expand(params, held, beam, position_BK, *more)
       scores_BKK, tokens_BKK = self._children(params, hidden_BKD, beam.scores_BK)
       scores.append(jnp.reshape(scores_BKK, (B, k * k)))
       tokens.append(jnp.reshape(tokens_BKK, (B, k * k)))
@@ -175,20 +175,21 @@ class EagleDrafter:
       beam = _next_beam(beam, hidden_BKD, best_BK, at_BK, tokens[-1])
     return jnp.concatenate(scores, axis=1), jnp.concatenate(tokens, axis=1), jnp.stack(flat, axis=1)
 
-  def _expand(self, params, state: EagleState, beam: "Beam", position_BK, length_B, scratch):
+  def _expand(
+    self, params, held: draft_lib.DraftCache, beam: "Beam", position_BK, length_B, scratch, longest
+  ):
     """Draft outputs of the beam's nodes, and the scratch keys with theirs behind."""
     cfg = self.cfg
     model = draft_lib.DraftModel(cfg)
-    old_BR = state.cache.positions_BR
-    old_BR = jnp.where(old_BR < length_B[:, None], old_BR, -1)
-    past = [(draft_lib.cached(state.cache), draft_lib.seen(position_BK, old_BR, cfg.window_size))]
+    old_BR = jnp.where(held.positions_BR < length_B[:, None], held.positions_BR, -1)
+    past = [(draft_lib.cached(held), draft_lib.seen(position_BK, old_BR, cfg.window_size))]
     if scratch is not None:
       past.append((scratch, beam.sees_BKS))
     hidden_BKD, new = model.apply(
       {"params": params.draft["model"]},
       self._embed(params, beam.tokens_BK),
       beam.feature_BKD,
-      draft_lib.position_tables(cfg, position_BK, self._rope_length(state)),
+      draft_lib.position_tables(cfg, position_BK, longest),
       tuple(past),
     )
     if scratch is None:

@@ -59,6 +59,10 @@ class HierarchicalDrafter:
   def reuses_prefix(self) -> bool:
     return self.inner.reuses_prefix
 
+  @property
+  def by_row(self) -> bool:
+    return getattr(self.inner, "by_row", False)
+
   def check(self, model: transformer.Transformer, params: base.Params) -> None:
     found, expected = self.model.cfg.vocab_size, model.cfg.vocab_size
     if found != expected:
@@ -79,22 +83,26 @@ class HierarchicalDrafter:
     )
 
   def prefill(self, params: base.Params, state: State, new: base.Committed) -> State:
-    row = new.row
-    cache = state.cache.replace(length=state.cache.length.at[row].set(new.start_B[0]))
-    step = cache_lib.Step(num_new_B=new.num_B, row=row, span=params.span)
-    out = self._forward(params, new.tokens_BT, cache, step)
+    out = self._committed(params, state, new)
     inner = self.inner.prefill(self._inner(params), state.inner, self._seen(out, new))
     zero = jnp.zeros((), jnp.int32)
-    return State(
-      out.cache, inner, state.num_trees_B.at[row].set(zero), state.num_drafted_B.at[row].set(zero)
-    )
+    counts = (x.at[new.row].set(zero) for x in (state.num_trees_B, state.num_drafted_B))
+    return State(out.cache, inner, *counts)
 
   def commit(self, params: base.Params, state: State, new: base.Committed) -> State:
-    cache = state.cache.replace(length=new.start_B)
-    step = cache_lib.Step(num_new_B=new.num_B, span=params.span)
-    out = self._forward(params, new.tokens_BT, cache, step)
+    out = self._committed(params, state, new)
     inner = self.inner.commit(self._inner(params), state.inner, self._seen(out, new))
     return state.replace(cache=out.cache, inner=inner)
+
+  def _committed(
+    self, params: base.Params, state: State, new: base.Committed
+  ) -> transformer.Output:
+    """The small model's forward of tokens that have become part of the context."""
+    step = cache_lib.Step(
+      num_new_B=new.num_B, row=new.row, num_rows=new.num_B.shape[0], span=params.span
+    )
+    cache = cache_lib.with_lengths(state.cache, step, new.start_B)
+    return self._forward(params, new.tokens_BT, cache, step)
 
   def draft(
     self, params: base.Params, state: State, root_B: Any, length_B: Any
@@ -115,7 +123,8 @@ class HierarchicalDrafter:
       last_B = jnp.take_along_axis(new_BA, jnp.maximum(acc_B - 1, 0)[:, None], axis=1)[:, 0]
       return state, jnp.where(acc_B > 0, last_B, root_B), chain_BL, num_B + acc_B
 
-    state = state.replace(cache=state.cache.replace(length=length_B))
+    rows = cache_lib.Step(row=params.row, num_rows=B)
+    state = state.replace(cache=cache_lib.with_lengths(state.cache, rows, length_B))
     chain_BL = jnp.full((B, self.num_levels), base.CUT, jnp.int32)
     carry = (state, root_B, chain_BL, jnp.zeros((B,), jnp.int32))
     state, _, chain_BL, _ = jax.lax.while_loop(is_open, one_tree, carry)
@@ -123,10 +132,10 @@ class HierarchicalDrafter:
 
   def _inner_round(self, params: base.Params, state: State, root_B: Any, is_open_B: Any):
     """(state, accepted tokens a row, tokens): one tree that the small model verifies greedily."""
-    length_B = state.cache.length
+    rows = cache_lib.Step(row=params.row, num_rows=root_B.shape[0], span=self._inner(params).span)
+    length_B = cache_lib.lengths(state.cache, rows)
     tree, inner = self.inner.draft(self._inner(params), state.inner, root_B, length_B)
-    span = self._inner(params).span
-    step = cache_lib.Step(anc_BTT=tree.anc_BPP, depth_BT=tree.depth_BP, span=span)
+    step = rows.replace(anc_BTT=tree.anc_BPP, depth_BT=tree.depth_BP)
     tokens_BP = jnp.maximum(tree.tok_BP, 0)
     out = self._forward(params, tokens_BP, state.cache, step, return_logits=True)
     y_BP = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
@@ -139,12 +148,18 @@ class HierarchicalDrafter:
       features_BTD=jnp.take_along_axis(features, path_BA[:, :, None], axis=1),
       start_B=length_B,
       num_B=acc_B,
+      row=params.row,
     )
+
+    def counted(total_B, more_B):
+      so_far_B = base.take_rows(total_B, params.row, more_B.shape[0])
+      return base.put_rows(total_B, so_far_B + more_B, params.row)
+
     state = State(
-      cache=cache_lib.commit(self.model.cfg, out.cache, path_BA, acc_B),
+      cache=cache_lib.commit(self.model.cfg, out.cache, path_BA, acc_B, rows),
       inner=self.inner.commit(self._inner(params), inner, committed),
-      num_trees_B=state.num_trees_B + is_open_B,
-      num_drafted_B=state.num_drafted_B + acc_B,
+      num_trees_B=counted(state.num_trees_B, is_open_B),
+      num_drafted_B=counted(state.num_drafted_B, acc_B),
     )
     return state, acc_B, new_BA
 
@@ -159,7 +174,8 @@ class HierarchicalDrafter:
   def _inner(self, params: base.Params) -> base.Params:
     """For the inner drafter; trees behind a chain reach further than the target's context."""
     small, inner = params.draft
-    return base.Params(small, inner, None if params.span is None else self._with_room(params.span))
+    span = None if params.span is None else self._with_room(params.span)
+    return base.Params(small, inner, span, row=params.row)
 
   def _with_room(self, num_slots: int) -> int:
     """Slots for trees behind a chain behind `num_slots`, whole blocks of a sparse small model."""

@@ -54,7 +54,7 @@ class NGramDrafter:
 
   def commit(self, params: base.Params, state: State, new: base.Committed) -> State:
     B, T = new.tokens_BT.shape
-    rows = jnp.arange(B, dtype=jnp.int32) if new.row is None else new.row[None]
+    rows = jnp.arange(B, dtype=jnp.int32) + (0 if new.row is None else new.row)
     at_BT = new.start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     is_new_BT = jnp.arange(T)[None, :] < new.num_B[:, None]
     at_BT = jnp.where(is_new_BT, at_BT, state.ids_BS.shape[1])
@@ -63,8 +63,9 @@ class NGramDrafter:
   def draft(
     self, params: base.Params, state: State, root_B: Any, length_B: Any
   ) -> tuple[base.Tree, State]:
-    tok_BCL = jax.vmap(self._lookup)(state.ids_BS, root_B, length_B)
     B, C, L = root_B.shape[0], self.num_chains, self.num_levels
+    ids_BS = base.take_rows(state.ids_BS, params.row, B)
+    tok_BCL = jax.vmap(self._lookup)(ids_BS, root_B, length_B)
     tok_BP = jnp.concatenate((root_B[:, None], jnp.reshape(tok_BCL, (B, -1))), axis=1)
     parent_P = np.arange(-1, C * L)
     parent_P[1::L] = 0
