@@ -312,7 +312,7 @@ def unread(suite: str) -> tuple[str, ...]:
     return ("model", "prompt_tokens", "new_tokens", "repeats")
   # Two whole texts are decoded: random weights have no tokenizer to read them with.
   texts = ("prompt_tokens", "shape") if suite == "speculative" else ()
-  return (*texts, "parts", "weights", "compilers", "nodes", "compile_only")
+  return (*texts, "parts", "weights", "compilers", "nodes", "contexts", "compile_only")
 
 
 def on_texts(suite: str, settings: Settings) -> list[Settings]:

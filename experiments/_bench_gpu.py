@@ -21,7 +21,7 @@ import numpy as np
 from experiments import _forced
 from minicpm_jax import config
 from minicpm_jax.core import trees, types
-from minicpm_jax.infer import rounds
+from minicpm_jax.infer import constrained, rounds
 from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import draft as draft_lib
@@ -228,6 +228,41 @@ class Program:
       taken.append((time.perf_counter() - began) / (calls * self.num_rounds))
     num_rounds = self.size.repeats * calls * self.num_rounds
     return statistics.median(taken), tokens / num_rounds
+
+
+class Chunk:
+  """`rounds.prefill` of the `size.chunk` tokens of a prompt that end with its token `length`."""
+
+  def __init__(self, size: Sizes, cfg, params, length: int):
+    self.model, self.params, self.drafter = transformer.Transformer(cfg), params, base.NoDrafter()
+    self.size, self.length, self.num = size, length, size.chunk
+    self.slots = -(-(length + size.repeats * self.num) // 1024) * 1024
+    one, mask_1W = np.int32(1), jnp.full((1, constrained.mask_width(cfg.vocab_size)), -1, jnp.int32)
+    tokens_1C = jnp.arange(self.num, dtype=jnp.int32)[None] % cfg.vocab_size
+    total = np.int32(self.slots)  # further chunks follow
+    self._args = (tokens_1C, np.int32(0), np.int32(self.num), total, one, mask_1W)
+    is_long = cfg.sparse is not None and self.slots >= cfg.sparse.dense_len
+    self._lowered = rounds.prefill.lower(
+      *(self.model, self.drafter, params, jax.eval_shape(self._context, params), *self._args),
+      span=self.slots,
+      known=rounds.Known(is_long=is_long),
+    )
+
+  def _context(self, params: Any) -> Any:
+    return context(self.model, self.drafter, params, self.length - self.num, self.slots)
+
+  compile = Program.compile
+
+  def time(self) -> float:
+    """Seconds of a chunk, the median of those that follow the first."""
+    state, taken = self._context(self.params), []
+    for i in range(1 + self.size.repeats):
+      began = time.perf_counter()
+      state, answer = self.run(self.params, state, *self._args)
+      if jax.device_get(answer.is_bad_B).any():
+        raise FloatingPointError("found non-finite logits, expected finite")
+      taken += [time.perf_counter() - began] if i else []
+    return statistics.median(taken)
 
 
 def _count(answer: Any) -> int:

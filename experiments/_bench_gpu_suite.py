@@ -22,10 +22,10 @@ from minicpm_jax.models import transformer
 from pallas_kernels.common import bench as kernels
 
 PATTERNS = {"1": (1, 1), "2": (2, 2), "2.5": (2, 3), "3": (3, 3)}  # tokens of rounds, in turn
-PARTS = ("plain", "verify", "spec", "draft", "engine", "long", "prefill")
+PARTS = ("plain", "verify", "spec", "draft", "engine", "long", "chunk", "prefill")
 LEVELS = (2, 4)  # of drafts whose difference gives the time of a level
-KINDS_OF = {"engine": ("bf16",), "long": ("bf16",), "prefill": ("bf16",)}  # others: every kind
-
+KINDS_OF = {"engine": ("bf16",), "prefill": ("bf16",)}  # others: every kind
+LONG = ("long", "chunk")  # bf16 alone unless kinds are asked for
 COMPILED_AS_THEY_RUN = ("engine", "prefill")
 
 
@@ -37,12 +37,13 @@ def run(
   parts: Sequence[str] | None,
   num_threads: int,
   nodes: Sequence[int] | None = None,
+  contexts: Sequence[int] | None = None,
   is_only_compiled: bool = False,
 ) -> int:
   """Writes OUTPUT/bench_decode_gpu_SHAPE.json after every row; 1 where a part failed.
 
   ValueError for unknown names. `asked`: kinds of weights, None: bf16 and int4 where a part reads
-  them. `parts` None: all but prefill. `nodes`: trees of the part verify.
+  them. `parts` None: all but prefill. `nodes`: of the part verify. `contexts`: of long and chunk.
   `is_only_compiled`: programs go into the compilation cache, nothing is timed.
   """
   parts = [p for p in PARTS if p != "prefill"] if parts is None else parts
@@ -53,14 +54,22 @@ def run(
   size = bench.sizes(shape)
   if nodes and "verify" not in parts:
     raise ValueError(f"--nodes: found with --parts={','.join(parts)}, expected verify among them")
-  read = [k for k in kinds if any(k in KINDS_OF.get(part, (k,)) for part in parts)]
+  if contexts and not set(parts) & set(LONG):
+    expected = " or ".join(LONG)
+    raise ValueError(f"--contexts: found with --parts={','.join(parts)}, expected {expected}")
+  if short := [n for n in contexts or () if n <= size.chunk]:
+    raise ValueError(f"--contexts: found {short}, expected more than a chunk of {size.chunk}")
+  kinds_of = KINDS_OF | (dict.fromkeys(LONG, ("bf16",)) if asked is None else {})
+  read = [k for k in kinds if any(k in kinds_of.get(part, (k,)) for part in parts)]
   if unread := sorted(set(asked or ()) - set(read)):
     raise ValueError(f"--weights: found {unread}, but {list(parts)} measure bf16 weights only")
   if is_only_compiled and not set(parts) - set(COMPILED_AS_THEY_RUN):
     raise ValueError(f"--compile_only: found with {list(parts)}, which compile as they run")
   if nodes:
     size = dataclasses.replace(size, nodes={kind: tuple(nodes) for kind in bench.QUANT})
-  suite = Suite(size, parts, num_threads, is_only_compiled=is_only_compiled)
+  if contexts:
+    size = dataclasses.replace(size, long=tuple(contexts))
+  suite = Suite(size, parts, num_threads, kinds_of=kinds_of, is_only_compiled=is_only_compiled)
   folder = _results.RESULTS if output is None else pathlib.Path(output)
   path = folder / f"bench_decode_gpu_{shape}.json"
   status = suite.run(read, lambda: _results.save(path, suite.rows, errors=suite.errors))
@@ -77,10 +86,12 @@ class Suite:
     parts: Sequence[str],
     num_threads: int = 4,
     *,
+    kinds_of: dict[str, tuple[str, ...]] = KINDS_OF,
     is_only_compiled: bool = False,
   ):
     self.size, self.parts, self.rows, self.errors = size, parts, [], []
     self._num_threads, self._is_only_compiled = num_threads, is_only_compiled
+    self._kinds_of = kinds_of
     self._step_s: dict[str, float] = {}
 
   def run(self, kinds: Sequence[str], save: Callable[[], None]) -> int:
@@ -120,15 +131,14 @@ class Suite:
   # --- One kind of weights ------------------------------------------------------------------------
 
   def _measure(self, kind: str, cfg: Any, params: base.Params, draft_cfg: Any) -> None:
-    wanted = [p for p in self.parts if kind in KINDS_OF.get(p, (kind,))]
+    wanted = [p for p in self.parts if kind in self._kinds_of.get(p, (kind,))]
     programs = self._compiled(self._makers(kind, wanted, cfg, params, draft_cfg))
     if self._is_only_compiled:
       return
     for name, program in programs.items():
       part = name.split()[1]
-      measure = {"draft": self._draft, "draft-fr": self._draft, "spec": self._spec}.get(
-        part, self._step
-      )
+      measures = {"draft": self._draft, "draft-fr": self._draft, "spec": self._spec}
+      measure = (measures | {"chunk": self._chunk}).get(part, self._step)
       self._guarded(name, functools.partial(measure, kind, name, program))
     if "draft" in wanted:
       self._guarded(f"{kind} draft level", functools.partial(self._level, kind, "draft"))
@@ -168,6 +178,10 @@ class Suite:
     for length in size.long if "long" in wanted else ():
       for name, c in (("sparse", cfg), ("dense", dense)):
         makers[f"{kind} long {name} {length}"] = functools.partial(one, c, params, plain, length)
+    for length in size.long if "chunk" in wanted else ():
+      for name, c in (("sparse", cfg), ("dense", dense)):
+        make = functools.partial(bench.Chunk, size, c, params, length)
+        makers[f"{kind} chunk {name} {length}"] = make
     return makers
 
   def _compiled(self, makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -222,6 +236,11 @@ class Suite:
       if kind in self._step_s:
         row |= {"x plain": tokens / seconds * self._step_s[kind]}
       self._row(**row)
+
+  def _chunk(self, kind: str, name: str, program: bench.Chunk) -> None:
+    seconds = program.time()
+    row = dict(part=name, context=program.length, ms=1e3 * seconds)
+    self._row(**row, **{"prefill tokens/s": program.num / seconds})
 
   def _draft(self, kind: str, name: str, program: bench.DraftStep) -> None:
     seconds = program.time()

@@ -52,6 +52,9 @@ _COMPILERS = flags.DEFINE_integer(
 _NODES = flags.DEFINE_list(
   "nodes", None, "Tree sizes of --parts=verify; default: the kind's.", flag_values=VALUES
 )
+_CONTEXTS = flags.DEFINE_list(
+  "contexts", None, "Tokens of --parts=long,chunk; default: 32768,131072.", flag_values=VALUES
+)
 _COMPILE_ONLY = flags.DEFINE_bool(
   "compile_only", False, "With --suite=gpu: fill jax's compilation cache.", flag_values=VALUES
 )
@@ -105,7 +108,10 @@ def _run_gpu() -> int:
   if bad:
     raise ValueError(f"--nodes: found {bad}, expected sizes of trees, 1..64")
   nodes = [int(n) for n in _NODES.value or ()]
-  options |= dict(nodes=nodes, is_only_compiled=_COMPILE_ONLY.value)
+  if bad := [n for n in _CONTEXTS.value or () if not n.isdigit()]:
+    raise ValueError(f"--contexts: found {bad}, expected numbers of tokens")
+  contexts = [int(n) for n in _CONTEXTS.value or ()]
+  options |= dict(nodes=nodes, contexts=contexts, is_only_compiled=_COMPILE_ONLY.value)
   return suites.run(_SHAPE.value or "minicpm4_8b", _OUTPUT.value, **options)
 
 

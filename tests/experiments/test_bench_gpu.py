@@ -69,6 +69,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, c
   [
     ("--parts=plain,fast", "--parts: found ['fast']"),
     ("--nodes=12,many", "--nodes: found ['many']"),
+    ("--contexts=many", "--contexts: found ['many']"),
     ("--weights=int5", "--weights: found ['int5']"),
     ("--shape=huge", "--shape: found 'huge'"),
   ],
@@ -83,6 +84,27 @@ def test_compile_only_times_nothing(tmp_path):
   status, found = run(tmp_path, *flags)
   assert status == 0 and [row["part"] for row in found["rows"]] == ["weights", "compile"]
   assert found["rows"][1]["programs"] == 1
+
+
+def test_a_chunk_behind_a_context_is_timed_in_the_kind_asked_for(tmp_path):
+  flags = ("--parts=chunk", "--contexts=192", "--weights=int4")
+  status, found = run(tmp_path, *flags)
+  assert status == 0 and not found["errors"]
+  rows = {row["part"]: row for row in found["rows"][2:]}
+  assert set(rows) == {"int4 chunk sparse 192", "int4 chunk dense 192"}
+  for row in rows.values():  # chunks of 64 tokens
+    assert row["prefill tokens/s"] == pytest.approx(64e3 / row["ms"])
+
+
+def test_a_chunk_is_the_prompts_last_tokens():
+  size = _bench_gpu.sizes("tiny")
+  cfg, params, _, _ = _bench_gpu.weights(size, "bf16")
+  chunk = _bench_gpu.Chunk(size, cfg, base.Params(params, ()), 192)
+  state = chunk._context(chunk.params)
+  assert state.cache.length.tolist() == [128]
+  chunk.compile()
+  state, _ = chunk.run(chunk.params, state, *chunk._args)
+  assert state.cache.length.tolist() == [192]
 
 
 def test_a_draft_with_fr_scores_a_quarter_of_the_head():
