@@ -129,12 +129,14 @@ def _body(
       fragments.store(y_NM, to)
 
 
+@mgpu.once("height", "rows", "bits", "low", "splits", "warpgroups", "num_stages", "interpreted")
 def matmul(
   x_MK,
   codes_RN,
   scale_QN,
   zero_QN,
   *,
+  height,
   rows,
   bits,
   low,
@@ -145,11 +147,11 @@ def matmul(
 ):
   """[splits, rows, N] of whole tiles: N a multiple of 128, Q divides the steps.
 
-  x has a block of a multiple of 8 rows, at most 64, of which `rows` count; or several whole ones.
+  x has blocks of `height` rows, a multiple of 8 and at most 64; or less than 8, which copies fill
+  up with zeros (but not when interpreted).
   """
   (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], BYTES * 8 // bits
-  blocks = -(-M // MOST_ROWS)
-  has_zero, dtype, height = zero_QN is not None, x_MK.dtype, M // blocks
+  blocks, has_zero, dtype = -(-M // height), zero_QN is not None, x_MK.dtype
   out_dtype = dtype if splits == 1 else jnp.float32
   sizes = dict(bits=bits, low=low, steps=K // block_k, splits=splits)
   flags = dict(has_zero=has_zero, interpreted=interpreted)

@@ -126,11 +126,13 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
     )
   size = kernels.shared_bytes(height, warpgroups, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {width}")
+  is_cut = M < 8 and not interpreted  # one tile: copies to shared memory add the rows it lacks
   y_sMN = kernels.matmul(
-    mgpu.padded(x_MK, blocks * height, block_k),
+    mgpu.padded(x_MK, 1 if is_cut else blocks * height, block_k),
     mgpu.padded(codes_RN, kernels.BYTES, width),
     mgpu.padded(scale_QN, 1, width),
     None if zero_QN is None else mgpu.padded(zero_QN, 1, width),
+    height=height,
     rows=M if blocks == 1 else blocks * height,
     bits=bits,
     low=low,
