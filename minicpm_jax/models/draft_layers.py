@@ -26,7 +26,9 @@ def attend(
   """
   B, T, N, H = q_BTNH.shape
   K = parts[0][0].shape[2]
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  G = N // K
+  q_BKTGH = jnp.transpose(q_BTNH.reshape(B, T, K, G, H), (0, 2, 1, 3, 4))
+  q_BKRH = q_BKTGH.reshape(B, K, T * G, H)  # scores and weights have their keys last
   if own is not None:
     one = jnp.ones((1,), bool)
     k_J, v_J, is_on_J = diagonals or (own[0][:0], own[1][:0], one[:0])
@@ -40,25 +42,31 @@ def attend(
       )
   scores, masks = [], []
   for k_BSKH, _, mask_BTS in parts:
-    scores.append(jnp.einsum("BTKGH,BSKH->BTKGS", q_BTKGH, k_BSKH.astype(q_BTNH.dtype)))
-    masks.append(jnp.broadcast_to(mask_BTS[:, :, None, None, :], (B, T, 1, 1, k_BSKH.shape[1])))
+    scores.append(_by_head(q_BKRH, k_BSKH.astype(q_BTNH.dtype), 3).reshape(B, K, T, G, -1))
+    masks.append(mask_BTS)
   if diagonals is not None:
     k_JBTKH, _, is_on_J = diagonals
-    scores.append(jnp.einsum("BTKGH,JBTKH->BTKGJ", q_BTKGH, k_JBTKH))
-    on = is_on_J[None, None, None, None, :]
-    masks.append(jnp.broadcast_to(on, (B, T, 1, 1, is_on_J.shape[0])))
+    scores.append(jnp.einsum("BKTGH,JBTKH->BKTGJ", q_BKTGH, k_JBTKH))
+    masks.append(jnp.broadcast_to(is_on_J[None, None, :], (B, T, is_on_J.shape[0])))
   sizes = [s.shape[-1] for s in scores]
   scores_all = jnp.concatenate(scores, axis=-1).astype(jnp.float32) * H**-0.5
-  mask_all = jnp.concatenate(masks, axis=-1)
+  mask_all = jnp.concatenate(masks, axis=-1)[:, None, :, None, :]
   scores_all = jnp.where(mask_all, scores_all, -1e30)
   weights = jnp.where(mask_all, jax.nn.softmax(scores_all, axis=-1), 0.0).astype(q_BTNH.dtype)
   split = jnp.split(weights, np.cumsum(sizes)[:-1].tolist(), axis=-1)
-  out_BTKGH = jnp.zeros_like(q_BTKGH)
+  out_BKTGH = jnp.zeros_like(q_BKTGH)
   for weight, (_, v_BSKH, _) in zip(split, parts, strict=False):
-    out_BTKGH += jnp.einsum("BTKGS,BSKH->BTKGH", weight, v_BSKH.astype(q_BTNH.dtype))
+    weight_BKRS = weight.reshape(B, K, T * G, -1)
+    out_BKTGH += _by_head(weight_BKRS, v_BSKH.astype(q_BTNH.dtype), 1).reshape(B, K, T, G, H)
   if diagonals is not None:
-    out_BTKGH += jnp.einsum("BTKGJ,JBTKH->BTKGH", split[-1], diagonals[1])
-  return out_BTKGH.reshape(B, T, N, H)
+    out_BKTGH += jnp.einsum("BKTGJ,JBTKH->BKTGH", split[-1], diagonals[1])
+  return jnp.transpose(out_BKTGH, (0, 2, 1, 3, 4)).reshape(B, T, N, H)
+
+
+def _by_head(x_BKRX: Array, y_BSKH: Array, axis: int) -> Array:
+  """[B, K, R, the other axis of y]: sums over the last axis of x and `axis` of y. `jnp.einsum`
+  would turn the sides round, and its result would lie with the keys in front of the rows."""
+  return jax.lax.dot_general(x_BKRX, y_BSKH, (((3,), (axis,)), ((0, 1), (0, 2))))
 
 
 class Fuse(nn.Module):

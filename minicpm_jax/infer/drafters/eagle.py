@@ -262,7 +262,8 @@ def _next_beam(beam: Beam, hidden_BKD, best_BK, at_BK, tokens_BC) -> Beam:
     tokens_BK=jnp.take_along_axis(tokens_BC, at_BK, axis=1),
     scores_BK=best_BK,
     feature_BKD=jnp.take_along_axis(hidden_BKD, parent_BK1, axis=1),
-    sees_BKS=jnp.take_along_axis(sees, parent_BK1, axis=1),
+    # The barrier keeps XLA from choosing rows of rows again for every score of the next level.
+    sees_BKS=jax.lax.optimization_barrier(jnp.take_along_axis(sees, parent_BK1, axis=1)),
   )
 
 
