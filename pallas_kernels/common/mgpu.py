@@ -49,6 +49,11 @@ def check_shared_memory(op: str, num_bytes: int, what: str) -> None:
     )
 
 
+def stages_that_fit(most: int, num_bytes) -> int:
+  """The most from 2 to `most` whose num_bytes(stages) a block of threads has; 2 where none fit."""
+  return max((n for n in range(2, most + 1) if num_bytes(n) <= MAX_SHARED_BYTES), default=2)
+
+
 def padded(x, *multiples: int):
   """Zeros behind every axis, up to these multiples."""
   return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])

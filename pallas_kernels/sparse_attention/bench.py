@@ -110,14 +110,8 @@ def dense_step(q, k, v):
 def candidates(implementation: str):
   """Tiles worth trying on a GPU."""
   if implementation == "mosaic_gpu":
-    for warpgroups, stages, q_stages in ((1, 2, 2), (2, 2, 2), (2, 3, 3), (3, 2, 2), (3, 3, 2)):
-      for q_in_registers in (False, True):
-        yield mosaic_gpu.MosaicGpuConfig(
-          warpgroups=warpgroups,
-          num_stages=stages,
-          q_stages=q_stages,
-          q_in_registers=q_in_registers,
-        )
+    for warpgroups, stages, q_stages in ((1, 4, 3), (2, 3, 3), (2, 5, 3), (3, 3, 2), (3, 5, 3)):
+      yield mosaic_gpu.MosaicGpuConfig(warpgroups=warpgroups, num_stages=stages, q_stages=q_stages)
     return
   for warps, stages, kv_rows in itertools.product((2, 4), (2, 3), (32, 64, 128)):
     yield triton.TritonConfig(list_warps=warps, list_stages=stages, kv_rows=kv_rows)

@@ -19,12 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import mgpu
 from pallas_kernels.sparse_attention.mgpu_kernels import (
   LOG2E,
+  copy_ahead,
+  following,
   hide,
   is_listed,
   member_bias,
   query_of_rows,
-  ring,
+  release,
   rows_and_edges,
+  share_registers,
+  tile_of_program,
 )
 
 ROWS = mgpu.ROWS
@@ -80,54 +84,61 @@ def _q_body(
   num_stages,
   interpreted,
 ):
-  x, own = jax.lax.axis_index("tile"), jax.lax.axis_index("warpgroup")
+  own, warpgroups = jax.lax.axis_index("warpgroup"), q_smem.shape[0]
   _, block, heads, head_dim = k_ref.shape
-  head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
+  x, y, head = tile_of_program(heads, pos_ref.shape[0])
   count, first = counts_ref[x], first_ref[x]
 
-  def copy(j, slot):
-    place = first + ids_ref[x, j]
-    plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
-    plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
+  @pl.when(own == warpgroups)
+  def _():
+    share_registers(warpgroups, True, interpreted)
 
-  prefetch, refill, release = ring(own, 0, count, num_stages, free_barriers, copy)
-  prefetch()
-  for source, target in (
-    (q_ref.at[x, own], q_smem),
-    (dout_ref.at[x, own], dout_smem),
-    (pos_ref.at[y, own], pos_smem),
-    (start_ref.at[y, own], start_smem),
-    (lse_ref.at[x, own], lse_smem),
-    (delta_ref.at[x, own], delta_smem),
-  ):
-    plgpu.copy_gmem_to_smem(source, target.at[own], row_barriers.at[own])
-  plgpu.barrier_wait(row_barriers.at[own])
-  of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
-  query_R = query_of_rows(own, queries, group, block, interpreted)
-  lse_R, delta_R = (mgpu.as_rows(ref[own], interpreted) for ref in (lse_smem, delta_smem))
-  delta_Rs = mgpu.across(delta_R, block)
+    def copy(j, slot):
+      place = first + ids_ref[x, j]
+      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
+      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
 
-  def step(j, acc_RH):
-    slot, bits = jax.lax.rem(j, num_stages), bits_ref[x, j]
+    copy_ahead(0, count, num_stages, free_barriers, copy)
 
-    def add(acc_RH):
-      scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
-      scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
-      bias_Rs = mgpu.across(member_bias(bits, query_R) - lse_R, block)
-      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + bias_Rs)
-      dprobs_Rs = mgpu.dot_transposed(dout_smem.at[own], v_smem.at[slot], interpreted)
-      dscores_Rs = (probs_Rs * (dprobs_Rs - delta_Rs)).astype(k_smem.dtype)
-      return mgpu.values_dot_add(acc_RH, dscores_Rs, k_smem.at[slot], interpreted)
+  @pl.when(own < warpgroups)
+  def _():
+    share_registers(warpgroups, False, interpreted)
+    for source, target in (
+      (q_ref.at[x, own], q_smem),
+      (dout_ref.at[x, own], dout_smem),
+      (pos_ref.at[y, own], pos_smem),
+      (start_ref.at[y, own], start_smem),
+      (lse_ref.at[x, own], lse_smem),
+      (delta_ref.at[x, own], delta_smem),
+    ):
+      plgpu.copy_gmem_to_smem(source, target.at[own], row_barriers.at[own])
+    plgpu.barrier_wait(row_barriers.at[own])
+    of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
+    query_R = query_of_rows(own, queries, group, block, interpreted)
+    lse_R, delta_R = (mgpu.as_rows(ref[own], interpreted) for ref in (lse_smem, delta_smem))
+    delta_Rs = mgpu.across(delta_R, block)
 
-    plgpu.barrier_wait(barriers.at[slot])
-    refill(j)
-    acc_RH = jax.lax.cond(is_listed(bits, own, queries), add, lambda acc_RH: acc_RH, acc_RH)
-    release(j)
-    return acc_RH
+    def step(j, carry):
+      slot, acc_RH = carry
+      bits = bits_ref[x, j]
 
-  nothing = mgpu.as_tile(jnp.zeros((ROWS, head_dim), jnp.float32), interpreted)
-  acc_RH = jax.lax.fori_loop(0, count, step, nothing)
-  dq_ref[x, own] = (acc_RH * scale).astype(dq_ref.dtype)
+      def add(acc_RH):
+        scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
+        scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
+        bias_Rs = mgpu.across(member_bias(bits, query_R) - lse_R, block)
+        probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + bias_Rs)
+        dprobs_Rs = mgpu.dot_transposed(dout_smem.at[own], v_smem.at[slot], interpreted)
+        dscores_Rs = (probs_Rs * (dprobs_Rs - delta_Rs)).astype(k_smem.dtype)
+        return mgpu.values_dot_add(acc_RH, dscores_Rs, k_smem.at[slot], interpreted)
+
+      plgpu.barrier_wait(barriers.at[slot])
+      acc_RH = jax.lax.cond(is_listed(bits, own, queries), add, lambda acc_RH: acc_RH, acc_RH)
+      release(j, slot, count, num_stages, free_barriers)
+      return following(slot, num_stages), acc_RH
+
+    nothing = mgpu.as_tile(jnp.zeros((ROWS, head_dim), jnp.float32), interpreted)
+    _, acc_RH = jax.lax.fori_loop(0, count, step, (jnp.int32(0), nothing))
+    dq_ref[x, own] = (acc_RH * scale).astype(dq_ref.dtype)
 
 
 def backward_q(
@@ -169,7 +180,7 @@ def backward_q(
     ],
     grid=(X,),
     grid_names=("tile",),
-    num_threads=C,
+    num_threads=C + 1,  # the last one copies
     thread_name="warpgroup",
     kernel_name="sparse_attention_backward_q",
     **mgpu.options(interpreted),

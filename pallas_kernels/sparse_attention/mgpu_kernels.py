@@ -3,8 +3,9 @@
 A warpgroup holds a few queries times the G heads of one key head, the 64 rows of a wgmma; a tile
 is `warpgroups` of them, which share blocks that arrive by TMA in the model's layout, `num_stages`
 in flight: a tile's list is the union of its queries' lists with one membership bit a query. A
-warpgroup passes over blocks that none of its queries lists. The first warpgroup copies; it refills
-a buffer when all have arrived at the buffer's barrier. Positions are compared only in blocks that
+warpgroup passes over blocks that none of its queries lists. One more warpgroup does nothing but
+copy, so that the others drift apart as far as the buffers allow: it refills a buffer when all have
+arrived at the buffer's barrier. Positions are compared only in blocks that
 hold a query's own position or the first token of its document; members are a bias by row.
 """
 
@@ -22,6 +23,7 @@ from pallas_kernels.sparse_topk import rule as rules
 FLOOR = -1e30  # below every real score
 HIDDEN = -1e33  # of a slot that its row does not see, before the scale; far below FLOOR behind it
 LOG2E = math.log2(math.e)
+COPYING_REGISTERS = 32  # of a thread of the copying warpgroup
 
 
 def shared_bytes(block: int, head_dim: int, num_stages: int, itemsize: int, warpgroups: int) -> int:
@@ -82,36 +84,49 @@ def hide(scores_Rs, first_spot, low, high, pos_ref, start_ref, interpreted: bool
   return jax.lax.cond(is_open, lambda x: x, compare, scores_Rs)
 
 
-def ring(own, begin, end, num_stages: int, free_barriers, copy):
-  """(prefetch(), refill(j), release(j)) of buffers that the first warpgroup fills and all read.
+def tile_of_program(heads: int, Y: int):
+  """(x, y, key head): one head's tiles after the other's, so that half of k and v is in use."""
+  program = jax.lax.axis_index("tile")
+  head, y = jax.lax.div(program, Y), jax.lax.rem(program, Y)
+  return y * heads + head, y, head
 
-  copy(j, slot) starts the copies of step j. A warpgroup calls `refill` inside step j and `release`
-  behind its last read; the buffer of step j - 1 is then filled for step j - 1 + num_stages.
-  """
 
-  def fetch(j, is_free: bool):
-    @pl.when((own == 0) & (j < end))
+def copy_ahead(begin, end, num_stages: int, free_barriers, copy):
+  """The copying warpgroup's work: copy(j, slot) starts the copies of step j, begin <= j < end."""
+
+  def step(j, slot):
+    @pl.when(j - begin >= num_stages)
     def _():
-      slot = jax.lax.rem(j - begin, num_stages)
-      if not is_free:
-        plgpu.barrier_wait(free_barriers.at[slot])
-      copy(j, slot)
+      plgpu.barrier_wait(free_barriers.at[slot])
 
-  def prefetch():
-    for i in range(num_stages):
-      fetch(begin + i, is_free=True)
+    copy(j, slot)
+    return following(slot, num_stages)
 
-  def refill(j):
-    @pl.when(j > begin)
-    def _():
-      fetch(j - 1 + num_stages, is_free=False)
+  jax.lax.fori_loop(begin, end, step, jnp.int32(0))
 
-  def release(j):
-    @pl.when(j + num_stages < end)  # somebody will wait
-    def _():
-      plgpu.barrier_arrive(free_barriers.at[jax.lax.rem(j - begin, num_stages)])
 
-  return prefetch, refill, release
+def following(slot, num_stages: int):
+  return jnp.where(slot == num_stages - 1, 0, slot + 1)
+
+
+def release(j, slot, end, num_stages: int, free_barriers):
+  """Behind a warpgroup's last read of step j: a later step is copied into the same buffers."""
+
+  @pl.when(j + num_stages < end)
+  def _():
+    plgpu.barrier_arrive(free_barriers.at[slot])
+
+
+def share_registers(warpgroups: int, is_copying: bool, interpreted: bool) -> None:
+  """Moves registers that copying does not need to the warpgroups that compute."""
+  at_start = 512 // (warpgroups + 1) // 8 * 8  # a thread's, of 64 Ki
+  if warpgroups == 1 or interpreted:  # has as many as a thread can name
+    return
+  if is_copying:
+    plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+  else:
+    left = (at_start * (warpgroups + 1) - COPYING_REGISTERS) // warpgroups
+    plgpu.set_max_registers(left // 8 * 8, action="increase")
 
 
 def _body(
@@ -120,14 +135,14 @@ def _body(
   counts_ref,  # [X]
   first_ref,  # [X] place of the row's block 0 in k and v, or in the table
   table_ref,  # [P] place of each block in k and v (`is_paged`)
-  q_ref,  # [X, C, R, H], C warpgroups
+  q_ref,  # [X, C, R, H], C warpgroups, or [B, T, K, G, H]
   k_ref,  # [P, s, K, H]
   v_ref,
   pos_ref,  # [Y, C, R], Y = X / K
   start_ref,
   low_ref,  # [Y, C] lowest position of a warpgroup's queries
   high_ref,  # [Y, C] highest start
-  out_ref,  # [X, splits, C, R, H]
+  out_ref,  # [X, splits, C, R, H], or as q
   lse_ref,  # [X, splits, C, R] base e
   q_smem,
   k_smem,
@@ -145,93 +160,116 @@ def _body(
   scale,
   splits,
   num_stages,
-  q_in_registers,
   is_paged,
+  is_in_place,
   interpreted,
 ):
-  x, split, own = (jax.lax.axis_index(name) for name in ("tile", "split", "warpgroup"))
+  split, own = jax.lax.axis_index("split"), jax.lax.axis_index("warpgroup")
   _, block, heads, head_dim = k_ref.shape
-  rows = mgpu.ROWS
-  head, y = jax.lax.rem(x, heads), jax.lax.div(x, heads)
+  rows, warpgroups = mgpu.ROWS, q_smem.shape[0]
+  x, y, head = tile_of_program(heads, Y := pos_ref.shape[0])
   count, first = counts_ref[x], first_ref[x]
   share = jax.lax.div(count + (splits - 1), splits)
   begin = split * share
   end = jnp.minimum(begin + share, count)
 
-  def copy(j, slot):
-    place = first + ids_ref[x, j]
-    if is_paged:
-      place = table_ref[place]
-    plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], k_barriers.at[slot])
-    plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], v_barriers.at[slot])
+  def places():
+    """(row of the batch, query, whether it is one, its rows) of each query of the warpgroup."""
+    B, T = q_ref.shape[:2]
+    b, tile = jax.lax.div(y, Y // B), jax.lax.rem(y, Y // B)
+    for i in range(queries):
+      t = (tile * warpgroups + own) * queries + i
+      yield b, jnp.minimum(t, T - 1), t < T, pl.ds(i * group, group)
 
-  prefetch, refill, release = ring(own, begin, end, num_stages, free_barriers, copy)
-  prefetch()
-  for source, target in (
-    (q_ref.at[x, own], q_smem.at[own]),
-    (pos_ref.at[y, own], pos_smem.at[own]),
-    (start_ref.at[y, own], start_smem.at[own]),
-  ):
-    plgpu.copy_gmem_to_smem(source, target, row_barriers.at[own])
-  plgpu.barrier_wait(row_barriers.at[own])
-  of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
-  query_R = query_of_rows(own, queries, group, block, interpreted)
-  if q_in_registers:
-    q_RH = mgpu.as_tile(q_smem[own], interpreted)
+  @pl.when(own == warpgroups)
+  def _():
+    share_registers(warpgroups, True, interpreted)
 
-  def step(j, carry):
-    slot, bits = jax.lax.rem(j - begin, num_stages), bits_ref[x, j]
+    def copy(j, slot):
+      place = first + ids_ref[x, j]
+      if is_paged:
+        place = table_ref[place]
+      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], k_barriers.at[slot])
+      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], v_barriers.at[slot])
 
-    def attend(top_R, sum_R, acc_RH):
-      if q_in_registers:
-        scores_Rs = mgpu.values_dot_transposed(q_RH, k_smem.at[slot], interpreted)
-      else:
+    copy_ahead(begin, end, num_stages, free_barriers, copy)
+
+  @pl.when(own < warpgroups)
+  def _():
+    share_registers(warpgroups, False, interpreted)
+    copies = [(pos_ref.at[y, own], pos_smem.at[own]), (start_ref.at[y, own], start_smem.at[own])]
+    if is_in_place:
+      copies += [(q_ref.at[b, t, head], q_smem.at[own, at]) for b, t, _, at in places()]
+    else:
+      copies.append((q_ref.at[x, own], q_smem.at[own]))
+    for source, target in copies:
+      plgpu.copy_gmem_to_smem(source, target, row_barriers.at[own])
+    plgpu.barrier_wait(row_barriers.at[own])
+    of_rows = (low_ref[y, own], high_ref[y, own], pos_smem.at[own], start_smem.at[own])
+    query_R = query_of_rows(own, queries, group, block, interpreted)
+
+    def step(j, carry):
+      slot, bits, *carry = carry
+      next_bits = bits_ref[x, jnp.minimum(j + 1, end - 1)]
+
+      def attend(top_R, sum_R, acc_RH):
         scores_Rs = mgpu.dot_transposed(q_smem.at[own], k_smem.at[slot], interpreted)
-      scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
-      bias_R = member_bias(bits, query_R)
-      new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
-      probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + mgpu.across(bias_R - new_top_R, block))
-      shrink_R = jnp.exp2(top_R - new_top_R)
-      sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
-      refill(j)
-      plgpu.barrier_wait(v_barriers.at[slot])
-      acc_RH = mgpu.values_dot_add(
-        acc_RH * mgpu.across(shrink_R, head_dim),
-        probs_Rs.astype(v_smem.dtype),
-        v_smem.at[slot],
-        interpreted,
-      )
-      return new_top_R, sum_R, acc_RH
+        scores_Rs = hide(scores_Rs, ids_ref[x, j] * block, *of_rows, interpreted)
+        bias_R = member_bias(bits, query_R)
+        new_top_R = jnp.maximum(top_R, jnp.max(scores_Rs, axis=1) * (scale * LOG2E) + bias_R)
+        probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + mgpu.across(bias_R - new_top_R, block))
+        shrink_R = jnp.exp2(top_R - new_top_R)
+        sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
+        plgpu.barrier_wait(v_barriers.at[slot])
+        acc_RH = mgpu.values_dot_add(
+          acc_RH * mgpu.across(shrink_R, head_dim),
+          probs_Rs.astype(v_smem.dtype),
+          v_smem.at[slot],
+          interpreted,
+        )
+        return new_top_R, sum_R, acc_RH
 
-    def skip(*carry):
-      refill(j)
-      plgpu.barrier_wait(v_barriers.at[slot])
-      return carry
+      def skip(*carry):
+        plgpu.barrier_wait(v_barriers.at[slot])
+        return carry
 
-    plgpu.barrier_wait(k_barriers.at[slot])
-    carry = jax.lax.cond(is_listed(bits, own, queries), attend, skip, *carry)
-    release(j)
-    return carry
+      plgpu.barrier_wait(k_barriers.at[slot])
+      carry = jax.lax.cond(is_listed(bits, own, queries), attend, skip, *carry)
+      release(j, slot, end, num_stages, free_barriers)
+      return following(slot, num_stages), next_bits, *carry
 
-  nothing = (
-    mgpu.as_rows(jnp.full((rows,), FLOOR, jnp.float32), interpreted),
-    mgpu.as_rows(jnp.zeros((rows,), jnp.float32), interpreted),
-    mgpu.as_tile(jnp.zeros((rows, head_dim), jnp.float32), interpreted),
-  )
-  top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
-  safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
-  out_ref[x, split, own] = (acc_RH / mgpu.across(safe_R, head_dim)).astype(out_ref.dtype)
-  lse_smem[own] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(lse_smem.at[own], lse_ref.at[x, split, own])
-  plgpu.wait_smem_to_gmem(0)
+    nothing = (
+      jnp.int32(0),
+      bits_ref[x, jnp.minimum(begin, bits_ref.shape[1] - 1)],
+      mgpu.as_rows(jnp.full((rows,), FLOOR, jnp.float32), interpreted),
+      mgpu.as_rows(jnp.zeros((rows,), jnp.float32), interpreted),
+      mgpu.as_tile(jnp.zeros((rows, head_dim), jnp.float32), interpreted),
+    )
+    _, _, top_R, sum_R, acc_RH = jax.lax.fori_loop(begin, end, step, nothing)
+    safe_R = jnp.where(sum_R > 0, sum_R, 1.0)
+    out_RH = (acc_RH / mgpu.across(safe_R, head_dim)).astype(out_ref.dtype)
+    lse_smem[own] = jnp.where(sum_R > 0, top_R * (1 / LOG2E) + jnp.log(safe_R), -jnp.inf)
+    if is_in_place:
+      q_smem[own] = out_RH
+    else:
+      out_ref[x, split, own] = out_RH
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(lse_smem.at[own], lse_ref.at[x, split, own])
+    if is_in_place:
+      for b, t, is_query, at in places():
+
+        @pl.when(is_query)
+        def _(b=b, t=t, at=at):
+          plgpu.copy_smem_to_gmem(q_smem.at[own, at], out_ref.at[b, t, head])
+
+    plgpu.wait_smem_to_gmem(0)
 
 
-@mgpu.once("group", "scale", "splits", "num_stages", "q_in_registers", "out_dtype", "interpreted")
+@mgpu.once("group", "scale", "splits", "num_stages", "out_dtype", "interpreted")
 def forward(
   lists,
   table_P,
-  q_XCRH,
+  q,
   k_PsKH,
   v_PsKH,
   pos_YCq,
@@ -243,31 +281,31 @@ def forward(
   num_stages,
   out_dtype,
   interpreted,
-  q_in_registers=False,
 ):
-  """(out [X, splits, C, R, H], lse [X, splits, C, R] float32), normalised within each split.
+  """(out as q, lse [X, splits, C, R] float32), normalised within each split.
 
+  q: in place [B, T, K, G, H] (one split, G a multiple of 8, out of its type), or in tiles
+  [X, C, R, H], whose out is [X, splits, C, R, H].
   lists: (ids, bits [X, U], counts, first [X]) int32. X = Y * K tiles, the key head fastest.
   pos, start: of each warpgroup's queries; a query that is none: position -1, start NOWHERE.
   table_P: place of block first + id in k and v; None = that block itself.
   """
-  X, C, R, H = q_XCRH.shape
-  block, dtype = k_PsKH.shape[1], q_XCRH.dtype
-  is_paged = table_P is not None
-  queries = pos_YCq.shape[-1]
+  (X,), (_, C, queries), R, H = lists[2].shape, pos_YCq.shape, mgpu.ROWS, q.shape[-1]
+  block, dtype, is_in_place = k_PsKH.shape[1], q.dtype, q.ndim == 5
   sizes = dict(
     group=group,
     queries=queries,
     scale=scale,
     splits=splits,
     num_stages=num_stages,
-    q_in_registers=q_in_registers,
+    is_paged=table_P is not None,
+    is_in_place=is_in_place,
     interpreted=interpreted,
   )
   return plgpu.kernel(
-    functools.partial(_body, is_paged=is_paged, **sizes),
+    functools.partial(_body, **sizes),
     out_type=(
-      jax.ShapeDtypeStruct((X, splits, C, R, H), out_dtype),
+      jax.ShapeDtypeStruct(q.shape if is_in_place else (X, splits, C, R, H), out_dtype),
       jax.ShapeDtypeStruct((X, splits, C, R), jnp.float32),
     ),
     scratch_types=[
@@ -277,21 +315,21 @@ def forward(
       plgpu.SMEM((C, R), jnp.float32),
       plgpu.SMEM((C, R), jnp.int32),
       plgpu.SMEM((C, R), jnp.int32),
-      plgpu.Barrier(num_arrivals=3, num_barriers=C),
+      plgpu.Barrier(num_arrivals=2 + (queries if is_in_place else 1), num_barriers=C),
       plgpu.Barrier(num_barriers=num_stages),
       plgpu.Barrier(num_barriers=num_stages),
       plgpu.Barrier(num_arrivals=C, num_barriers=num_stages),
     ],
     grid=(splits, X),
     grid_names=("split", "tile"),
-    num_threads=C,
+    num_threads=C + 1,  # the last one copies
     thread_name="warpgroup",
     kernel_name="sparse_attention_forward",
     **mgpu.options(interpreted),
   )(
     *lists,
-    table_P if is_paged else lists[3],
-    q_XCRH,
+    lists[3] if table_P is None else table_P,
+    q,
     k_PsKH,
     v_PsKH,
     *rows_and_edges(pos_YCq, start_YCq, group),

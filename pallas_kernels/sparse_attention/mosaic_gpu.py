@@ -36,9 +36,8 @@ class MosaicGpuConfig:
   """
 
   warpgroups: int = 3  # of a tile of the forward and of dq: they share its blocks
-  num_stages: int = 2
-  q_in_registers: bool = False  # of the forward: its first product then reads k alone
-  q_stages: int = 2  # of dq
+  num_stages: int | None = None  # None = as many as fit, at most 5
+  q_stages: int | None = None  # of dq; None = as many as fit, at most 3
   kv_stages: int = 2  # of dk and dv
   unit_rows: int = 32  # rows (queries times group) that dk and dv take or leave together: 32 or 64
   run_units: int = 4096  # of one program of dk and dv
@@ -47,8 +46,8 @@ class MosaicGpuConfig:
 
   def __post_init__(self):
     for name in ("num_stages", "q_stages", "kv_stages"):
-      if not 2 <= getattr(self, name) <= 8:
-        found = getattr(self, name)
+      found = getattr(self, name)
+      if found is not None and not 2 <= found <= 8:
         raise ValueError(f"MosaicGpuConfig.{name}: found {found}, expected 2 to 8")
     if not 1 <= self.warpgroups <= 4:
       found = self.warpgroups
@@ -117,15 +116,35 @@ def attend_mosaic_gpu(
   interpreted = mgpu.is_interpreted(op, config.interpret)
   mgpu.check_arrays(op, interpreted, q=q_BTNH, k=k_BSKH, v=v_BSKH)
   check_shapes(op, q_BTNH, k_BSKH, v_BSKH, block_size)
-  size, group = q_BTNH.dtype.itemsize, q_BTNH.shape[2] // k_BSKH.shape[2]
-  _, warpgroups = tiles.sizes(q_BTNH.shape[1], group, mgpu.ROWS, config.warpgroups)
-  config = dataclasses.replace(config, warpgroups=warpgroups)  # as many as have queries
-  num_bytes = mgpu_kernels.shared_bytes(block_size, H, config.num_stages, size, warpgroups)
+  config = _with_tiles(config, q_BTNH, k_BSKH, block_size)
+  num_bytes = mgpu_kernels.shared_bytes(
+    block_size, H, config.num_stages, q_BTNH.dtype.itemsize, config.warpgroups
+  )
   mgpu.check_shared_memory(op, num_bytes, f"{config.num_stages} stages of {block_size} x {H}")
   backward = _backward_name(op, config, q_BTNH, k_BSKH, v_BSKH, block_size)
   static = _Static(block_size, num_local, config, backward, interpreted)
   pos_BT = jnp.broadcast_to(pos_BT, start_BT.shape)
   return _attend(static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT)
+
+
+def _with_tiles(config: MosaicGpuConfig, q_BTNH, k_BSKH, block: int) -> MosaicGpuConfig:
+  """As many warpgroups as have queries, and stages in place of None."""
+  from pallas_kernels.sparse_attention import mgpu_backward_kernels, mgpu_kernels
+
+  (_, T, N, H), size = q_BTNH.shape, q_BTNH.dtype.itemsize
+  _, warpgroups = tiles.sizes(T, N // k_BSKH.shape[2], mgpu.ROWS, config.warpgroups)
+
+  def stages(given, most, shared_bytes):
+    if given is not None:
+      return given
+    return mgpu.stages_that_fit(most, lambda n: shared_bytes(block, H, n, size, warpgroups))
+
+  return dataclasses.replace(
+    config,
+    warpgroups=warpgroups,
+    num_stages=stages(config.num_stages, 5, mgpu_kernels.shared_bytes),
+    q_stages=stages(config.q_stages, 3, mgpu_backward_kernels.shared_bytes_q),
+  )
 
 
 def _backward_name(op: str, config: MosaicGpuConfig, q_BTNH, k_BSKH, v_BSKH, block: int) -> str:
@@ -160,11 +179,16 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
   (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   group = N // K
   queries, warpgroups = tiles.sizes(T, group, mgpu.ROWS, static.config.warpgroups)
-  q_XRH = tiles.to_tiles(q_BTNH, queries * warpgroups, K)
-  found = mgpu_kernels.forward(
+  is_in_place = group % 8 == 0  # rows of a query that shared memory can hold apart
+  if is_in_place:
+    q = jnp.reshape(q_BTNH, (B, T, K, group, H))
+  else:
+    q = tiles.to_tiles(q_BTNH, queries * warpgroups, K)
+    q = tiles.in_warpgroups(q, warpgroups, mgpu.ROWS)
+  out, lse_X1CR = mgpu_kernels.forward(
     listed or _listed(static, q_BTNH, k_BSKH, ids_BKTW),
     None,
-    tiles.in_warpgroups(q_XRH, warpgroups, mgpu.ROWS),
+    q,
     tiles.blocks(k_BSKH, static.block),
     tiles.blocks(v_BSKH, static.block),
     tiles.of_queries(pos_BT, queries, warpgroups, -1),
@@ -173,11 +197,15 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT
     scale=H**-0.5,
     splits=1,
     num_stages=static.config.num_stages,
-    q_in_registers=static.config.q_in_registers,
     out_dtype=v_BSKH.dtype,
     interpreted=static.interpreted,
   )
-  return tuple(tiles.from_warpgroups(x[:, 0], B, T, queries, group, K) for x in found)
+
+  def from_warpgroups(x_X1CR):
+    return tiles.from_warpgroups(x_X1CR[:, 0], B, T, queries, group, K)
+
+  out_BTNH = jnp.reshape(out, q_BTNH.shape) if is_in_place else from_warpgroups(out)
+  return out_BTNH, from_warpgroups(lse_X1CR)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -88,7 +88,7 @@ def test_select_in_runs():
   "options",
   [
     pytest.param(dict(run_units=2, num_stages=3, warpgroups=1), marks=pytest.mark.smoke),
-    dict(unit_rows=64, q_stages=3, kv_stages=3, q_in_registers=True),
+    dict(unit_rows=64, q_stages=3, kv_stages=3),
     dict(backward="xla"),
   ],
   ids=lambda x: "-".join(x),
@@ -273,7 +273,6 @@ PROGRAMS = {
   "select_8b_pair": lambda: select_program(32, 128, "coarse", warpgroups=2),
   "attend_0p5b": lambda: attend_program(16, 64),
   "attend_8b": lambda: attend_program(32, 128),
-  "attend_8b_registers": lambda: attend_program(32, 128, q_in_registers=True),
   "attend_f16": lambda: attend_program(32, 96, jnp.float16),
   "decode_0p5b": lambda: decode_program(16, 64, False, T=4),
   "decode_8b": lambda: decode_program(32, 128, True),
@@ -435,9 +434,8 @@ def test_bad_configs_name_the_field(make, message):
     (dict(H=16), dict()),
     (dict(T=700, W=4, H=128, G=16, block=64), dict()),
     (dict(T=700, W=4, H=128, G=16, block=64), dict(warpgroups=1, num_stages=3)),
-    (dict(T=700, W=4, H=128, G=16, block=64), dict(q_in_registers=True)),
   ],
-  ids=["tiny", "8b", "8b_one", "8b_registers"],
+  ids=["tiny", "8b", "8b_one"],
 )
 def test_attend_on_the_device(shape, tiles):
   config = attention.MosaicGpuConfig(**tiles)
