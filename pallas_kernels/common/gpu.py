@@ -8,6 +8,7 @@ gradients come from the op's `vjp.py`, values are tested by a process of its own
 
 import functools
 import importlib
+import importlib.util
 import inspect
 
 import jax
@@ -50,6 +51,10 @@ def check_cuda(
     importlib.import_module("jax_triton")
   except ImportError as error:
     raise NotImplementedError(f"{op}: {error} (pip install minicpm_jax[gpu])") from error
+
+
+def has_triton() -> bool:
+  return importlib.util.find_spec("jax_triton") is not None
 
 
 def check_arrays(op: str, **arrays) -> None:

@@ -3,9 +3,11 @@
 Tiles of up to four times 64 rows go over the union of their queries' lists, the band of local
 blocks included (its blocks are common to the tile, so they fill it). Residuals: q, k, v, out, lists
 [B, K, T, W] int32, lse [B, T, N] float32, the same as Triton's: `MosaicGpuConfig.backward` says
-whose backward pass runs on them. All are bitwise deterministic. Memory of the forward beyond its
-residuals: a copy of q and out in tiles, 8 bytes an entry of the unions, and a copy of k and v where
-S is no multiple of the block; of the backward: `mosaic_gpu_backward`.
+whose backward pass runs on them. All are bitwise deterministic. The unions come from a Triton
+kernel where jax-triton is installed, else from XLA's sorts. Memory of the forward beyond its
+residuals: 8 bytes an entry of the unions, a copy of q and out in tiles where the group is no
+multiple of 8, and one of k and v where S is no multiple of the block; of the backward:
+`mosaic_gpu_backward`.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.common import mgpu, spec, tune
+from pallas_kernels.common import gpu, mgpu, spec, tune
 from pallas_kernels.sparse_attention import mosaic_gpu_backward, tiles, triton, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -170,7 +172,8 @@ def _listed(static: _Static, q_BTNH, k_BSKH, ids_BKTW):
   """The unions of `tiles.listed` of the forward's tiles, which are those of dq."""
   (_, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
   queries, warpgroups = tiles.sizes(T, N // K, mgpu.ROWS, static.config.warpgroups)
-  return tiles.listed(ids_BKTW, queries * warpgroups, -(-S // static.block))
+  has_triton = not static.interpreted and gpu.has_triton()
+  return tiles.listed(ids_BKTW, queries * warpgroups, -(-S // static.block), has_triton)
 
 
 def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, ids_BKTW, pos_BT, start_BT, listed=None):

@@ -9,7 +9,7 @@ units), lists of 8 bytes an entry (at most T * W a key head, sorted out of place
 
 import jax.numpy as jnp
 
-from pallas_kernels.common import mgpu
+from pallas_kernels.common import gpu, mgpu
 from pallas_kernels.sparse_attention import inverse, tiles, vjp
 from pallas_kernels.sparse_topk import rule as rules
 
@@ -65,7 +65,9 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
     tiles.query_rows(start_BT, queries, group, rows, rules.NOWHERE),
     *wide[2:],
   )
-  runs, first_run_EM1 = _runs(ids_BKTW, queries, M, config.run_units)
+  has_triton = not interpreted and gpu.has_triton()
+  listed = tiles.listed(ids_BKTW, queries, M, has_triton)
+  runs, first_run_EM1 = _runs(listed, ids_BKTW.shape[:3], queries, M, config.run_units)
   k_PsKH, v_PsKH = (
     jnp.pad(x, ((0, 0), (0, -block_size % mgpu.ROWS), (0, 0), (0, 0))) for x in (k_PsKH, v_PsKH)
   )
@@ -81,11 +83,10 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
   return dq_BTNH, dk_BSKH, dv_BSKH
 
 
-def _runs(ids_BKTW, queries: int, num_blocks: int, size: int):
+def _runs(listed, shape, queries: int, num_blocks: int, size: int):
   """((block, begin, end of each run, unit and bits of each entry), first run of each block), each
-  [B * K, ...] int32."""
-  B, K, T, _ = ids_BKTW.shape
-  ids_XU, bits_XU, counts_X, _ = tiles.listed(ids_BKTW, queries, num_blocks)
+  [B * K, ...] int32. listed: `tiles.listed` of the units; shape: (B, K, T)."""
+  (B, K, T), (ids_XU, bits_XU, counts_X, _) = shape, listed
   units, U = -(-T // queries), ids_XU.shape[1]
   is_entry_XU = jnp.arange(U, dtype=jnp.int32)[None, :] < counts_X[:, None]
 

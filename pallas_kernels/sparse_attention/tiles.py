@@ -7,8 +7,11 @@ queries, then by key head: x = (b * tiles + t) * K + h.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import gpu
+
 MAX_QUERIES = 31  # of a tile: a bit each
 TILES_A_RUN = 4096
+UNION_PROGRAMS = 2048  # of Triton's union: about what a Hopper GPU runs at a time
 _NONE = 2**31 - 1  # sorts behind every entry
 
 
@@ -121,9 +124,50 @@ def query_rows(x_BT, queries: int, group: int, rows: int, value: int):
   return pad_rows(jnp.reshape(jnp.repeat(x_BT, group, axis=1), (-1, queries * group)), rows)
 
 
-def listed(ids_BKTW, queries: int, num_blocks: int):
-  """(ids, bits [X, U], counts [X]) of `union` and the place [X] of each row's block 0."""
-  ids_XU, bits_XU, counts_X = union_in_runs(list_tiles(ids_BKTW, queries), num_blocks)
+def listed(ids_BKTW, queries: int, num_blocks: int, has_triton: bool = False):
+  """(ids, bits [X, U], counts [X]) of `union` and the place [X] of each row's block 0.
+
+  has_triton: by Triton's kernel, in a twentieth of the time of the sorts.
+  """
+  run = union_triton if has_triton else _union_of_lists
+  ids_XU, bits_XU, counts_X = run(ids_BKTW, queries, num_blocks)
   X = ids_XU.shape[0]
   row_X = jnp.arange(X, dtype=jnp.int32) // (X // ids_BKTW.shape[0])
   return ids_XU, bits_XU, counts_X, row_X * num_blocks
+
+
+def _union_of_lists(ids_BKTW, queries: int, num_blocks: int):
+  return union_in_runs(list_tiles(ids_BKTW, queries), num_blocks)
+
+
+def union_triton(ids_BKTW, queries: int, num_blocks: int):
+  """`union` of `list_tiles` on a Hopper GPU. Temporary: 4 bytes a block for each program."""
+  from pallas_kernels.sparse_attention import union_kernel
+
+  B, K, T, W = ids_BKTW.shape
+  num_tiles = -(-T // queries)
+  X, U = B * num_tiles * K, min(num_blocks, queries * W)
+  part = min(1024, gpu.next_power_of_two(num_blocks, least=128))
+  MP, programs = -(-num_blocks // part) * part, min(X, UNION_PROGRAMS)
+  numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((X, U), (X,), (programs, MP))]
+  return gpu.launch(
+    union_kernel.union,
+    ids_BKTW,
+    out_shape=(numbers[0], *numbers),
+    grid=(programs,),
+    num_warps=8,
+    num_stages=1,
+    compute_capability=90,
+    X=X,
+    TILES=num_tiles,
+    T=T,
+    K=K,
+    W=W,
+    U=U,
+    QUERIES=queries,
+    QP=gpu.next_power_of_two(queries),
+    WIDE=min(128, gpu.next_power_of_two(W)),
+    MP=MP,
+    PART=part,
+    PROGRAMS=programs,
+  )[:3]

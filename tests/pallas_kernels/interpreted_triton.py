@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention import mosaic_gpu
+from pallas_kernels.sparse_attention import mosaic_gpu, tiles
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
 from pallas_kernels.sparse_topk import ref as topk_ref
@@ -91,3 +91,18 @@ def test_decode():
   config = decoding.TritonConfig(num_splits=2)
   for layout in suite.LAYOUTS:
     suite.check_decode(lambda *a, **kw: decoding.decode_triton(*a, config=config, **kw), layout)
+
+
+@pytest.mark.parametrize("num_blocks, W, queries", [(300, 5, 31), (140, 130, 2), (3, 4, 12)])
+def test_attend_union(num_blocks, W, queries, monkeypatch):
+  """`tiles.union` of the lists: 3 rows, a last tile that is not full, an entry twice in a list."""
+  monkeypatch.setattr(tiles, "UNION_PROGRAMS", 4)
+  rng = np.random.default_rng(0)
+  shape = (3, 2, 70, W)
+  ids = np.where(rng.random(shape) < 0.3, -1, rng.integers(0, num_blocks, shape))
+  ids[1, 0, :40] = -1
+  ids[2, 1, 3, :2] = 2
+  ids = jnp.asarray(ids, jnp.int32)
+  found = tiles.listed(ids, queries, num_blocks, has_triton=True)
+  for x, y in zip(found, tiles.listed(ids, queries, num_blocks), strict=True):
+    np.testing.assert_array_equal(x, y)

@@ -449,6 +449,21 @@ def test_attend_on_the_device(shape, tiles):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("queries", [2, 12, 31])
+def test_union_by_triton_on_the_device(queries):
+  """More tiles than programs, and more blocks than a part."""
+  rng = np.random.default_rng(0)
+  shape = (2, 2, 2600 * queries // 2 - 1, 96)
+  ids = rng.integers(0, 3000, shape)
+  ids = jnp.asarray(np.where(rng.random(shape) < 0.3, -1, ids), jnp.int32)
+  found, expected = (
+    jax.jit(lambda ids, by=by: tiles.listed(ids, queries, 3000, by))(ids) for by in (True, False)
+  )
+  for x, y in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lse", ["exact", "coarse"])
 @pytest.mark.parametrize("selection", ["joint", "split"])
 @pytest.mark.parametrize(
