@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, tune
 
+MERGED = 32  # channels that a program of `merge` joins
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TritonConfig:
@@ -84,12 +86,12 @@ def decode_triton(
       jax.ShapeDtypeStruct(q_BTNH.shape, v.dtype),
       jax.ShapeDtypeStruct((B, T, N), jnp.float32),
     ),
-    grid=(N, B * T),
+    grid=(N, B * T, -(-HP // MERGED)),
     num_warps=4,
     num_stages=1,
     compute_capability=config.compute_capability,
     N=N,
     H=H,
-    HP=HP,
+    HB=min(HP, MERGED),
     SPLITS=splits,
   )

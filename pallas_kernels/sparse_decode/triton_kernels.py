@@ -94,20 +94,20 @@ def merge(
   lse_ptr,  # [B, T, N] float32, base e
   N: tl.constexpr,
   H: tl.constexpr,
-  HP: tl.constexpr,
+  HB: tl.constexpr,  # channels of a program
   SPLITS: tl.constexpr,
 ):
   n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-  i, h = tl.arange(0, SPLITS), tl.arange(0, HP)
+  i, h = tl.arange(0, SPLITS), tl.program_id(2) * HB + tl.arange(0, HB)
   rows_i = (row * SPLITS + i) * N + n
   lse_i = tl.load(lses_ptr + rows_i)
   top = tl.maximum(tl.max(lse_i, axis=0), FLOOR)
   weight_i = tl.exp2(lse_i - top)
   total = tl.sum(weight_i, axis=0)
   safe = tl.where(total > 0, total, 1.0)
-  is_h = (i >= 0)[:, None] & (h < H)[None, :]
-  parts_iH = tl.load(parts_ptr + rows_i[:, None] * H + h[None, :], mask=is_h, other=0.0)
+  is_part = (weight_i > 0)[:, None] & (h < H)[None, :]  # others saw nothing
+  parts_iH = tl.load(parts_ptr + rows_i[:, None] * H + h[None, :], mask=is_part, other=0.0)
   out_H = tl.sum(parts_iH * (weight_i / safe)[:, None], axis=0)
   tl.store(out_ptr + (row * N + n) * H + h, out_H.to(out_ptr.dtype.element_ty), mask=h < H)
   lse = tl.where(total > 0, (top + tl.log2(safe)) / LOG2E, float("-inf"))
-  tl.store(lse_ptr + row * N + n, lse)
+  tl.store(lse_ptr + row * N + n, lse, mask=tl.program_id(2) == 0)
