@@ -30,6 +30,18 @@ def parse(
   return values
 
 
+def integers(values: flags.FlagValues, name: str, least: int = 1) -> list[int]:
+  """The numbers of a list flag; ValueError names the flag where one is missing or too small."""
+  texts = values[name].value
+  try:
+    found = [int(text) for text in texts]
+  except ValueError:
+    found = []
+  if not found or min(found) < least:
+    raise ValueError(f"--{name}: found {','.join(texts)!r}, expected integers >= {least}")
+  return found
+
+
 def refuse_unread(values: flags.FlagValues, names: Sequence[str], found_with: str) -> None:
   """ValueError for the first flag of `names` that was given; `found_with` says who ignores it."""
   for name in names:

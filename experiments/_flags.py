@@ -14,6 +14,7 @@ WEIGHT of --data is the share of rows: one number for every phase (default 1), o
 import dataclasses
 import importlib
 import importlib.util
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def load(text: str) -> Any:
   """`get_config(arg)` of "NAME[:arg]" or "PATH.py[:arg]"."""
   name, _, arg = text.partition(":")
   if name.endswith(".py") or "/" in name:
+    if not name.endswith(".py"):
+      raise ValueError(f"--config: found {name}, expected a path.py or one of {', '.join(names())}")
     module = _load_file(pathlib.Path(name))
   elif name in names():
     if str(CONFIGS.parent) not in sys.path:
@@ -129,6 +132,8 @@ def _weights(text: str, weight: str, num_phases: int) -> tuple[float, ...]:
     raise ValueError(
       f"--data: found weight {weight!r} in {text!r}, expected numbers or 'eval'"
     ) from None
+  if not all(0 <= value < math.inf for value in values):
+    raise ValueError(f"--data: found weight {weight!r} in {text!r}, expected numbers >= 0")
   if len(values) == 1:
     values *= num_phases
   if len(values) != num_phases:

@@ -351,6 +351,15 @@ def _eagle(cfg: config.InferConfig, kind: str, model, params) -> Any:
 # --- Answers ----------------------------------------------------------------------------------
 
 
+def read_text(flag: str, path: str) -> str:
+  """The text of the file that a flag names."""
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, "strerror", None) or f"no UTF-8 ({error})"
+    raise ValueError(f"--{flag}: {path}: {reason}") from error
+
+
 def constraint(cfg: config.InferConfig, loaded: Loaded) -> constrained.Constraint | None:
   """A new one of --json_schema or --grammar_file."""
   path = cfg.json_schema or cfg.grammar_file
@@ -360,7 +369,8 @@ def constraint(cfg: config.InferConfig, loaded: Loaded) -> constrained.Constrain
   compiler = constrained.GrammarCompiler(
     loaded.tok, loaded.engine.model.cfg.vocab_size, stop_ids=stops
   )
-  text = pathlib.Path(path).read_text()
+  flag = "json_schema" if cfg.grammar_file is None else "grammar_file"
+  text = read_text(flag, path)
   if cfg.grammar_file is not None:
     return compiler.lark(text)
   try:

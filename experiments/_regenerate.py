@@ -1,7 +1,6 @@
 """Text that a target writes itself, to train its drafts on; prompts out of files."""
 
 import dataclasses
-import gzip
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -174,9 +173,7 @@ def prompt_texts(path: str) -> list[str]:
   messages or turns: the first of them; question behind its text where both are there; else prompt
   or text.
   """
-  opener = gzip.open if path.endswith(".gz") else open
-  with opener(path, "rt", encoding="utf-8") as lines:
-    rows = [json.loads(line) for line in lines if line.strip()]
+  rows = [row for _, row in documents.json_rows(path)]
   if not rows:
     raise ValueError(f"{path}: found no rows, expected JSON lines with prompts")
   return [_prompt_text(path, i, row) for i, row in enumerate(rows)]
@@ -184,11 +181,8 @@ def prompt_texts(path: str) -> list[str]:
 
 def _prompt_text(path: str, index: int, row: dict[str, Any]) -> str:
   expected = "expected messages, turns, question, prompt or text"
-  if not isinstance(row, dict) or not {"messages", "turns", "question", "prompt", "text"} & set(
-    row
-  ):
-    found = f"fields {sorted(row)}" if isinstance(row, dict) else f"{row!r:.60}"
-    raise ValueError(f"{path}: row {index}: found {found}, {expected}")
+  if not {"messages", "turns", "question", "prompt", "text"} & set(row):
+    raise ValueError(f"{path}: row {index}: found fields {sorted(row)}, {expected}")
   try:
     if "messages" in row:
       text = row["messages"][0]["content"]

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan() -> list[tuple[str, str, str]]:
   """(op, implementation, cases) of every bench to run."""
-  if unknown := sorted(set(_OPS.value) - set(PLAN)):
-    raise ValueError(f"--ops: found {unknown}, expected some of {sorted(PLAN)}")
+  if not _OPS.value or set(_OPS.value) - set(PLAN):
+    raise ValueError(f"--ops: found {_OPS.value}, expected some of {sorted(PLAN)}")
   if (_IMPLEMENTATION.value is None) != (_CASES.value is None):
     raise ValueError("--implementation, --cases: found one of them, expected both or neither")
   if _CASES.value is None:

@@ -55,7 +55,8 @@ def _run() -> None:
     command += [f"--{name}={VALUES[name].value}" for name in ("tokens", "new_tokens", "chunk")]
     done = subprocess.run([*command, f"--model={path}"], capture_output=True, text=True)
     if done.returncode:
-      raise ValueError(f"side {side} ended with {done.returncode}:\n{done.stderr}")
+      lines = done.stderr.splitlines() or [f"status {done.returncode}"]
+      raise ValueError(f"side {side}: {lines[-1]}")
     row = json.loads(done.stdout.splitlines()[-1])
     rows[row["side"], row["prompt"]] = row
     _results.write(out, [rows[name] for name in sorted(rows, key=lambda n: n[::-1])], **key)

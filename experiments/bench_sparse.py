@@ -48,9 +48,7 @@ OUT = flags.DEFINE_string(
 
 
 def _run() -> None:
-  lengths = [int(text) for text in LENGTHS.value]
-  if min(lengths) < 1:
-    raise ValueError(f"--lengths: found {lengths}, expected numbers of tokens")
+  lengths = _command.integers(VALUES, "lengths")
   if THREADS.value and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]

@@ -20,8 +20,8 @@ from experiments import _command
 
 VALUES = flags.FlagValues()
 flags.DEFINE_integer("width", 32, "Model width.", flag_values=VALUES)
-flags.DEFINE_integer("runs", 6, "Learning rates.", flag_values=VALUES)
-flags.DEFINE_integer("steps", 150, "Steps a run.", flag_values=VALUES)
+flags.DEFINE_integer("runs", 6, "Learning rates.", lower_bound=1, flag_values=VALUES)
+flags.DEFINE_integer("steps", 150, "Steps a run.", lower_bound=20, flag_values=VALUES)
 flags.DEFINE_list("sides", ["one_by_one", "loop", "vmap"], "What to time.", flag_values=VALUES)
 flags.DEFINE_string("output", None, "JSON file to write.", flag_values=VALUES)
 
@@ -38,6 +38,8 @@ def _run() -> None:
 
   jax.config.update("jax_enable_compilation_cache", False)
   specs, text = _bench_tunnel.sweep(VALUES.width, VALUES.runs, VALUES.steps)
+  if not VALUES.sides or set(VALUES.sides) - set(_bench_tunnel.SIDES):
+    raise ValueError(f"--sides: found {VALUES.sides}, expected some of {list(_bench_tunnel.SIDES)}")
   rows = []
   for side in VALUES.sides:
     jax.clear_caches()

@@ -27,7 +27,9 @@ flags.DEFINE_multi_string("corpus", [], "Text of one domain; repeatable.", **_OW
 flags.DEFINE_list("weights", [], "Share of each --corpus.", **_OWN)
 flags.DEFINE_list("sizes", ["25%"], "Ids to keep, or shares of the vocabulary.", **_OWN)
 flags.DEFINE_string("output", None, "Folder of the lists.", **_OWN)
-flags.DEFINE_integer("vocab_size", None, "Of the model; default: the tokenizer's.", **_OWN)
+flags.DEFINE_integer(
+  "vocab_size", None, "Of the model; else the tokenizer's.", lower_bound=1, **_OWN
+)
 flags.DEFINE_integer("max_lines", 1_000_000, "Lines read of each domain.", **_OWN)
 flags.DEFINE_string("text_field", "text", "JSON key or Parquet column.", **_OWN)
 

@@ -30,10 +30,10 @@ flags.DEFINE_integer("regenerate", 1024, "Documents that the target writes.", **
 flags.DEFINE_integer("regenerate_tokens", 192, "New tokens of each of them.", **_define)
 flags.DEFINE_float("regenerate_temperature", 0.0, "At which they are drawn.", **_define)
 flags.DEFINE_multi_string("prompts", [], "JSONL prompts, answered instead.", **_define)
-flags.DEFINE_integer("steps", 1000, "Optimiser steps of every run.", **_define)
+flags.DEFINE_integer("steps", 1000, "Steps of every run.", lower_bound=1, **_define)
 flags.DEFINE_list("rates", ["1e-3", "2e-3"], "Learning rates.", **_define)
-flags.DEFINE_integer("seeds", 2, "At the best rate.", **_define)
-flags.DEFINE_integer("rows", 8, "Rows of a batch.", **_define)
+flags.DEFINE_integer("seeds", 2, "At the best rate.", lower_bound=1, **_define)
+flags.DEFINE_integer("rows", 8, "Rows of a batch.", lower_bound=1, **_define)
 flags.DEFINE_integer("seq_len", 128, "Tokens of a row.", **_define)
 flags.DEFINE_string("output", "benchmarks/results/drafts_compare", "Without suffix.", **_define)
 

@@ -81,7 +81,7 @@ def _run() -> None:
   planned = stages(
     _flags.get_config(VALUES),
     _flags.get_workdir(VALUES),
-    [int(text) for text in VALUES.lengths],
+    _command.integers(VALUES, "lengths") if VALUES.lengths else [],
   )
   for cfg, workdir in planned:
     rope, sparse = cfg.model.rope, cfg.model.sparse

@@ -35,7 +35,7 @@ flags.DEFINE_string("target", None, "HF folder, run folder[@step] or GGUF file."
 flags.DEFINE_string("workdir", None, "Folder of this run.", **_OWN)
 flags.DEFINE_enum("kind", "minicpm", ["eagle", "minicpm", "eagle3", "bita"], "Of draft.", **_OWN)
 flags.DEFINE_multi_string("data", [], "NAME:PATH[:WEIGHT|:eval]; repeatable.", **_OWN)
-flags.DEFINE_integer("steps", 2000, "Optimiser steps.", **_OWN)
+flags.DEFINE_integer("steps", 2000, "Optimiser steps.", lower_bound=1, **_OWN)
 flags.DEFINE_string("draft_vocab", None, "eagle3: head rows, or a share (25%).", **_OWN)
 flags.DEFINE_bool("from_mtp", False, "Start from the target's MTP module.", **_OWN)
 flags.DEFINE_string("init_from", None, "Start from this draft folder.", **_OWN)

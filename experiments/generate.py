@@ -14,7 +14,6 @@ stops the answer, Ctrl-D leaves.
 """
 
 import dataclasses
-import pathlib
 import sys
 
 from absl import flags
@@ -57,7 +56,7 @@ def _run() -> None:
 def _answer(cfg: config.InferConfig) -> None:
   text = cfg.prompt_text
   if cfg.prompt_file is not None:
-    text = pathlib.Path(cfg.prompt_file).read_text()
+    text = _infer.read_text("prompt_file", cfg.prompt_file)
   cfg = dataclasses.replace(cfg, use_chat_template=cfg.use_chat_template and not VALUES.raw)
   if VALUES.chat:
     loaded = _infer.load(cfg, max_batch=1, num_tokens=CHAT_CONTEXT)

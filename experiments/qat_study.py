@@ -25,12 +25,14 @@ _OUTPUT = flags.DEFINE_string(
   "output", "benchmarks/results/qat_study.json", "JSON; PNG beside it.", flag_values=VALUES
 )
 _SEEDS = flags.DEFINE_integer(
-  "seeds", 3, "Seeds 0, 1, ...: initial weights and data order.", flag_values=VALUES
+  "seeds", 3, "Seeds 0, 1, ...: initial weights and data order.", lower_bound=1, flag_values=VALUES
 )
-_STEPS = flags.DEFINE_integer("steps", 400, "Optimiser steps of a whole run.", flag_values=VALUES)
+_STEPS = flags.DEFINE_integer(
+  "steps", 400, "Steps of a whole run.", lower_bound=1, flag_values=VALUES
+)
 _DIM = flags.DEFINE_integer("dim", 64, "Width of the model: 32, 64, ...", flag_values=VALUES)
-_LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the model.", flag_values=VALUES)
-_ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes a step.", flag_values=VALUES)
+_LAYERS = flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1, flag_values=VALUES)
+_ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes.", lower_bound=1, flag_values=VALUES)
 
 
 def _run() -> None:

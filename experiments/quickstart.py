@@ -15,8 +15,10 @@ import time
 
 from absl import flags
 
+from configs import nano
 from experiments import _command
 from experiments import _quickstart as steps
+from minicpm_jax import config
 from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.core import host_memory
 from minicpm_jax.core import logging as logging_lib
@@ -35,10 +37,14 @@ _DECAY_DATA = flags.DEFINE_string(
   "decay_data", None, "With --data: better text that the decay stage mixes in.", flag_values=VALUES
 )
 _STEPS = flags.DEFINE_integer(
-  "steps", steps.DEFAULT_STEPS, "Optimiser steps, decay included.", flag_values=VALUES
+  "steps",
+  steps.DEFAULT_STEPS,
+  "Optimiser steps, decay included.",
+  lower_bound=20,
+  flag_values=VALUES,
 )
 _VOCAB = flags.DEFINE_integer(
-  "vocab_size", 2048, "Size of the tokenizer that is trained.", flag_values=VALUES
+  "vocab_size", 2048, "Size of the tokenizer that is trained.", lower_bound=261, flag_values=VALUES
 )
 _SET = flags.DEFINE_multi_string(
   "set", [], "Override of the configuration, FIELD=VALUE.", flag_values=VALUES
@@ -48,6 +54,7 @@ _SET = flags.DEFINE_multi_string(
 def _run() -> None:
   logging_lib.quiet_libraries()
   began = time.monotonic()
+  config.overrides(nano.get_config(f"steps={_STEPS.value}"), _SET.value)  # before any work
   run = steps.Run(_WORKDIR.value)
 
   run.say("1/8 corpus")

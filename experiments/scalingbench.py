@@ -20,10 +20,17 @@ from experiments import _command
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("items", None, "JSON lines, or a folder of benchmarks.", flag_values=VALUES)
-flags.DEFINE_integer("limit", None, "Items a task, of a folder.", flag_values=VALUES)
+flags.DEFINE_integer("limit", None, "Items a task, of a folder.", lower_bound=1, flag_values=VALUES)
 flags.DEFINE_multi_string("model", [], "Repeatable, small to large.", flag_values=VALUES)
-flags.DEFINE_integer("held_out", 1, "Largest models to predict.", flag_values=VALUES)
-flags.DEFINE_float("chance", None, "Accuracy of guessing, if known.", flag_values=VALUES)
+flags.DEFINE_integer("held_out", 1, "Largest models to predict.", lower_bound=0, flag_values=VALUES)
+flags.DEFINE_float(
+  "chance",
+  None,
+  "Accuracy of guessing, if known.",
+  lower_bound=0.0,
+  upper_bound=1.0,
+  flag_values=VALUES,
+)
 flags.DEFINE_integer("seq_len", 512, "Tokens a row.", flag_values=VALUES)
 flags.DEFINE_string("output", None, "JSON to write, with a PNG beside it.", flag_values=VALUES)
 

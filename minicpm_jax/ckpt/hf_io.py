@@ -64,13 +64,14 @@ def load_hf(
   if quant_io.is_quantized(folder, hf):
     return quant_io.load_quantized(folder, dtype=dtype, mesh=mesh, scan_layers=scan_layers)
   generation = folder / "generation_config.json"
-  cfg = hf_config.from_hf(
-    hf,
-    generation_config=hf_tensors.read_json(generation) if generation.exists() else None,
-    dtype="f32",
-    scan_layers=scan_layers,
-    vocab_multiple=1 if mesh is None else vocab_shards(mesh),
-  )
+  with errors.inside(folder):
+    cfg = hf_config.from_hf(
+      hf,
+      generation_config=hf_tensors.read_json(generation) if generation.exists() else None,
+      dtype="f32",
+      scan_layers=scan_layers,
+      vocab_multiple=1 if mesh is None else vocab_shards(mesh),
+    )
   source = hf_tensors.open_tensors(folder)
   shapes = hf_tensors.check_tensors(cfg, source, folder)
   stored = hf_tensors.majority_dtype(shapes, source)

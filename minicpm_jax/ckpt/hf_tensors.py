@@ -91,10 +91,23 @@ def listed(names: Sequence[str]) -> str:
   return (", ".join(names[:_MAX_LISTED]) + more) or "none"
 
 
+def check_counts(
+  cfg: config.ModelConfig, source: Mapping[str, safetensors_file.Reader], folder: pathlib.Path
+) -> None:
+  """Refuses a number of layers that the files cannot hold, before their names fill the memory."""
+  experts = 1 if cfg.moe is None else cfg.moe.num_experts
+  if cfg.num_layers * experts > max(len(source), 100_000):
+    raise errors.CheckpointError(
+      f"{folder}/config.json: num_hidden_layers, num_experts: found {cfg.num_layers} layers of "
+      f"{experts}, expected what {len(source)} tensors can hold"
+    )
+
+
 def check_tensors(
   cfg: config.ModelConfig, source: Mapping[str, safetensors_file.Reader], folder: pathlib.Path
 ) -> dict[str, tuple[int, ...]]:
   """HF name -> shape of that tensor in our layout; refuses any other set of tensors or shapes."""
+  check_counts(cfg, source, folder)
   quantized = [name for name in source if hf_names.is_quantized(name)]
   if quantized:
     raise errors.QuantizedCheckpointError(

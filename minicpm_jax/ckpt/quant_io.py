@@ -114,17 +114,19 @@ def load_quantized(
   settings = read_settings(folder, hf)
   plain_hf = {k: v for k, v in hf.items() if k not in ("quantization_config", "compression_config")}
   generation = folder / "generation_config.json"
-  cfg = hf_config.from_hf(
-    plain_hf,
-    generation_config=hf_tensors.read_json(generation) if generation.exists() else None,
-    dtype="f32",
-    scan_layers=scan_layers,
-    vocab_multiple=1 if mesh is None else hf_io.vocab_shards(mesh),
-  )
+  with errors.inside(folder):
+    cfg = hf_config.from_hf(
+      plain_hf,
+      generation_config=hf_tensors.read_json(generation) if generation.exists() else None,
+      dtype="f32",
+      scan_layers=scan_layers,
+      vocab_multiple=1 if mesh is None else hf_io.vocab_shards(mesh),
+    )
   source = open_tensors(folder)
   quant = config.QuantConfig(
     scheme="int4", group_size=settings.group_size, weights="codes", scale_dtype="f16"
   )
+  hf_tensors.check_counts(cfg, source, folder)
   table = hf_names.leaves(cfg)
   low = {path: leaf for path, leaf in table.items() if quant.selects(path)}
   plain = {path: leaf for path, leaf in table.items() if path not in low}

@@ -187,7 +187,7 @@ def json_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise CorpusError(f"{path}: line {number}: found no JSON ({error})") from None
+      raise CorpusError(f"{path}: line {number}: not JSON ({error})") from None
     if not isinstance(row, dict):
       found = type(row).__name__
       raise CorpusError(f"{path}: line {number}: found {found}, expected a JSON object")

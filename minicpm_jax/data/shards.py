@@ -386,7 +386,12 @@ def prepare(
       return _check_finished(cfg, docs, folder, report)
   work = folder.with_name(folder.name + ".partial")
   work.mkdir(parents=True, exist_ok=True)
-  shards = _write_parts(cfg, docs, work, tokenizer, num_workers, report)
+  try:
+    shards = _write_parts(cfg, docs, work, tokenizer, num_workers, report)
+  except BaseException:
+    if not any(work.iterdir()):
+      work.rmdir()  # nothing that a rerun could keep
+    raise
   if not shards:
     shutil.rmtree(work)
     raise documents_lib.CorpusError(f"corpus {name}: found no text, expected at least one document")

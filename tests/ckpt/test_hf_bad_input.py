@@ -164,3 +164,15 @@ def test_folders_that_are_not_models(tmp_path, weights):
   _refused(tmp_path, "no safetensors file", kind=FileNotFoundError)
   with pytest.raises(ValueError, match="dtype: found 'int8'"):
     ckpt.load_hf(hf_folder.write(tmp_path, HF, weights), dtype="int8")
+
+
+def test_a_number_of_layers_that_no_file_holds(tmp_path, weights):
+  hf_folder.write(tmp_path, HF | {"num_hidden_layers": 10**9}, weights)
+  _refused(
+    tmp_path, "config.json: num_hidden_layers", "found 1000000000 layers", "tensors can hold"
+  )
+
+
+def test_errors_of_the_config_name_the_folder(tmp_path, weights):
+  hf_folder.write(tmp_path, {k: v for k, v in HF.items() if k != "hidden_size"}, weights)
+  _refused(tmp_path, re.escape(f"{tmp_path}/config.json: hidden_size"), kind=errors.ConfigError)

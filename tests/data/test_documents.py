@@ -108,7 +108,7 @@ def test_from_texts():
 @pytest.mark.parametrize(
   "name, content, message",
   [
-    ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl: line 2: found no JSON"),
+    ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl: line 2: not JSON"),
     ("x.jsonl", b'{"text": "a"}\n\n[1]\n', r"x\.jsonl: line 3: found list, expected a JSON obj"),
     ("x.jsonl", b'{"txt": "a"}\n', r"line 1: found keys \['txt'\], expected a string under 'text'"),
     ("x.jsonl", b'{"text": 3}\n', r"line 1: found int, expected a string"),

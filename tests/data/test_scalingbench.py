@@ -64,7 +64,7 @@ def test_files_round_trip(tmp_path):
 @pytest.mark.parametrize(
   "line, match",
   [
-    ("{", "line 1: found no JSON"),
+    ("{", "line 1: not JSON"),
     ('{"input": "a"}', r"expected also \['target'\]"),
     ('{"input": "a", "target": 3}', "target: found int"),
     ('{"input": "", "target": "b"}', "input: found nothing"),

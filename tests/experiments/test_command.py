@@ -64,3 +64,38 @@ def test_status_is_that_of_the_work(capsys):
   assert _command.guard("a/b.py", interrupted) == 130
   with pytest.raises(RuntimeError, match="a bug"):
     _command.guard("a/b.py", broken)
+
+
+def test_lists_of_numbers_name_their_flag():
+  values = flags.FlagValues()
+  flags.DEFINE_list("sizes", ["4", "8"], "Sizes.", flag_values=values)
+  _command.parse(values, ["x"], "doc")
+  assert _command.integers(values, "sizes") == [4, 8]
+  for bad in ("a", "", "4,0", "1.5"):
+    _command.parse(values, ["x", f"--sizes={bad}"], "doc")
+    with pytest.raises(ValueError, match=f"--sizes: found '{bad}', expected integers >= 1"):
+      _command.integers(values, "sizes")
+
+
+@pytest.mark.parametrize(
+  "verb, args, message",
+  [
+    ("quickstart", ["--steps=5"], "--steps=5: 5 is not integer >= 20"),
+    ("quickstart", ["--set=model.zzz=1"], "model.zzz: ModelConfig has no field 'zzz'"),
+    ("quickstart", ["--data=nowhere"], "nowhere: no such file or folder"),
+    ("qat_study", ["--seeds=0"], "--seeds=0: 0 is not a positive integer"),
+    ("bench_tunnel", ["--sides=zzz"], r"--sides: found ['zzz'], expected some of"),
+    ("bench_sparse", ["--lengths=x"], "--lengths: found 'x', expected integers >= 1"),
+    ("scalingbench", ["--chance=2"], "--chance=2"),
+    ("build_fr_index", ["--vocab_size=0"], "--vocab_size=0"),
+    ("generate", ["--model=m", "--prompt_file=nowhere"], "--prompt_file: nowhere: No such file"),
+  ],
+)
+def test_bad_values_are_one_line_and_nothing_is_written(
+  tmp_path, monkeypatch, capsys, verb, args, message
+):
+  monkeypatch.chdir(tmp_path)
+  assert importlib.import_module(f"experiments.{verb}").main([verb, *args]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith(f"{verb}: ") and message in error and len(error.splitlines()) == 1
+  assert not any(tmp_path.iterdir())

@@ -58,7 +58,7 @@ def test_prompts_of_every_form_of_row(tmp_path):
   for row in ({"messages": []}, {"messages": [{"role": "user"}]}, {"turns": 3}, {"text": None}):
     with pytest.raises(ValueError, match="bad.jsonl: row 0: found .* without a text, expected"):
       _regenerate.prompt_texts(jsonl(tmp_path / "bad.jsonl", [row]))
-  with pytest.raises(ValueError, match="row 0: found 5, expected messages"):
+  with pytest.raises(ValueError, match="line 1: found int, expected a JSON object"):
     _regenerate.prompt_texts(jsonl(tmp_path / "bad.jsonl", [5]))
   with pytest.raises(ValueError, match="found no rows"):
     _regenerate.prompt_texts(jsonl(tmp_path / "c.jsonl", []))

@@ -55,7 +55,8 @@ def test_weight_zero_leaves_a_source_out_of_a_phase():
     (["web:x:1/2/3"], "3 weights.*2 phases"),
     (["web:x:eval"], "only evaluation sources"),
     (["web:x", "web:y"], r"data\.sources.*unique"),
-    (["web:x:-1/1"], r"phase\.weights"),
+    (["web:x:-1/1"], r"weight '-1/1' in 'web:x:-1/1', expected numbers >= 0"),
+    (["web:x", "good:y:nan"], "weight 'nan'"),
   ],
 )
 def test_bad_data_flags_are_refused(texts, message):
@@ -94,3 +95,8 @@ def test_distributed_flags_reach_jax(monkeypatch):
   assert calls[1][1] == {"num_processes": 2, "process_id": 1}
   with pytest.raises(ValueError, match="coordinator"):
     _flags.start_distributed(parsed("--num_processes=2", "--process_id=1"))
+
+
+def test_a_config_that_is_no_python_is_named(tmp_path):
+  with pytest.raises(ValueError, match="notes.txt, expected a path.py or one of"):
+    _flags.load(str(tmp_path / "notes.txt"))

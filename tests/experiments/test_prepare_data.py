@@ -108,7 +108,7 @@ def test_bad_input_is_one_line_and_leaves_no_shards(tmp_path, capsys, monkeypatc
   status, output = _run(capsys, *args)
   assert status == 1
   assert message in output.err and output.err.count("\n") == 1
-  assert not (tmp_path / "o").exists()
+  assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 
 
 @pytest.mark.slow  # two interpreters and two worker processes
