@@ -142,7 +142,7 @@ def _union_of_lists(ids_BKTW, queries: int, num_blocks: int):
 
 def union_triton(ids_BKTW, queries: int, num_blocks: int):
   """`union` of `list_tiles` on a Hopper GPU. Temporary: 4 bytes a block for each program."""
-  from pallas_kernels.sparse_attention import union_kernel
+  from pallas_kernels.sparse_attention import union_triton_kernels
 
   B, K, T, W = ids_BKTW.shape
   num_tiles = -(-T // queries)
@@ -151,7 +151,7 @@ def union_triton(ids_BKTW, queries: int, num_blocks: int):
   MP, programs = -(-num_blocks // part) * part, min(X, UNION_PROGRAMS)
   numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((X, U), (X,), (programs, MP))]
   return gpu.launch(
-    union_kernel.union,
+    union_triton_kernels.union,
     ids_BKTW,
     out_shape=(numbers[0], *numbers),
     grid=(programs,),
