@@ -206,15 +206,16 @@ def loop_gradients(q, k, v, ids, pos, start, dout, dlse):
 LAYOUTS = ("row", "shifted_row", "paged")
 
 
-def decode_inputs(layout: str, dtype=jnp.float32, H=8):
+def decode_inputs(layout: str, dtype=jnp.float32, H=8, block=BLOCK):
   """(q, k, v, ids, pos, start, base, page table) and the row caches k, v that they stand for."""
   rng = np.random.default_rng(3)
-  B, T, K, G, W, S = 3, 2, 2, 3, 5, 160
+  B, T, K, G, W, S = 3, 2, 2, 3, 5, 10 * block
   q = normal(rng, B, T, K * G, H, dtype=dtype)
   k, v = normal(rng, B, S, K, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
-  pos = np.array([140, 40, 3], np.int32)[:, None] + np.arange(T, dtype=np.int32)[None, :]
-  start = np.array([[0, 0], [16, 16], [0, rules.NOWHERE]], np.int32)
-  ids = lists(rng, pos, start, K, W, 1)
+  pos = np.array([140 * block // 16, 40 * block // 16, 3], np.int32)[:, None]
+  pos = pos + np.arange(T, dtype=np.int32)[None, :]
+  start = np.array([[0, 0], [block, block], [0, rules.NOWHERE]], np.int32)
+  ids = lists(rng, pos, start, K, W, 1, block)
   base = page_table = None
   cache_k, cache_v = k, v
   if layout == "shifted_row":
@@ -225,14 +226,14 @@ def decode_inputs(layout: str, dtype=jnp.float32, H=8):
     )
     base = jnp.asarray(base)
   elif layout == "paged":
-    order = rng.permutation(B * S // BLOCK)
-    cache_k, cache_v = (jnp.reshape(x, (-1, BLOCK, K, H))[order] for x in (k, v))
+    order = rng.permutation(B * S // block)
+    cache_k, cache_v = (jnp.reshape(x, (-1, block, K, H))[order] for x in (k, v))
     page_table = jnp.asarray(np.argsort(order).reshape(B, -1), jnp.int32)
   arrays = (q, cache_k, cache_v, jnp.asarray(ids), jnp.asarray(pos), jnp.asarray(start))
   return (*arrays, base, page_table), (k, v)
 
 
-def loop_decode(q, k, v, ids, pos, start):
+def loop_decode(q, k, v, ids, pos, start, block=BLOCK):
   """(out, lse) by one softmax a query and head, float64."""
   q, k, v, ids, pos, start = (np.asarray(x.astype(jnp.float32)) for x in (q, k, v, ids, pos, start))
   B, T, N, H = q.shape
@@ -240,7 +241,7 @@ def loop_decode(q, k, v, ids, pos, start):
   for b, t, n in np.ndindex(B, T, N):
     h = n * k.shape[2] // N
     listed = set(ids[b, h, t].astype(int).tolist()) - {-1}
-    slots = [s for s in range(int(pos[b, t]) + 1) if s // BLOCK in listed and s >= start[b, t]]
+    slots = [s for s in range(int(pos[b, t]) + 1) if s // block in listed and s >= start[b, t]]
     if slots:
       scores = k[b, slots, h].astype(np.float64) @ q[b, t, n] / np.sqrt(H)
       lse[b, t, n] = np.log(np.sum(np.exp(scores)))
@@ -248,11 +249,11 @@ def loop_decode(q, k, v, ids, pos, start):
   return out, lse
 
 
-def check_decode(decode, layout: str, dtype=jnp.float32, H=8):
+def check_decode(decode, layout: str, dtype=jnp.float32, H=8, block=BLOCK):
   """out and lse against a loop over queries and heads in float64."""
-  inputs, (k, v) = decode_inputs(layout, dtype, H)
-  found = jax.jit(lambda *a: decode(*a, block_size=BLOCK))(*inputs)
+  inputs, (k, v) = decode_inputs(layout, dtype, H, block)
+  found = jax.jit(lambda *a: decode(*a, block_size=block))(*inputs)
   q, _, _, ids, pos, start, _, _ = inputs
   tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-  for x, y in zip(found, loop_decode(q, k, v, ids, pos, start), strict=True):
+  for x, y in zip(found, loop_decode(q, k, v, ids, pos, start, block), strict=True):
     np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=tolerance, atol=tolerance)

@@ -478,5 +478,6 @@ def test_select_on_the_device(selection, lse, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["row", "paged"])
-def test_decode_on_the_device(layout):
-  suite.check_decode(decoding.decode_mosaic_gpu, layout, dtype=jnp.bfloat16, H=64)
+@pytest.mark.parametrize(("width", "block"), [(16, 16), (128, 64)])
+def test_decode_on_the_device(layout, width, block):
+  suite.check_decode(decoding.decode_mosaic_gpu, layout, dtype=jnp.bfloat16, H=width, block=block)
