@@ -29,7 +29,8 @@ class TritonConfig:
 def default_config(rows: int, num_listed: int) -> TritonConfig:
   """About 512 programs (four for each multiprocessor of a large device), at most one per block."""
   splits = gpu.next_power_of_two(-(-512 // max(1, rows)))
-  return TritonConfig(num_splits=max(1, min(splits, 64, gpu.next_power_of_two(num_listed))))
+  splits = max(1, min(splits, 128, gpu.next_power_of_two(num_listed)))
+  return TritonConfig(num_splits=splits, num_stages=1 if splits >= num_listed else 2)
 
 
 def decode_triton(

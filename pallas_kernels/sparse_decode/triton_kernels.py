@@ -52,10 +52,15 @@ def decode(
   top_G = tl.full([GP], FLOOR, tl.float32)
   sum_G = tl.zeros([GP], tl.float32)
   acc_GH = tl.zeros([GP, HP], tl.float32)
-  w = tl.arange(0, WP)
-  count = tl.sum((tl.load(list_ptr + w, mask=w < W, other=-1) >= 0).to(tl.int32), axis=0)
-  per_split = tl.cdiv(count, SPLITS)
-  for j in range(split * per_split, tl.minimum((split + 1) * per_split, count)):
+  if SPLITS < W:
+    w = tl.arange(0, WP)
+    count = tl.sum((tl.load(list_ptr + w, mask=w < W, other=-1) >= 0).to(tl.int32), axis=0)
+    per_split = tl.cdiv(count, SPLITS)
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, count)
+  else:  # a block at most, known without the others
+    is_block = tl.load(list_ptr + split, mask=split < W, other=-1) >= 0
+    begin, end = split, split + is_block.to(tl.int32)
+  for j in range(begin, end):
     block = tl.load(list_ptr + j)
     spot = block * BLOCK + lane
     if PAGED:

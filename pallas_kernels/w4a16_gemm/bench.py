@@ -109,23 +109,18 @@ def candidates(implementation: str, case: cases.Case, bits: int):
         yield config
   elif rows == 1 and (base := matvec.default_config(K, N, case.group_size, bits)):
     yield base
-    for block_n, lanes, unroll, stages, more in (
-      (64, 64, 4, 3, 1),
-      (64, 64, 2, 6, 1),
-      (64, 32, 4, 6, 2),
-      (128, 64, 4, 3, 2),
-      (128, 32, 4, 4, 2),
-      (128, 32, 4, 4, 1),
-      (64, 64, 8, 3, 1),
+    for num_warps, more, unroll in (
+      (16, 1, 2),
+      (16, 1, 8),
+      (8, 1, 4),
+      (8, 1, 8),
+      (8, 2, 8),
+      (4, 2, 8),
     ):
       config = matvec.MatvecConfig(
-        block_n=block_n,
-        lanes=lanes,
-        unroll=unroll,
-        num_stages=stages,
-        num_splits=more * base.num_splits,
+        num_warps=num_warps, num_splits=more * base.num_splits, unroll=unroll
       )
-      if config.fits(K, N, case.group_size, bits):
+      if config != base and config.part(K, N, case.group_size, bits) is not None:
         yield config
   elif rows <= 64:
     block_m = max(16, rows)

@@ -5,62 +5,64 @@ programs (their float32 results are summed by XLA). Deterministic.
 """
 
 import dataclasses
+import math
+import struct
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import gpu, tune
+from pallas_kernels.w4a16_gemm import matvec_ptx as ptx
 
-COLUMNS = 16  # outputs of a thread: one load of 16 bytes
+KINDS = {"bfloat16": "bf16", "float16": "f16"}
+MOST_PART = 64  # rows of bytes whose products are unrolled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatvecConfig:
-  """A program: `block_n` outputs, 1 / `num_splits` of the inputs, shared by `lanes` lanes.
+  """A program: 128 outputs, 1 / `num_splits` of the inputs, shared by `num_warps` warps.
 
-  A thread has 16 outputs of one lane; it loads `unroll` rows of bytes together, `num_stages` deep.
+  A warp takes eight rows of bytes in a step, and loads `unroll` steps together.
   """
 
-  block_n: int = 64
-  lanes: int = 64
+  num_warps: int = 16
   num_splits: int = 1
   unroll: int = 4
-  num_stages: int = 4
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    gpu.check_tiles(self, block_n=64, lanes=8, unroll=1)
-    for name in ("num_splits", "num_stages"):
-      if getattr(self, name) < 1:
-        found = getattr(self, name)
-        raise ValueError(f"MatvecConfig.{name}: found {found}, expected at least 1")
-    if not 1 <= self.num_warps <= 32:
-      raise ValueError(
-        f"MatvecConfig: found {self.lanes} lanes of {self.block_n // COLUMNS} threads, expected "
-        "32 to 1024 threads"
-      )
+    gpu.check_tiles(self, num_warps=1, unroll=1)
+    if self.num_warps > 32:
+      raise ValueError(f"MatvecConfig.num_warps: found {self.num_warps}, expected at most 32")
+    if self.num_splits < 1:
+      raise ValueError(f"MatvecConfig.num_splits: found {self.num_splits}, expected at least 1")
 
-  @property
-  def num_warps(self) -> int:
-    return self.lanes * self.block_n // COLUMNS // 32
-
-  def fits(self, K: int, N: int, group_size: int, bits: int) -> bool:
-    """Whether outputs, lanes and groups are whole."""
-    lanes, rows = self.num_splits * self.lanes, self.unroll * 8 // bits
-    if K % (lanes * rows) or N % self.block_n:
-      return False
-    return (K if group_size == -1 else group_size) % (K // lanes) == 0
+  def part(self, K: int, N: int, group_size: int, bits: int) -> int | None:
+    """Rows of bytes of one group that a warp takes together; None where outputs, warps or groups
+    are not whole."""
+    rows, per_byte = self.num_splits * self.num_warps, 8 // bits
+    if N % 16 or K % (rows * ptx.STEP * per_byte):
+      return None
+    rows = K // per_byte // rows
+    group = rows if group_size == -1 else group_size // per_byte
+    part = math.gcd(rows, group, MOST_PART)
+    is_whole = group_size == -1 or group_size % per_byte == 0
+    return part if is_whole and part % ptx.STEP == 0 else None
 
 
 def default_config(K: int, N: int, group_size: int, bits: int) -> MatvecConfig | None:
-  """The fewest splits that make about two programs a multiprocessor; None where nothing fits."""
+  """The most warps, then the fewest splits that make about a program a multiprocessor; None where
+  nothing fits."""
   found = None
-  for splits in range(1, 65):
-    config = MatvecConfig(num_splits=splits)
-    if config.fits(K, N, group_size, bits):
-      found = config
-      if splits * (N // config.block_n) >= 200:
-        break
+  for warps in (16, 8, 4, 2, 1):
+    for splits in range(1, 65):
+      config = MatvecConfig(num_warps=warps, num_splits=splits)
+      if config.part(K, N, group_size, bits) is not None:
+        found = config
+        if splits * -(-N // ptx.OUTPUTS) >= 100:
+          break
+    if found is not None:
+      break
   return found
 
 
@@ -73,7 +75,7 @@ def key(K: int, N: int, group_size: int, dtype) -> str:
 def config_of(x_MK, codes_RN, scale_QN, *, bits: int, op: str) -> MatvecConfig | None:
   """The tuned or the heuristic's; None where the call is not one of a row in 16 bits that fits."""
   (M, K), N, num_groups = x_MK.shape, codes_RN.shape[1], scale_QN.shape[0]
-  if M != 1 or x_MK.dtype.itemsize != 2 or K * bits // 8 != codes_RN.shape[0]:
+  if M != 1 or str(x_MK.dtype) not in KINDS or K * bits // 8 != codes_RN.shape[0]:
     return None
   group_size = -1 if num_groups == 1 else K // num_groups
   tuned = tune.lookup(op, MatvecConfig, key(K, N, group_size, x_MK.dtype))
@@ -83,35 +85,51 @@ def config_of(x_MK, codes_RN, scale_QN, *, bits: int, op: str) -> MatvecConfig |
 def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op: str):
   """As `api.matmul` of one row, or NotImplementedError where `config` does not fit."""
   (M, K), (R, N), num_groups = x_MK.shape, codes_RN.shape, scale_QN.shape[0]
-  group_size = K // num_groups
-  if M != 1 or x_MK.dtype.itemsize != 2 or not config.fits(K, N, group_size, bits):
+  group_size = -1 if num_groups == 1 else K // num_groups
+  part = config.part(K, N, group_size, bits)
+  if M != 1 or str(x_MK.dtype) not in KINDS or part is None:
     raise NotImplementedError(
       f"{op}: {config} found {x_MK.dtype}{[M, K]} and {N} outputs in groups of {group_size}, "
       "expected one row in 16 bits, outputs and groups that divide"
     )
   from pallas_kernels.w4a16_gemm import triton_kernels
 
-  splits = config.num_splits
+  kind, splits = KINDS[str(x_MK.dtype)], config.num_splits
+  magic, whole = ptx.MAGIC[kind]
+  texts = dict(
+    PREFETCH=ptx.prefetch(),
+    X=ptx.inputs(bits),
+    WORDS=ptx.words(),
+    PRODUCT=ptx.product(bits, kind),
+    TOTAL=ptx.total(bits, kind),
+  )
   y_sN = gpu.launch(
     triton_kernels.matvec,
     *(x_MK, codes_RN, scale_QN, scale_QN if zero_QN is None else zero_QN),
     out_shape=jax.ShapeDtypeStruct((splits, N), x_MK.dtype if splits == 1 else jnp.float32),
-    grid=(N // config.block_n, splits),
+    grid=(-(-N // ptx.OUTPUTS), splits),
     num_warps=config.num_warps,
-    num_stages=config.num_stages,
+    num_stages=1,
     compute_capability=config.compute_capability,
     N=N,
-    K=K,
-    R=R,
-    GROUP=group_size,
     HAS_ZERO=zero_QN is not None,
     BITS=bits,
-    LOW=low,
-    BN=config.block_n,
-    LANES=config.lanes,
-    UNROLL=config.unroll,
-    STAGES=config.num_stages,
-    SPLITS=splits,
-    INPUTS=gpu.next_power_of_two(K // (splits * config.lanes)),
+    MASK=(2**bits - 1) * 0x10001,
+    MAGIC=magic,
+    FACTOR=low - whole,
+    FACTOR_PAIR=_pair(low - whole, kind),
+    ROWS=R // (splits * config.num_warps),
+    GROUP=R // num_groups,
+    PART=part,
+    WARPS=config.num_warps,
+    UNROLL=min(config.unroll, part // ptx.STEP),
+    **{name: text for name, (text, _) in texts.items()},
+    **{f"{name}_TYPES": types for name, (_, types) in texts.items()},
   )
   return y_sN if splits == 1 else jnp.sum(y_sN, axis=0, keepdims=True).astype(x_MK.dtype)
+
+
+def _pair(number: float, kind: str) -> int:
+  """Two floats of 16 bits that hold `number` exactly, as an int32."""
+  packed = struct.pack("<e", number) if kind == "f16" else struct.pack("<f", number)[2:]
+  return struct.unpack("<i", packed * 2)[0]

@@ -3,12 +3,8 @@
 A tile of bytes holds f = 8 / BITS inputs a row. Instead of interleaving weights, the tile of x is
 split into its f residues (neighbours in one thread), and f products are summed.
 
-`matvec` serves one row of activations without tensor cores: every thread owns 16 outputs and a
-share of the inputs ("lane"), and adds in float32. A word of four bytes holds codes of four
-neighbouring outputs. A code c becomes a float by writing it into the mantissa of 1.0 behind a shift
-that serves the whole word: 1 + c 2^-e with e = 8 - BITS j for field j of a byte, which x times 2^e
-undoes. What the 1 and LOW add is the same for every output, so it is summed apart and taken off at
-the end: up to 8 of float32's 24 bits go.
+`matvec` serves one row of activations: codes become the left side of tensor-core products in
+registers, by PTX of its own (`matvec_ptx`).
 """
 
 import triton
@@ -99,9 +95,130 @@ def matmul(
 
 
 @triton.jit
-def _mantissa(bits, field):
-  """1.0 with the bits of `field` in its mantissa."""
-  return ((bits & field) | 0x3F800000).to(tl.float32, bitcast=True)
+def _of_lane(sums, q, BYTE: tl.constexpr):
+  """Byte BYTE of word q of each lane: the four lanes of a group have the same sums."""
+  low = tl.where(q == 0, sums[0][2 * BYTE], sums[1][2 * BYTE])
+  high = tl.where(q == 2, sums[2][2 * BYTE], sums[3][2 * BYTE])
+  return tl.where(q < 2, low, high)
+
+
+@triton.jit
+def _four(x_T4):
+  """The columns of [T, 4], each [T]."""
+  even, odd = tl.split(tl.reshape(x_T4, [x_T4.shape[0], 2, 2]))
+  x0, x2 = tl.split(even)
+  x1, x3 = tl.split(odd)
+  return x0, x1, x2, x3
+
+
+@triton.jit
+def _loaded(at, TEXT: tl.constexpr, TYPES: tl.constexpr, COUNT: tl.constexpr):
+  """COUNT words of each address, two or four."""
+  if COUNT == 2:
+    return tl.inline_asm_elementwise(TEXT, TYPES, [at], (tl.int32, tl.int32), is_pure=False, pack=1)
+  else:
+    return tl.inline_asm_elementwise(
+      TEXT, TYPES, [at], (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _total(factor, x, s, BITS: tl.constexpr, TEXT: tl.constexpr, TYPES: tl.constexpr):
+  if BITS == 4:
+    args = (factor, x[0], x[1], s[0], s[1], s[2], s[3])
+  else:
+    args = (factor, x[0], x[1], x[2], x[3], s[0], s[1], s[2], s[3])
+  return tl.inline_asm_elementwise(
+    TEXT, TYPES, args, (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+  )
+
+
+@triton.jit
+def _product(w, v, words, x, s, BITS: tl.constexpr, TEXT: tl.constexpr, TYPES: tl.constexpr):
+  if BITS == 4:
+    args = (w, v, words[0], words[1], x[0], x[1], s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7])
+    return _eight(args, TEXT, TYPES)
+  else:
+    args = (w, v, words[0], words[1], x[0], x[1], x[2], x[3])
+    more = (s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7])
+    return _eight(args + more, TEXT, TYPES)
+
+
+@triton.jit
+def _eight(args, TEXT: tl.constexpr, TYPES: tl.constexpr):
+  return tl.inline_asm_elementwise(
+    TEXT,
+    TYPES,
+    args,
+    (
+      tl.float32,
+      tl.float32,
+      tl.float32,
+      tl.float32,
+      tl.float32,
+      tl.float32,
+      tl.float32,
+      tl.float32,
+    ),
+    is_pure=True,
+    pack=1,
+  )
+
+
+@triton.jit
+def _part(
+  y,  # four [T]: the lane's own outputs
+  codes_at,
+  x_at,
+  scale_ptr,  # four of the lane's own outputs, by group
+  zero_ptr,
+  words,  # mask, magic, factor
+  q,
+  N: tl.constexpr,
+  BITS: tl.constexpr,
+  ROWS: tl.constexpr,
+  UNROLL: tl.constexpr,
+  HAS_ZERO: tl.constexpr,
+  FACTOR: tl.constexpr,
+  X: tl.constexpr,
+  X_TYPES: tl.constexpr,
+  WORDS: tl.constexpr,
+  WORDS_TYPES: tl.constexpr,
+  PRODUCT: tl.constexpr,
+  PRODUCT_TYPES: tl.constexpr,
+  TOTAL: tl.constexpr,
+  TOTAL_TYPES: tl.constexpr,
+):
+  """y with ROWS rows of bytes of one group."""
+  PER_BYTE: tl.constexpr = 8 // BITS
+  scale = _four(tl.load(scale_ptr).to(tl.float32))
+  zero = tl.zeros_like(y[0])
+  none = (zero, zero, zero, zero)
+  total = none
+  nothing = (zero, zero, zero, zero, zero, zero, zero, zero)
+  sums = (nothing, nothing, nothing, nothing)
+  for start in tl.static_range(0, ROWS, 8 * UNROLL):
+    rows = ()
+    xs = ()
+    for u in tl.static_range(UNROLL):
+      at = codes_at + (start + 8 * u) * N
+      rows = rows + (_loaded(at, WORDS, WORDS_TYPES, 4), _loaded(at + N, WORDS, WORDS_TYPES, 4))
+    for u in tl.static_range(UNROLL):
+      at = x_at + (start + 8 * u) * PER_BYTE * 2
+      xs = xs + (_loaded(at, X, X_TYPES, PER_BYTE),)
+    for u in tl.static_range(UNROLL):
+      total = _total(words[2], xs[u], total, BITS, TOTAL, TOTAL_TYPES)
+      new = ()
+      for i in tl.static_range(4):
+        w, v = rows[2 * u][i], rows[2 * u + 1][i]
+        new = new + (_product(w, v, words, xs[u], sums[i], BITS, PRODUCT, PRODUCT_TYPES),)
+      sums = new
+  if HAS_ZERO:
+    none = _four(tl.load(zero_ptr).to(tl.float32) * (total[0] * (1.0 / FACTOR))[:, None])
+  new = ()
+  for i in tl.static_range(4):
+    new = new + (y[i] + (_of_lane(sums, q, i) + total[0] - none[i]) * scale[i],)
+  return new
 
 
 @triton.jit
@@ -111,59 +228,74 @@ def matvec(
   scale_ptr,  # [Q, N]
   zero_ptr,  # [Q, N] int8, or anything where HAS_ZERO is False
   out_ptr,  # [SPLITS, N]
-  N: tl.constexpr,  # a multiple of BN
-  K: tl.constexpr,
-  R: tl.constexpr,
-  GROUP: tl.constexpr,  # a multiple of the inputs of a lane
+  N: tl.constexpr,  # a multiple of 16
   HAS_ZERO: tl.constexpr,
   BITS: tl.constexpr,
-  LOW: tl.constexpr,
-  BN: tl.constexpr,
-  LANES: tl.constexpr,
-  UNROLL: tl.constexpr,  # divides the rows of a lane
-  STAGES: tl.constexpr,
-  INPUTS: tl.constexpr,  # of a lane, or the next power of two
-  SPLITS: tl.constexpr,
+  MASK: tl.constexpr,
+  MAGIC: tl.constexpr,
+  FACTOR: tl.constexpr,  # what `total` multiplies inputs with
+  FACTOR_PAIR: tl.constexpr,
+  ROWS: tl.constexpr,  # of bytes a warp
+  GROUP: tl.constexpr,  # rows of bytes of a group
+  PART: tl.constexpr,  # rows of bytes that divide both
+  WARPS: tl.constexpr,
+  UNROLL: tl.constexpr,
+  PREFETCH: tl.constexpr,
+  PREFETCH_TYPES: tl.constexpr,
+  X: tl.constexpr,
+  X_TYPES: tl.constexpr,
+  WORDS: tl.constexpr,
+  WORDS_TYPES: tl.constexpr,
+  PRODUCT: tl.constexpr,
+  PRODUCT_TYPES: tl.constexpr,
+  TOTAL: tl.constexpr,
+  TOTAL_TYPES: tl.constexpr,
 ):
-  """y = x W; LANES lanes of R / SPLITS / LANES rows of bytes each in a program."""
+  """y = x W: 128 outputs a program, whose warps share the inputs (`matvec_ptx`)."""
+  T: tl.constexpr = WARPS * 32
   PER_BYTE: tl.constexpr = 8 // BITS
-  ROWS: tl.constexpr = R // (SPLITS * LANES)
-  MASK: tl.constexpr = (1 << BITS) - 1
-  POWER: tl.constexpr = 256
-  unity = tl.num_programs(2)  # 1, but no constant: a constant mask is loaded again for every use
   split = tl.program_id(1)
-  lane = split * LANES + tl.arange(0, LANES)
-  word = tl.program_id(0) * (BN // 4) + tl.arange(0, BN // 4)
-  words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
-  rows = words_ptr + (lane * ROWS).to(tl.int64)[:, None] * (N // 4) + word[None, :]
-  inputs = x_ptr + (lane * (ROWS * PER_BYTE))[:, None]
-  acc0 = tl.zeros([LANES, BN // 4], tl.float32)
-  acc1 = tl.zeros([LANES, BN // 4], tl.float32)
-  acc2 = tl.zeros([LANES, BN // 4], tl.float32)
-  acc3 = tl.zeros([LANES, BN // 4], tl.float32)
-  for start in tl.range(0, ROWS, UNROLL, num_stages=STAGES):
-    loaded = ()
-    for u in tl.static_range(UNROLL):
-      loaded = loaded + (tl.load(rows + (start + u) * (N // 4)),)
-    for u in tl.static_range(UNROLL):
-      w = loaded[u]
-      byte0, byte1, byte2, byte3 = w << 15, w << 7, w >> 1, w >> 9
-      for j in tl.static_range(PER_BYTE):
-        x = tl.load(inputs + (start + u) * PER_BYTE + j).to(tl.float32) * (POWER >> (BITS * j))
-        field = unity * (MASK << (15 + BITS * j))
-        acc0 += x * _mantissa(byte0, field)
-        acc1 += x * _mantissa(byte1, field)
-        acc2 += x * _mantissa(byte2, field)
-        acc3 += x * _mantissa(byte3, field)
-  k = tl.arange(0, INPUTS)
-  x = tl.load(inputs + k[None, :], mask=(k < ROWS * PER_BYTE)[None, :], other=0.0).to(tl.float32)
-  total = tl.sum(x, axis=1)[:, None]
-  shared = tl.sum(x * (POWER >> (BITS * (k % PER_BYTE)))[None, :], axis=1)[:, None] - LOW * total
-  n = tl.program_id(0) * BN + tl.arange(0, BN)
-  at = ((lane * (ROWS * PER_BYTE)) // GROUP)[:, None] * N + n[None, :]
-  words = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))  # [..., i, j] is byte 2 i + j
-  acc = tl.reshape(words, [LANES, BN]) - shared
-  if HAS_ZERO:
-    acc -= total * tl.load(zero_ptr + at).to(tl.float32)
-  y = tl.sum(acc * tl.load(scale_ptr + at).to(tl.float32), axis=0)
-  tl.store(out_ptr + split * N + n, y.to(out_ptr.dtype.element_ty))
+  unity = tl.num_programs(2)  # 1, but no constant: a constant mask is loaded again for every use
+  t = tl.arange(0, T)
+  g, q = (t % 32) // 4, t % 4
+  first = (split * WARPS + t // 32) * ROWS
+  n = tl.minimum(tl.program_id(0) * 128 + g * 16, N - 16)
+  words = (t * 0 + unity * MASK, t * 0 + unity * MAGIC, t * 0 + unity * FACTOR_PAIR)
+  codes_at = (codes_ptr + (first + 2 * q).to(tl.int64) * N + n).to(tl.int64)
+  x_at = (x_ptr + (first + 2 * q) * PER_BYTE).to(tl.int64)
+  own = (n + 4 * q)[:, None] + tl.arange(0, 4)[None, :]
+  PARTS: tl.constexpr = ROWS // PART
+  for start in tl.static_range(0, ROWS, PART if PARTS <= 4 else ROWS):
+    at = (scale_ptr + (first + start) // GROUP * N + n + 4 * q).to(tl.int64)
+    tl.inline_asm_elementwise(PREFETCH, PREFETCH_TYPES, [at], tl.int32, is_pure=False, pack=1)
+  zero = tl.zeros([T], tl.float32)
+  y0, y1, y2, y3 = zero, zero, zero, zero
+  for start in tl.range(0, ROWS, PART, loop_unroll_factor=PARTS if PARTS <= 4 else 1):
+    group = ((first + start) // GROUP * N)[:, None] + own
+    y0, y1, y2, y3 = _part(
+      (y0, y1, y2, y3),
+      codes_at + start * N,
+      x_at + start * PER_BYTE * 2,
+      scale_ptr + group,
+      zero_ptr + group,
+      words,
+      q,
+      N,
+      BITS,
+      PART,
+      UNROLL,
+      HAS_ZERO,
+      FACTOR,
+      X,
+      X_TYPES,
+      WORDS,
+      WORDS_TYPES,
+      PRODUCT,
+      PRODUCT_TYPES,
+      TOTAL,
+      TOTAL_TYPES,
+    )
+  y_T4 = tl.join(tl.join(y0, y2), tl.join(y1, y3))  # [T, i, j] is output 2 i + j
+  y_N = tl.sum(tl.reshape(y_T4, [WARPS, 128]), axis=0)
+  column = tl.program_id(0) * 128 + tl.arange(0, 128)
+  tl.store(out_ptr + split * N + column, y_N.to(out_ptr.dtype.element_ty), mask=column < N)

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.ternary_gemm import cases as ternary_cases
 from pallas_kernels.w4a16_gemm import cases, matvec, triton
 from tests.pallas_kernels import packed_suite as suite
+from tests.pallas_kernels import ptx_host
 
 CASES = {f"int4_{name}": (case, 4, 32) for name, case in cases.TINY.items()}
 CASES |= {f"ternary_{name}": (case, 2, 64) for name, case in ternary_cases.TINY.items()}
@@ -24,30 +25,35 @@ def test_packed(name, splits):
   suite.check(functools.partial(triton.matmul_triton, config=config), case, bits)
 
 
-MATVEC = {  # (bits, case, config): groups of one and of several lanes, splits, edges of unrolling
-  "int4_groups": (4, cases.Case(rows=1, num_in=512, num_out=64), dict(lanes=8)),
+MATVEC = {  # (bits, case, config): one and several groups a warp, splits, no whole tile
+  "int4_groups": (4, cases.Case(rows=1, num_in=512, num_out=144), dict(num_warps=2)),
   "int4_zero": (
     4,
     cases.Case(rows=1, num_in=768, num_out=128, group_size=96, has_zero=True),
-    dict(num_splits=2, lanes=8, unroll=2),
+    dict(num_splits=2, num_warps=4, unroll=2),
   ),
   "int4_channel": (
     4,
-    cases.Case(rows=1, num_in=512, num_out=64, group_size=-1, has_zero=True),
-    dict(lanes=16, unroll=8),
+    cases.Case(rows=1, num_in=1280, num_out=80, group_size=-1, has_zero=True),
+    dict(num_warps=1, unroll=8),
   ),
   "ternary_channel": (
     2,
     cases.Case(rows=1, num_in=1280, num_out=64, group_size=-1),
-    dict(lanes=16),
+    dict(num_warps=8),
   ),
-  "ternary_groups": (2, cases.Case(rows=1, num_in=512, num_out=128), dict(lanes=16)),
+  "ternary_groups": (2, cases.Case(rows=1, num_in=1024, num_out=128), dict(num_warps=4)),
 }
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("name", MATVEC)
-def test_packed_matvec(name, dtype):
+def test_packed_matvec(name, dtype, monkeypatch):
+  from triton.runtime import interpreter
+
   bits, case, config = MATVEC[name]
   config = matvec.MatvecConfig(**config)
+  monkeypatch.setattr(
+    interpreter.InterpreterBuilder, "create_inline_asm", ptx_host.create_inline_asm
+  )
   suite.check(functools.partial(triton.matmul_triton, config=config), case, bits, dtype)

@@ -87,8 +87,9 @@ def test_attend_backward_on_residuals_of_mosaic_gpu():
   )
 
 
-def test_decode():
-  config = decoding.TritonConfig(num_splits=2)
+@pytest.mark.parametrize("splits", [2, 8])  # of lists of 5 blocks
+def test_decode(splits):
+  config = decoding.TritonConfig(num_splits=splits)
   for layout in suite.LAYOUTS:
     suite.check_decode(lambda *a, **kw: decoding.decode_triton(*a, config=config, **kw), layout)
 
