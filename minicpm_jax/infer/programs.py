@@ -171,10 +171,12 @@ class Programs:
     return (self.model, self.drafter, self.params, self._state)
 
   @functools.cached_property
-  def _form(self) -> Any:
-    """What a program is compiled for beside model and drafter: FR and full heads have one."""
+  def _form(self) -> int:
+    """What a program is compiled for beside model and drafter, FR and full heads have one: its
+    number, which hashes faster in every round than hundreds of shapes."""
     leaves, structure = jax.tree.flatten(self.params)
-    return structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
+    arrays = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
+    return _FORMS.setdefault((structure, arrays), len(_FORMS))
 
   def _key(self, function: Any, args: Sequence[Any], static: dict[str, Any]) -> Any:
     """Equal for calls of one program."""
@@ -202,3 +204,4 @@ class Programs:
 
 
 _COMPILED: set[Any] = set()
+_FORMS: dict[Any, int] = {}

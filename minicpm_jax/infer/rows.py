@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.core import rng
 from minicpm_jax.infer import answers, requests
 from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer import state as state_lib
@@ -147,8 +146,9 @@ def settings(job: Job, vocab_size: int, num_before: int = 0) -> state_lib.RowSet
     seen_V=seen_V,
     wants_logprobs=np.bool_(job.request.want_logprobs),
     wants_top=np.bool_(job.request.num_top_logprobs > 0),
+    seed=np.int64(sampling.seed),
     sampling=sampling_lib.SamplingState(
-      key_B=rng.key(sampling.seed, "sampling")[None],
+      key_B=None,
       temperature_B=one(sampling.temperature, np.float32),
       top_k_B=one(sampling.top_k, np.int32),
       top_p_B=one(sampling.top_p, np.float32),

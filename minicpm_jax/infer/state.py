@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from minicpm_jax import config
+from minicpm_jax.core import rng
 from minicpm_jax.infer import answers
 from minicpm_jax.infer import sampling as sampling_lib
 from minicpm_jax.infer.drafters import base
@@ -49,7 +50,8 @@ class RowSettings:
   seen_V: Any  # bool
   wants_logprobs: Any  # bool
   wants_top: Any  # bool
-  sampling: sampling_lib.SamplingState  # of one row
+  seed: Any  # int64 of numpy
+  sampling: sampling_lib.SamplingState  # of one row, without its key
 
 
 def init_state(
@@ -76,6 +78,7 @@ def init_state(
 @functools.partial(jax.jit, donate_argnames="state")
 def admit(state: State, row: Any, new: RowSettings) -> State:
   """Gives a row to a request; the first `new.start` slots of its cache are kept."""
+  sampling = new.sampling.replace(key_B=rng.key(new.seed, "sampling")[None])
   return state.replace(
     cache=state.cache.replace(length=state.cache.length.at[row].set(new.start)),
     is_live_B=state.is_live_B.at[row].set(False),
@@ -86,7 +89,7 @@ def admit(state: State, row: Any, new: RowSettings) -> State:
     seen_BV=state.seen_BV.at[row].set(new.seen_V),
     wants_logprobs_B=state.wants_logprobs_B.at[row].set(new.wants_logprobs),
     wants_top_B=state.wants_top_B.at[row].set(new.wants_top),
-    sampling=jax.tree.map(lambda x, y: x.at[row].set(y[0]), state.sampling, new.sampling),
+    sampling=jax.tree.map(lambda x, y: x.at[row].set(y[0]), state.sampling, sampling),
   )
 
 

@@ -19,7 +19,7 @@ from minicpm_jax.text import tools as tools_lib
 
 
 class Reply:
-  """All choices of one request; iterate over `deltas`, or `pop` after each `notify`."""
+  """All choices of one request; iterate over `deltas`, or `pop` after each `notify`, not both."""
 
   def __init__(
     self,
@@ -31,6 +31,7 @@ class Reply:
     self.options = formatter.options
     self.on_cancel: Callable[[], None] = lambda: None
     self._queue: queue.SimpleQueue[responses.Delta] = queue.SimpleQueue()
+    self._popped: responses.Delta | None = None  # taken from the queue, not yet by the reader
     self._lock = threading.Lock()
     self._num_left, self._usages = len(self.answers), []
     for index, answer in enumerate(self.answers):
@@ -48,7 +49,16 @@ class Reply:
       self.cancel()
 
   def pop(self) -> responses.Delta | None:
-    """The next delta if there is one."""
+    """What a choice has grown by since, if anything: several deltas where the reader is slow."""
+    delta, self._popped = self._popped or self._next(), None
+    while delta is not None and not delta.is_end and (more := self._next()) is not None:
+      if more.index != delta.index or more.error is not None:
+        self._popped = more
+        break
+      delta = delta.followed_by(more)
+    return delta
+
+  def _next(self) -> responses.Delta | None:
     try:
       return self._queue.get_nowait()
     except queue.Empty:

@@ -63,6 +63,19 @@ class Delta:
     return self.error is not None or (self.finish_reason is not None and not self.num_left)
 
 
+  def followed_by(self, other: "Delta") -> "Delta":
+    """One delta of this and the choice's next one, which is no error."""
+    return Delta(
+      text=self.text + other.text,
+      logprobs=self.logprobs + other.logprobs,
+      calls=self.calls + other.calls,
+      finish_reason=other.finish_reason,
+      usage=other.usage,
+      index=other.index,
+      num_left=other.num_left,
+    )
+
+
 class Formatter:
   """Deltas of one answer to JSON objects."""
 
