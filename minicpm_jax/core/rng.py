@@ -13,6 +13,8 @@ def tag(purpose: str) -> int:
   return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little") >> 1
 
 
-def key(seed: int | Int[types.Array, ""], purpose: str, step: int | Int[types.Array, ""] = 0) -> Key[types.Array, ""]:
+def key(
+  seed: int | Int[types.Array, ""], purpose: str, step: int | Int[types.Array, ""] = 0
+) -> Key[types.Array, ""]:
   """The typed key of `purpose` at `step` (both numbers may be traced)."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), tag(purpose)), step)

@@ -5,12 +5,13 @@ Tokens would be right with any state; `accepted` of every round is what a wrong 
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer.drafters import base, bita, chain
+from minicpm_jax.infer.drafters import base, bita, chain, mtp
 from minicpm_jax.models import bita as bita_lib
 from tests.infer import bita_cases, small, test_matrix
 
@@ -21,9 +22,11 @@ CANCELLED = 2  # the longest, in the midst of it
 
 
 def drafter_of(name, model, params):
-  if name == "chain":
-    tiny, tiny_params = small.make(num_layers=1)
-    return chain.ChainDrafter(tiny, num_levels=2), tiny_params
+  if name == "chain":  # the draft is the target with noise
+    noisy = jax.tree.map(lambda x: x + 0.02 * np.sign(np.sin(37 * x)), params)
+    return chain.ChainDrafter(model, num_levels=2), noisy
+  if name == "mtp":  # of random weights, so half of the vocabulary
+    return mtp.make(model, params, num_levels=1, top_k=30, num_nodes=31)
   if name == "bita":  # a random mask is right where it may name a third of the vocabulary
     cfg = bita_lib.for_target(model.cfg, num_masks=1)
     draft = bita_lib.Bita(cfg, bita_cases.params_of(cfg, seed=4))

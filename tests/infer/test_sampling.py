@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_jax import config
+from minicpm_jax.core import rng
 from minicpm_jax.infer import sampling
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**31, 2**40 + 3, -(2**63), 2**63 - 1])
+def test_keys_of_seeds_are_the_same_inside_jit(seed):
+  """Requests send their seed as a number; jax.random's own eager functions are the reference."""
+  named = jax.random.fold_in(jax.random.key(seed), rng.tag("sampling"))
+  expected = jax.random.key_data(jax.random.fold_in(named, 0))
+  found = jax.jit(lambda seed: rng.key(seed, "sampling"))(np.int64(seed))
+  np.testing.assert_array_equal(jax.random.key_data(found), expected)
 
 
 def keep_oracle(z_V, top_k, top_p, min_p):

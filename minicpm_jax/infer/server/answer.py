@@ -19,7 +19,7 @@ from minicpm_jax.text import tools as tools_lib
 
 
 class Reply:
-  """All choices of one request; iterate over `deltas`, or `pop` after each `notify`, not both."""
+  """All choices of one request; iterate over `deltas`, or `pop` after each `notify`."""
 
   def __init__(
     self,
@@ -31,7 +31,6 @@ class Reply:
     self.options = formatter.options
     self.on_cancel: Callable[[], None] = lambda: None
     self._queue: queue.SimpleQueue[responses.Delta] = queue.SimpleQueue()
-    self._popped: responses.Delta | None = None  # taken from the queue, not yet by the reader
     self._lock = threading.Lock()
     self._num_left, self._usages = len(self.answers), []
     for index, answer in enumerate(self.answers):
@@ -49,16 +48,7 @@ class Reply:
       self.cancel()
 
   def pop(self) -> responses.Delta | None:
-    """What a choice has grown by since, if anything: several deltas where the reader is slow."""
-    delta, self._popped = self._popped or self._next(), None
-    while delta is not None and not delta.is_end and (more := self._next()) is not None:
-      if more.index != delta.index or more.error is not None:
-        self._popped = more
-        break
-      delta = delta.followed_by(more)
-    return delta
-
-  def _next(self) -> responses.Delta | None:
+    """The next delta if there is one."""
     try:
       return self._queue.get_nowait()
     except queue.Empty:
@@ -92,7 +82,9 @@ class Reply:
         tokens = sum(usage.completion_tokens for usage in self._usages)
         usage = dataclasses.replace(self._usages[0], completion_tokens=tokens)
         delta = dataclasses.replace(delta, usage=usage)
-      self._queue.put(dataclasses.replace(delta, index=index, num_left=self._num_left))
+      if index or delta.is_end:  # most are neither
+        delta = dataclasses.replace(delta, index=index, num_left=self._num_left)
+      self._queue.put(delta)
     if delta.error is not None:
       self.cancel()  # the other choices
     try:

@@ -18,6 +18,7 @@ from minicpm_jax.infer.server import answer as answer_lib
 from minicpm_jax.infer.server import responses, schemas, service
 
 STATIC = pathlib.Path(__file__).parent / "static"
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _POLICY = "default-src 'self'; img-src 'self' data:"
 _PAGE_HEADERS = {"Content-Security-Policy": _POLICY, "X-Frame-Options": "DENY"}
 
@@ -28,7 +29,7 @@ class Gone(Exception):
 
 def sse(value: Any) -> bytes:
   """One server-sent event."""
-  text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+  text = value if isinstance(value, str) else _JSON.encode(value)
   return f"data: {text}\n\n".encode()
 
 
@@ -200,19 +201,21 @@ class _Live:
     return self.answer.formatter.whole(deltas)
 
   async def events(self, delta: responses.Delta) -> AsyncIterator[bytes]:
-    """The SSE stream from its first delta on."""
+    """The SSE stream from its first delta on. What has come meanwhile goes out in one write."""
     formatter = self.answer.formatter
-    for chunk in formatter.opening():
-      yield sse(chunk)
+    parts = [sse(chunk) for chunk in formatter.opening()]
     while delta.error is None:
-      for chunk in formatter.chunks(delta):
-        yield sse(chunk)
+      parts += [sse(chunk) for chunk in formatter.chunks(delta)]
       if delta.is_last:
         break
-      delta = await self.next()
+      following = self.answer.pop()
+      if following is None:
+        yield b"".join(parts)
+        parts, following = [], await self.next()
+      delta = following
     if delta.error is not None:
-      yield sse(delta.error.body())
-    yield sse("[DONE]")
+      parts.append(sse(delta.error.body()))
+    yield b"".join((*parts, sse("[DONE]")))
 
 
 def make_server(chat_service: service.ChatService) -> Any:

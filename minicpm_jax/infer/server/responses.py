@@ -40,7 +40,7 @@ class Usage:
 class Delta:
   """What one choice of an answer grew by. Its last one has a finish_reason and usage, or an error.
 
-  num_left: choices that go on behind this delta; the usage of the last choice is that of all.
+  num_left, of the end of a choice: others that go on; the usage of the last is that of all.
   """
 
   text: str = ""
@@ -61,19 +61,6 @@ class Delta:
   def is_last(self) -> bool:
     """The whole answer has ended; an error ends all choices."""
     return self.error is not None or (self.finish_reason is not None and not self.num_left)
-
-
-  def followed_by(self, other: "Delta") -> "Delta":
-    """One delta of this and the choice's next one, which is no error."""
-    return Delta(
-      text=self.text + other.text,
-      logprobs=self.logprobs + other.logprobs,
-      calls=self.calls + other.calls,
-      finish_reason=other.finish_reason,
-      usage=other.usage,
-      index=other.index,
-      num_left=other.num_left,
-    )
 
 
 class Formatter:

@@ -168,6 +168,28 @@ def test_multi_byte_characters_stream_whole_to_the_openai_client(serve_scripted)
   assert pieces == list(text)
 
 
+def test_what_has_come_meanwhile_is_one_write_of_the_same_events(byte_tokenizer):
+  """The answer is whole before the stream's first event is read."""
+  engine = scripted.ScriptedEngine(lambda _: scripted.bytewise("abc"))
+  tok = byte_tokenizer(chat_template=scripted.TEMPLATE)
+
+  async def parts(chat):
+    kinds = ("chat", {"messages": HELLO, "stream": True})
+    live = await app._Live.open(chat, *kinds)
+    first = await live.next()
+    while chat.num_running or chat.num_waiting:
+      await asyncio.sleep(0.01)
+    return [part async for part in live.events(first)]
+
+  with service.ChatService(engine, tok, name="tiny") as chat:
+    (part,) = asyncio.run(parts(chat))
+    expected = list(chat.stream("chat", {"messages": HELLO, "stream": True}))
+  *events, done, end = part.split(b"\n\n")
+  assert done == b"data: [DONE]" and end == b"" and len(events) == len(expected) == 5
+  for event, chunk in zip(events, expected, strict=True):
+    assert json.loads(event[6:])["choices"] == chunk["choices"]
+
+
 def test_a_failure_in_the_middle_of_a_stream_reaches_the_client(serve_scripted):
   url, engine, _ = serve_scripted(lambda _: fail_later())
 
