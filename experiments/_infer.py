@@ -96,6 +96,7 @@ def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
     ("spec_window_size", is_tree and kind != "mtp", drafts),
     ("frspec_vocab_size", cfg.frspec_path is not None, "no --frspec_path"),
     ("warmup_tokens", cfg.warmup, "--nowarmup"),
+    ("warmup_constrained", cfg.warmup, "--nowarmup"),
     ("fast_forward", has_constraint, "no --json_schema or --grammar_file"),
   ):
     if name in values and not is_read:

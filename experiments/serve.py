@@ -7,11 +7,13 @@ POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /metrics
 CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; those of sampling hold where a request
 says nothing; --model is short for --model_path. It
 listens on the loopback address unless --host says otherwise: there is no authentication. Before, it
-compiles what requests of --warmup_tokens tokens need (--nowarmup: as they come). Ctrl-C or SIGTERM
-lets answers under way end. Needs `pip install 'minicpm_jax[serve]'` (`[constrained]` for
-response_format, grammars and required tool calls).
+compiles what requests of --warmup_tokens tokens need (--nowarmup: as they come), also those under a
+schema or grammar where that extra is installed (--nowarmup_constrained: the first one waits).
+Ctrl-C or SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[serve]'`
+(`[constrained]` for response_format, grammars and required tool calls).
 """
 
+import importlib.util
 import pathlib
 import sys
 import time
@@ -47,18 +49,21 @@ def make(values: flags.FlagValues) -> service.ChatService:
     sampling=_infer.sampling(cfg),
   )
   loaded = _infer.load(cfg, max_batch=cfg.max_batch)
-  if cfg.warmup:
-    began = time.perf_counter()
-    num = loaded.engine.warm_up(cfg.warmup_tokens or None)
-    print(f"warm-up: {num} programs in {time.perf_counter() - began:.1f} s", file=sys.stderr)
   try:
     template = chat_lib.template_for(loaded.engine.model.cfg, loaded.tok)
   except ValueError:  # a base model: text completions work, chat says what is missing
     template = None
   name = values.model_name or pathlib.Path(cfg.model_path).name
-  return service.ChatService(
+  chat = service.ChatService(
     loaded.engine, loaded.tok, name=name, cfg=server, template=template, stop_ids=loaded.stop_ids
   )
+  if cfg.warmup:
+    began = time.perf_counter()
+    has_extra = importlib.util.find_spec("llguidance") is not None
+    is_constrained = has_extra if cfg.warmup_constrained is None else cfg.warmup_constrained
+    num = chat.warm_up(cfg.warmup_tokens or None, is_constrained=is_constrained)
+    print(f"warm-up: {num} programs in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+  return chat
 
 
 def _run() -> None:

@@ -77,6 +77,7 @@ class InferConfig:
   shrinks: bool | None = None  # rounds of the live rows alone; None: on a CPU (measured there)
   warmup: bool = True  # compile first, then listen
   warmup_tokens: int = 0  # prompt and answer that find all compiled; 0 = what the first span holds
+  warmup_constrained: bool | None = None  # grammars too; None: where the extra is installed
 
   def __post_init__(self):
     require_kinds(self, "")
@@ -104,7 +105,7 @@ SPARSE_ONLY = (
   "sparse_switch",
   "use_compress_lse",
 )
-SERVE_ONLY = ("host", "port", "shrinks", "warmup", "warmup_tokens")
+SERVE_ONLY = ("host", "port", "shrinks", "warmup", "warmup_tokens", "warmup_constrained")
 GENERATE_ONLY = (
   "fast_forward",
   "prompt_file",

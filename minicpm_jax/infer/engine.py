@@ -257,13 +257,16 @@ class Engine(programs.Programs, driver_lib.Driver):
     length = max(len(job.request.prompt) + len(job.tokens) for job in live) + ahead
     span = self._span(length + rounds * A + self._num_rows)
     known = self._known(live, min(len(job.request.prompt) + len(job.tokens) for job in live))
-    first, num = 0, len(self._rows)
-    if self._shrinks:
-      first, num = rows_lib.window([job.row for job in live], num)
+    first, num = self._window(live)
     static = dict(span=span, rounds=rounds, known=known)
     args, static = programs.of_rows(static, first, num, len(self._rows))
     answer = self._call(rounds_lib.run, live, *args, **static)
     self._await(rows_lib.Answer(answer, self._jobs_by_row(live)[first : first + num], rounds))
+
+  def _window(self, live: list[rows_lib.Job]) -> tuple[int, int]:
+    """(first, number) of the rows of a round."""
+    num = len(self._rows)
+    return rows_lib.window([job.row for job in live], num) if self._shrinks else (0, num)
 
   def _known(self, jobs: list[rows_lib.Job], length: int) -> rounds_lib.Known:
     """`length`: tokens of the shortest sequence. Off a GPU branches are free, programs are not."""
@@ -277,14 +280,16 @@ class Engine(programs.Programs, driver_lib.Driver):
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""
     length = max(len(job.request.prompt) + len(job.tokens) for job in live)
     span = self._span(length + self._num_rows)
-    shape = (self.cfg.max_batch, self._free_mask.shape[1])
-    tree = self._call(rounds_lib.draft, live, rows_lib.root_masks(live, *shape), span=span)
-    tok_BP, mask_BPW = rows_lib.node_masks(live, tree, shape[1])
+    (first, num), num_words = self._window(live), self._free_mask.shape[1]
+    rows, static = programs.of_rows(dict(span=span), first, num, len(self._rows))
+    root_mask_BW = rows_lib.root_masks(live, first, num, num_words)
+    tree = self._call(rounds_lib.draft, live, root_mask_BW, *rows, **static)
+    tok_BP, mask_BPW = rows_lib.node_masks(live, tree, first, num_words)
     for job in live:
-      self._check_mask(mask_BPW[job.row, 0], job)
+      self._check_mask(mask_BPW[job.row - first, 0], job)
     tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
-    answer = self._call(rounds_lib.verify, live, tree, mask_BPW, span=span)
-    self._await(rows_lib.Answer(answer, self._jobs_by_row(live), 1))
+    answer = self._call(rounds_lib.verify, live, tree, mask_BPW, *rows, **static)
+    self._await(rows_lib.Answer(answer, self._jobs_by_row(live)[first : first + num], 1))
 
   def _fast_forward(self, job: rows_lib.Job) -> None:
     """Appends what the constraint forces as one chunk: one forward for all of it."""

@@ -7,10 +7,11 @@ every span has a program for each `rounds.Known`.
 import concurrent.futures
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
@@ -59,6 +60,12 @@ class Sizes(NamedTuple):
     """The longest sequence that the smallest span serves to its end."""
     return max(1, self.span(1) - self.ahead)
 
+  @property
+  def windows(self) -> list[int]:
+    """Numbers of rows that rounds may be of."""
+    most = self.cfg.max_batch
+    return rows_lib.window_sizes(most) if self.shrinks else [most]
+
   def lengths(self, span: int) -> list[bool]:
     """Values of Known.is_long for sequences within `span`."""
     if self.dense_len is None:
@@ -93,9 +100,24 @@ def runs(sizes: Sizes, num_tokens: int) -> Iterator[Program]:
       for is_long in sizes.lengths(span):
         known = rounds_lib.Known(is_bare, is_long)
         static = dict(span=span, rounds=sizes.cfg.rounds_per_dispatch, known=known)
-        most = sizes.cfg.max_batch
-        for num in rows_lib.window_sizes(most) if sizes.shrinks else (most,):
-          yield Program(rounds_lib.run, *of_rows(static, 0, num, most))
+        for num in sizes.windows:
+          yield Program(rounds_lib.run, *of_rows(static, 0, num, sizes.cfg.max_batch))
+
+
+def constrained_rounds(
+  sizes: Sizes, num_tokens: int, num_words: int, tree_of: Callable[[tuple, dict], base.Tree]
+) -> Iterator[Program]:
+  """Both halves of rounds under a constraint. `tree_of` the rows: what the first half returns."""
+  most = sizes.cfg.max_batch
+  for num in sizes.windows:
+    tree = None
+    for span in sizes.spans(num_tokens):
+      rows, static = of_rows(dict(span=span), 0, num, most)
+      first = Program(rounds_lib.draft, (np.zeros((num, num_words), np.int32), *rows), static)
+      tree = tree_of(*first[1:]) if tree is None else tree
+      mask_BPW = np.zeros((*tree.tok_BP.shape, num_words), np.int32)
+      yield first
+      yield Program(rounds_lib.verify, (tree, mask_BPW, *rows), static)
 
 
 def compile_all(lowered: Iterable[Any], num_threads: int) -> int:
@@ -115,9 +137,12 @@ class Programs:
   params: base.Params
   cfg: config.EngineConfig
 
-  def warm_up(self, num_tokens: int | None = None, num_threads: int = 4) -> int:
+  def warm_up(
+    self, num_tokens: int | None = None, num_threads: int = 4, *, is_constrained: bool = False
+  ) -> int:
     """Compiles what requests of up to `num_tokens` tokens (prompt and answer; None: those of the
-    smallest span) without constraints will ask for; the number of programs.
+    smallest span) will ask for, those under a constraint where `is_constrained`; the number of
+    programs. `fast_forward` is not among it.
 
     One row takes a chunk of a prompt that never ends, which brings the state into the form (where
     its arrays lie) that all later steps find; the other programs are compiled and not run. Nothing
@@ -144,16 +169,29 @@ class Programs:
       yield state_lib.copy_row.lower(self.drafter, self._state, zero, zero)
       if self.before is not None:
         yield state_lib.put_prefix.lower(self._state, zero, self.before.k, self.before.v)
-      for function, args, static in (
-        *chunks,
-        *runs(sizes, num_tokens),
-      ):  # the smallest again: the state has come to rest
+      rounds = [*runs(sizes, num_tokens)]
+      if is_constrained:
+        num_words = self._free_mask.shape[1]
+        rounds += constrained_rounds(sizes, num_tokens, num_words, self._blank_tree)
+      # The smallest chunk again: the state has come to rest.
+      for function, args, static in (*chunks, *rounds):
         yield function.lower(*self._head, *args, **static)
         _COMPILED.add(self._key(function, args, static))
 
     num = compile_all(lowered(), num_threads)
     self.compile_seconds = before + time.perf_counter() - began
     return num
+
+  def _blank_tree(self, args: tuple, static: dict[str, Any]) -> base.Tree:
+    """A tree as the engine hands it to `rounds.verify`: programs depend on where arrays lie."""
+
+    def drafted(params: base.Params, state: state_lib.State) -> base.Tree:
+      return rounds_lib.draft(self.model, self.drafter, params, state, *args, **static)[1]
+
+    shapes = jax.eval_shape(drafted, self.params, self._state)
+    blank = jax.jit(lambda root: jax.tree.map(lambda x: jnp.full(x.shape, root, x.dtype), shapes))
+    tree = blank(self._state.root_B[0])  # lies where the state does
+    return tree.replace(tok_BP=jnp.asarray(np.asarray(tree.tok_BP)))
 
   def _sizes(self) -> Sizes:
     sparse = self.model.cfg.sparse if self.tells else None

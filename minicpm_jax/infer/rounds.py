@@ -308,8 +308,6 @@ def run(
 ) -> tuple[state_lib.State, answers.Answer]:
   """`rounds` rounds, fewer when no row is live. With `first`: of `num_rows` rows from there on, for
   drafters that are `by_row`; all live ones must be among them."""
-  if first is None:
-    return _run(model, drafter, params, state, None, span, rounds, known)
   part = state_lib.window(state, first, num_rows)
   part, answer = _run(model, drafter, params, part, first, span, rounds, known)
   return state_lib.put_window(state, part, first), answer
@@ -338,26 +336,32 @@ def _run(model, drafter, params, state: state_lib.State, first, span, rounds, kn
   return state, answer
 
 
-@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
+_HALF = ("model", "drafter", "span", "num_rows")
+
+
+@functools.partial(jax.jit, static_argnames=_HALF, donate_argnames="state")
 def draft(
   model: Any,
   drafter: base.Drafter,
   params: base.Params,
   state: state_lib.State,
   root_mask_BW: Any,
+  first: Any = None,
   *,
   span: int,
+  num_rows: int = 0,
 ) -> tuple[state_lib.State, base.Tree]:
-  """First half of a round, for the host to look at the tree (constraints).
+  """First half of a round, for the host to look at the tree (constraints); rows as in `run`.
 
   root_mask_BW: bits of the tokens that may follow the root, known before the tree is.
   """
   del model  # the drafter knows its own; here because `Engine._call` gives it to all
-  tree, state = _draft(drafter, params._replace(root_mask_BW=root_mask_BW), state, span)
-  return state, tree
+  part = state_lib.window(state, first, num_rows)
+  tree, part = _draft(drafter, params._replace(root_mask_BW=root_mask_BW), part, span, first)
+  return state.replace(draft=part.draft), tree
 
 
-@functools.partial(jax.jit, static_argnames=("model", "drafter", "span"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=_HALF, donate_argnames="state")
 def verify(
   model: Any,
   drafter: base.Drafter,
@@ -365,9 +369,13 @@ def verify(
   state: state_lib.State,
   tree: base.Tree,
   mask_BPW: Any,
+  first: Any = None,
   *,
   span: int,
+  num_rows: int = 0,
 ) -> tuple[state_lib.State, answers.Answer]:
   """Second half: mask_BPW holds the bits of the tokens that may follow each node."""
-  whole = (tree, mask_BPW, span, drafter.num_levels)
-  return _verify(model, drafter, params, state, *whole)
+  part = state_lib.window(state, first, num_rows)
+  more = (tree, mask_BPW, span, drafter.num_levels, Known(), first)
+  part, answer = _verify(model, drafter, params, part, *more)
+  return state_lib.put_window(state, part, first), answer

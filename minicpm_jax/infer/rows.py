@@ -211,22 +211,25 @@ class Answer(NamedTuple):
   rounds: int  # 0 = the first token, out of the prefill
 
 
-def root_masks(live: Sequence[Job], num_rows: int, num_words: int) -> np.ndarray:
-  """int32 [B, W]: bits of the tokens that may follow each row's root."""
+def root_masks(live: Sequence[Job], first: int, num_rows: int, num_words: int) -> np.ndarray:
+  """int32 [B, W]: bits of the tokens that may follow the root, of num_rows rows from `first` on."""
   mask_BW = np.full((num_rows, num_words), -1, np.int32)
   for job in live:
     if job.request.constraint is not None:
-      job.request.constraint.fill_mask(mask_BW[job.row])
+      job.request.constraint.fill_mask(mask_BW[job.row - first])
   return mask_BW
 
 
-def node_masks(live: Sequence[Job], tree: Any, num_words: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens [B, P] without what constraints forbid, bits [B, P, W] of what may follow a node)."""
+def node_masks(
+  live: Sequence[Job], tree: Any, first: int, num_words: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens [B, P] without what constraints forbid, bits [B, P, W] of what may follow a node), of
+  the tree's rows, the first of which is row `first`."""
   tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
   mask_BPW = np.full((*tok_BP.shape, num_words), -1, np.int32)
   for job in live:
     if job.request.constraint is not None:
-      b, mask_PW = job.row, np.zeros(mask_BPW.shape[1:], np.int32)
+      b, mask_PW = job.row - first, np.zeros(mask_BPW.shape[1:], np.int32)
       tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
       mask_BPW[b] = mask_PW
   return tok_BP, mask_BPW

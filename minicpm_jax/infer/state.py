@@ -117,7 +117,7 @@ def put_prefix(state: State, row: Any, k: Any, v: Any) -> State:
 
 
 def window(state: State, first: Any, num_rows: int) -> State:
-  """Rows first.. of everything but the caches, the drafter's too, which stay whole; see
+  """Rows first.. (None: all) of everything but the caches, the drafter's too, which stay whole; see
   `put_window`."""
   part = base.take_rows(state.replace(cache=None, draft=None), first, num_rows)
   return part.replace(cache=state.cache, draft=state.draft)

@@ -67,6 +67,7 @@ GPU = "bench_decode --suite=gpu"
     ("serve --model=x", "--spec_tree_size=8", "no draft"),
     ("serve --model=x", "--frspec_vocab_size=9", "no --frspec_path"),
     ("serve --model=x --nowarmup", "--warmup_tokens=9", "--nowarmup"),
+    ("serve --model=x --nowarmup", "--warmup_constrained", "--nowarmup"),
   ],
 )
 def test_commands_refuse_it(command, flag, found_with, capsys):

@@ -12,9 +12,9 @@ from minicpm_jax import config
 from minicpm_jax.infer import answers, generate, programs, requests
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import rounds as rounds_lib
-from minicpm_jax.infer.drafters import chain
+from minicpm_jax.infer.drafters import chain, ngram
 from minicpm_jax.quant import prefix as prefix_lib
-from tests.infer import small
+from tests.infer import small, test_constrained_engine
 
 CFG = config.EngineConfig(capacity=77, max_batch=2, chunk_size=16, min_span=32)
 DRAWN = config.SamplingConfig(temperature=1.1, top_p=0.9, max_new_tokens=9, seed=4)
@@ -59,6 +59,33 @@ def test_requests_of_the_first_span_compile_nothing_and_say_what_they_said():
   engine.add(requests.Request([1], DRAWN))
   with pytest.raises(ValueError, match="warm_up: found requests under way"):
     engine.warm_up()
+
+
+@pytest.mark.parametrize("is_bound", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_requests_under_a_constraint_compile_nothing_either(is_bound):
+  """Of one row and of both; the tree of a draft lies where the weights are bound to."""
+  model, params = generate.for_decoding(*small.make(num_layers=1))
+  cfg = dataclasses.replace(CFG, shrinks=True, capacity=64)
+  params = jax.device_put(params, jax.devices()[0]) if is_bound else params
+  more = dict(drafter=ngram.NGramDrafter(num_levels=2, min_match=1)) if is_bound else {}
+
+  def calls():
+    steps = test_constrained_engine.Steps
+    drawn = [dataclasses.replace(DRAWN, seed=i, max_new_tokens=n) for i, n in enumerate((5, 9))]
+    return [
+      requests.Request([7, 1, 8], drawn[0], constraint=steps(4)),
+      requests.Request([3, 1, 4, 1, 5], drawn[1], constraint=steps(9)),
+      requests.Request([9], drawn[0]),
+    ]
+
+  engine = engine_lib.Engine(model, params, cfg, **more)
+  without = engine.warm_up()
+  assert engine.warm_up(is_constrained=True) == without + 4  # two halves, one row and two
+  with compilations() as names:
+    found = engine.collect(calls())
+  assert names == [] and [s.compile_seconds for s in found.stats] == [0.0] * 3
+  cold = engine_lib.Engine(model, params, dataclasses.replace(cfg, shrinks=False)).collect(calls())
+  assert found.tokens == cold.tokens and found.finish_reason == cold.finish_reason
 
 
 def test_warming_up_later_leaves_no_stale_prompt_behind():
