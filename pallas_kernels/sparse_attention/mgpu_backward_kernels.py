@@ -25,7 +25,6 @@ from pallas_kernels.sparse_attention.mgpu_kernels import (
   is_listed,
   member_bias,
   query_of_rows,
-  release,
   rows_and_edges,
   share_registers,
   tile_of_program,
@@ -133,7 +132,7 @@ def _q_body(
 
       plgpu.barrier_wait(barriers.at[slot])
       acc_RH = jax.lax.cond(is_listed(bits, own, queries), add, lambda acc_RH: acc_RH, acc_RH)
-      release(j, slot, count, num_stages, free_barriers)
+      plgpu.barrier_arrive(free_barriers.at[slot])
       return following(slot, num_stages), acc_RH
 
     nothing = mgpu.as_tile(jnp.zeros((ROWS, head_dim), jnp.float32), interpreted)

@@ -102,19 +102,19 @@ def copy_ahead(begin, end, num_stages: int, free_barriers, copy):
     copy(j, slot)
     return following(slot, num_stages)
 
-  jax.lax.fori_loop(begin, end, step, jnp.int32(0))
+  slot = jax.lax.fori_loop(begin, end, step, jnp.int32(0))
+  # What nothing waited for yet: every arrival is seen, which spares the others a branch a step.
+  num_left = jnp.clip(end - begin, 0, num_stages)
+
+  def drain(_, slot):
+    plgpu.barrier_wait(free_barriers.at[slot])
+    return following(slot, num_stages)
+
+  jax.lax.fori_loop(0, num_left, drain, jnp.where(num_left < num_stages, 0, slot))
 
 
 def following(slot, num_stages: int):
   return jnp.where(slot == num_stages - 1, 0, slot + 1)
-
-
-def release(j, slot, end, num_stages: int, free_barriers):
-  """Behind a warpgroup's last read of step j: a later step is copied into the same buffers."""
-
-  @pl.when(j + num_stages < end)
-  def _():
-    plgpu.barrier_arrive(free_barriers.at[slot])
 
 
 def share_registers(warpgroups: int, is_copying: bool, interpreted: bool) -> None:
@@ -151,8 +151,7 @@ def _body(
   pos_smem,
   start_smem,
   row_barriers,
-  k_barriers,
-  v_barriers,
+  barriers,
   free_barriers,
   *,
   group,
@@ -189,8 +188,8 @@ def _body(
       place = first + ids_ref[x, j]
       if is_paged:
         place = table_ref[place]
-      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], k_barriers.at[slot])
-      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], v_barriers.at[slot])
+      plgpu.copy_gmem_to_smem(k_ref.at[place, :, head], k_smem.at[slot], barriers.at[slot])
+      plgpu.copy_gmem_to_smem(v_ref.at[place, :, head], v_smem.at[slot], barriers.at[slot])
 
     copy_ahead(begin, end, num_stages, free_barriers, copy)
 
@@ -220,7 +219,6 @@ def _body(
         probs_Rs = jnp.exp2(scores_Rs * (scale * LOG2E) + mgpu.across(bias_R - new_top_R, block))
         shrink_R = jnp.exp2(top_R - new_top_R)
         sum_R = sum_R * shrink_R + jnp.sum(probs_Rs, axis=1)
-        plgpu.barrier_wait(v_barriers.at[slot])
         acc_RH = mgpu.values_dot_add(
           acc_RH * mgpu.across(shrink_R, head_dim),
           probs_Rs.astype(v_smem.dtype),
@@ -229,13 +227,9 @@ def _body(
         )
         return new_top_R, sum_R, acc_RH
 
-      def skip(*carry):
-        plgpu.barrier_wait(v_barriers.at[slot])
-        return carry
-
-      plgpu.barrier_wait(k_barriers.at[slot])
-      carry = jax.lax.cond(is_listed(bits, own, queries), attend, skip, *carry)
-      release(j, slot, end, num_stages, free_barriers)
+      plgpu.barrier_wait(barriers.at[slot])
+      carry = jax.lax.cond(is_listed(bits, own, queries), attend, lambda *x: x, *carry)
+      plgpu.barrier_arrive(free_barriers.at[slot])
       return following(slot, num_stages), next_bits, *carry
 
     nothing = (
@@ -316,8 +310,7 @@ def forward(
       plgpu.SMEM((C, R), jnp.int32),
       plgpu.SMEM((C, R), jnp.int32),
       plgpu.Barrier(num_arrivals=2 + (queries if is_in_place else 1), num_barriers=C),
-      plgpu.Barrier(num_barriers=num_stages),
-      plgpu.Barrier(num_barriers=num_stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
       plgpu.Barrier(num_arrivals=C, num_barriers=num_stages),
     ],
     grid=(splits, X),
