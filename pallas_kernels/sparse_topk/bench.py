@@ -77,28 +77,20 @@ def scores_program(case: cases.Case, implementation: str):
 
 
 def candidates(implementation: str, group: int):
-  """For Triton (columns of a step, products it is cut into, keys, warps) that fit a Hopper's
-  registers and shared memory; for both how many bytes of scores a run holds."""
+  """For Triton (columns of a step, keys, warps) that fit a Hopper's registers and shared memory;
+  for both how many bytes of scores a run holds."""
+  sizes = (2**28, 2**30)
   if implementation == "mosaic_gpu":
     for warpgroups in (1, 2):
-      for size in (2**28, 2**30):
+      for size in sizes:
         yield mosaic_gpu.MosaicGpuConfig(warpgroups=warpgroups, max_score_bytes=size)
     return
   group = gpu.next_power_of_two(group)
-  for columns, parts, keys, warps in (
-    (256, 2, 64, 4),
-    (256, 4, 64, 4),
-    (256, 1, 64, 4),
-    (128, 1, 64, 4),
-    (128, 2, 64, 4),
-    (256, 2, 128, 8),
-  ):
-    if columns >= group:
+  for columns, keys, warps in ((128, 64, 4), (256, 64, 4), (256, 128, 8)):
+    for size in sizes if columns >= group else ():
       yield triton.TritonConfig(
-        block_q=columns // group, parts=parts, block_c=keys, num_warps=warps
+        block_q=columns // group, block_c=keys, num_warps=warps, max_score_bytes=size
       )
-  if group <= 256:
-    yield triton.TritonConfig(block_q=256 // group, max_score_bytes=2**30)
 
 
 def main(argv: Sequence[str] | None = None) -> list[bench.Row]:

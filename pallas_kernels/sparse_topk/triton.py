@@ -19,9 +19,8 @@ from pallas_kernels.sparse_topk import rule as rules
 class TritonConfig:
   """Tiles of the score kernel, warps of both, bytes of block scores held at a time."""
 
-  block_q: int = 16  # queries of one program; times the group size = columns of its matmuls
+  block_q: int = 8  # queries of one program; times the group size = columns of its matmuls
   block_c: int = 64  # compressed keys of one tile
-  parts: int = 2  # products that a tile is cut into, at most the heads of a group
   num_warps: int = 4
   num_stages: int = 2
   blocks_per_warp: int = 2048  # of the row of scores that a choice holds in registers
@@ -29,25 +28,19 @@ class TritonConfig:
   compute_capability: int | None = None  # None = of the device in use
 
   def __post_init__(self):
-    gpu.check_tiles(self, block_q=1, block_c=1, parts=1, num_warps=1, blocks_per_warp=1)
+    gpu.check_tiles(self, block_q=1, block_c=1, num_warps=1, blocks_per_warp=1)
 
 
 def default_config(group: int, head_dim: int, dtype) -> TritonConfig:
-  """As tuned for the device; else what fills the registers of one warpgroup.
-
-  On Hopper a step of 64 keys and 256 columns, half of them exponentiated while the others are
-  multiplied: accumulators and normalisers are 192 registers, two programs a multiprocessor. Before
-  Hopper the operands take registers too: fewer columns, in one product.
+  """As tuned for the device; else 128 columns a product: three programs a multiprocessor of Hopper,
+  where one multiplies while others exponentiate. Before it they take registers, too.
   """
   tuned = tune.lookup("sparse_topk", TritonConfig, tune.key(group, head_dim, dtype))
-  capability = gpu.capability(None) or 90
   rows = gpu.next_power_of_two(group)
   if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: fewer columns in registers
-    columns, tiles = 32, dict(block_c=32, parts=1, num_stages=1)
-  else:
-    columns = 256 if capability >= 90 and head_dim <= 128 else 128
-    columns = columns if group >= 16 else 64  # many queries: their scores and bounds are registers
-    tiles = dict(parts=2 if capability >= 90 else 1, num_stages=2)
+    columns, tiles = 32, dict(block_c=32, num_stages=1)
+  else:  # small groups: many queries, whose scores and bounds are registers
+    columns, tiles = 128 if group >= 16 else 64, dict(num_stages=2)
   return tuned or TritonConfig(block_q=max(1, columns // rows), **tiles)
 
 
@@ -119,9 +112,9 @@ def runs(
       NORM_SIZE=level * rule.kernel_size,
       NORM_STRIDE=level * rule.kernel_stride,
       PER_BLOCK=per_block,
+      LOCAL=rule.num_local,
       QUERIES=config.block_q,
       KEYS=block_c,
-      PARTS=min(config.parts, gpu.next_power_of_two(G)),
       PRECISION=gpu.precision(q_BTNH.dtype),
       **shared,
     )

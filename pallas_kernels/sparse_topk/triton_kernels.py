@@ -42,54 +42,45 @@ def load_keys(
 
 @triton.jit
 def normalise(
-  tops,
-  sums,
-  q_parts,
+  top_r,
+  sum_r,
+  q_rH,
   keys_cH,  # windows from n on
   n,
   begin_r,
   end_r,
   scale: tl.constexpr,
   KEYS: tl.constexpr,
-  PARTS: tl.constexpr,
   IS_MASKED: tl.constexpr,  # false where every row sees every window of the tile
   PRECISION: tl.constexpr,
 ):
-  """(largest logits, sums of exponentials relative to them) of all rows with one more tile."""
-  new_tops, new_sums = (), ()
-  for part in tl.static_range(PARTS):
-    logits_rc = tl.dot(q_parts[part], tl.trans(keys_cH), input_precision=PRECISION)
-    if IS_MASKED:
-      c = n + tl.arange(0, KEYS)
-      seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None])
-      logits_rc = tl.where(seen, logits_rc, float("-inf"))
-    top_r = tl.maximum(tops[part], tl.max(logits_rc, axis=1) * (scale * LOG2E))
-    exps_rc = tl.exp2(logits_rc * (scale * LOG2E) - top_r[:, None])
-    new_tops += (top_r,)
-    new_sums += (sums[part] * tl.exp2(tops[part] - top_r) + tl.sum(exps_rc, axis=1),)
-  return new_tops, new_sums
+  """(largest logit, sum of exponentials relative to it) of each row with one more tile."""
+  logits_rc = tl.dot(q_rH, tl.trans(keys_cH), input_precision=PRECISION)
+  if IS_MASKED:
+    c = n + tl.arange(0, KEYS)
+    seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None])
+    logits_rc = tl.where(seen, logits_rc, float("-inf"))
+  new_top_r = tl.maximum(top_r, tl.max(logits_rc, axis=1) * (scale * LOG2E))
+  exps_rc = tl.exp2(logits_rc * (scale * LOG2E) - new_top_r[:, None])
+  return new_top_r, sum_r * tl.exp2(top_r - new_top_r) + tl.sum(exps_rc, axis=1)
 
 
 @triton.jit
 def group_scores(
-  q_parts,
-  norms,
+  q_rH,
+  norm_r,
   keys_fH,
   scale: tl.constexpr,
-  HEADS: tl.constexpr,
+  GP: tl.constexpr,
   QUERIES: tl.constexpr,
   KEYS: tl.constexpr,
-  PARTS: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
   """[KEYS, QUERIES], summed over the heads of the group."""
-  scores_fq = tl.zeros([KEYS, QUERIES], tl.float32)
-  for part in tl.static_range(PARTS):
-    logits_fr = tl.dot(keys_fH, tl.trans(q_parts[part]), input_precision=PRECISION)
-    exponents_fr = logits_fr * (scale * LOG2E) - norms[part][None, :]
-    probs_fr = tl.exp2(tl.minimum(exponents_fr, CLAMP))
-    scores_fq += tl.sum(tl.reshape(probs_fr, [KEYS, HEADS, QUERIES]), axis=1)
-  return scores_fq
+  logits_fr = tl.dot(keys_fH, tl.trans(q_rH), input_precision=PRECISION)
+  exponents_fr = logits_fr * (scale * LOG2E) - norm_r[None, :]
+  probs_fr = tl.exp2(tl.minimum(exponents_fr, CLAMP))
+  return tl.sum(tl.reshape(probs_fr, [KEYS, GP, QUERIES]), axis=1)
 
 
 @triton.jit
@@ -117,9 +108,9 @@ def block_scores(
   NORM_SIZE: tl.constexpr,
   NORM_STRIDE: tl.constexpr,
   PER_BLOCK: tl.constexpr,  # fine windows that start in one block
+  LOCAL: tl.constexpr,  # forced blocks at the end, the current one included
   QUERIES: tl.constexpr,  # queries of one program
   KEYS: tl.constexpr,  # windows of one product
-  PARTS: tl.constexpr,  # products of a step, a divisor of GP
   PRECISION: tl.constexpr,
 ):
   tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -128,10 +119,8 @@ def block_scores(
   offset = tl.load(offset_ptr + batch)
   h = tl.arange(0, HP)
   lane = tl.arange(0, KEYS)
-  # Rows of the first product, columns of the second: (head, query). A group comes in parts, so that
-  # one is exponentiated while the next is multiplied.
-  HEADS: tl.constexpr = GP // PARTS
-  row = tl.arange(0, HEADS * QUERIES)
+  # Rows of the first product, columns of the second: (head, query).
+  row = tl.arange(0, GP * QUERIES)
   t_r, g_r = first + row % QUERIES, row // QUERIES
   t_q = first + tl.arange(0, QUERIES)
   pos_q = offset + t_q
@@ -142,11 +131,8 @@ def block_scores(
 
   q_ptr += ((batch * T + first) * K + head) * G * H
   q_offsets = (row % QUERIES * (K * G) + g_r)[:, None] * H + h[None, :]
-  is_q = (t_r < T)[:, None] & (h < H)[None, :]
-  q_parts = ()
-  for part in tl.static_range(PARTS):
-    is_part = is_q & (g_r + part * HEADS < G)[:, None]
-    q_parts += (tl.load(q_ptr + part * HEADS * H + q_offsets, mask=is_part, other=0.0),)
+  is_q = ((t_r < T) & (g_r < G))[:, None] & (h < H)[None, :]
+  q_rH = tl.load(q_ptr + q_offsets, mask=is_q, other=0.0)
   norm_ptr += (batch * C * K + head) * H
   fine_ptr += (batch * F * K + head) * H
 
@@ -157,36 +143,32 @@ def block_scores(
   full_begin = tl.cdiv(tl.max(tl.where(is_query, begin_q, 0), axis=0), KEYS) * KEYS
   full_end = tl.min(tl.where(is_query, end_q, norm_end), axis=0) // KEYS * KEYS
   num_full = tl.maximum(full_end - full_begin, 0)
-  tops, sums = (), ()
-  for _ in tl.static_range(PARTS):
-    tops += (tl.full([HEADS * QUERIES], FLOOR, tl.float32),)
-    sums += (tl.zeros([HEADS * QUERIES], tl.float32),)
+  top_r = tl.full([GP * QUERIES], FLOOR, tl.float32)
+  sum_r = tl.zeros([GP * QUERIES], tl.float32)
   for n in range(full_begin, full_begin + num_full, KEYS):
     keys_cH = load_keys(norm_ptr, n + lane, C, K, H, HP)
-    tops, sums = normalise(
-      tops, sums, q_parts, keys_cH, n, row, row, scale, KEYS, PARTS, False, PRECISION
+    top_r, sum_r = normalise(
+      top_r, sum_r, q_rH, keys_cH, n, row, row, scale, KEYS, False, PRECISION
     )
   start_r = tl.load(start_ptr + batch * T + t_r, mask=t_r < T, other=NOWHERE)
   begin_r, end_r = visible(offset + t_r, start_r, NORM_SIZE, NORM_STRIDE, C)
   for i in range(norm_begin, norm_end - num_full, KEYS):
     n = tl.where(i < full_begin, i, i + num_full)
     keys_cH = load_keys(norm_ptr, n + lane, C, K, H, HP)
-    tops, sums = normalise(
-      tops, sums, q_parts, keys_cH, n, begin_r, end_r, scale, KEYS, PARTS, True, PRECISION
+    top_r, sum_r = normalise(
+      top_r, sum_r, q_rH, keys_cH, n, begin_r, end_r, scale, KEYS, True, PRECISION
     )
-  norms = ()
-  for part in tl.static_range(PARTS):
-    is_seeing = (begin_r < end_r) & (g_r + part * HEADS < G) & (sums[part] > 0)
-    log_r = tl.log2(tl.where(is_seeing, sums[part], 1.0))
-    norms += (tl.where(is_seeing, tops[part] + log_r, BLIND),)
+  is_seeing = (begin_r < end_r) & (g_r < G) & (sum_r > 0)
+  norm_r = tl.where(is_seeing, top_r + tl.log2(tl.where(is_seeing, sum_r, 1.0)), BLIND)
 
   # A step is one window of KEYS blocks (the first of each, the second, ...), so that pooling is a
   # maximum of steps.
   LEFT: tl.constexpr = SIZE // STRIDE - 1  # windows of the block before that reach into a block
   begin_q, end_q = visible(pos_q, start_q, SIZE, STRIDE, F)
   tile_begin = begin // (PER_BLOCK * STRIDE) // KEYS
-  tile_end = tl.minimum(last // (PER_BLOCK * STRIDE) // KEYS + 1, M // KEYS)
-  tile_end = tl.where(last < 0, 0, tile_end)
+  # Local blocks are taken whatever they score.
+  num_ranked = tl.maximum(last // (PER_BLOCK * STRIDE) + 1 - LOCAL, 0)
+  tile_end = tl.minimum(tl.cdiv(num_ranked, KEYS), M // KEYS)
   out_ptr += ((batch * K + head) * ROWS + tile * QUERIES) * M
   out_q = tl.arange(0, QUERIES) * M
   before = tl.broadcast_to(tl.maximum(lane - 1, 0)[:, None], [KEYS, QUERIES])
@@ -198,7 +180,7 @@ def block_scores(
     block = step // PER_BLOCK * KEYS + lane
     f = block * PER_BLOCK + i
     keys_fH = load_keys(fine_ptr, f, F, K, H, HP)
-    scores_bq = group_scores(q_parts, norms, keys_fH, scale, HEADS, QUERIES, KEYS, PARTS, PRECISION)
+    scores_bq = group_scores(q_rH, norm_r, keys_fH, scale, GP, QUERIES, KEYS, PRECISION)
     seen = (f[:, None] >= begin_q[None, :]) & (f[:, None] < end_q[None, :])
     scores_bq = tl.where(seen, scores_bq, 0.0)
     best_bq = tl.maximum(tl.where(i == 0, 0.0, best_bq), scores_bq)
@@ -221,6 +203,15 @@ def reaching(bits, low):
 
 
 @triton.jit
+def count_bits(words):
+  """How many bits of each 32-bit word are set."""
+  x = words.to(tl.uint32, bitcast=True)
+  x -= (x >> 1) & 0x55555555
+  x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+  return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.constexpr):
   """Stores the `need` best blocks of [begin, end), which holds more, by ascending id."""
   block = tl.multiple_of(begin // 16 * 16, 16) + tl.arange(0, SIZE)
@@ -228,7 +219,7 @@ def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.
   bits = scores.to(tl.int32, bitcast=True)
   bits = tl.where((block >= begin) & (block < end), bits, -1)
   # `low` is reached by num >= need blocks, `high` by num_high < need: down from the best score in
-  # growing steps (2**23 halves a score), then by bisection until one block is missing.
+  # growing steps (2**23 halves a score), then between the two until one block is missing.
   step = 1 << 22
   high, num_high = tl.max(bits, axis=0) + 1, 0
   low = tl.maximum(high - step, 0)
@@ -239,7 +230,12 @@ def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.
     low = tl.maximum(low - step, 0)
     num = reaching(bits, low)
   while (num > need) & (num_high < need - 1) & (high - low > 1):
-    middle = low + (high - low) // 2
+    # Scores fall off about exponentially: the logarithm of how many reach a score about linearly.
+    most, least = tl.log2(num.to(tl.float32)), tl.log2(num_high + 0.5)
+    part = (most - tl.log2(need.to(tl.float32))) / (most - least)
+    part = tl.minimum(tl.maximum(part, 0.125), 0.875)
+    middle = low + tl.maximum(((high - low).to(tl.float32) * part).to(tl.int32), 1)
+    middle = tl.minimum(middle, high - 1)
     num_middle = reaching(bits, middle)
     is_low = num_middle >= need
     low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)
@@ -252,8 +248,21 @@ def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.
     is_tie = (bits == low).to(tl.int32)
     room = need - (num - tl.sum(is_tie, axis=0))
     is_taken = is_taken & ((bits > low) | (tl.cumsum(is_tie, axis=0) <= room))
-  rank = tl.cumsum(is_taken.to(tl.int32), axis=0) - 1
-  tl.store(ids_ptr + rank, block, mask=is_taken)
+  # A bit a block, in words that then give their lowest bit at a time. The gather only changes where
+  # words are kept: each in one place, not in all the threads that summed its bits.
+  GROUP: tl.constexpr = min(SIZE, 32)
+  bit = tl.arange(0, GROUP)[None, :]
+  words = tl.sum(tl.reshape(is_taken.to(tl.int32), [SIZE // GROUP, GROUP]) << bit, axis=1)
+  words = tl.gather(words, tl.arange(0, SIZE // GROUP), axis=0)
+  rank = count_bits(words)
+  rank = tl.cumsum(rank, axis=0) - rank
+  first = begin // 16 * 16 + GROUP * tl.arange(0, SIZE // GROUP)
+  while tl.max((words != 0).to(tl.int32), axis=0) > 0:
+    lowest = (words & -words).to(tl.uint32, bitcast=True)
+    place = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    tl.store(ids_ptr + rank, first + place, mask=words != 0)
+    words &= words - 1
+    rank += 1
 
 
 @triton.jit
