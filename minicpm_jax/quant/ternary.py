@@ -19,6 +19,7 @@ from minicpm_jax.quant import int4, qat, qtensor, schemes, tree
 
 # Magnitudes of one group that differ by less are one scale rounded twice (bf16 neighbours).
 TOLERANCE = 2.0**-7
+_TELLING = 16  # fewer inputs of a group may lie on a grid by chance
 _RUN = 8  # divides every group size in use
 
 
@@ -91,8 +92,8 @@ def recover(
 def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
   """Refuses parameters that are quantised already where `cfg` will quantise them.
 
-  Ternary weights are found whatever their group size, int4 ones of cfg's. A host check: traced
-  arrays are let through.
+  Ternary weights are found whatever their group size, int4 ones and those of cfg's own code book
+  at cfg's. A host check: traced arrays are let through.
   """
   if cfg is None or cfg.scheme == "none" or cfg.weights != "latent":
     return
@@ -102,7 +103,7 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
       raise FusedWeightsError(f"{path}: found a QTensor, expected latent float weights")
     if isinstance(w, jax.core.Tracer):
       continue
-    if bool(_looks_fused(jnp.asarray(w), cfg.group_size, num_in, num_lead)):
+    if bool(_looks_fused(jnp.asarray(w), cfg.scheme, cfg.group_size, num_in, num_lead)):
       raise FusedWeightsError(
         f"{path}: found weights that are quantised already (a fused checkpoint), expected latent "
         "ones: quantising twice shrinks them. Load it without quant (its config.json has no 'qat' "
@@ -110,14 +111,30 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
       )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one compilation a shape
-def _looks_fused(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
-  """Ternary of any group size (whose runs of a few inputs have one magnitude each), or int4."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # one compilation a shape
+def _looks_fused(w: Any, scheme: str, group_size: int, num_in: int, num_lead: int) -> Any:
+  """Ternary of any group size (whose runs of a few inputs have one magnitude each), int4, or of
+  the scheme's own code book."""
   layout = (num_in, num_lead)
   width = math.prod(w.shape[num_lead : num_lead + num_in])
   sizes = {group_size, -1} | ({_RUN} if width % _RUN == 0 else set())
   is_ternary = functools.reduce(jnp.logical_or, (_is_fused(w, size, *layout) for size in sizes))
-  return is_ternary | int4.fused_flag(w, group_size, *layout)
+  is_grid = is_ternary | int4.fused_flag(w, group_size, *layout)
+  book = schemes.get(scheme)
+  return is_grid if book.divisor is None else is_grid | _is_on_grid(w, book, group_size, *layout)
+
+
+def _is_on_grid(w: Any, book: schemes.Scheme, group_size: int, num_in: int, num_lead: int) -> Any:
+  """True where every weight is a value of the code book whose scale a group's largest gives.
+
+  Rounding to bf16 moves a value by up to 2^-8 of itself, and the largest likewise.
+  """
+  w_QgO = _groups(w, group_size, num_in, num_lead)
+  high = jnp.max(jnp.abs(w_QgO), axis=-2, keepdims=True)
+  ratio = w_QgO * (book.divisor / jnp.where(high > 0, high, 1.0))
+  off = jnp.abs(ratio - book.offset - jnp.round(ratio - book.offset))
+  fits = (off <= int4.TOLERANCE + 2.0**-7 * jnp.abs(ratio)) | (high == 0)
+  return (w_QgO.shape[-2] >= _TELLING) & jnp.all(fits) & jnp.any(high > 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

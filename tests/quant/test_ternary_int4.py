@@ -11,7 +11,7 @@ from minicpm_jax import ckpt
 from minicpm_jax.ckpt import errors, hf_config, hf_qat
 from minicpm_jax.config import QuantConfig
 from minicpm_jax.models import convert, transformer
-from minicpm_jax.quant import int4, leaf, qtensor, ternary
+from minicpm_jax.quant import int4, leaf, qtensor, schemes, ternary
 from tests.models import common
 
 W_KN = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
@@ -55,6 +55,18 @@ def test_codes_come_back_from_fused_weights(lib, g, dtype):
   np.testing.assert_allclose(found.scale, qt.scale, rtol=2**-7)
   with pytest.raises(ValueError, match="w: found .* expected fused"):
     lib.recover(jnp.asarray(W_KN), g, name="w")
+
+
+@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+def test_weights_of_every_code_book_are_told_from_latent_ones(scheme):
+  for g in (-1, 32):
+    cfg = QuantConfig(scheme=scheme, group_size=g)
+    fused = qtensor.dequantize(qtensor.quantize(jnp.asarray(W_KN), scheme, g))
+    for dtype in (jnp.float32, jnp.bfloat16):
+      kernels = [{"mlp": {"up": {"kernel": w.astype(dtype)}}} for w in (jnp.asarray(W_KN), fused)]
+      ternary.check_latent(cfg, kernels[0])
+      with pytest.raises(ternary.FusedWeightsError, match="mlp/up/kernel: found weights that are"):
+        ternary.check_latent(cfg, kernels[1])
 
 
 def test_int4_scales_are_float16_and_fake_is_the_stored_model():
