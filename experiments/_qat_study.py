@@ -5,9 +5,6 @@ which is made once. Losses are held-out nats a byte on the same windows for all 
 """
 
 import dataclasses
-import json
-import pathlib
-import platform
 import time
 from typing import Any
 
@@ -18,13 +15,26 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.align import distill
 from minicpm_jax.config import qat as qat_config
-from minicpm_jax.core import pictures
 from minicpm_jax.data import python_corpus
 from minicpm_jax.models import transformer, zoo
 from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
 
 CHUNK = 20  # steps a compiled call
+TEACHER = 2  # times as wide, trained for as many steps in full precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of quantised training with moments and a schedule of its own, decayed to its end.
+
+  share: its steps, in lengths of the whole full-precision run. cost_of: instead, as many steps as
+  cost what these together do, (share, is taught) each.
+  """
+
+  share: float = 0.0
+  is_taught: bool = False
+  cost_of: tuple[tuple[float, bool], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Arm:
   rewarmup: float = 0.05  # of the whole run's steps; 0 = none
   keep_moments: bool = False
   distilled: float = 0.0  # last part of the quantised steps that has the teacher's loss
+  stages: tuple[Stage, ...] = ()  # from the switch on, instead of the last `share`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,17 @@ class Size:
     )
     optim = config.OptimConfig(peak_lr=0.01, schedule=schedule)
     return config.TrainConfig(model=self.model(None), optim=optim, num_steps=self.steps)
+
+  def teachers(self) -> "Size":
+    return dataclasses.replace(self, dim=TEACHER * self.dim)
+
+  def steps_of(self, stage: Stage) -> int:
+    """Cost of a step, by parameters: 6 operations a token and parameter, 2 for the teacher's."""
+    own, teachers = (zoo.param_counts(s.model(None)).total for s in (self, self.teachers()))
+    cost, share = {False: 6 * own, True: 6 * own + 2 * teachers}, stage.share
+    if stage.cost_of:
+      share = sum(part * cost[taught] for part, taught in stage.cost_of) / cost[stage.is_taught]
+    return round(share * self.steps)
 
 
 def ternary(group_size: int = -1, scheme: str = "ternary") -> config.QuantConfig:
@@ -110,11 +132,23 @@ def arms_of(suite: str) -> list[Arm]:
       change(base, name="distilled throughout", distilled=1.0),
       change(base, name="decoupled distillation", distilled=0.5),
     ]
+  if suite == "decoupled":
+    qat, taught, end = Stage(1.2), Stage(1.2, is_taught=True), Stage(0.4, is_taught=True)
+    cost = ((1.2, False), (0.4, True))  # of "QAT, then taught"
+    stages = {
+      "QAT": (qat,),
+      "taught": (taught,),
+      "QAT, then taught": (qat, end),  # decoupled
+      "QAT, then QAT": (qat, Stage(0.4)),
+      "taught, then taught": (taught, end),
+      "taught, equal steps": (Stage(1.6, is_taught=True),),
+      "taught, equal cost": (Stage(is_taught=True, cost_of=cost),),
+    }
+    return [dataclasses.replace(base, name=name, stages=parts) for name, parts in stages.items()]
   raise ValueError(f"suite: found {suite!r}, expected one of {SUITES}")
 
 
-SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill")
-TEACHER = 2  # times as wide, trained for as many steps in full precision
+SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill", "decoupled")
 
 
 class Study:
@@ -173,18 +207,14 @@ class Study:
     key = ("distill", quant)
     if key not in self._compiled:
       student, optimizer, *_ = self._functions(quant)
-      teacher = transformer.Transformer(self._teachers_size.model(None))
+      teacher = transformer.Transformer(self.size.teachers().model(None))
       self._compiled[key] = _chunk(distill.make_step(student, teacher, optimizer))
     return self._compiled[key]
-
-  @property
-  def _teachers_size(self) -> Size:
-    return dataclasses.replace(self.size, dim=TEACHER * self.size.dim)
 
   def teacher(self, seed: int) -> tuple[Any, float]:
     """(parameters, held-out loss) of the wider model after the whole run in full precision."""
     if ("teacher", seed) not in self._compiled:
-      study = Study(self._teachers_size)
+      study = Study(self.size.teachers())
       whole = schedules.schedule_arrays(self.cfg.optim.schedule, self.cfg.optim.peak_lr)
       run = dict(seed=seed, first=0, steps=self.size.steps)
       params = study.train(study.initial(seed), None, whole, **run)[0].params
@@ -260,12 +290,42 @@ class Study:
     result["heldout"] = self.heldout_loss(state.params, arm.quant)
     return state, result, log
 
+  def run_stages(self, arm: Arm, state, start: int, *, seed: int):
+    """`switch` for an arm of `stages`; a first stage that several arms share is run once."""
+    result = {"loss_at_switch": self.heldout_loss(state.params, arm.quant)}
+    steps = [self.size.steps_of(stage) for stage in arm.stages]
+    logs = []
+    for i, stage in enumerate(arm.stages):
+      key = (seed, arm.share, arm.quant, arm.peak_lr, arm.rewarmup, arm.stages[: i + 1])
+      if key not in self._compiled:
+        run = dict(seed=seed, first=start + sum(steps[:i]), steps=steps[i])
+        self._compiled[key] = self._stage(arm, stage, state.params, **run)
+      state, log = self._compiled[key]
+      logs.append(log)
+    if any(stage.is_taught for stage in arm.stages):
+      result["teacher"] = self.teacher(seed)[1]
+    result |= {"steps": steps, "heldout": self.heldout_loss(state.params, arm.quant)}
+    return state, result, {k: np.concatenate([log[k] for log in logs]) for k in logs[0]}
+
+  def _stage(self, arm: Arm, stage: Stage, params, *, seed: int, first: int, steps: int):
+    """(state, {metric: values a step}); re-warm-up and decay are as long as an arm of 40% has."""
+    whole, warmup = self.cfg.optim.schedule, round(arm.rewarmup * self.size.steps)
+    stable = steps - warmup - whole.decay_steps
+    schedule = dataclasses.replace(whole, warmup_steps=warmup, stable_steps=stable)
+    arrays = schedules.schedule_arrays(schedule, arm.peak_lr)
+    optimizer = self._functions(arm.quant)[1]
+    state = step_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
+    teacher = self.teacher(seed)[0] if stage.is_taught else None
+    run = dict(seed=seed, first=first, steps=steps, teacher=teacher)
+    return self.train(state, arm.quant, arrays, **run)
+
   def finish(self, arm: Arm, state, start: int, seed: int) -> dict[str, Any]:
     began = time.process_time()
     if start == self.size.steps:
       result = {"heldout": self.heldout_loss(state.params, arm.quant)}
     else:
-      _, result, log = self.switch(arm, state, start, seed=seed)
+      run = self.run_stages if arm.stages else self.switch
+      _, result, log = run(arm, state, start, seed=seed)
       result |= {name: _thin(values) for name, values in log.items()}
     return result | {"cpu_seconds": round(time.process_time() - began, 1)}
 
@@ -291,70 +351,3 @@ def _thin(values: Any, num: int = 40) -> list[float]:
   width = max(1, len(values) // num)
   cut = values[: len(values) // width * width].reshape(-1, width).mean(axis=1)
   return [round(float(x), 5) for x in cut]
-
-
-# --- The report ----------------------------------------------------------------------------------
-
-
-def load(path: pathlib.Path, size: Size) -> dict[str, Any]:
-  """The report so far, or an empty one; a report of another size is refused."""
-  if path.exists():
-    report = json.loads(path.read_text())
-    if report["size"] != dataclasses.asdict(size):
-      raise ValueError(f"{path}: found size {report['size']}, expected {dataclasses.asdict(size)}")
-    return report
-  device = jax.devices()[0].device_kind
-  return {
-    "size": dataclasses.asdict(size),
-    "parameters": zoo.param_counts(size.model(None)).total,
-    "tokens": size.steps * size.rows * size.length,
-    "device": f"{device} ({platform.processor() or platform.machine()})",
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
-    "arms": {},
-  }
-
-
-def table(report: dict[str, Any], suite: str) -> list[dict[str, Any]]:
-  """One row an arm: held-out loss by seed, their mean, and the paired difference to the first."""
-  rows, first = [], None
-  for arm in arms_of(suite):
-    runs = report["arms"].get(arm.name, {})
-    losses = {seed: run["heldout"] for seed, run in sorted(runs.items())}
-    if not losses:
-      continue
-    first = first or losses
-    pairs = [losses[s] - first[s] for s in losses if s in first]
-    rows.append(
-      {
-        "arm": arm.name,
-        "mean": float(np.mean(list(losses.values()))),
-        "losses": list(losses.values()),
-        "minus first": float(np.mean(pairs)) if pairs else None,
-        "wins over first": sum(p < 0 for p in pairs),
-        "at switch": float(np.mean([r.get("loss_at_switch", np.nan) for r in runs.values()])),
-      }
-    )
-  return rows
-
-
-def plot(report: dict[str, Any], path: pathlib.Path) -> None:
-  """One panel a suite: held-out loss of every arm and seed, and loss curves of the first one."""
-  shown = [s for s in SUITES if len(table(report, s)) > 1]
-  figure, axes = pictures.figure(len(shown) + 1, width=4.2, height=3.6)
-  for axis, suite in zip(axes, shown, strict=False):
-    for i, row in enumerate(table(report, suite)):
-      axis.plot(row["losses"], [i] * len(row["losses"]), "o", color="tab:blue", markersize=4)
-      axis.plot([row["mean"]], [i], "|", color="k", markersize=14)
-    axis.set_yticks(range(len(table(report, suite))), [r["arm"] for r in table(report, suite)])
-    axis.invert_yaxis()
-    axis.set(title=suite, xlabel="held-out nats a byte")
-  for arm in arms_of(shown[0]) if shown else ():
-    run = report["arms"].get(arm.name, {}).get("0")
-    if run and "loss" in run:
-      steps = report["size"]["steps"]
-      x = np.linspace(steps * (1 - arm.share), steps, len(run["loss"]))
-      axes[-1].plot(x, run["loss"], label=arm.name, linewidth=1)
-  axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
-  if axes[-1].lines:
-    axes[-1].legend(fontsize=7)
-  pictures.save(figure, path, dpi=90)

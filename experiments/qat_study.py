@@ -5,9 +5,10 @@
 Suites: share (what part of the steps is quantised; MiniCPM4 section 3.3 says 40%), rewarmup (with
 and without, moments reset and kept), group (scales a group against a channel), scheme (the five
 code books of BitCPM-CANN 3.1), fp8 (block-wise FP8 against float32), distill (a teacher twice as
-wide for all of the quantised stage, or for its second half: BitCPM-CANN 3.3's "decoupled"). A model
-of 0.2M parameters (--dim=64) on the bytes of Python's own documentation and source; arms that are
-in the output already are kept.
+wide for all of the quantised stage, or for its second half), decoupled (the same teacher only after
+QAT has run to its end, BitCPM-CANN 3.3, against teaching throughout at equal steps, equal cost and
+equal taught steps). A model of 0.2M parameters (--dim=64) on the bytes of Python's own
+documentation and source; arms that are in the output already are kept.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from absl import flags
 from experiments import _command
 from minicpm_jax.core import files, host_memory
 
-_SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill")
+_SUITES = ("share", "rewarmup", "group", "scheme", "fp8", "distill", "decoupled")
 VALUES = flags.FlagValues()
 _SUITE = flags.DEFINE_list("suite", list(_SUITES), f"Of {', '.join(_SUITES)}.", flag_values=VALUES)
 _OUTPUT = flags.DEFINE_string(
@@ -38,11 +39,12 @@ _ROWS = flags.DEFINE_integer("rows", 16, "Rows of 128 bytes.", lower_bound=1, fl
 def _run() -> None:
   host_memory.keep()
   from experiments import _qat_study as study_lib
+  from experiments import _qat_study_report as report_lib
 
   path = pathlib.Path(_OUTPUT.value)
   shape = dict(dim=_DIM.value, layers=_LAYERS.value)
   size = study_lib.Size(steps=_STEPS.value, rows=_ROWS.value, **shape)
-  report = study_lib.load(path, size)
+  report = report_lib.load(path, size)
   arms = {a.name: a for suite in _SUITE.value for a in study_lib.arms_of(suite)}
   study = study_lib.Study(size)
   for seed in range(_SEEDS.value):
@@ -55,13 +57,13 @@ def _run() -> None:
       files.write_json(path, report)
       print(f"seed {seed}: {arm.name}: held-out {result['heldout']:.4f}", flush=True)
   for suite in _SUITE.value:
-    report.setdefault("tables", {})[suite] = rows = study_lib.table(report, suite)
+    report.setdefault("tables", {})[suite] = rows = report_lib.table(report, suite)
     print(f"\n{suite}")
     for row in rows:
       spread = " ".join(f"{x:.4f}" for x in row["losses"])
       print(f"  {row['arm']:32} {row['mean']:.4f}  ({spread})  {row['minus first']:+.4f}")
   files.write_json(path, report)
-  study_lib.plot(report, path.with_suffix(".png"))
+  report_lib.plot(report, path.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> int:

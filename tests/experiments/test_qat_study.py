@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import _qat_study as study_lib
+from experiments import _qat_study_report as report_lib
 from minicpm_jax import config
 from minicpm_jax.core import files
+from minicpm_jax.models import transformer
 
 
 @pytest.mark.slow
@@ -20,26 +23,52 @@ def test_arms_branch_from_one_run_and_land_in_the_report(tmp_path):
     study_lib.Arm("full precision", 0.0, None),
     study_lib.Arm("ternary 40%", 0.5, none, rewarmup=0.1),  # equal parts: one compilation
     study_lib.Arm("decoupled distillation", 0.5, none, rewarmup=0.1, distilled=0.4),
+    study_lib.Arm("throughout", 0.5, none, rewarmup=0.1, distilled=1.0),
   ]
+  qat, taught = (study_lib.Stage(0.5, is_taught) for is_taught in (False, True))
+  stages = {"one": (qat,), "one taught": (taught,), "two": (qat, study_lib.Stage(0.3, True))}
+  arms += [study_lib.Arm(k, 0.5, none, rewarmup=0.1, stages=v) for k, v in stages.items()]
   results = dict((a.name, r) for a, r in study.run_seed(arms, 0, lambda arm: False))
-  names = ["ternary 40%", "decoupled distillation", "full precision"]
-  assert list(results) == names  # the dense run goes on after the others
+  assert list(results)[-1] == "full precision"  # the dense run goes on after the others
   taught = results["decoupled distillation"]
   plain = results["ternary 40%"]
   assert taught["loss"][:3] == plain["loss"][:3] and taught["loss"][4:] != plain["loss"][4:]
-  assert taught["teacher"] < np.log(256) + 0.5 and "teacher" not in plain
+  taught_loss = taught["teacher"]
+  assert taught_loss < np.log(256) + 0.5 and "teacher" not in plain
   assert len(plain["loss"]) == 5 and "flip_rate" in results["ternary 40%"]
   assert results["full precision"]["heldout"] < np.log(256) + 0.5
-  report = study_lib.load(tmp_path / "r.json", size)
+  # A stage of as many steps is what the arms without stages do; the next one goes on from it.
+  assert results["one"]["heldout"] == plain["heldout"] and results["one"]["loss"] == plain["loss"]
+  assert results["one taught"]["heldout"] == results["throughout"]["heldout"]
+  two = results["two"]
+  assert two["steps"] == [5, 3] and len(two["loss"]) == 8 and two["loss"][:5] == plain["loss"]
+  assert two["heldout"] != plain["heldout"] and two["teacher"] == taught_loss
+  report = report_lib.load(tmp_path / "r.json", size)
   report["arms"] = {name: {"0": r} for name, r in results.items()}
   files.write_json(tmp_path / "r.json", report)
-  again = study_lib.load(tmp_path / "r.json", size)
+  again = report_lib.load(tmp_path / "r.json", size)
   assert again == json.loads(json.dumps(report))
-  rows = study_lib.table(again, "share")
+  rows = report_lib.table(again, "share")
   assert [r["arm"] for r in rows] == ["full precision", "ternary 40%"]
   gap = results["ternary 40%"]["heldout"] - results["full precision"]["heldout"]
   assert rows[1]["minus first"] == pytest.approx(gap)
   with pytest.raises(ValueError, match="found size"):
-    study_lib.load(tmp_path / "r.json", study_lib.Size())
+    report_lib.load(tmp_path / "r.json", study_lib.Size())
   with pytest.raises(ValueError, match="suite: found 'none'"):
     study_lib.arms_of("none")
+
+
+def test_steps_of_equal_cost():
+  """A decoupled run and one that is taught throughout, by counting parameters and passes."""
+  size, wider = study_lib.Size(), study_lib.Size(dim=128)
+  models = [transformer.Transformer(s.model(None)) for s in (size, wider)]
+  own, teachers = (
+    sum(x.size for x in jax.tree.leaves(transformer.abstract_params(model)[0])) for model in models
+  )
+  arms = {arm.name: arm for arm in study_lib.arms_of("decoupled")}
+  steps = [size.steps_of(stage) for stage in arms["QAT, then taught"].stages]
+  assert steps == [480, 160]
+  passes = 3 * own * sum(steps) + teachers * steps[1]  # forward, backward as two; the teacher's
+  (taught,) = (size.steps_of(stage) for stage in arms["taught, equal cost"].stages)
+  assert abs(taught * (3 * own + teachers) - passes) <= 3 * own + teachers
+  assert steps[1] < taught < sum(steps)
