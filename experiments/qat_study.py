@@ -5,9 +5,9 @@
 Suites: share (what part of the steps is quantised; MiniCPM4 section 3.3 says 40%), rewarmup (with
 and without, moments reset and kept), group (scales a group against a channel), scheme (the five
 code books of BitCPM-CANN 3.1), fp8 (block-wise FP8 against float32), distill (a teacher twice as
-wide for all of the quantised stage, or for its second half), decoupled (the same teacher only after
-QAT has run to its end, BitCPM-CANN 3.3, against teaching throughout at equal steps, equal cost and
-equal taught steps). A model of 0.2M parameters (--dim=64) on the bytes of Python's own
+wide for all of the quantised stage, or for its second half), decoupled (that teacher in a stage of
+its own after QAT has run to its end, BitCPM-CANN 3.3, against teaching throughout as long, at equal
+steps and at equal cost). A model of 0.2M parameters (--dim=64) on the bytes of Python's own
 documentation and source; arms that are in the output already are kept.
 """
 
