@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common import gpu, tune
+from pallas_kernels.sparse_topk import few
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -157,11 +158,15 @@ def select_triton(
   num_slots: int,
   config: TritonConfig | None = None,
 ):
-  """As `xla.select_xla`, or NotImplementedError with the reason."""
+  """As `xla.select_xla`, or NotImplementedError with the reason. `config`: of the kernels for many
+  queries, also where there are few."""
   (B, T), K, W = q_BTNH.shape[:2], fine_BFKH.shape[2], rule.num_selected
   rows, scores, choose = runs(
     q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots, config
   )
+  is_few = T <= few.MOST and q_BTNH.dtype.itemsize == 2  # tensor cores: float32 would spill
+  if config is None and is_few:
+    return few.select(q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots)
 
   def run(first):
     return choose(first, scores(first))

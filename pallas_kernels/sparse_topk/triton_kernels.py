@@ -317,3 +317,130 @@ def choose(
   is_stored = (w < num_init) | (w >= num_init + num_chosen)
   tl.store(ids_ptr + w, tl.where(w < count, ids, -1), mask=is_stored & (w < W))
   tl.store(counts_ptr + row, count)
+
+
+@triton.jit
+def few_rows(
+  q_ptr,
+  offset_ptr,
+  start_ptr,
+  batch,
+  head,
+  T: tl.constexpr,
+  K: tl.constexpr,
+  G: tl.constexpr,
+  H: tl.constexpr,
+  HP: tl.constexpr,
+  QUERIES: tl.constexpr,
+  HEADS: tl.constexpr,
+):
+  """(q [HEADS * QUERIES, HP], positions and starts of the rows, which rows are queries' heads)."""
+  row, h = tl.arange(0, HEADS * QUERIES), tl.arange(0, HP)
+  t_r, g_r = row % QUERIES, row // QUERIES
+  is_row = (t_r < T) & (g_r < G)
+  offsets = ((batch * T + t_r) * (K * G) + head * G + g_r)[:, None] * H + h[None, :]
+  q_rH = tl.load(q_ptr + offsets, mask=is_row[:, None] & (h < H)[None, :], other=0.0)
+  start_r = tl.load(start_ptr + batch * T + t_r, mask=is_row, other=NOWHERE)
+  return q_rH, tl.load(offset_ptr + batch) + t_r, start_r, is_row
+
+
+@triton.jit
+def few_norms(
+  q_ptr,  # [B, T, K*G, H]
+  keys_ptr,  # [B, C, K, H] fine keys, or coarse keys
+  offset_ptr,  # [B]
+  start_ptr,  # [B, T]
+  tops_ptr,  # [B, K, TILES, HEADS * QUERIES] float32: largest logit of a tile, base 2
+  sums_ptr,  # the same: sum of exponentials relative to it
+  scale: tl.constexpr,
+  T: tl.constexpr,
+  C: tl.constexpr,
+  K: tl.constexpr,
+  G: tl.constexpr,
+  H: tl.constexpr,
+  HP: tl.constexpr,
+  SIZE: tl.constexpr,
+  STRIDE: tl.constexpr,
+  QUERIES: tl.constexpr,  # at least T
+  HEADS: tl.constexpr,  # at least G
+  KEYS: tl.constexpr,
+  PRECISION: tl.constexpr,
+):
+  """The normaliser's share of one tile of keys: few queries leave no other work to share out."""
+  tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+  q_rH, pos_r, start_r, is_row = few_rows(
+    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS
+  )
+  c = tile * KEYS + tl.arange(0, KEYS)
+  keys_cH = load_keys(keys_ptr + (batch * C * K + head) * H, c, C, K, H, HP)
+  logits_rc = tl.dot(q_rH, tl.trans(keys_cH), input_precision=PRECISION) * (scale * LOG2E)
+  begin_r, end_r = visible(pos_r, start_r, SIZE, STRIDE, C)
+  seen = (c[None, :] >= begin_r[:, None]) & (c[None, :] < end_r[:, None]) & is_row[:, None]
+  logits_rc = tl.where(seen, logits_rc, float("-inf"))
+  top_r = tl.maximum(tl.max(logits_rc, axis=1), FLOOR)
+  at = ((batch * K + head) * tl.num_programs(0) + tile) * (HEADS * QUERIES)
+  at += tl.arange(0, HEADS * QUERIES)
+  tl.store(tops_ptr + at, top_r)
+  tl.store(sums_ptr + at, tl.sum(tl.exp2(logits_rc - top_r[:, None]), axis=1))
+
+
+@triton.jit
+def few_scores(
+  q_ptr,  # [B, T, K*G, H]
+  keys_ptr,  # [B, F, K, H] fine keys
+  tops_ptr,  # [B, K, TILES, HEADS * QUERIES]
+  sums_ptr,
+  offset_ptr,  # [B]
+  start_ptr,  # [B, T]
+  out_ptr,  # [B, K, T, F] float32: of windows
+  scale: tl.constexpr,
+  T: tl.constexpr,
+  F: tl.constexpr,
+  C: tl.constexpr,
+  K: tl.constexpr,
+  G: tl.constexpr,
+  H: tl.constexpr,
+  HP: tl.constexpr,
+  SIZE: tl.constexpr,
+  STRIDE: tl.constexpr,
+  NORM_SIZE: tl.constexpr,
+  NORM_STRIDE: tl.constexpr,
+  QUERIES: tl.constexpr,
+  HEADS: tl.constexpr,
+  KEYS: tl.constexpr,
+  TILES: tl.constexpr,
+  TOGETHER: tl.constexpr,  # tiles read in one step
+  PRECISION: tl.constexpr,
+):
+  tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+  q_rH, pos_r, start_r, is_row = few_rows(
+    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS
+  )
+  f = tile * KEYS + tl.arange(0, KEYS)
+  keys_fH = load_keys(keys_ptr + (batch * F * K + head) * H, f, F, K, H, HP)
+  ROWS: tl.constexpr = HEADS * QUERIES
+  row, i = tl.arange(0, ROWS), tl.arange(0, TOGETHER)
+  top_r = tl.full([ROWS], FLOOR, tl.float32)
+  sum_r = tl.zeros([ROWS], tl.float32)
+  for first in range(0, TILES, TOGETHER):
+    is_tile = (first + i < TILES)[:, None] & (row >= 0)[None, :]
+    at = ((batch * K + head) * TILES + first + i)[:, None] * ROWS + row[None, :]
+    tops_ir = tl.load(tops_ptr + at, mask=is_tile, other=FLOOR)
+    sums_ir = tl.load(sums_ptr + at, mask=is_tile, other=0.0)
+    new_r = tl.maximum(top_r, tl.max(tops_ir, axis=0))
+    sum_r *= tl.exp2(top_r - new_r)
+    sum_r += tl.sum(sums_ir * tl.exp2(tops_ir - new_r[None, :]), axis=0)
+    top_r = new_r
+  begin_r, end_r = visible(pos_r, start_r, NORM_SIZE, NORM_STRIDE, C)
+  is_seeing = (begin_r < end_r) & is_row & (sum_r > 0)
+  norm_r = tl.where(is_seeing, top_r + tl.log2(tl.where(is_seeing, sum_r, 1.0)), BLIND)
+  logits_fr = tl.dot(keys_fH, tl.trans(q_rH), input_precision=PRECISION)
+  probs_fr = tl.exp2(tl.minimum(logits_fr * (scale * LOG2E) - norm_r[None, :], CLAMP))
+  scores_fq = tl.sum(tl.reshape(probs_fr, [KEYS, HEADS, QUERIES]), axis=1)
+  t_q = tl.arange(0, QUERIES)
+  start_q = tl.load(start_ptr + batch * T + t_q, mask=t_q < T, other=NOWHERE)
+  begin_q, end_q = visible(tl.load(offset_ptr + batch) + t_q, start_q, SIZE, STRIDE, F)
+  seen = (f[:, None] >= begin_q[None, :]) & (f[:, None] < end_q[None, :])
+  rows_q = ((batch * K + head) * T + t_q) * F
+  is_out = (f < F)[:, None] & (t_q < T)[None, :]
+  tl.store(out_ptr + rows_q[None, :] + f[:, None], tl.where(seen, scores_fq, 0.0), mask=is_out)

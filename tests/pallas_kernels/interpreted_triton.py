@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels.sparse_attention import mosaic_gpu, tiles
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
+from pallas_kernels.sparse_topk import few
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
@@ -29,6 +30,15 @@ def test_select_packed(selection, lse):
   suite.check_select_packed(
     lambda *a: topk.select_triton(*a, config=config), suite.small_rule(selection, lse)
   )
+
+
+@pytest.mark.parametrize("num_queries, offset", [(1, 95), (5, 701), (16, 75)])
+@pytest.mark.parametrize("selection, lse", [("joint", "exact"), ("split", "coarse")])
+def test_select_few(selection, lse, num_queries, offset):
+  """Of one row by programs that share the keys: two tiles of them at 701."""
+  rule = suite.small_rule(selection, lse)
+  suite.check_select(few.select, rule, num_queries=num_queries, offset=offset)
+  suite.check_select_packed(few.select, rule, T=12)
 
 
 @pytest.mark.parametrize("selection", ["joint", "split"])

@@ -72,14 +72,14 @@ def check_select(
       assert row[left_out].max() - row[free].min() <= tolerance * row.max(), (t, taken)
 
 
-def check_select_packed(select, rule: rules.Rule, H=8):
+def check_select_packed(select, rule: rules.Rule, H=8, T=30):
   """Two documents and padding in a row, in runs of a few queries: the ids of the XLA form."""
   rng = np.random.default_rng(1)
-  B, T, N, K = 2, 30, 4, 1
+  B, N, K = 2, 4, 1
   q, k = normal(rng, B, T + 70, N, H)[:, 70:], normal(rng, B, T + 70, K, H)
   fine, coarse = topk_xla.compress(k, rule), topk_xla.compress(k, rule, rules.COARSE)
   start = np.zeros((B, T), np.int32)
-  start[1, :10], start[1, 10:-5], start[1, -5:] = 16, 80, rules.NOWHERE
+  start[1, : T // 3], start[1, T // 3 : -T // 6], start[1, -T // 6 :] = 16, 80, rules.NOWHERE
   args = (q, fine, coarse, jnp.full((B,), 70, jnp.int32), jnp.asarray(start), rule, T + 70)
   for found, expected in zip(select(*args), topk_xla.select_xla(*args), strict=True):
     np.testing.assert_array_equal(found, expected)

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
+from pallas_kernels.sparse_topk import few
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
 from tests.pallas_kernels import sparse_suite as suite
@@ -47,6 +48,16 @@ def select_program(num_heads, head_dim, arch, lse):
 
   keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
   return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
+
+
+def few_program(num_heads, head_dim, arch, lse):
+  slots, T, K = 131072, 12, 2
+  rule = rules.Rule(lse=lse)
+  keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
+  avals = (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
+  return lambda q, fine, coarse, start: few.select(
+    q, fine, coarse, slots - T, start, rule, slots, arch
+  ), avals
 
 
 def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True, dtype=jnp.bfloat16):
@@ -86,6 +97,7 @@ def decode_program(num_heads, head_dim, arch, is_paged):
 LOWERED = {
   "select_80": lambda: select_program(16, 64, 80, "exact"),
   "select_90": lambda: select_program(32, 128, 90, "coarse"),
+  "few_90": lambda: few_program(32, 128, 90, "exact"),
   "attend_80": lambda: attend_program(16, 64, 80, has_grad=False),
   "attend_90": lambda: attend_program(32, 128, 90, num_local=0),
   "decode_80": lambda: decode_program(16, 64, 80, False),
@@ -187,6 +199,15 @@ TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32"
 )
 def test_select_on_the_device(selection, lse, dtype, shape):
   suite.check_select(topk.select_triton, suite.small_rule(selection, lse), dtype=dtype, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+@pytest.mark.parametrize("num_queries", [1, 12])
+def test_select_of_few_on_the_device(num_queries, lse):
+  shape = dict(offset=131000, num_queries=num_queries, H=128, group=16)
+  rule = rules.Rule(lse=lse, selection="joint" if num_queries == 1 else "split")
+  suite.check_select(topk.select_triton, rule, dtype=jnp.bfloat16, **shape)
 
 
 @pytest.mark.gpu
