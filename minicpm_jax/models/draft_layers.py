@@ -19,7 +19,7 @@ def attend(
   own: tuple[Array, Array] | None = None,
   diagonals: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "B T N H"]:
-  """One softmax over several sets of keys, none of them copied; 0 where a row sees nothing.
+  """One softmax over several sets of keys, the first not copied; 0 where a row sees nothing.
 
   parts: (k_BSKH, v_BSKH, mask_BTS). own: (k_BTKH, v_BTKH), row t sees its own. diagonals:
   (k_JBTKH, v_JBTKH, is_on_J), row t sees row t of each set that is on.
@@ -29,17 +29,14 @@ def attend(
   G = N // K
   q_BKTGH = jnp.transpose(q_BTNH.reshape(B, T, K, G, H), (0, 2, 1, 3, 4))
   q_BKRH = q_BKTGH.reshape(B, K, T * G, H)  # scores and weights have their keys last
-  if own is not None:
-    one = jnp.ones((1,), bool)
-    k_J, v_J, is_on_J = diagonals or (own[0][:0], own[1][:0], one[:0])
-    if diagonals is None:
-      diagonals = (own[0][None], own[1][None], one)
-    else:
-      diagonals = (
-        jnp.concatenate((k_J, own[0][None])),
-        jnp.concatenate((v_J, own[1][None])),
-        jnp.concatenate((is_on_J, one)),
-      )
+  if own is not None and diagonals is None:
+    parts = _with_own(parts, own)
+  elif own is not None:
+    diagonals = (
+      jnp.concatenate((diagonals[0], own[0][None])),
+      jnp.concatenate((diagonals[1], own[1][None])),
+      jnp.concatenate((diagonals[2], jnp.ones((1,), bool))),
+    )
   scores, masks = [], []
   for k_BSKH, _, mask_BTS in parts:
     scores.append(_by_head(q_BKRH, k_BSKH.astype(q_BTNH.dtype), 3).reshape(B, K, T, G, -1))
@@ -61,6 +58,19 @@ def attend(
   if diagonals is not None:
     out_BKTGH += jnp.einsum("BKTGJ,JBTKH->BKTGH", split[-1], diagonals[1])
   return jnp.transpose(out_BKTGH, (0, 2, 1, 3, 4)).reshape(B, T, N, H)
+
+
+def _with_own(parts: list[tuple[Array, Array, Array]], own: tuple[Array, Array]):
+  """The parts with one more, or a larger last one (never the first, the cache): keys that row t
+  sees at t alone. A product over all rows, as XLA would compute sums over H within the softmax."""
+  B, T = own[0].shape[:2]
+  mine = (*own, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T)))
+  if len(parts) < 2:
+    return [*parts, mine]
+  *others, last = parts
+  axes = (1, 1, 2)
+  joined = (jnp.concatenate(x, axis=a) for *x, a in zip(last, mine, axes, strict=True))
+  return [*others, tuple(joined)]
 
 
 def _by_head(x_BKRX: Array, y_BSKH: Array, axis: int) -> Array:
