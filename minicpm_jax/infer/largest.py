@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 LEAST = 8  # times as many logits as candidates
@@ -48,21 +49,24 @@ def by_chunks(
   C = -(-V // chunk)
   if C < k:
     raise ValueError(f"by_chunks: found {C} chunks of {chunk}, expected at least k = {k}")
-  padded_NW = jnp.pad(x_NV, ((0, 0), (0, C * chunk - V)), constant_values=-jnp.inf)
-  maxima_NC = jnp.max(jnp.reshape(padded_NW, (-1, C, chunk)), axis=2)
-  every_NC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), maxima_NC.shape)
-  _, chunks_NK = _first(maxima_NC, every_NC, k)
+  falling_NV = ~_order(x_NV)  # the largest first in a sort that rises
+  rest = ((0, 0), (0, C * chunk - V))
+  padded_NW = jnp.pad(falling_NV, rest, constant_values=np.iinfo(np.int32).max)
+  best_NC = jnp.min(jnp.reshape(padded_NW, (-1, C, chunk)), axis=2)
+  every_NC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), best_NC.shape)
+  _, chunks_NK = _first(best_NC, every_NC, k)
   ids_NKc = chunks_NK[:, :, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, None, :]
   ids_NE = jnp.reshape(ids_NKc, (-1, k * chunk))
-  held_NE = jnp.take_along_axis(x_NV, jnp.minimum(ids_NE, V - 1), axis=1)
-  return _first(jnp.where(ids_NE < V, held_NE, -jnp.inf), ids_NE, k)
+  held_NE = jnp.take_along_axis(falling_NV, jnp.minimum(ids_NE, V - 1), axis=1)
+  held_NE = jnp.where(ids_NE < V, held_NE, np.iinfo(np.int32).max)
+  best_NK, ids_NK = _first(held_NE, ids_NE, k)
+  values_NK = jax.lax.bitcast_convert_type(_flipped(~best_NK), jnp.float32)
+  return values_NK.astype(x_NV.dtype), ids_NK
 
 
-def _first(x_NE: Float[Array, "N E"], ids_NE: Int[Array, "N E"], k: int):
-  """(values, ids) of the k largest, equal ones by id: a sort, which `jax.lax.top_k` is not."""
-  falling_NE, ids_NE = jax.lax.sort((~_order(x_NE), ids_NE), dimension=1, num_keys=2)
-  bits_NK = _flipped(~falling_NE[:, :k])
-  return jax.lax.bitcast_convert_type(bits_NK, jnp.float32).astype(x_NE.dtype), ids_NE[:, :k]
+def _first(falling_NE: Int[Array, "N E"], ids_NE: Int[Array, "N E"], k: int):
+  """The k smallest with their ids, equal ones by id: a sort, which `jax.lax.top_k` is not."""
+  return tuple(x[:, :k] for x in jax.lax.sort((falling_NE, ids_NE), dimension=1, num_keys=2))
 
 
 def _order(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
