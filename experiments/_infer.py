@@ -77,7 +77,6 @@ def read(values: flags.FlagValues) -> config.InferConfig:
   if cfg.model_path is None:
     raise ValueError(f"--model: found none, expected {_models.KINDS}")
   _refuse_unread(values, cfg)
-  sampling(cfg)  # refuses bad values before anything is loaded
   return cfg
 
 
@@ -105,15 +104,7 @@ def _refuse_unread(values: flags.FlagValues, cfg: config.InferConfig) -> None:
 
 def sampling(cfg: config.InferConfig) -> config.SamplingConfig:
   """Without --random_seed the noise differs from run to run."""
-  return config.SamplingConfig(
-    repetition_penalty=cfg.repetition_penalty,
-    temperature=cfg.temperature,
-    top_k=cfg.top_k,
-    top_p=cfg.top_p,
-    min_p=cfg.min_p,
-    max_new_tokens=cfg.num_generate,
-    seed=secrets.randbits(31) if cfg.random_seed is None else cfg.random_seed,
-  )
+  return cfg.sampling(secrets.randbits(31) if cfg.random_seed is None else cfg.random_seed)
 
 
 def _preset(text: str) -> config.InferConfig:

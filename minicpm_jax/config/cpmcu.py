@@ -7,7 +7,8 @@ the fields behind `backend` are ours or belong to one of the two commands.
 import dataclasses
 from typing import Literal
 
-from minicpm_jax.config.validate import require, require_kinds
+from minicpm_jax.config.infer import SamplingConfig
+from minicpm_jax.config.validate import require, require_hints
 
 DRAFT_KINDS = ("eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none")
 
@@ -80,22 +81,38 @@ class InferConfig:
   warmup_constrained: bool | None = None  # grammars too; None: where the extra is installed
 
   def __post_init__(self):
-    require_kinds(self, "")
+    require_hints(self, "")
     require(0 < self.memory_limit <= 1, "memory_limit", self.memory_limit, "in (0, 1]")
     require(self.chunk_length >= 16, "chunk_length", self.chunk_length, "tokens >= 16")
-    kinds = (None, *DRAFT_KINDS)
-    require(self.draft_kind in kinds, "draft_kind", self.draft_kind, f"one of {DRAFT_KINDS}")
-    require(self.backend == "jax", "backend", self.backend, "jax")
     counts = ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch", "bita_width")
-    for name in (*counts, "hier_min_length"):
+    sizes = ("hier_min_length", "spec_tree_size", "frspec_vocab_size", "sparse_topk_k")
+    for name in (*counts, *sizes):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
     sizes = ("spec_window_size", "max_context", "sparse_switch", "warmup_tokens")
     for name in (*sizes, "sink_window_size", "block_window_size"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+    rounds = self.rounds_per_dispatch
+    require(1 <= rounds <= 64, "rounds_per_dispatch", rounds, "1..64")
+    require(0 <= self.port < 65536, "port", self.port, "0..65535")
+    scale = self.draft_logit_scale
+    require(scale is None or scale > 0, "draft_logit_scale", scale, "None or a number > 0")
+    self.sampling(0 if self.random_seed is None else self.random_seed)  # refuses its fields
     inner, kind = self.hier_draft_path, self.draft_kind
     require(inner is None or kind == "hier", "hier_draft_path", inner, f"None with {kind!r} drafts")
     both = self.json_schema is not None and self.grammar_file is not None
     require(not both, "json_schema, grammar_file", "both", "at most one of them")
+
+  def sampling(self, seed: int) -> SamplingConfig:
+    """How tokens are drawn."""
+    return SamplingConfig(
+      repetition_penalty=self.repetition_penalty,
+      temperature=self.temperature,
+      top_k=self.top_k,
+      top_p=self.top_p,
+      min_p=self.min_p,
+      max_new_tokens=self.num_generate,
+      seed=seed,
+    )
 
 
 SPARSE_ONLY = (

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from minicpm_jax.config.validate import require, require_choices
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,6 +12,9 @@ class SourceConfig:
 
   name: str
   path: str  # folder with NAME-00000-of-0000N.arrayrecord and index.json
+
+  def __post_init__(self):
+    require_hints(self, "source.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class PhaseConfig:
   replace: tuple[str, float] | None = None  # source that takes this share of all rows' places
 
   def __post_init__(self):
+    require_hints(self, "phase.")
     require(self.start_step >= 0, "phase.start_step", self.start_step, ">= 0")
     require(len(self.weights) > 0, "phase.weights", self.weights, "at least one (source, weight)")
     for name, weight in self.weights:
@@ -53,7 +57,7 @@ class DataConfig:
   prefetch: int = 2  # batches
 
   def __post_init__(self):
-    require_choices(self, "data")
+    require_hints(self, "data.")
     for name in ("seed", "num_threads", "num_workers", "prefetch"):
       require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer >= 0")
     for name in ("seq_len", "batch_size", "align", "num_packing_bins"):

@@ -9,7 +9,7 @@ from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import ModelConfig
 from minicpm_jax.config.optim import OptimConfig
 from minicpm_jax.config.train import CheckpointConfig
-from minicpm_jax.config.validate import require, require_kinds
+from minicpm_jax.config.validate import require, require_hints
 
 DraftKind = Literal["eagle", "minicpm", "eagle3"]
 
@@ -33,9 +33,7 @@ class DraftConfig:
   window_size: int = 0  # tokens a draft row sees, itself included; 0 = all
 
   def __post_init__(self):
-    require_kinds(self, "draft.")
-    kinds = ("eagle", "minicpm", "eagle3")
-    require(self.kind in kinds, "draft.kind", self.kind, f"one of {kinds}")
+    require_hints(self, "draft.")
     is_plain = self.layer.moe is None and self.layer.mla is None
     require(is_plain, "draft.layer", "experts or latent attention", "a dense layer with GQA")
     require(not self.fc_bias or self.kind == "eagle", "draft.fc_bias", True, "False")
@@ -80,7 +78,7 @@ class BitaConfig:
   num_prompts: int = 16  # soft prompts, seen by mask tokens alone
 
   def __post_init__(self):
-    require_kinds(self, "draft.")
+    require_hints(self, "draft.")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       require(value >= 1, f"draft.{field.name}", value, ">= 1")
@@ -130,12 +128,13 @@ class DistillConfig:
   eval_depth: int = 5  # acc_1 .. acc_depth
 
   def __post_init__(self):
+    require_hints(self, "")
     counts = ("num_steps", "grad_accum", "ttt_steps", "log_every", "eval_every", "eval_depth")
     for name in (*counts, "num_groups"):
       require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
     for name in ("feature_loss_weight", "ce_weight", "noise", "grad_clip_value"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-    for name in ("loss_chunk", "stored_rows"):
+    for name in ("loss_chunk", "stored_rows", "eval_batches"):
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     ok = not self.loss_chunk or self.data.seq_len % self.loss_chunk == 0
     require(ok, "loss_chunk", self.loss_chunk, f"a divisor of data.seq_len {self.data.seq_len}")

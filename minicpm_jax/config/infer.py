@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from minicpm_jax.config.validate import require, require_kinds
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
-    require_kinds(self, "sampling.")
+    require_hints(self, "sampling.")
     penalty = self.repetition_penalty
     require(0 < penalty < math.inf, "sampling.repetition_penalty", penalty, "a number > 0")
     temperature = self.temperature
@@ -48,7 +48,7 @@ class EngineConfig:
   min_prefix: int = 32  # tokens; shorter common prefixes are not copied. -1 = no prompt cache
 
   def __post_init__(self):
-    require_kinds(self, "engine.")
+    require_hints(self, "engine.")
     require(self.capacity >= 2, "engine.capacity", self.capacity, "tokens >= 2")
     require(self.max_batch >= 1, "engine.max_batch", self.max_batch, "rows >= 1")
     require(self.chunk_size >= 16, "engine.chunk_size", self.chunk_size, "tokens >= 16")

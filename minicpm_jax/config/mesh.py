@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class MeshConfig:
   pp: int = 1  # pipeline: not built, must be 1
 
   def __post_init__(self):
+    require_hints(self, "mesh.")
     sizes = dataclasses.asdict(self)
     for name, size in sizes.items():
       require(size == -1 or size >= 1, f"mesh.{name}", size, "-1 or an integer >= 1")

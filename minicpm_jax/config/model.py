@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from minicpm_jax.config.dtypes import DTypeName
 from minicpm_jax.config.quant import QuantConfig
-from minicpm_jax.config.validate import require, require_choices
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,11 @@ class RopeConfig:
   original_max_position: int | None = None  # longrope: O, tokens
 
   def __post_init__(self):
-    require_choices(self, "rope")
+    require_hints(self, "rope.")
     require(self.theta > 0, "rope.theta", self.theta, "a positive number")
+    for name in ("factor", "original_max_position"):
+      value = getattr(self, name)
+      require(value is None or value > 0, f"rope.{name}", value, "None or a number > 0")
     if self.kind in ("linear", "dynamic"):
       ok = self.factor is not None and self.factor >= 1
       require(ok, "rope.factor", self.factor, f"a number >= 1 for kind {self.kind!r}")
@@ -73,9 +76,7 @@ class SparseAttentionConfig:
   )
 
   def __post_init__(self):
-    for name in self._HF_KEYS:  # a released config.json may hold anything
-      found, wanted = getattr(self, name), bool if name == "use_nope" else int
-      require(type(found) is wanted, f"sparse.{name}", found, f"{wanted.__name__}")
+    require_hints(self, "sparse.")  # a released config.json may hold anything
     for name in ("kernel_size", "kernel_stride", "block_size", "topk"):
       require(getattr(self, name) > 0, f"sparse.{name}", getattr(self, name), "an integer > 0")
     for name in ("init_blocks", "window_size"):
@@ -106,7 +107,6 @@ class SparseAttentionConfig:
       f"{least} or more: init_blocks {self.init_blocks} (and the block that joint adds) are in it",
     )
     require(self.dense_len >= -1, "sparse.dense_len", self.dense_len, "-1 or tokens >= 0")
-    require_choices(self, "sparse")
 
   @classmethod
   def from_hf(
@@ -147,7 +147,7 @@ class MoEConfig:
   router_init_std: float = 0.1  # P1 section 7.3: variance 0.01
 
   def __post_init__(self):
-    require_choices(self, "moe")
+    require_hints(self, "moe.")
     for name in ("aux_loss_weight", "router_init_std"):
       require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "a number >= 0")
     require(self.num_experts > 0, "moe.num_experts", self.num_experts, "an integer > 0")
@@ -171,6 +171,7 @@ class MLAConfig:
   latent_norm_eps: float = 1e-6
 
   def __post_init__(self):
+    require_hints(self, "mla.")
     for f in dataclasses.fields(self):
       require(getattr(self, f.name) > 0, f"mla.{f.name}", getattr(self, f.name), "> 0")
 
@@ -183,6 +184,7 @@ class MTPConfig:
   scale_depth_over_sqrt_layers: bool = True  # residual scale scale_depth/sqrt(L+1); False: 1
 
   def __post_init__(self):
+    require_hints(self, "mtp.")
     require(self.loss_weight >= 0, "mtp.loss_weight", self.loss_weight, "a number >= 0")
 
 
@@ -231,6 +233,7 @@ class ModelConfig:
   mup_embedding: Literal["matrix", "vector"] = "matrix"  # is the embedding a 2-D tensor of Table 7?
 
   def __post_init__(self):
+    require_hints(self, "model.")
     sizes = ("vocab_size", "model_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads")
     for name in sizes + ("head_dim", "max_position", "vocab_multiple", "scan_unroll"):
       require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "an integer > 0")
@@ -240,7 +243,6 @@ class ModelConfig:
       self.num_heads,
       f"a multiple of num_kv_heads {self.num_kv_heads}",
     )
-    require_choices(self, "model")
     require(self.scale_emb > 0, "model.scale_emb", self.scale_emb, "a number > 0")
     for name in ("scale_depth", "dim_model_base", "mup_denominator"):
       value = getattr(self, name)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from minicpm_jax.config.model import DTypeName
-from minicpm_jax.config.validate import require, require_choices
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ScheduleConfig:
   min_ratio: float = 0.1  # end of decay / peak (exp_to, linear_to, one_minus_sqrt, cosine)
 
   def __post_init__(self):
-    require_choices(self, "schedule")
+    require_hints(self, "schedule.")
     for name in ("warmup_steps", "stable_steps", "decay_steps"):
       require(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "steps >= 0")
     require(self.half_life_steps > 0, "schedule.half_life_steps", self.half_life_steps, "> 0")
@@ -58,7 +58,7 @@ class OptimConfig:
   frozen: tuple[str, ...] = ()  # regexes of parameter paths that are not updated
 
   def __post_init__(self):
-    require_choices(self, "optim")
+    require_hints(self, "optim.")
     for name in ("peak_lr", "eps"):
       require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "> 0")
     for name in ("b1", "b2"):

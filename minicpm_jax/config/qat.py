@@ -5,7 +5,7 @@ import dataclasses
 from minicpm_jax.config.optim import OptimConfig, ScheduleConfig
 from minicpm_jax.config.quant import QuantConfig, SchemeName
 from minicpm_jax.config.train import TrainConfig
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class QATConfig:
   keep_moments: bool = False
 
   def __post_init__(self):
+    require_hints(self, "qat.")
     require(0 < self.share <= 1, "qat.share", self.share, "in (0, 1]")
     require(self.lr_peak > 0, "qat.lr_peak", self.lr_peak, "> 0")
     require(self.rewarmup_steps >= 0, "qat.rewarmup_steps", self.rewarmup_steps, "steps >= 0")

@@ -5,7 +5,7 @@ import re
 from typing import Literal
 
 from minicpm_jax.config.dtypes import DTypeName
-from minicpm_jax.config.validate import require, require_choices
+from minicpm_jax.config.validate import require, require_hints
 
 SchemeName = Literal["none", "ternary", "asym", "half", "sym", "five", "int4", "int8"]
 WeightsForm = Literal["latent", "codes", "packed"]
@@ -28,7 +28,7 @@ class FP8Config:
   wgrad_dtype: DTypeName = "bf16"  # inputs of the weight gradient's product; sums are float32
 
   def __post_init__(self):
-    require_choices(self, "fp8")
+    require_hints(self, "fp8.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class QuantConfig:
   fp8: FP8Config | None = None  # the matmuls of training; with scheme "none": FP8 training alone
 
   def __post_init__(self):
-    require_choices(self, "quant")
+    require_hints(self, "quant.")
     size = self.group_size
     require(size == -1 or size > 0, "quant.group_size", size, "-1 or input channels > 0")
     require(self.scale_shards > 0, "quant.scale_shards", self.scale_shards, "an integer > 0")

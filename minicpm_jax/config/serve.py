@@ -3,7 +3,7 @@
 import dataclasses
 
 from minicpm_jax.config.infer import SamplingConfig
-from minicpm_jax.config.validate import require, require_kinds
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ServerConfig:
   shutdown_seconds: float = 30.0  # answers under way may end in this time
 
   def __post_init__(self):
-    require_kinds(self, "server.")
+    require_hints(self, "server.")
     require(0 <= self.port < 65536, "server.port", self.port, "0..65535")
     require(self.max_queue >= 1, "server.max_queue", self.max_queue, "requests >= 1")
     require(self.max_body_bytes >= 1024, "server.max_body_bytes", self.max_body_bytes, ">= 1024")

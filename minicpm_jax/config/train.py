@@ -6,7 +6,7 @@ from minicpm_jax.config.data import DataConfig
 from minicpm_jax.config.mesh import MeshConfig
 from minicpm_jax.config.model import ModelConfig
 from minicpm_jax.config.optim import OptimConfig
-from minicpm_jax.config.validate import require
+from minicpm_jax.config.validate import require, require_hints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class CheckpointConfig:
   is_async: bool = True
 
   def __post_init__(self):
+    require_hints(self, "checkpoint.")
     require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, ">= 0")
     require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, ">= 1")
     require(
@@ -53,6 +54,7 @@ class TrainConfig:
   compilation_cache: str | None = None  # folder; None = off
 
   def __post_init__(self):
+    require_hints(self, "")
     require(self.num_steps > 0, "num_steps", self.num_steps, "> 0")
     require(self.grad_accum > 0, "grad_accum", self.grad_accum, "> 0")
     require(

@@ -1,12 +1,14 @@
 """What goes into the engine and what comes out of it: requests, events, statistics."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.config import validate
 from minicpm_jax.models import cache
 from minicpm_jax.quant import prefix
 
@@ -140,6 +142,14 @@ def check_stops(stops: Sequence[int], most: int, vocab_size: int) -> None:
 
 def check_options(request: Request) -> None:
   """ValueError for options out of range and those that exclude each other."""
+  sampling, num_top = request.sampling, request.num_top_logprobs
+  is_one = isinstance(sampling, config.SamplingConfig)
+  validate.require(is_one, "sampling", sampling, "a SamplingConfig")
+  for name in ("want_logprobs", "fast_forward"):
+    value = getattr(request, name)
+    validate.require(isinstance(value, bool | np.bool_), name, value, "True or False")
+  is_count = isinstance(num_top, numbers.Integral) and not isinstance(num_top, bool)
+  validate.require(is_count, "num_top_logprobs", num_top, "an integer")
   if not 0 <= request.num_top_logprobs <= (MAX_TOP if request.want_logprobs else 0):
     raise ValueError(
       f"num_top_logprobs: found {request.num_top_logprobs}, expected 0..{MAX_TOP}, and 0 without "

@@ -183,9 +183,21 @@ def test_stop_ids_of_engine_and_request_end_a_row(mup):
   assert (out.tokens, out.finish_reason) == ([[whole[1][0]]], ["stop"])
 
 
+def untyped(**fields):
+  """A request of one token as outside the tests, where nothing looks at types."""
+  request = engine_lib.Request([1])
+  for name, value in fields.items():
+    object.__setattr__(request, name, value)
+  return request
+
+
 @pytest.mark.parametrize(
   "request_, text",
   [
+    (untyped(sampling={"top_k": 1}), "sampling: found .*expected a SamplingConfig"),
+    (untyped(want_logprobs="yes"), "want_logprobs: found 'yes', expected True or False"),
+    (untyped(num_top_logprobs=1.5), "num_top_logprobs: found 1.5, expected an integer"),
+    (untyped(num_top_logprobs=True), "num_top_logprobs: found True, expected an integer"),
     (engine_lib.Request([]), "prompt: found no token"),
     (engine_lib.Request([1, small.VOCAB]), f"found token {small.VOCAB}, expected 0..60"),
     (engine_lib.Request([1] * 64), "found 64 tokens, expected at most 63: the cache's 64"),

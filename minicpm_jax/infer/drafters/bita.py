@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.config import validate
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import bita, transformer
@@ -37,6 +38,7 @@ class BitaDrafter:
   by_row: bool = True
 
   def __post_init__(self):
+    validate.require_hints(self, "", least=1)
     most = base.MAX_NODES
     if not self.cfg.num_masks <= self.width or base.num_rows(self) > most:
       raise ValueError(

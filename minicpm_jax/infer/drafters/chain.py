@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 
+from minicpm_jax.config import validate
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import transformer
@@ -33,6 +34,7 @@ class ChainDrafter:
   by_row: bool = True
 
   def __post_init__(self):
+    validate.require_hints(self, "", least=1)
     base.check_tree_size(self.num_nodes, self.num_levels)
 
   @property

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.config import validate
 from minicpm_jax.core import huge_pages, trees
 from minicpm_jax.infer import frspec, largest
 from minicpm_jax.infer import tree as tree_lib
@@ -49,6 +50,9 @@ class EagleDrafter:
   num_nodes: int = 12
   by_row: bool = True
 
+  def __post_init__(self):
+    validate.require_hints(self, "", least=1)
+
   @property
   def tap_layers(self) -> tuple[int, ...]:
     return self.cfg.feature_layers
@@ -59,10 +63,6 @@ class EagleDrafter:
 
   def check(self, model: Any, params: base.Params) -> None:
     draft_lib.check_fits(self.cfg, model.cfg)
-    if self.num_levels < 1 or self.top_k < 1:
-      raise ValueError(
-        f"num_levels, top_k: found {self.num_levels}, {self.top_k}, expected 1 or more"
-      )
     most = tree_lib.num_candidates(self.top_k, self.num_levels) + 1
     if not 2 <= self.num_nodes <= min(most, base.MAX_NODES):
       raise ValueError(

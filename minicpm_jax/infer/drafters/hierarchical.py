@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from minicpm_jax.config import validate
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
@@ -42,8 +43,7 @@ class HierarchicalDrafter:
   tap_layers: tuple[int, ...] = ()
 
   def __post_init__(self):
-    if self.min_length < 1:
-      raise ValueError(f"min_length: found {self.min_length}, expected >= 1")
+    validate.require_hints(self, "", least=1)
     base.check_tree_size(self.num_nodes, self.num_levels)
 
   @property

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minicpm_jax.config import validate
 from minicpm_jax.infer.drafters import base
 
 
@@ -35,6 +36,7 @@ class NGramDrafter:
   by_row: bool = True
 
   def __post_init__(self):
+    validate.require_hints(self, "", least=1)
     base.check_tree_size(self.num_nodes, self.num_levels)
     if not 1 <= self.min_match <= self.max_match:
       raise ValueError(f"min_match: found {self.min_match}, expected 1..{self.max_match}")
