@@ -218,6 +218,10 @@ class Transformer(nn.Module):
     tokens_BT, positions_BT, segment_ids_BT = jax.tree.map(
       jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)
     )
+    if tokens_BT.ndim != 2 or not tokens_BT.size:
+      raise ValueError(
+        f"tokens_BT: found shape {tokens_BT.shape}, expected [rows, tokens], not empty"
+      )
     is_stepped = cache is not None and cache.is_per_row
     if step is not None and not is_stepped:
       raise ValueError("step: found one, expected none without a cache of one length a row")

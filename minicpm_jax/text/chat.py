@@ -127,7 +127,6 @@ def _render(
   enable_thinking: bool | None = None,
   **variables: Any,
 ) -> str:
-  jinja2 = require_extra("jinja2", extra="text")
   _check_messages(messages)
   if not isinstance(tokenizer_or_template, str):
     variables = token_texts(tokenizer_or_template) | variables
@@ -136,7 +135,7 @@ def _render(
   template = _compile(template_text(tokenizer_or_template))
   try:
     return template.render(messages=[dict(m) for m in messages], **variables, **{_MARK: mark})
-  except (jinja2.TemplateError, TypeError, AttributeError, KeyError) as error:
+  except Exception as error:  # whatever the expressions of a foreign template raise
     raise ChatTemplateError(f"chat template: {type(error).__name__}: {error}") from error
 
 

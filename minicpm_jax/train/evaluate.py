@@ -54,7 +54,10 @@ def _sums(
 
 def tokens_per_byte(cfg: config.DataConfig, name: str) -> float | None:
   """Tokens per byte of text of a source; None where it has no index (Parquet) or is chat."""
-  path = pathlib.Path(next(s.path for s in cfg.sources if s.name == name))
+  paths = {source.name: source.path for source in cfg.sources}
+  if name not in paths:
+    raise ValueError(f"name: found {name!r}, expected one of {list(paths)}")
+  path = pathlib.Path(paths[name])
   if not (path / shards.INDEX_FILE).exists():
     return None
   index = shards.read_index(path)

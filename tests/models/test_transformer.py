@@ -101,6 +101,12 @@ def test_packed_equals_separate(name):
     start += length
 
 
+def test_no_tokens_are_refused(dense):
+  _, model, params = dense
+  with pytest.raises(ValueError, match=r"tokens_BT: found shape \(1, 0\)"):
+    model.apply({"params": params}, jnp.zeros((1, 0), jnp.int32))
+
+
 def test_left_padding_changes_nothing(dense):
   _, model, params = dense
   tokens_BT = common.tokens((2, 24))

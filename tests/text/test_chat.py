@@ -256,6 +256,12 @@ def test_errors(template, messages, match):
     chat.render(messages, template)
 
 
+@pytest.mark.parametrize("body", ["{{ 1 / 0 }}", "{{ messages[5].x.y }}", "{{ range(10**9) }}"])
+def test_whatever_a_template_raises_is_an_error_of_the_template(body):
+  with pytest.raises(chat.ChatTemplateError, match="chat template: "):
+    chat.render([{"role": "user", "content": "a"}], body)
+
+
 def test_tokenizer_without_template():
   tok = tokenizer.train_bpe(["abc"], 300, special_tokens=("<s>", "</s>"))
   with pytest.raises(

@@ -255,6 +255,11 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_come_from(train_conf
   assert not workdir.exists()
 
 
+def test_bits_per_byte_of_no_source(train_config):
+  with pytest.raises(ValueError, match="name: found 'nobody', expected one of"):
+    evaluate.tokens_per_byte(train_config.data, "nobody")
+
+
 def test_a_parquet_source_is_evaluated_without_bits_per_byte(straight, train_config, tmp_path):
   """The same documents as Parquet: the loss of the shards, but no bytes are recorded."""
   pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
