@@ -4,9 +4,7 @@
 inverse lists: 64 keys of a block stay in shared memory, and the rows that listed the block come 64
 at a time, as units of fewer queries than a tile (a unit whose block only one query listed wastes
 the rows of the others, so that small units waste little). `sum_runs` adds the runs of a block in
-order. Nothing is added atomically. In `backward_kv` a warp writes and multiplies the same 16 rows
-of the left side, and a new copy into a buffer starts behind `commit_smem`, where all four warps
-have finished the product that read it.
+order. Nothing is added atomically.
 """
 
 import functools
@@ -44,8 +42,8 @@ def shared_bytes_q(
 
 
 def shared_bytes_kv(head_dim: int, num_stages: int, itemsize: int) -> int:
-  """Of one program: k, v, rows of q and dout and their numbers in flight, scores."""
-  tiles = (2 * ROWS * head_dim + ROWS * ROWS) * itemsize
+  """Of one program: k, v, rows of q and dout and their numbers in flight."""
+  tiles = 2 * ROWS * head_dim * itemsize
   return tiles + num_stages * (2 * ROWS * head_dim * itemsize + NUMBERS * 4 * ROWS) + 4096
 
 
@@ -200,7 +198,7 @@ def _kv_body(
   begin_ref,  # [E, N] its entries
   end_ref,
   units_ref,  # [E, L] unit of each entry, sorted by block
-  bits_ref,  # [E, L] bit t: the unit's query t lists the block
+  bits_ref,  # [E, L] bit t: the unit's query t lists the block; bit 31: compare positions
   q_ref,  # [X, r, H], X = Y * K units, the key head fastest
   dout_ref,
   k_ref,  # [P, s, K, H], s a multiple of 64
@@ -215,7 +213,6 @@ def _kv_body(
   v_smem,
   q_smem,
   dout_smem,
-  scores_smem,
   pos_smem,
   start_smem,
   lse_smem,
@@ -271,35 +268,41 @@ def _kv_body(
     unit_sr = jax.lax.div(row_sr, unit_rows)
     query_sr = jnp.minimum(jax.lax.div(jax.lax.rem(row_sr, unit_rows), group), 31)
 
-    def step(i, carry):
-      dk_sH, dv_sH = carry
-      slot = jax.lax.rem(i, num_stages)
-      members_sr = jnp.zeros(shape, jnp.int32)
-      for c in range(per_step):
-        entry = begin + i * per_step + c
-        bits = jnp.where(entry < end, bits_ref[e, jnp.minimum(entry, end - 1)], 0)
-        members_sr = jnp.where(unit_sr == c, jnp.full(shape, bits, jnp.int32), members_sr)
-      plgpu.barrier_wait(barriers.at[slot])
-      pos_sr, start_sr = mgpu.down(pos_smem[slot], ROWS), mgpu.down(start_smem[slot], ROWS)
-      is_member_sr = (jax.lax.shift_right_logical(members_sr, query_sr) & 1) == 1
-      seen_sr = (spot_sr <= pos_sr) & (spot_sr >= start_sr) & is_member_sr
-      scores_sr = mgpu.dot_transposed(k_smem, q_smem.at[slot], interpreted) * (scale * LOG2E)
-      probs_sr = jnp.exp2(scores_sr - mgpu.down(lse_smem[slot], ROWS))
-      probs_sr = jnp.where(seen_sr, probs_sr, 0.0)
-      scores_smem[...] = probs_sr.astype(scores_smem.dtype)
-      plgpu.commit_smem()
-      fetch(i + (num_stages - 1))
-      dv_sH = mgpu.dot_add(dv_sH, scores_smem, dout_smem.at[slot], interpreted)
-      dprobs_sr = mgpu.dot_transposed(v_smem, dout_smem.at[slot], interpreted)
-      dscores_sr = probs_sr * (dprobs_sr - mgpu.down(delta_smem[slot], ROWS))
-      scores_smem[...] = dscores_sr.astype(scores_smem.dtype)
-      plgpu.commit_smem()
-      dk_sH = mgpu.dot_add(dk_sH, scores_smem, q_smem.at[slot], interpreted)
-      return dk_sH, dv_sH
+    def bits_of(i):
+      entries = [begin + i * per_step + c for c in range(per_step)]
+      return [jnp.where(j < end, bits_ref[e, jnp.minimum(j, end - 1)], 0) for j in entries]
 
-    nothing = (jnp.zeros((ROWS, head_dim), jnp.float32),) * 2
+    def step(i, carry):
+      bits, dk_sH, dv_sH = carry
+      slot = jax.lax.rem(i, num_stages)
+      next_bits = bits_of(i + 1)
+      members_sr = jnp.full(shape, bits[0], jnp.int32)
+      for c in range(1, per_step):
+        members_sr = jnp.where(unit_sr == c, jnp.full(shape, bits[c], jnp.int32), members_sr)
+      is_member_sr = (jax.lax.shift_right_logical(members_sr, query_sr) & 1) == 1
+      plgpu.barrier_wait(barriers.at[slot])
+      plgpu.commit_smem()  # all warps are through the step before, whose buffers are next
+      fetch(i + (num_stages - 1))
+      scores_sr = mgpu.dot_transposed(k_smem, q_smem.at[slot], interpreted) * (scale * LOG2E)
+      lse_sr = jnp.where(is_member_sr, mgpu.down(lse_smem[slot], ROWS), NOTHING)
+      probs_sr = jnp.exp2(scores_sr - lse_sr)
+
+      def compare(probs_sr):
+        pos_sr, start_sr = mgpu.down(pos_smem[slot], ROWS), mgpu.down(start_smem[slot], ROWS)
+        return jnp.where((spot_sr <= pos_sr) & (spot_sr >= start_sr), probs_sr, 0.0)
+
+      is_edge = functools.reduce(jnp.minimum, bits) < 0
+      probs_sr = jax.lax.cond(is_edge, compare, lambda x: x, probs_sr)
+      dtype, dout = q_smem.dtype, dout_smem.at[slot]
+      dv_sH = mgpu.values_dot_add(dv_sH, probs_sr.astype(dtype), dout, interpreted)
+      dprobs_sr = mgpu.dot_transposed(v_smem, dout, interpreted)
+      dscores_sr = probs_sr * (dprobs_sr - mgpu.down(delta_smem[slot], ROWS))
+      dk_sH = mgpu.values_dot_add(dk_sH, dscores_sr.astype(dtype), q_smem.at[slot], interpreted)
+      return next_bits, dk_sH, dv_sH
+
+    zeros = jnp.zeros((ROWS, head_dim), jnp.float32)
     num_steps = jax.lax.div(end - begin + (per_step - 1), per_step)
-    dk_sH, dv_sH = jax.lax.fori_loop(0, num_steps, step, nothing)
+    _, dk_sH, dv_sH = jax.lax.fori_loop(0, num_steps, step, (bits_of(0), zeros, zeros))
     dk_ref[e, run, keys] = dk_sH * scale
     dv_ref[e, run, keys] = dv_sH
 
@@ -323,8 +326,8 @@ def backward_kv(
 ):
   """Shares of every run in (dk, dv), [E, N, s, H] float32; those of runs -1 are not written.
 
-  runs: (block, begin, end [E, N], units, bits [E, L]) int32. Blocks are `block_size` apart on their
-  row's grid and s rows long, padded to a multiple of 64.
+  runs: (block, begin, end [E, N], units, bits [E, L]) int32, of `_kv_body`. Blocks are `block_size`
+  apart on their row's grid and s rows long, padded to a multiple of 64.
   """
   (_, unit_rows, H), (_, s, _, _) = q_XrH.shape, k_PsKH.shape
   E, N = runs[0].shape
@@ -339,7 +342,6 @@ def backward_kv(
       plgpu.SMEM((ROWS, H), dtype),
       plgpu.SMEM((*rows, H), dtype),
       plgpu.SMEM((*rows, H), dtype),
-      plgpu.SMEM((ROWS, ROWS), dtype),
       plgpu.SMEM(rows, jnp.int32),
       plgpu.SMEM(rows, jnp.int32),
       plgpu.SMEM(rows, jnp.float32),

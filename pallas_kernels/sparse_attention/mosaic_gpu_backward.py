@@ -67,6 +67,7 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
   )
   has_triton = not interpreted and gpu.has_triton()
   listed = tiles.listed(ids_BKTW, queries, M, has_triton)
+  listed = _with_edges(listed, pos_BT, start_BT, queries, block_size, K)
   runs, first_run_EM1 = _runs(listed, ids_BKTW.shape[:3], queries, M, config.run_units)
   k_PsKH, v_PsKH = (
     jnp.pad(x, ((0, 0), (0, -block_size % mgpu.ROWS), (0, 0), (0, 0))) for x in (k_PsKH, v_PsKH)
@@ -81,6 +82,18 @@ def backward(residuals, cotangents, *, block_size: int, config, interpreted: boo
   sums = kernels.sum_runs(first_run_EM1, *shares, dtype=k_BSKH.dtype, interpreted=interpreted)
   dk_BSKH, dv_BSKH = (_to_slots(x, k_BSKH.shape, block_size) for x in sums)
   return dq_BTNH, dk_BSKH, dv_BSKH
+
+
+def _with_edges(listed, pos_BT, start_BT, queries: int, block_size: int, heads: int):
+  """Sets bit 31 of entries whose positions must be compared: the block goes beyond the position of
+  one of the unit's queries, or begins before its document."""
+  ids_XU, bits_XU, *rest = listed
+  pos_Yq = tiles.of_queries(pos_BT, queries, 1, rules.NOWHERE)[:, 0]
+  start_Yq = tiles.of_queries(start_BT, queries, 1, 0)[:, 0]
+  low_X1 = jnp.repeat(jnp.min(pos_Yq, axis=1), heads)[:, None]
+  high_X1 = jnp.repeat(jnp.max(start_Yq, axis=1), heads)[:, None]
+  is_edge_XU = ((ids_XU + 1) * block_size > low_X1 + 1) | (ids_XU * block_size < high_X1)
+  return ids_XU, bits_XU | jnp.left_shift(is_edge_XU.astype(jnp.int32), 31), *rest
 
 
 def _runs(listed, shape, queries: int, num_blocks: int, size: int):
