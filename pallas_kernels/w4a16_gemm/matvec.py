@@ -5,6 +5,7 @@ programs (their float32 results are summed by XLA). Deterministic.
 """
 
 import dataclasses
+import itertools
 import math
 import struct
 
@@ -15,6 +16,7 @@ from pallas_kernels.common import gpu, tune
 from pallas_kernels.w4a16_gemm import matvec_ptx as ptx
 
 KINDS = {"bfloat16": "bf16", "float16": "f16"}
+MULTIPROCESSORS = 132
 MOST_PART = 64  # rows of bytes whose products are unrolled
 
 
@@ -51,19 +53,21 @@ class MatvecConfig:
 
 
 def default_config(K: int, N: int, group_size: int, bits: int) -> MatvecConfig | None:
-  """The most warps, then the fewest splits that make about a program a multiprocessor; None where
-  nothing fits."""
-  found = None
-  for warps in (16, 8, 4, 2, 1):
-    for splits in range(1, 65):
-      config = MatvecConfig(num_warps=warps, num_splits=splits)
-      if config.part(K, N, group_size, bits) is not None:
-        found = config
-        if splits * -(-N // ptx.OUTPUTS) >= 100:
-          break
-    if found is not None:
-      break
-  return found
+  """The least rows of bytes one after another, with what a wave of programs and a sum of splits
+  cost (an H200: 24 and 20 rows); None where nothing fits.
+
+  A multiprocessor holds 16 warps. More than 128 rows a warp make a long program, and are the last
+  choice.
+  """
+  found = {}
+  for warps, splits in itertools.product((16, 8, 4, 2, 1), range(1, 65)):
+    config = MatvecConfig(num_warps=warps, num_splits=splits)
+    if config.part(K, N, group_size, bits) is not None:
+      rows, programs = K * bits // 8 // (warps * splits), splits * -(-N // ptx.OUTPUTS)
+      waves = -(-programs * warps // (16 * MULTIPROCESSORS))
+      cost = waves * (rows + 24) + 20 * (splits > 1)
+      found[config] = (rows > 128, cost, -min(programs, MULTIPROCESSORS - 12), splits)
+  return min(found, key=found.get) if found else None
 
 
 def key(K: int, N: int, group_size: int, dtype) -> str:

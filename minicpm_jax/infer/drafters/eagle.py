@@ -17,12 +17,13 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.config import validate
 from minicpm_jax.core import huge_pages, trees
-from minicpm_jax.infer import frspec, largest
+from minicpm_jax.infer import frspec
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer
 from minicpm_jax.quant import qtensor
+from pallas_kernels.vocab_topk import api as vocab_topk
 
 MAX_ROWS = 256  # of a prompt that attend together: bounds the scores of a chunk
 
@@ -218,7 +219,7 @@ class EagleDrafter:
     # The barrier keeps XLA's top-k: merged into what follows it becomes a sort of whole rows.
     B, T, R = logits_BTR.shape
     best, at = jax.lax.optimization_barrier(
-      largest.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
+      vocab_topk.top_k(jnp.reshape(logits_BTR, (B * T, R)), self.top_k)
     )
     best_BTK, at_BTK = (jnp.reshape(x, (B, T, self.top_k)) for x in (best, at))
     total_BT1 = _logsumexp(logits_BTR, best_BTK[:, :, :1])

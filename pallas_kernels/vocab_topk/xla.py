@@ -1,5 +1,4 @@
-"""The k largest logits of a vocabulary, exactly as `jax.lax.top_k` gives them, on every device
-(of rows with several NaN other ones may be named).
+"""The k largest logits of a vocabulary in XLA.
 
 XLA's kernel for GPUs gives a whole row to one multiprocessor: a draft level's 10 rows of 73,448
 logits keep 10 of 132 busy, and its search of 1,280 candidates takes 62 us (H200). `by_chunks` reads
@@ -18,8 +17,8 @@ from jaxtyping import Array, Float, Int
 LEAST = 8  # times as many logits as candidates
 
 
-def top_k(x_NV: Float[Array, "N V"], k: int) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
-  """(values, int32 indices), largest first, ties by the lower index."""
+def top_k_xla(x_NV: Float[Array, "N V"], k: int) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
+  """As `api.top_k`."""
 
   def whole(x_NV):
     return tuple(jax.lax.top_k(x_NV, k))
@@ -35,6 +34,13 @@ def top_k(x_NV: Float[Array, "N V"], k: int) -> tuple[Float[Array, "N k"], Int[A
 def chunk_of(vocab_size: int, k: int) -> int:
   """About as many chunks as there are numbers in k of them, in whole warps."""
   return 32 * max(1, round(math.sqrt(vocab_size / k) / 32))
+
+
+def maxima(x_NV: Float[Array, "N V"], chunk: int) -> Float[Array, "N C"]:
+  """Of every chunk, the last of which may be shorter."""
+  V = x_NV.shape[1]
+  padded_NW = jnp.pad(x_NV, ((0, 0), (0, -V % chunk)), constant_values=-jnp.inf)
+  return jnp.max(jnp.reshape(padded_NW, (-1, padded_NW.shape[1] // chunk, chunk)), axis=2)
 
 
 def by_chunks(

@@ -1,0 +1,1 @@
+"""The k largest logits of a vocabulary."""
