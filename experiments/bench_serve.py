@@ -1,7 +1,7 @@
 """The server under load: requests/s, tokens/s and time to the first token over loopback HTTP.
 
   python -m experiments.bench_serve                          (the 135M model of fetch_model)
-  python -m experiments.bench_serve --model=RUN --concurrency=1,16 --max_batch=16
+  python -m experiments.bench_serve --model=RUN --concurrency=1,16 --max_batch=16 --draft=DIR
 
 Closed loop: each of the clients (threads of another process) streams one answer after the other
 from /v1/completions, greedily, all of --new_tokens. Beside it "engine alone": such requests at the
@@ -33,6 +33,9 @@ _ROUNDS = flags.DEFINE_integer(
   "rounds_per_dispatch", 1, "Tokens between two answers to the host.", flag_values=VALUES
 )
 _SHRINKS = flags.DEFINE_bool("shrinks", True, "Rounds of live rows alone.", flag_values=VALUES)
+_DRAFT = flags.DEFINE_string(
+  "draft", None, "Folder of an EAGLE draft, trees 2/10/12.", flag_values=VALUES
+)
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", 64, "Of a prompt.", lower_bound=1, flag_values=VALUES
 )
@@ -52,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run() -> None:
   from experiments import _bench_decode, _bench_serve, _models, _results
-  from minicpm_jax import config
+  from minicpm_jax import ckpt, config
   from minicpm_jax.core import fetch
   from minicpm_jax.infer import engine as engine_lib
+  from minicpm_jax.infer.drafters import base, eagle
 
   clients = _CLIENTS.value
   if not clients or not all(text.isdigit() and int(text) for text in clients):
@@ -63,23 +67,29 @@ def _run() -> None:
   path = _MODEL.value or fetch.cached()
   if path is None:
     raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
-  model, params, tok = _models.load(str(path), _BATCH.value)
+  num_nodes = eagle.EagleDrafter.num_nodes if _DRAFT.value else 1
+  model, params, tok = _models.load(str(path), _BATCH.value * num_nodes)
+  drafter, draft_params = base.NoDrafter(), ()
+  if _DRAFT.value:
+    draft = ckpt.load_draft(_DRAFT.value, model.cfg)
+    drafter, draft_params = eagle.make(draft, model, params)
   num = _bench_serve.num_prompts(_BATCH.value, clients, _LEAST.value)
   prompts = _bench_serve.prompts_of(tok, _bench_decode.PROSE, num, _PROMPT.value)
   cfg = config.EngineConfig(
-    capacity=_PROMPT.value + _NEW.value + 1,
+    capacity=_PROMPT.value + _NEW.value + num_nodes,
     max_batch=_BATCH.value,
     rounds_per_dispatch=_ROUNDS.value,
     shrinks=_SHRINKS.value,
   )
-  engine = engine_lib.Engine(model, params, cfg)  # no stop ids: all answers are equally long
+  more = dict(drafter=drafter, draft_params=draft_params)
+  engine = engine_lib.Engine(model, params, cfg, **more)  # no stop ids: answers are equally long
   rows = _bench_serve.measure(engine, tok, prompts, clients, _NEW.value, _LEAST.value)
   name = _NAME.value or pathlib.Path(path).name.split(".")[0]
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
   out = folder / f"bench_serve_{name}.json"
   more = dict(model=pathlib.Path(path).name, max_batch=cfg.max_batch, prompt_tokens=_PROMPT.value)
   more |= dict(new_tokens=_NEW.value, rounds_per_dispatch=cfg.rounds_per_dispatch)
-  more |= dict(shrinks=cfg.shrinks)
+  more |= dict(shrinks=cfg.shrinks, nodes=num_nodes)
   _results.write(out, rows, compile_seconds=engine.compile_seconds, **more)
   device = "{device}, {num_cpus} CPUs".format(**_results.environment())
   title = f"{name}: {cfg.max_batch} rows, {_PROMPT.value} + {_NEW.value} tokens ({device})"

@@ -13,7 +13,7 @@ from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer.drafters import base, bita, chain, mtp
 from minicpm_jax.models import bita as bita_lib
-from tests.infer import bita_cases, small, test_matrix
+from tests.infer import bita_cases, small, test_constrained_engine, test_matrix
 
 CFG = config.EngineConfig(capacity=96, max_batch=4, chunk_size=16, min_span=108, min_prefix=4)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7, 1, 8] * 7, [2], list(range(20, 45))]
@@ -106,6 +106,27 @@ def test_rounds_of_the_live_rows_alone_draft_the_same(name, is_sparse, rounds, m
     if uid != CANCELLED:
       assert accepted[uid] == whole_accepted[uid] and tokens[uid] == whole[uid]
   assert np.mean([n for each in accepted.values() for n in each]) > 1.05  # or it says nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eagle", "hier", "bita", "chain"])
+def test_rounds_under_a_constraint_are_of_the_live_rows_too(name):
+  """Rows with and without a grammar beside each other, which end one after the other."""
+  model, params = test_matrix.target(False)
+  drafter, draft_params = drafter_of(name, model, params)
+
+  def calls():
+    for i, (prompt, num) in enumerate(zip([*PROMPTS, [4, 4]], (5, 30, 9, 14, 12), strict=True)):
+      sampling = config.SamplingConfig(temperature=0.7 * (i % 2), seed=i, max_new_tokens=num)
+      grammar = test_constrained_engine.Steps(num) if i != 3 else None
+      yield engine_lib.Request(prompt, sampling, constraint=grammar)
+
+  cfg = dataclasses.replace(CFG, shrinks=True)
+  more = dict(drafter=drafter, draft_params=draft_params)
+  found = engine_lib.Engine(model, params, cfg, **more).collect(list(calls()))
+  plain = test_matrix.plain_engine(False).collect(list(calls()))
+  assert found.tokens == plain.tokens and found.finish_reason == plain.finish_reason
+  assert max(n for stats in found.stats for n in stats.accepted) > 1
 
 
 def test_rows_are_taken_and_put_back():
