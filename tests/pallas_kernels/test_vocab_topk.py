@@ -40,6 +40,11 @@ def test_chunks_give_the_order_of_a_stable_sort(V, chunk, k, values):
   check(functools.partial(xla.by_chunks, chunk=chunk), values, V, k)
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_ranks_give_the_order_of_a_stable_sort(values):
+  check(xla.by_rank, values, 100, 10)
+
+
 def test_values_in_the_interpreter(triton_installed):
   host.run_in_process("tests/pallas_kernels/interpreted_vocab_topk.py", "vocab_topk")
 
@@ -72,6 +77,11 @@ def test_a_gpu_sorts_chunks_and_other_devices_search_whole_rows():
   assert "chlo.top_k" not in text["cuda"]
   sorts = re.findall(r"stablehlo.sort.*?-> \(tensor<10x(\d+)xi32>", text["cuda"], re.DOTALL)
   assert [int(n) for n in sorts] == [766, 960]
+  short = jax.jit(api.top_k, static_argnums=1).trace(
+    jax.ShapeDtypeStruct((1, 100), jnp.float32), 10
+  )
+  text = short.lower(lowering_platforms=("cuda",)).as_text()
+  assert "chlo.top_k" not in text and "stablehlo.sort" not in text
 
 
 def test_too_few_chunks_are_an_error():

@@ -171,7 +171,7 @@ class EagleDrafter:
       scores_BKK, tokens_BKK = self._children(params, hidden_BKD, beam.scores_BK)
       scores.append(jnp.reshape(scores_BKK, (B, k * k)))
       tokens.append(jnp.reshape(tokens_BKK, (B, k * k)))
-      best_BK, at_BK = jax.lax.top_k(scores[-1], k)
+      best_BK, at_BK = jax.lax.optimization_barrier(vocab_topk.top_k(scores[-1], k))
       flat.append(at_BK.astype(jnp.int32) + k + (level - 1) * k * k)
       beam = _next_beam(beam, hidden_BKD, best_BK, at_BK, tokens[-1])
     return jnp.concatenate(scores, axis=1), jnp.concatenate(tokens, axis=1), jnp.stack(flat, axis=1)
