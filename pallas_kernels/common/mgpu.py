@@ -122,21 +122,12 @@ def dot(a_ref, b_ref):
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
 
 
-def dot_add(acc_Rn, a_ref, b_ref, interpreted: bool):
-  """acc + a b, as `dot`; on the device the product goes on in the registers of acc.
-
-  jax 0.10's interpreter has no product that starts from a value.
-  """
-  from jax.experimental import pallas as pl
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  if interpreted:
-    return acc_Rn + dot(a_ref, b_ref)
-  return pl.run_state(lambda ref: plgpu.wgmma(ref, a_ref, b_ref))(plgpu.ACC.init(acc_Rn))
-
-
 def values_dot_add(acc_Rn, a_Rk, b_ref, interpreted: bool):
-  """acc + a b, as `dot_add`; a comes from the registers that a product leaves its result in."""
+  """acc + a b, as `dot`; a comes from the registers that a product leaves its result in.
+
+  On the device the product goes on in the registers of acc: jax 0.10's interpreter has none that
+  starts from a value.
+  """
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -161,21 +152,6 @@ def dot_transposed(a_ref, b_ref, interpreted: bool):
     return acc_ref[...]
 
   return pl.run_scoped(run, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
-
-
-def values_dot_transposed(a_Rk, b_ref, interpreted: bool):
-  """a b^T, as `dot_transposed`; a comes from registers, so that only b is read again and again."""
-  from jax.experimental import pallas as pl
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  if interpreted:
-    return jnp.dot(a_Rk, b_ref[...].T, preferred_element_type=jnp.float32)
-
-  def run(acc_ref):
-    plgpu.wgmma(acc_ref, a_Rk, b_ref.transpose((1, 0)))
-    return acc_ref[...]
-
-  return pl.run_scoped(run, plgpu.ACC((a_Rk.shape[0], b_ref.shape[0]), jnp.float32))
 
 
 def as_line(x_N, interpreted: bool):

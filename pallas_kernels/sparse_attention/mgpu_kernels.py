@@ -5,8 +5,9 @@ is `warpgroups` of them, which share blocks that arrive by TMA in the model's la
 in flight: a tile's list is the union of its queries' lists with one membership bit a query. A
 warpgroup passes over blocks that none of its queries lists. One more warpgroup does nothing but
 copy, so that the others drift apart as far as the buffers allow: it refills a buffer when all have
-arrived at the buffer's barrier. Positions are compared only in blocks that
-hold a query's own position or the first token of its document; members are a bias by row.
+arrived at the buffer's barrier, which each does before it waits for its next block, so that the
+slowest always gets one. Positions are compared only in blocks that hold a query's own position or
+the first token of its document; members are a bias by row.
 """
 
 import functools

@@ -144,6 +144,28 @@ def test_gradients_of_blocks_of_80_keys_are_those_of_dense_attention():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_warpgroup_may_pass_over_more_blocks_than_there_are_buffers():
+  """Four queries list the first and the last of 14 blocks, the next four all of them."""
+  rng = np.random.default_rng(8)
+  T, M, block, G, H = 8, 14, 16, 16, 16
+  shapes = ((1, T, G, H), (1, M * block, 1, H), (1, M * block, 1, H))
+  q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  ids = np.tile(np.arange(M), (1, 1, T, 1))
+  ids[:, :, :4, 1:-1] = -1
+  pos = jnp.arange(M * block - T, M * block, dtype=jnp.int32)[None]
+  config = attention.MosaicGpuConfig(warpgroups=2, num_stages=2)
+
+  def attend(*arrays):
+    options = dict(block_size=block, config=config)
+    return attention.attend_mosaic_gpu(*arrays, pos, 0 * pos, **options)[0]
+
+  found = jax.jit(attend)(q, k, v, jnp.asarray(ids, jnp.int32))
+  slots = np.arange(M * block)
+  mask = (slots <= np.asarray(pos)[0, :, None]) & (ids[0, 0] >= 0).repeat(block, axis=1)
+  expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_remat_policies_can_keep_the_lists_and_the_result():
   """By the traced programs: times the forward kernel is in forward and backward pass."""
   shapes = ((1, 64, 8, 32), (1, 64, 2, 32), (1, 64, 2, 32))
