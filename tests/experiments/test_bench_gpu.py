@@ -86,6 +86,7 @@ def test_compile_only_times_nothing(tmp_path):
   assert found["rows"][1]["programs"] == 1
 
 
+@pytest.mark.slow
 def test_a_chunk_behind_a_context_is_timed_in_the_kind_asked_for(tmp_path):
   flags = ("--parts=chunk", "--contexts=192", "--weights=int4")
   status, found = run(tmp_path, *flags)
