@@ -126,6 +126,8 @@ def read_config(
 ) -> config.ModelConfig:
   """ModelConfig from the metadata; shapes that the tensors fix are taken from them."""
   width, layers = file.integer("embedding_length"), file.integer("block_count")
+  if layers > len(file.tensors):
+    raise file.error("block_count", layers, f"what {len(file.tensors)} tensors can hold")
   heads = file.integer("attention.head_count")
   head_dim = file.integer("attention.key_length", file.get("rope.dimension_count", width // heads))
   rotary, value_dim = (
@@ -174,6 +176,8 @@ def read_config(
 
 def _read_mup(file: GGUFFile, width: int, layers: int, logit_scale: float | None) -> dict[str, Any]:
   """scale_emb, scale_depth, dim_model_base; the defaults of the first two are llama.cpp's."""
+  if logit_scale is not None and not 0 < logit_scale < math.inf:
+    raise file.error("logit_scale", logit_scale, "a number > 0")
   stored = file.get("logit_scale")
   if stored is None and logit_scale is None:
     raise file.error(

@@ -281,6 +281,8 @@ def _check_params(cfg: config.ModelConfig, leaves: dict[str, Any]) -> dict[str, 
 
 def split(sizes: Mapping[str, int], max_bytes: int | float) -> list[list[str]]:
   """Names in order, cut into shards of at most `max_bytes` (a larger tensor gets its own)."""
+  if not max_bytes > 0:
+    raise ValueError(f"max_shard_bytes: found {max_bytes}, expected bytes > 0")
   shards: list[list[str]] = [[]]
   used = 0
   for name, size in sizes.items():

@@ -26,14 +26,19 @@ def read(workdir: str | os.PathLike[str]) -> Any:
   if not path.is_file():
     raise ValueError(f"{workdir}: found no {FILE_NAME}, expected the folder of a training run")
   try:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
   except SyntaxError as error:
     raise ValueError(f"{path}: line {error.lineno} is not Python: {error.msg}") from None
+  except ValueError as error:  # no UTF-8, or a null byte
+    raise ValueError(f"{path}: is not Python: {error}") from None
   for node in tree.body:
     if isinstance(node, ast.FunctionDef) and node.name == "get_config":
       value = node.body[-1]
       if isinstance(value, ast.Return) and value.value is not None:
-        return _evaluate(value.value, path)
+        found = _evaluate(value.value, path)
+        if not dataclasses.is_dataclass(found):
+          raise ValueError(f"{path}: get_config: found {found!r:.60}, expected a config")
+        return found
   raise ValueError(f"{path}: found no get_config() that ends in a return, expected one")
 
 
@@ -43,7 +48,9 @@ def _evaluate(node: ast.expr, path: pathlib.Path) -> Any:
   if isinstance(node, ast.Tuple):
     return tuple(_evaluate(item, path) for item in node.elts)
   if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-    return -_evaluate(node.operand, path)
+    value = _evaluate(node.operand, path)
+    if isinstance(value, int | float):
+      return -value
   if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
     owner, name = node.func.value, node.func.attr
     cls = getattr(config, name, None) if name in config.__all__ else None
@@ -51,7 +58,7 @@ def _evaluate(node: ast.expr, path: pathlib.Path) -> Any:
       fields = {k.arg: _evaluate(k.value, path) for k in node.keywords if k.arg is not None}
       try:
         return cls(**fields)
-      except TypeError as error:
+      except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: line {node.lineno}: {error}") from None
   raise ValueError(
     f"{path}: line {node.lineno}: found {ast.unparse(node)[:80]!r}, expected a literal or "

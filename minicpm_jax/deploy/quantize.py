@@ -180,6 +180,8 @@ def _without_data(
       leaf = _to_leaf(found, cfg, name, w.shape)
     off = qtensor.dequantize(leaf) - w.astype(jnp.float32)
     error = jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(w.astype(jnp.float32).ravel())
+    if not jnp.isfinite(error) and not jnp.all(jnp.isfinite(w)):
+      raise ValueError(f"layers_{i}/{name}: found weights that are not finite")
     rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": float(error)})
     layer = blocks.with_kernel(layer, name, leaf)
   return layer, rows

@@ -240,6 +240,7 @@ def test_minicpm_without_logit_scale_is_refused_unless_told(tmp_path):
     ({"rope.scaling.type": "linear"}, "rope.factor"),
     ({"rope.dimension_count": 8, "attention.key_length": H}, "found .8, 16., expected both 16"),
     ({"vocab_size": V + 1}, f"vocab_size: found {V + 1}, expected {V}"),
+    ({"block_count": 10**9}, "block_count: found 1000000000"),  # not as many names
     ({"block_count": L + 1}, f"blk.{L}.attn_norm.weight: found no such tensor"),
     ({"block_count": L - 1}, "tensors: found unexpected blk.1.attn_k.weight"),
     ({"feed_forward_length": 128}, r"blk.0.ffn_gate.weight: found shape \(96, 64\), expected"),

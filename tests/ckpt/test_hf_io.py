@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minicpm_jax import ckpt
+from minicpm_jax.ckpt import hf_io
 from minicpm_jax.models import transformer
 from tests.ckpt import hf_folder
 
@@ -280,3 +281,8 @@ def test_the_real_tokenizer_travels_with_the_model(tmp_path, shared_dir):
   ckpt.save_hf(tmp_path / "out", model, params, tok)
   _, _, again = ckpt.load_hf(tmp_path / "out")
   assert again.encode(text) == ids and again.chat_template == tok.chat_template
+
+
+def test_a_shard_holds_bytes():
+  with pytest.raises(ValueError, match="max_shard_bytes: found 0"):
+    hf_io.split({"a": 1}, 0)

@@ -276,3 +276,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
   (tmp_path / "config.py").write_text(json.dumps({}))
   with pytest.raises(ValueError, match="no get_config"):
     orbax_io.load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    (b"\xff\xfe", "is not Python"),
+    (b"def get_config():\n  return 1\n", "get_config: found 1, expected a config"),
+    (b"def get_config():\n  return -'a'\n", "line 2: found"),
+    (b"def get_config():\n  return config.MeshConfig(dp=0)\n", r"line 2: mesh\.dp: found 0"),
+  ],
+)
+def test_a_config_file_that_is_none_is_named(tmp_path, text, message):
+  (tmp_path / "config.py").write_bytes(text)
+  with pytest.raises(ValueError, match=rf"config\.py: {message}"):
+    run_config.read(tmp_path)

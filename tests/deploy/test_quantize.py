@@ -239,3 +239,13 @@ def test_refusals_of_models_and_batches():
     run(model, params, "gptq", [])
   with pytest.raises(ValueError, match="batches: found shapes"):
     run(model, params, "gptq", calibration(1) + calibration(1, (2, 25)))
+
+
+def test_weights_that_are_not_finite_are_named():
+  model, params = make()
+  bad = params["layers"]["mlp"]["up"]["kernel"].at[1, 2, 3].set(jnp.nan)
+  params = params | {
+    "layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"up": {"kernel": bad}}}
+  }
+  with pytest.raises(ValueError, match="layers_1/mlp/up: found weights that are not finite"):
+    run(model, params, "rtn", [])
