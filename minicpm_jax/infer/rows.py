@@ -239,11 +239,13 @@ def said(
   job: Job, tokens_RA: np.ndarray, logprobs_RA: np.ndarray, tops_RAK: Sequence[np.ndarray]
 ) -> tuple[list[int], list[int], list[float], list[requests.Top]]:
   """(tokens of each round, all tokens, and where asked for their logprobs, the likeliest ones)."""
-  is_token_RA = tokens_RA != state_lib.NO_TOKEN
-  tokens = [int(t) for t in tokens_RA[is_token_RA]]
-  logprobs = [float(x) for x in logprobs_RA[is_token_RA]] if job.request.want_logprobs else []
+  rows = tokens_RA.tolist()  # a few numbers a row and round: numpy would take ten times as long
+  tokens = [t for row in rows for t in row if t != state_lib.NO_TOKEN]
+  counts = [len(row) - row.count(state_lib.NO_TOKEN) for row in rows]
+  is_token_RA = tokens_RA != state_lib.NO_TOKEN if job.request.want_logprobs else None
+  logprobs = [] if is_token_RA is None else logprobs_RA[is_token_RA].tolist()
   tops: list[requests.Top] = []
   if num_top := job.request.num_top_logprobs:
     ids_NK, best_NK = (x[is_token_RA][:, :num_top].tolist() for x in tops_RAK)
     tops = [list(zip(*pair, strict=True)) for pair in zip(ids_NK, best_NK, strict=True)]
-  return is_token_RA.sum(axis=1).tolist(), tokens, logprobs, tops
+  return counts, tokens, logprobs, tops
