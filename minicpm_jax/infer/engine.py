@@ -241,8 +241,9 @@ class Engine(programs.Programs, driver_lib.Driver):
     end = start + size
     if self._rows[job.row].is_sparse:  # reads few keys of any span: one program for all chunks
       end = max(end, len(prompt))
-    # A prompt's chunk takes no part of the branches of sampling.
-    known = dataclasses.replace(self._known([job], len(prompt)), is_bare=False)
+    # A chunk takes no part of the branches of sampling. Without that of dense attention in every
+    # layer a third less is compiled; long prompts have programs of their own, by their spans.
+    known = rounds_lib.Known(is_long=self._is_long(len(prompt)))
     static = dict(span=self._span(end), known=known)
     answer = self._call(rounds_lib.prefill, [job], *args, **static)
     job.num_cached += num
@@ -273,8 +274,11 @@ class Engine(programs.Programs, driver_lib.Driver):
     if not self.tells:
       return rounds_lib.Known()
     is_bare = all(rows_lib.is_bare(job.request) for job in jobs)
+    return rounds_lib.Known(is_bare, self._is_long(length))
+
+  def _is_long(self, length: int) -> bool:
     sparse = self.model.cfg.sparse
-    return rounds_lib.Known(is_bare, sparse is not None and length >= sparse.dense_len)
+    return sparse is not None and length >= sparse.dense_len
 
   def _constrained_round(self, live: list[rows_lib.Job]) -> None:
     """Draft, look at the tree, verify: the masks of a round depend on the tokens before it."""

@@ -37,8 +37,8 @@ class Program(NamedTuple):
 
 class Sizes(NamedTuple):
   """What shapes depend on. `min_span`: the config's in whole blocks; `ahead`: slots that rounds
-  under way may need behind a sequence; `dense_len`: of sparse attention where the host tells of it
-  (`Known.is_long`), else None."""
+  under way may need behind a sequence; `dense_len`: of sparse attention (`Known.is_long`), or None;
+  rounds hear of it where the host `tells`."""
 
   cfg: config.EngineConfig
   min_span: int
@@ -97,7 +97,7 @@ def runs(sizes: Sizes, num_tokens: int) -> Iterator[Program]:
   """Rounds of sequences of up to `num_tokens` tokens, for every `Known`."""
   for span in sizes.spans(num_tokens):
     for is_bare in (False, True) if sizes.tells else (False,):
-      for is_long in sizes.lengths(span):
+      for is_long in sizes.lengths(span) if sizes.tells else (False,):
         known = rounds_lib.Known(is_bare, is_long)
         static = dict(span=span, rounds=sizes.cfg.rounds_per_dispatch, known=known)
         for num in sizes.windows:
@@ -194,7 +194,7 @@ class Programs:
     return tree.replace(tok_BP=jnp.asarray(np.asarray(tree.tok_BP)))
 
   def _sizes(self) -> Sizes:
-    sparse = self.model.cfg.sparse if self.tells else None
+    sparse = self.model.cfg.sparse
     ahead = 2 * self.cfg.rounds_per_dispatch * (self.drafter.num_levels + 1) + self._num_rows
     dense_len = None if sparse is None else sparse.dense_len
     slots = (self._min_span, self._num_slots, ahead)

@@ -61,13 +61,14 @@ class XlaConfig:
 def default_config(num_queries: int, group: int) -> XlaConfig:
   """Tiles of 960 rows, which XLA's CPU matmul cuts into equal halves for two cores; 65536 a chunk.
 
-  A block's last tile is half empty on average: fewer queries make smaller tiles.
+  A block's last tile is half empty on average: fewer queries make smaller tiles, which one core
+  multiplies. Of 2048 queries with groups of 3 at 32k tiles of 320 took 0.76 of the time of 113.
   """
   band = max(1, min(64, 1024 // group))
   num_queries = max(1, num_queries)
   chunks = -(-num_queries // min(4096, max(64, 65536 // group)))
   chunk = -(-num_queries // (chunks * band)) * band
-  return XlaConfig(chunk=chunk, tile=max(4, min(960 // group, chunk // 18)), band_queries=band)
+  return XlaConfig(chunk=chunk, tile=max(4, min(960 // group, chunk // 6)), band_queries=band)
 
 
 @dataclasses.dataclass(frozen=True)

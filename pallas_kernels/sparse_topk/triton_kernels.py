@@ -219,7 +219,7 @@ def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.
   bits = scores.to(tl.int32, bitcast=True)
   bits = tl.where((block >= begin) & (block < end), bits, -1)
   # `low` is reached by num >= need blocks, `high` by num_high < need: down from the best score in
-  # growing steps (2**23 halves a score), then between the two until one block is missing.
+  # growing steps (2**23 halves a score), then by bisection until one block is missing.
   step = 1 << 22
   high, num_high = tl.max(bits, axis=0) + 1, 0
   low = tl.maximum(high - step, 0)
@@ -230,12 +230,7 @@ def store_best(scores_ptr, ids_ptr, begin, end, need, M: tl.constexpr, SIZE: tl.
     low = tl.maximum(low - step, 0)
     num = reaching(bits, low)
   while (num > need) & (num_high < need - 1) & (high - low > 1):
-    # Scores fall off about exponentially: the logarithm of how many reach a score about linearly.
-    most, least = tl.log2(num.to(tl.float32)), tl.log2(num_high + 0.5)
-    part = (most - tl.log2(need.to(tl.float32))) / (most - least)
-    part = tl.minimum(tl.maximum(part, 0.125), 0.875)
-    middle = low + tl.maximum(((high - low).to(tl.float32) * part).to(tl.int32), 1)
-    middle = tl.minimum(middle, high - 1)
+    middle = low + (high - low) // 2
     num_middle = reaching(bits, middle)
     is_low = num_middle >= need
     low, high = tl.where(is_low, middle, low), tl.where(is_low, high, middle)

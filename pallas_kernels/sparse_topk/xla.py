@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.sparse_topk import choice, ref
 from pallas_kernels.sparse_topk import rule as rules
 
+TILE = 512  # windows of one matmul
+FLOOR = -1e30  # maximum of nothing
 MANY = 32  # queries a chunk from which on bisection beats a sort of every row
 
 
@@ -38,44 +40,69 @@ def compress(k_BSKH, rule: rules.Rule, level: int = 1):
   return (total / size).astype(k_BSKH.dtype)
 
 
-def _norm(logits_CGW, is_visible_CW):
-  """(max, sum exp) over visible windows, [C, G, 1]; sum 0 where none is."""
-  masked = jnp.where(is_visible_CW[:, None, :], logits_CGW, -1e30)
-  top = jnp.max(masked, axis=-1, keepdims=True, initial=-1e30)
-  return top, jnp.sum(jnp.where(masked > -1e29, jnp.exp(masked - top), 0.0), axis=-1, keepdims=True)
+def _over_tiles(q_CGH, keys_FH, pos_C, start_C, rule: rules.Rule, level: int, step, init):
+  """step(carry, first window, logits [C, G, n], visible [C, n]) over the tiles that any query sees.
 
+  The last tile ends with the keys; a window that it shares with the one before is visible once.
+  """
+  C, G, H = q_CGH.shape
+  F = keys_FH.shape[0]
+  n = min(TILE, F) if C >= MANY else F
+  q_RH, stride = jnp.reshape(q_CGH, (C * G, H)), level * rule.kernel_stride
+  dims = (((1,), (1,)), ((), ()))
 
-def _is_visible(pos_C, start_C, num: int, rule: rules.Rule, level: int):
-  first_W = level * rule.kernel_stride * jnp.arange(num, dtype=jnp.int32)
-  is_past = first_W[None, :] + (level * rule.kernel_size - 1) <= pos_C[:, None]
-  return is_past & (first_W[None, :] >= start_C[:, None])
+  def one(i, carry):
+    first = jnp.minimum(i * n, F - n)
+    keys_nH = jax.lax.dynamic_slice_in_dim(keys_FH, first, n)
+    dots = jax.lax.dot_general(q_RH, keys_nH, dims, preferred_element_type=jnp.float32)
+    window_n = first + jnp.arange(n, dtype=jnp.int32)
+    is_past_Cn = stride * window_n[None, :] + (level * rule.kernel_size - 1) <= pos_C[:, None]
+    is_own_Cn = stride * window_n[None, :] >= start_C[:, None]
+    visible_Cn = is_past_Cn & is_own_Cn & (window_n >= i * n)[None, :]
+    return step(carry, first, jnp.reshape(H**-0.5 * dots, (C, G, n)), visible_Cn)
+
+  if n == F:
+    return one(0, init)
+  is_real_C = start_C <= pos_C
+  begin = jnp.min(jnp.where(is_real_C, start_C, rules.NOWHERE)) // stride
+  last = jnp.max(jnp.where(is_real_C, pos_C, -1)) + 1 - level * rule.kernel_size
+  end = jnp.minimum(jnp.where(last < 0, 0, last // stride + 1), F)
+  return jax.lax.fori_loop(begin // n, -(-end // n), one, init)
 
 
 def chunk_scores(q_CGH, fine_FH, coarse_FH, pos_C, start_C, rule: rules.Rule, num_blocks: int):
   """Block scores [C, M] float32 of one key head (sections 5 and 6)."""
-  C, G, H = q_CGH.shape
+  C, G, _ = q_CGH.shape
   F = fine_FH.shape[0]
-  if F == 0:
+  norm_FH, level = (fine_FH, 1) if rule.lse == "exact" else (coarse_FH, rules.COARSE)
+  if F == 0 or norm_FH.shape[0] == 0:
     return jnp.zeros((C, num_blocks), jnp.float32)
-  q_RH = jnp.reshape(q_CGH, (C * G, H))
 
-  def logits(keys_FH):
-    dims = (((1,), (1,)), ((), ()))
-    dots = jax.lax.dot_general(q_RH, keys_FH, dims, preferred_element_type=jnp.float32)
-    return jnp.reshape(H**-0.5 * dots, (C, G, -1))
+  def add(carry, first, logits_CGn, visible_Cn):
+    del first
+    top_CG1, total_CG1 = carry
+    masked_CGn = jnp.where(visible_Cn[:, None, :], logits_CGn, 2 * FLOOR)
+    new_CG1 = jnp.maximum(top_CG1, jnp.max(masked_CGn, axis=2, keepdims=True))
+    sum_CG1 = jnp.sum(jnp.exp(masked_CGn - new_CG1), axis=2, keepdims=True)
+    return new_CG1, total_CG1 * jnp.exp(top_CG1 - new_CG1) + sum_CG1
 
-  fine_CGF, visible_CF = logits(fine_FH), _is_visible(pos_C, start_C, F, rule, 1)
-  if rule.lse == "exact":
-    top, total = _norm(fine_CGF, visible_CF)
-  elif coarse_FH.shape[0]:
-    visible = _is_visible(pos_C, start_C, coarse_FH.shape[0], rule, rules.COARSE)
-    top, total = _norm(logits(coarse_FH), visible)
-  else:
-    return jnp.zeros((C, num_blocks), jnp.float32)
-  lse = top + jnp.log(jnp.where(total > 0, total, 1.0))
-  probs_CGF = jnp.exp(jnp.minimum(fine_CGF - lse, 80.0))
-  has_norm_C1 = total[:, 0] > 0
-  scores_CF = jnp.where(visible_CF & has_norm_C1, jnp.sum(probs_CGF, axis=1), 0.0)
+  init = jnp.full((C, G, 1), FLOOR), jnp.zeros((C, G, 1), jnp.float32)
+  args = (pos_C, start_C, rule)
+  top_CG1, total_CG1 = _over_tiles(q_CGH, norm_FH, *args, level, add, init)
+  lse_CG1 = top_CG1 + jnp.log(jnp.where(total_CG1 > 0, total_CG1, 1.0))
+  has_norm_C1 = total_CG1[:, 0] > 0
+
+  def put(scores_CF, first, logits_CGn, visible_Cn):
+    probs_CGn = jnp.exp(jnp.minimum(logits_CGn - lse_CG1, 80.0))
+    scores_Cn = jnp.sum(probs_CGn, axis=1)
+    n = scores_Cn.shape[1]
+    if n == F:
+      return jnp.where(visible_Cn & has_norm_C1, scores_Cn, 0.0)
+    old_Cn = jax.lax.dynamic_slice_in_dim(scores_CF, first, n, axis=1)
+    scores_Cn = jnp.where(visible_Cn & has_norm_C1, scores_Cn, old_Cn)
+    return jax.lax.dynamic_update_slice_in_dim(scores_CF, scores_Cn, first, axis=1)
+
+  scores_CF = _over_tiles(q_CGH, fine_FH, *args, 1, put, jnp.zeros((C, F), jnp.float32))
   return pool(scores_CF, rule, num_blocks)
 
 
@@ -137,6 +164,7 @@ def select_xla(
     )
   widest = max(1, fine_BFKH.shape[1])
   chunk = max(1, min(T, config.max_logits // (N // K * widest)))
+  chunk = -(-T // -(-T // chunk))  # even ones
   padded = -(-T // chunk) * chunk
   q_BTNH, pos_BT, start_BT = (
     jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2), constant_values=value)

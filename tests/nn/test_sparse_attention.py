@@ -139,6 +139,32 @@ def test_selection_by_score_regret(selection, lse, implementation):
   oracle.check_select(q[0], k[0], cfg, ids[0], counts[0])
 
 
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+def test_selection_over_tiles_of_windows(monkeypatch, lse):
+  """Tiles of 5 of 49 windows (the last one overlaps), an offset that only the device knows,
+  documents, padding; logits that grow along the row and are far above the first tile's."""
+  cfg = oracle.small(lse=lse)
+  rules, spots = sparse_grid.rule_of(cfg), np.arange(T)
+  q, k, _ = oracle.draw(26, T, T, 4, 2, 8)
+  k = k * (1 + 0.2 * spots[None, :, None, None]).astype(np.float32)
+  fine, coarse = (xla.compress(jnp.asarray(k), rules, level) for level in (1, 4))
+  assert fine.shape[1] == 49
+  q = jnp.asarray(q[:, 40:])
+
+  def run(start):
+    f = jax.jit(lambda offset: xla.select_xla(q, fine, coarse, offset, start, rules, T))
+    return f(jnp.full((1,), 40, jnp.int32))
+
+  one = jnp.zeros((1, T - 40), jnp.int32)
+  many = jnp.asarray(np.where(spots < 112, 0, np.where(spots < 190, 112, rule.NOWHERE)))[None, 40:]
+  whole = [run(one), run(many)]
+  monkeypatch.setattr(xla, "TILE", 5)
+  tiled = [run(one), run(many)]
+  jax.tree.map(np.testing.assert_array_equal, tiled, whole)
+  oracle.check_select(q[0], k[0], cfg, *(x[0] for x in tiled[0]), q_offset=40)
+  assert np.all(np.asarray(tiled[1][0])[:, :, 150:] == -1)
+
+
 @pytest.mark.parametrize("choose", [ref.choose, choice.choose], ids=["ref", "bits"])
 @PROPERTY
 @hypothesis.given(data=st.data())
