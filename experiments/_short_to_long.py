@@ -32,13 +32,13 @@ class Plan:
   bins: int = 1  # lengths of the long stage, long * (1, ..., bins) / bins, equal shares of tokens
   tokens: int = 4096  # a step
   short_steps: int = 400
-  long_steps: int = 800
+  long_steps: int = 1600
   peak_lr: float = 0.01
   short_rest: float = 0.3  # weight of targets that are no answers, in the short stage
   rest: float = 0.3  # in the long stage
   near: float = 0.4  # share of near questions, in the long stage and in the evaluation
-  every: int = 200  # steps between evaluations
-  eval_rows: int = 256  # of the last evaluation; a quarter of it on the way
+  every: int = 400  # steps between evaluations
+  eval_rows: int = 1024  # of the last evaluation; a quarter of it on the way
 
   def __post_init__(self):
     if not 1 <= self.bins <= 8:

@@ -1,6 +1,6 @@
 """Dense pretraining at short length, then sparse training at long length, at toy scale.
 
-  python -m experiments.short_to_long                      2 seeds, 5 to 6 CPU minutes each
+  python -m experiments.short_to_long                      2 seeds, 11 to 12 CPU minutes each
 
 The recipe of InfLLM v2 (arXiv 2509.24663 section 4.1; configs/minicpm4_8b_sparse.py at real size)
 on a recall task: a model of 0.17M parameters (2 layers, 4 key heads: 8 selections) reads rows of 64
