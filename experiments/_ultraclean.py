@@ -56,6 +56,14 @@ class Plan:
       raise ValueError("--input: found none, expected files or folders of raw documents")
     if not self.good and not self.models:
       raise ValueError("--good, --classifier: found neither, expected good text or a model")
+    for name, least, most in (
+      ("threshold", 0, 1),
+      ("negative_permille", 0, 1000),
+      ("heldout_permille", 0, 999),
+    ):
+      value = getattr(self, name)
+      if not least <= value <= most:
+        raise ValueError(f"--{name}: found {value}, expected {least} to {most}")
 
   @property
   def languages(self) -> tuple[str, ...]:
@@ -65,6 +73,16 @@ class Plan:
   def takes_negatives(self) -> bool:
     """Are some inputs set aside as negatives (and so left out of the result)?"""
     return any(lang not in self.bad and lang not in self.models for lang in self.languages)
+
+
+def check(plan: Plan) -> None:
+  """Refuses files that the later steps could not read, before the first one begins."""
+  documents.name_files(plan.inputs)
+  for path in plan.benchmarks:
+    for _ in decontaminate.read_items(path):
+      pass
+  if plan.tokenizer is not None and tokenizer_lib.load_tokenizer(plan.tokenizer) is None:
+    raise ValueError(f"--tokenizer: found no tokenizer.json or tokenizer.model in {plan.tokenizer}")
 
 
 def shared_plan(folder: pathlib.Path, **changes) -> Plan:
@@ -243,8 +261,7 @@ def write_shards(plan: Plan, final: executor.Report, tell: Tell) -> dict[str, sh
   if plan.tokenizer is None:
     tokenizer_lib.train_bpe(_bpe_texts(final), plan.vocab_size).save(folder)
   tok = tokenizer_lib.load_tokenizer(plan.tokenizer or folder)
-  if tok is None:
-    raise ValueError(f"--tokenizer: found no tokenizer.json or tokenizer.model in {plan.tokenizer}")
+  assert tok is not None
 
   def kept(is_out: bool) -> Iterator[Doc]:
     for doc in executor.read_kept(final.folder):

@@ -41,9 +41,9 @@ _flag(flags.DEFINE_bool, "heuristics", True, "Gopher, C4 and FineWeb filters.")
 _flag(flags.DEFINE_bool, "mask_pii", True, "Mask e-mail and IP addresses, phone numbers, ids.")
 _flag(flags.DEFINE_string, "text_field", "text", "JSON key or Parquet column of the text.")
 _flag(flags.DEFINE_string, "tokenizer", None, "Folder of a tokenizer; default: train a BPE.")
-_flag(flags.DEFINE_integer, "vocab", 8192, "Size of the trained BPE.")
+_flag(flags.DEFINE_integer, "vocab", 8192, "Size of the trained BPE.", 261)
 _flag(flags.DEFINE_integer, "heldout_permille", 50, "Clean documents in a thousand held out.")
-_flag(flags.DEFINE_integer, "workers", 1, "Processes.")
+_flag(flags.DEFINE_integer, "workers", 1, "Processes.", 0)
 
 
 def _by_lang(name: str) -> dict[str, tuple[str, ...]]:
@@ -91,6 +91,7 @@ def _run() -> None:
     print(f"{time.time() - began:7.1f} s  {line}", flush=True)
 
   plan = _plan()
+  _ultraclean.check(plan)
   models, seeds_found = _ultraclean.train_classifiers(plan, tell)
   scored, final = _ultraclean.clean(plan, models, tell)
   report = _ultraclean_report.make(plan, scored, final, seeds_found)

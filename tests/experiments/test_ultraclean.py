@@ -129,6 +129,24 @@ def test_bad_flags(command, capsys, change, message):
   assert error.count("\n") == 1 and message in error
 
 
+@pytest.mark.parametrize(
+  "word, message",
+  [
+    ("--threshold=2", "--threshold: found 2.0, expected 0 to 1"),
+    ("--threshold=nan", "--threshold: found nan"),
+    ("--heldout_permille=1000", "--heldout_permille: found 1000"),
+    ("--tokenizer=/nowhere", "--tokenizer: found no tokenizer.json"),
+    ("--benchmark=/nowhere.jsonl", "/nowhere.jsonl"),
+    ("--input=/nowhere", "/nowhere: no such file"),
+  ],
+)
+def test_bad_values_stop_before_any_work(command, tmp_path, capsys, word, message):
+  assert ultraclean.main([*command, word]) == 1
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and message in error
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_shared_demonstration(shared_dir, tmp_path):
   argv = ["ultraclean", f"--shared={shared_dir / 'data'}", f"--output={tmp_path}"]
