@@ -8,12 +8,11 @@ CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; those of sampling 
 says nothing; --model is short for --model_path. It
 listens on the loopback address unless --host says otherwise: there is no authentication. Before, it
 compiles what requests of --warmup_tokens tokens need (--nowarmup: as they come), also those under a
-schema or grammar where that extra is installed (--nowarmup_constrained: the first one waits).
+schema or grammar where they can be served (--nowarmup_constrained: the first one waits).
 Ctrl-C or SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[serve]'`
 (`[constrained]` for response_format, grammars and required tool calls).
 """
 
-import importlib.util
 import pathlib
 import sys
 import time
@@ -59,8 +58,11 @@ def make(values: flags.FlagValues) -> service.ChatService:
   )
   if cfg.warmup:
     began = time.perf_counter()
-    has_extra = importlib.util.find_spec("llguidance") is not None
-    is_constrained = has_extra if cfg.warmup_constrained is None else cfg.warmup_constrained
+    is_constrained = cfg.warmup_constrained
+    if is_constrained is None:
+      is_constrained = (error := chat.grammar_error()) is None
+      if error is not None:
+        print(f"warm-up: without grammars ({error})", file=sys.stderr)
     num = chat.warm_up(cfg.warmup_tokens or None, is_constrained=is_constrained)
     print(f"warm-up: {num} programs in {time.perf_counter() - began:.1f} s", file=sys.stderr)
   return chat

@@ -78,7 +78,7 @@ class InferConfig:
   shrinks: bool | None = None  # rounds of the live rows alone; None: on a CPU (measured there)
   warmup: bool = True  # compile first, then listen
   warmup_tokens: int = 0  # prompt and answer that find all compiled; 0 = what the first span holds
-  warmup_constrained: bool | None = None  # grammars too; None: where the extra is installed
+  warmup_constrained: bool | None = None  # grammars too; None: where they can be served
 
   def __post_init__(self):
     require_hints(self, "")

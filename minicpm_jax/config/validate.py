@@ -25,7 +25,8 @@ def require(ok: Any, field: str, found: Any, expected: str) -> None:
 def require_hints(cfg: Any, prefix: str, *, least: float | int | None = None) -> None:
   """Refuses what the type hint of a field does not allow, NaN, and numbers below `least`.
 
-  Goes into tuples; a list passes for a tuple, an array or a path for what it stands for.
+  Goes into tuples. Where a float is expected an array of one number passes (not bfloat16), where a
+  text is a path, where a tuple is a list, where one of some words is a subclass of str.
   """
   for name, hint in _hints(type(cfg)).items():
     value = getattr(cfg, name)
@@ -57,7 +58,7 @@ def _fits(hint: Any, value: Any) -> bool:
   if hint is str:
     return isinstance(value, str | os.PathLike)
   if origin is typing.Literal:
-    return any(value is v or (type(value) is type(v) and value == v) for v in args)
+    return any(value is v or (_fits(type(v), value) and value == v) for v in args)
   if origin in (typing.Union, types.UnionType):
     return any(_fits(part, value) for part in args)
   if origin is tuple and isinstance(value, tuple | list):

@@ -4,6 +4,7 @@ The classes are called as outside the tests, without beartype's look at the argu
 """
 
 import dataclasses
+import enum
 import math
 import types
 import typing
@@ -102,7 +103,11 @@ def test_every_field_refuses_what_has_no_place_there(kind):
 
 
 def test_what_a_hint_allows_passes():
-  """Whole numbers and numpy's for floats, None where the hint has it, lists for tuples."""
+  """Whole numbers and numpy's for floats, None where the hint has it, lists for tuples, words of
+  numpy and of enumerations for those of a Literal."""
+  word = enum.StrEnum("Word", {"linear": "linear"})
+  for kind in (np.str_("linear"), word.linear):
+    make(config.RopeConfig, dict(kind=kind, factor=2))
   for value in (1, np.float32(0.5), np.int64(2)):
     make(config.OptimConfig, dict(peak_lr=value))
   make(config.InferConfig, dict(random_seed=None, draft_kind=None, shrinks=None, model_type="auto"))

@@ -19,6 +19,7 @@ from minicpm_jax.ckpt import draft_io
 from minicpm_jax.core import trees
 from minicpm_jax.infer import frspec
 from minicpm_jax.infer.drafters import chain, ngram
+from minicpm_jax.infer.server import schemas
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer, zoo
@@ -336,6 +337,29 @@ def test_drafts_that_cannot_be_had(folder, capfd, monkeypatch, flags_, message):
   monkeypatch.delattr(ckpt, "draft_io", raising=False)  # a fresh process has not imported it
   assert generate.main(["g", f"--model={folder}", "--prompt=a", *flags_]) == 1
   assert message in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_have_grammars_is_served_without(folder, capfd, monkeypatch):
+  """A tokenizer with more tokens than the model: only requests under a grammar are refused."""
+  pytest.importorskip("fastapi")
+  pytest.importorskip("llguidance")
+  load = _infer.load
+
+  def with_a_token_more(cfg, **more):
+    loaded = load(cfg, **more)
+    loaded.tok.vocab_size = loaded.engine.model.cfg.vocab_size + 1
+    return loaded
+
+  monkeypatch.setattr(_infer, "load", with_a_token_more)
+  given = (f"--model={folder}", "--max_batch=1", "--max_context=64", "--port=0")
+  with serve.make(parse(serve, *given)) as chat:
+    assert "warm-up: without grammars (vocab_size: found" in capfd.readouterr().err
+    body = {"prompt": "hi", "max_tokens": 3}
+    assert chat.completion(body)["usage"]["completion_tokens"] == 3
+    with pytest.raises(schemas.ApiError, match="vocab_size: found"):
+      chat.completion(body | {"response_format": {"type": "json_object"}})
+  with pytest.raises(ValueError, match="vocab_size: found"):
+    serve.make(parse(serve, *given, "--warmup_constrained"))
 
 
 def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):

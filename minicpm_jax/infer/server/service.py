@@ -58,6 +58,14 @@ class ChatService:
 
   # --- Life ---------------------------------------------------------------------------------------
 
+  def grammar_error(self) -> Exception | None:
+    """Why no request can have a grammar: the extra is missing, or tokenizer and model do not fit."""
+    try:
+      _ = self._compiler
+    except (ImportError, ValueError) as error:
+      return error
+    return None
+
   def warm_up(self, num_tokens: int | None = None, *, is_constrained: bool = False) -> int:
     """`Engine.warm_up`, and where `is_constrained` what the first grammar would make: the table of
     all tokens' bytes. Before `start`. ImportError without the extra `constrained`."""
