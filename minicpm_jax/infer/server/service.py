@@ -59,7 +59,7 @@ class ChatService:
   # --- Life ---------------------------------------------------------------------------------------
 
   def grammar_error(self) -> Exception | None:
-    """Why no request can have a grammar: the extra is missing, or tokenizer and model do not fit."""
+    """Why no request can have a grammar: no extra, or tokenizer and model do not fit; else None."""
     try:
       _ = self._compiler
     except (ImportError, ValueError) as error:
