@@ -221,6 +221,8 @@ def infllm_attention(
   if cfg.use_nope:
     _check_nope(nope, q_BTNH, k_BSKH)
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  if 0 in q_BTNH.shape[:2]:  # no backend has a program for nothing
+    return jnp.zeros((*q_BTNH.shape[:3], v_BSKH.shape[3]), v_BSKH.dtype)
   length = q_offset + T if kv_length is None else kv_length
   if sparse_grid.is_always_dense(cfg, length if isinstance(length, int) else S):
     slots_BT = None

@@ -47,6 +47,9 @@ def select_blocks(
     mosaic_tpu=mosaic_tpu.TpuConfig,
   )
   B, T = q_BTNH.shape[:2]
+  if B * T == 0:  # no backend has a program for nothing
+    shape = (B, fine_BFKH.shape[2], T)
+    return jnp.zeros((*shape, rule.num_selected), jnp.int32), jnp.zeros(shape, jnp.int32)
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
   return spec.dispatch(

@@ -16,7 +16,22 @@ from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import xla
 
 MOST = 16  # queries of a row
+MOST_NUMBERS = 256 * 128  # of the queries of a program: 64 KiB, beside keys at most 99 (sm_86, 89)
 CHOICE_WARPS = 16  # of one row of scores
+
+
+def is_served(q_BTNH, num_kv_heads: int) -> bool:
+  """Whether a program holds the queries of a key head: few, and 16-bit (float32 would spill)."""
+  _, T, N, H = q_BTNH.shape
+  rows = heads_of(N // num_kv_heads, T) * gpu.next_power_of_two(T)
+  fits = rows * gpu.next_power_of_two(H, least=16) <= MOST_NUMBERS
+  return T <= MOST and q_BTNH.dtype.itemsize == 2 and fits
+
+
+def heads_of(group: int, num_queries: int) -> int:
+  """Of a program's rows: a product has 16 rows at least."""
+  queries = gpu.next_power_of_two(num_queries)
+  return gpu.next_power_of_two(group, least=max(1, 16 // queries))
 
 
 def select(
@@ -29,13 +44,13 @@ def select(
   num_slots: int,
   compute_capability: int | None = None,
 ):
-  """As `triton.select_triton` of at most MOST queries, whose checks have passed."""
+  """As `triton.select_triton` of queries that `is_served`, whose checks have passed."""
   from pallas_kernels.sparse_topk import triton_kernels
 
   B, T, N, H = q_BTNH.shape
   F, K = fine_BFKH.shape[1:3]
   G, queries = N // K, gpu.next_power_of_two(T)
-  heads = gpu.next_power_of_two(G, least=max(1, 16 // queries))  # a product has 16 rows at least
+  heads = heads_of(G, T)
   keys = 128 if heads * queries <= 64 else 64
   is_exact = rule.lse == "exact"
   norm_BCKH, level = (fine_BFKH, 1) if is_exact else (coarse_BFKH, rules.COARSE)

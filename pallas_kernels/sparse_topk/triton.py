@@ -164,8 +164,7 @@ def select_triton(
   rows, scores, choose = runs(
     q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots, config
   )
-  is_few = T <= few.MOST and q_BTNH.dtype.itemsize == 2  # tensor cores: float32 would spill
-  if config is None and is_few:
+  if config is None and few.is_served(q_BTNH, K):
     return few.select(q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots)
 
   def run(first):

@@ -29,7 +29,7 @@ def top_k_triton(x_NV, k: int, config: TritonConfig | None = None):
   """As `api.top_k`, or NotImplementedError with the reason."""
   config = config or TritonConfig()
   N, V = x_NV.shape
-  chunk = xla.chunk_of(V, k)
+  chunk = xla.chunk_of(V, max(k, 1))
   if not 0 < k <= MOST or V < xla.LEAST * k * chunk:
     raise NotImplementedError(
       f"vocab_topk: the {k} largest of {V}, triton serves up to {MOST} of at least {xla.LEAST} "

@@ -24,6 +24,8 @@ def top_k_xla(x_NV: Float[Array, "N V"], k: int) -> tuple[Float[Array, "N k"], I
   def whole(x_NV):
     return tuple(jax.lax.top_k(x_NV, k))
 
+  if k < 1 or x_NV.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):  # `_order` has 32 bits
+    return whole(x_NV)
   chunk = chunk_of(x_NV.shape[1], k)
   if x_NV.shape[1] <= FEW:
     on_cuda = functools.partial(by_rank, k=k)

@@ -508,6 +508,16 @@ def test_unaligned_documents():
   assert np.all(np.isfinite(blind[:, :67])) and np.all(np.isnan(blind[:, 67:]))
 
 
+@pytest.mark.parametrize("B, num", [(1, 0), (0, 4)])
+def test_no_queries_and_no_rows_give_nothing(B, num):
+  q, k = jnp.zeros((B, num, 4, 8)), jnp.zeros((B, T, 2, 8))
+  ids, counts = select(q, k, oracle.small(), q_offset=T - num)
+  assert ids.shape[:3] == counts.shape == (B, 2, num)
+  for cfg in (oracle.small(), oracle.small(dense_len=2 * T)):
+    grad = jax.grad(lambda q, cfg=cfg: jnp.sum(attend(q, k, k, cfg, q_offset=T - num)))(q)
+    assert grad.shape == q.shape
+
+
 def test_the_switch_at_dense_len():
   q, k, v = oracle.draw(23, T, T, 4, 2, 8)
   dense = jax.jit(flash.flash_attention)(q, k, v)

@@ -50,8 +50,8 @@ def select_program(num_heads, head_dim, arch, lse):
   return run, (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
 
 
-def few_program(num_heads, head_dim, arch, lse):
-  slots, T, K = 131072, 12, 2
+def few_program(num_heads, head_dim, arch, lse, T=12):
+  slots, K = 131072, 2
   rule = rules.Rule(lse=lse)
   keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
   avals = (like(1, T, num_heads, head_dim), *keys, like(1, T, dtype=jnp.int32))
@@ -112,11 +112,12 @@ def test_lowers_for_cuda(program, triton_installed):
   assert "triton_kernel_call" in text
 
 
-@pytest.mark.parametrize("op", ["select", "attend", "decode"])
+@pytest.mark.parametrize("op", ["select", "few", "attend", "decode"])
 def test_compiles_to_cubins_without_spills(op, triton_installed):
   """The 8B shape (G 16, H 128) on sm_80 and sm_90; prints registers, spills and shared memory."""
   program = {
     "select": lambda arch: select_program(32, 128, arch, "coarse"),
+    "few": lambda arch: few_program(32, 128, arch, "exact", T=16),
     "attend": lambda arch: attend_program(32, 128, arch),
     "decode": lambda arch: decode_program(32, 128, arch, True),
   }[op]
@@ -127,7 +128,18 @@ def test_compiles_to_cubins_without_spills(op, triton_installed):
   assert {row.arch for row in rows} == set(ARCHS)
   for row in rows:
     assert row.spills == 0, row
-    assert row.shared <= (163 if row.arch == 80 else 227) * 1024, row
+    most = 99 if op == "few" else 163 if row.arch == 80 else 227  # sm_86 and sm_89 have 99
+    assert row.shared <= most * 1024, row
+
+
+@pytest.mark.parametrize(
+  "T, N, H, is_served",
+  [(16, 32, 128, True), (17, 32, 128, False), (9, 64, 128, False), (8, 64, 128, True)]
+  + [(9, 32, 256, False), (1, 32, 256, True)],
+)
+def test_few_queries_are_those_that_one_program_holds(T, N, H, is_served):
+  assert few.is_served(like(1, T, N, H), 2) is is_served
+  assert not few.is_served(like(1, T, N, H, dtype=jnp.float32), 2)
 
 
 @pytest.mark.slow

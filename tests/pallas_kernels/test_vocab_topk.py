@@ -84,6 +84,15 @@ def test_a_gpu_sorts_chunks_and_other_devices_search_whole_rows():
   assert "chlo.top_k" not in text and "stablehlo.sort" not in text
 
 
+@pytest.mark.parametrize("dtype, k", [(jnp.int32, 10), (jnp.float32, 0)])
+def test_what_32_bit_floats_do_not_hold_is_searched_whole(dtype, k):
+  x = jax.ShapeDtypeStruct((10, 73448), dtype)
+  run = jax.jit(api.top_k, static_argnums=1).trace(x, k)
+  assert run.lower(lowering_platforms=("cuda",)).as_text().count("chlo.top_k") == 1
+  with pytest.raises(NotImplementedError, match=f"the {k} largest|found types"):
+    triton.top_k_triton(x, k, triton.TritonConfig(compute_capability=90))
+
+
 def test_too_few_chunks_are_an_error():
   with pytest.raises(ValueError, match="found 4 chunks of 16, expected at least k = 5"):
     xla.by_chunks(jnp.zeros((1, 64)), 5, 16)
