@@ -41,7 +41,9 @@ _SPLITS = ["file", "line", "paragraph"]
 _SPLIT = _flag(flags.DEFINE_enum, "text_split", "file", _SPLITS, "Document of plain text.")
 _BOS = _flag(flags.DEFINE_bool, "add_bos", None, "BOS in front; default: as the tokenizer says.")
 _SPECIAL = _flag(flags.DEFINE_bool, "parse_special", False, '"<s>" in the text is BOS, not text.')
-_HELDOUT = _flag(flags.DEFINE_integer, "heldout_permille", 0, "Documents in a thousand held out.")
+_HELDOUT = _flag(
+  flags.DEFINE_integer, "heldout_permille", 0, "Documents in a thousand held out.", 0, 999
+)
 _SHARD_MB = _flag(flags.DEFINE_integer, "shard_mb", 32, "Text of one shard, MiB.")
 _WORKERS = _flag(flags.DEFINE_integer, "num_workers", 1, "Processes that tokenise.")
 _OVERWRITE = _flag(flags.DEFINE_bool, "overwrite", False, "Replace a finished folder.")

@@ -36,7 +36,7 @@ _flag(flags.DEFINE_integer, "stage1_steps", 0, "Steps of the shared decay before
 _flag(flags.DEFINE_integer, "stage2_steps", 100, "Steps of the two anneals.")
 _flag(flags.DEFINE_multi_string, "text", [], "NAME:PATH of held-out good text; repeatable.")
 _flag(flags.DEFINE_multi_string, "choices", [], "Multiple-choice file; repeatable.")
-_flag(flags.DEFINE_integer, "limit", 200, "Documents or questions of every set.")
+_flag(flags.DEFINE_integer, "limit", 200, "Documents or questions of every set.", 1)
 _flag(
   flags.DEFINE_enum,
   "decide_by",

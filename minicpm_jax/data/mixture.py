@@ -72,4 +72,9 @@ def rows_by_source(cfg: data_config.DataConfig, start: int, stop: int) -> dict[s
 
 def phase_at(phases: Sequence[data_config.PhaseConfig], step: int) -> data_config.PhaseConfig:
   """The phase that batch `step` (0-based) belongs to."""
-  return [phase for phase in phases if phase.start_step <= step][-1]
+  begun = [phase for phase in phases if phase.start_step <= step]
+  if not begun:
+    raise ValueError(
+      f"data.phases: found none at step {step}, expected a mixture (no training data?)"
+    )
+  return begun[-1]

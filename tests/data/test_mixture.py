@@ -40,6 +40,8 @@ def test_phase_at():
   ]
   names = [mixture.phase_at(phases, step).name for step in (0, 9, 10, 99)]
   assert names == ["stable", "stable", "decay", "decay"]
+  with pytest.raises(ValueError, match="data.phases: found none at step 3"):
+    mixture.phase_at((), 3)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
