@@ -1,6 +1,7 @@
 """CPM.cu's flag table, the presets, and what the flags do to a model; the server command."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import re
@@ -372,6 +373,9 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
     assert re.search(r"warm-up: \d+ programs in [\d.]+ s", capfd.readouterr().err)
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
     assert chat.chat(body)["usage"]["completion_tokens"] == 6
+    if importlib.util.find_spec("llguidance") is not None:  # then grammars are warm too
+      answer = chat.chat(body | {"grammar": {"choice": ["a", "b"]}})
+      assert answer["choices"][0]["message"]["content"] in ("a", "b")
     assert chat.report()["compile_seconds"] == 0
   assert serve.main(["s", "--model=/no/such"]) == 1
   assert "found no such file or folder" in capfd.readouterr().err
