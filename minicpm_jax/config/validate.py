@@ -25,14 +25,20 @@ def require(ok: Any, field: str, found: Any, expected: str) -> None:
 def require_hints(cfg: Any, prefix: str, *, least: float | int | None = None) -> None:
   """Refuses what the type hint of a field does not allow, NaN, and numbers below `least`.
 
-  Goes into tuples. Where a float is expected an array of one number passes (not bfloat16), where a
-  text is a path, where a tuple is a list, where one of some words is a subclass of str.
+  Goes into tuples, and makes them of lists (JSON has no others), so that a config has a hash. An
+  array of one number (not bfloat16) passes for a float, a path for a text.
   """
   for name, hint in _hints(type(cfg)).items():
     value = getattr(cfg, name)
     require(_fits(hint, value), f"{prefix}{name}", value, _spelled(hint))
     if least is not None and _fits(float, value):
       require(value >= least, f"{prefix}{name}", value, f"a number >= {least}")
+    if tuple in map(typing.get_origin, (hint, *typing.get_args(hint))) and value is not None:
+      object.__setattr__(cfg, name, _as_tuple(value))
+
+
+def _as_tuple(value: Any) -> Any:
+  return tuple(map(_as_tuple, value)) if isinstance(value, tuple | list) else value
 
 
 def _spelled(hint: Any) -> str:

@@ -78,6 +78,7 @@ def make(kind, fields):
   for field in dataclasses.fields(kind):
     object.__setattr__(made, field.name, fields.get(field.name, field.default))
   made.__post_init__()
+  return made
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -111,4 +112,7 @@ def test_what_a_hint_allows_passes():
   for value in (1, np.float32(0.5), np.int64(2)):
     make(config.OptimConfig, dict(peak_lr=value))
   make(config.InferConfig, dict(random_seed=None, draft_kind=None, shrinks=None, model_type="auto"))
-  make(config.TrainConfig, dict(model=NANO, profile_steps=(3, 5), eval_sources=[]))
+  made = make(config.TrainConfig, dict(model=NANO, profile_steps=[3, 5], eval_sources=[]))
+  assert made == config.TrainConfig(model=NANO, profile_steps=(3, 5)) and hash(made)
+  phase = make(config.PhaseConfig, dict(weights=[["a", 1.0]]))
+  assert phase == config.PhaseConfig(weights=(("a", 1.0),)) and hash(phase)
