@@ -90,6 +90,9 @@ def init(
   cfg: ModelConfig, batch_size: int, capacity: int, dtype: Any = None, *, per_row: bool = False
 ) -> KVCache:
   """An empty cache of `capacity` slots; `dtype` None = the compute dtype."""
+  for name, size in (("batch_size", batch_size), ("capacity", capacity)):
+    if size < 1:
+      raise ValueError(f"cache {name}: found {size}, expected at least 1")
   dtype = types.dtype_of(cfg.dtype) if dtype is None else dtype
   num_heads, k_width, v_width = widths(cfg)
 

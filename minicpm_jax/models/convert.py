@@ -74,6 +74,12 @@ def unfold_from_llama(
 
   Vocabulary padding and layer form are those of `llama_cfg`.
   """
+  if llama_cfg.arch != "llama":
+    raise ValueError(f"llama_cfg.arch: found {llama_cfg.arch!r}, expected 'llama' (folded weights)")
+  for name in ("vocab_size", "model_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads"):
+    found, expected = getattr(llama_cfg, name), getattr(original_cfg, name)
+    if found != expected:
+      raise ValueError(f"llama_cfg.{name}: found {found}, expected {expected} of the original")
   cfg = dataclasses.replace(
     original_cfg, vocab_multiple=llama_cfg.vocab_multiple, scan_layers=llama_cfg.scan_layers
   )

@@ -135,3 +135,9 @@ def test_a_jitted_forward_may_close_over_its_cache():
   np.testing.assert_allclose(found, full.logits, atol=1e-5)
   with pytest.raises(ValueError, match="found 1 tokens behind 4, expected .* 4 slots"):
     jax.jit(lambda t: forward(t, full.cache).logits)(tokens[:, :1])
+
+
+@pytest.mark.parametrize("sizes, name", [((0, 8), "batch_size"), ((2, 0), "capacity")])
+def test_a_cache_of_nothing_is_refused(sizes, name):
+  with pytest.raises(ValueError, match=f"cache {name}: found 0, expected at least 1"):
+    cache_lib.init(common.config(), *sizes)

@@ -1,5 +1,7 @@
 """Conversions keep the function: logits before and after, and the way back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +133,13 @@ def test_mtp_to_eagle_gives_the_logits_of_the_mtp_head_and_goes_back():
   common.assert_trees_close(convert.eagle_to_mtp(draft_params), params["mtp"], atol=0, rtol=0)
   with pytest.raises(ValueError, match="model.mtp: found no MTP module"):
     convert.mtp_to_eagle(common.config(), params)
+
+
+def test_unfolding_wants_folded_weights_of_the_same_shape(dense):
+  cfg, params, _ = dense
+  with pytest.raises(ValueError, match="llama_cfg.arch: found 'minicpm'"):
+    convert.unfold_from_llama(cfg, params, cfg)
+  llama_cfg, folded = convert.fold_to_llama(cfg, params)
+  other = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 1)
+  with pytest.raises(ValueError, match="llama_cfg.vocab_size: found"):
+    convert.unfold_from_llama(llama_cfg, folded, other)
