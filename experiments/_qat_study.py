@@ -141,7 +141,9 @@ def arms_of(suite: str) -> list[Arm]:
       "QAT, then taught": (qat, end),  # decoupled
       "QAT, then QAT": (qat, Stage(0.4)),
       "taught, then taught": (taught, end),
+      "QAT, equal steps": (Stage(1.6),),
       "taught, equal steps": (Stage(1.6, is_taught=True),),
+      "QAT, equal cost": (Stage(cost_of=cost),),
       "taught, equal cost": (Stage(is_taught=True, cost_of=cost),),
     }
     return [dataclasses.replace(base, name=name, stages=parts) for name, parts in stages.items()]
