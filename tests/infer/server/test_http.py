@@ -177,13 +177,12 @@ def test_what_has_come_meanwhile_is_one_write_of_the_same_events(byte_tokenizer)
     kinds = ("chat", {"messages": HELLO, "stream": True})
     live = await app._Live.open(chat, *kinds)
     first = await live.next()
-    while chat.num_running or chat.num_waiting:
-      await asyncio.sleep(0.01)
+    await asyncio.to_thread(chat.close)  # when the answer has ended
     return [part async for part in live.events(first)]
 
   with service.ChatService(engine, tok, name="tiny") as chat:
-    (part,) = asyncio.run(parts(chat))
     expected = list(chat.stream("chat", {"messages": HELLO, "stream": True}))
+    (part,) = asyncio.run(parts(chat))
   *events, done, end = part.split(b"\n\n")
   assert done == b"data: [DONE]" and end == b"" and len(events) == len(expected) == 5
   for event, chunk in zip(events, expected, strict=True):
