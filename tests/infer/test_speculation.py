@@ -220,3 +220,27 @@ def test_paths_beyond_the_local_window_are_refused(selection, most):
     engine_lib.Engine(model, params, CFG, drafter=drafter)
   short = dataclasses.replace(CFG, capacity=sparse.dense_len - 1)  # stays dense
   engine_lib.Engine(model, params, short, drafter=drafter)
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_rows_that_wait_keep_the_draft_of_a_copied_beginning(shrinks):
+  """The draft is the target, so it is right in every round, unless its cache was written over while
+  prompts that begin alike waited beside a row that decodes."""
+  model, params = small.make()
+  cfg = config.EngineConfig(
+    capacity=96, max_batch=4, chunk_size=16, min_span=128, min_prefix=4, shrinks=shrinks
+  )
+  drafter = chain.ChainDrafter(model, num_levels=3)
+  engine = engine_lib.Engine(model, params, cfg, drafter=drafter, draft_params=params)
+  beginning = [(7 * i) % small.VOCAB for i in range(40)]
+  engine.generate([beginning], config.SamplingConfig(max_new_tokens=8))
+  greedy = config.SamplingConfig(max_new_tokens=40)
+  engine.add(engine_lib.Request([3, 1, 4], greedy))
+  engine.step()
+  for i in range(3):
+    engine.add(engine_lib.Request([*beginning[: 30 - i], 50 + i, *range(20)], greedy))
+  stats = {}
+  while engine.has_work:
+    stats |= {event.id: event.stats for event in engine.step() if event.finish_reason}
+  assert [s.cached_tokens for s in stats.values()] == [0, 29, 28, 27]
+  assert all(set(s.accepted[:-1]) == {4} for s in stats.values())

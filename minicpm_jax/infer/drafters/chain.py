@@ -2,7 +2,8 @@
 
 The draft's cache holds token t in slot t, as the target's does. Its first forward of a round feeds
 two tokens, the last committed one again and the root: after a fully accepted chain the draft has
-not seen its own last token.
+not seen its own last token. A row that waits for its prompt behind a copied beginning does not know
+the last token of that, and keeps what it holds.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from minicpm_jax.models import transformer
 class State:
   cache: Any  # KVCache of the draft, one length a row
   last_B: Any  # int32, the last committed token
+  end_B: Any  # int32, the position behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ChainDrafter:
 
   def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:
     cache = cache_lib.init(self.model.cfg, batch_size, capacity, per_row=True)
-    return State(cache=cache, last_B=jnp.zeros((batch_size,), jnp.int32))
+    return State(cache, *(jnp.zeros((batch_size,), jnp.int32) for _ in range(2)))
 
   def prefill(self, params: base.Params, state: State, new: base.Committed) -> State:
     step = cache_lib.Step(num_new_B=new.num_B, row=new.row, span=params.span)
@@ -61,17 +63,21 @@ class ChainDrafter:
   def commit(self, params: base.Params, state: State, new: base.Committed) -> State:
     at_B1 = jnp.maximum(new.num_B[:, None] - 1, 0)
     last_B = jnp.take_along_axis(new.tokens_BT, at_B1, axis=1)[:, 0]
-    old_B = base.take_rows(state.last_B, new.row, last_B.shape[0])
-    last_B = jnp.where(new.num_B > 0, last_B, old_B)
-    return state.replace(last_B=base.put_rows(state.last_B, last_B, new.row))
+    whole, is_new_B = (state.last_B, state.end_B), new.num_B > 0
+    old_last_B, old_end_B = base.take_rows(whole, new.row, last_B.shape[0])
+    last_B = jnp.where(is_new_B, last_B, old_last_B)
+    end_B = jnp.where(is_new_B, new.start_B + new.num_B, old_end_B)
+    last_B, end_B = base.put_rows(whole, (last_B, end_B), new.row)
+    return state.replace(last_B=last_B, end_B=end_B)
 
   def draft(
     self, params: base.Params, state: State, root_B: Any, length_B: Any
   ) -> tuple[base.Tree, State]:
     B = root_B.shape[0]
     step = cache_lib.Step(row=params.row, num_rows=B, span=params.span)
-    cache = cache_lib.with_lengths(state.cache, step, jnp.maximum(length_B - 1, 0))
-    last_B = base.take_rows(state.last_B, params.row, B)
+    last_B, end_B = base.take_rows((state.last_B, state.end_B), params.row, B)
+    first_B = jnp.maximum(jnp.where(end_B == length_B, length_B - 1, length_B), 0)
+    cache = cache_lib.with_lengths(state.cache, step, first_B)
     tokens, feed_BT = [root_B], jnp.stack((last_B, root_B), axis=1)
     for _ in range(self.num_levels):
       out = self._forward(params, feed_BT, cache, step)
@@ -84,10 +90,8 @@ class ChainDrafter:
     return base.chain(jnp.stack(tokens, axis=1)), state.replace(cache=cache)
 
   def copy_row(self, state: State, source: Any, target: Any) -> State:
-    return State(
-      cache=cache_lib.copy_row(state.cache, source, target),
-      last_B=base.copy_rows(state.last_B, source, target),
-    )
+    rows = base.copy_rows((state.last_B, state.end_B), source, target)
+    return State(cache_lib.copy_row(state.cache, source, target), *rows)
 
   def _forward(self, params: base.Params, tokens_BT, cache, step) -> transformer.Output:
     return self.model.apply(
