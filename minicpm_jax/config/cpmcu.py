@@ -10,8 +10,6 @@ from typing import Literal
 from minicpm_jax.config.infer import SamplingConfig
 from minicpm_jax.config.validate import require, require_hints
 
-DRAFT_KINDS = ("eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferConfig:
