@@ -74,6 +74,9 @@ def run(
   `on_shard` gets the counts of each finished shard (for progress). Raises ExecutorError when
   shards failed; everything else is finished first, unless the disk is full.
   """
+  for name, value, least in (("num_workers", num_workers, 0), ("max_attempts", max_attempts, 1)):
+    if value < least:
+      raise ValueError(f"{name}: found {value}, expected at least {least}")
   reader = reader or tolerant.Reader()
   folder = pathlib.Path(out_folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -99,16 +102,24 @@ def run(
     return _finish(folder, tasks, num_resumed=len(tasks) - len(todo))
 
 
+def _finished(folder: str | os.PathLike) -> list[str]:
+  """Names of the shards of a finished run."""
+  path = pathlib.Path(folder) / _REPORT
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file, expected the folder of a finished run")
+  return json.loads(path.read_text())["shards"]
+
+
 def read_kept(folder: str | os.PathLike) -> Iterator[Doc]:
   """The kept documents of a finished run, in the order of its inputs."""
   reader = tolerant.Reader(max_bytes=2**31)
-  for name in json.loads((pathlib.Path(folder) / _REPORT).read_text())["shards"]:
+  for name in _finished(folder):
     yield from reader(str(pathlib.Path(folder) / f"{name}.parquet"))
 
 
 def read_drops(folder: str | os.PathLike) -> Iterator[dict]:
   """Rows {id, stage, reason, detail, excerpt} of a finished run, in the order of its inputs."""
-  for name in json.loads((pathlib.Path(folder) / _REPORT).read_text())["shards"]:
+  for name in _finished(folder):
     with open(pathlib.Path(folder) / f"{name}.drops.jsonl", encoding="utf-8") as file:
       yield from map(json.loads, file)
 

@@ -83,6 +83,10 @@ class Corpus:
 
   def heldout_rows(self, source: str, *, num_rows: int, seq_len: int) -> Rows:
     """Evenly spaced windows of a source's held-out tokens."""
+    if source not in self.heldout:
+      raise ValueError(f"source: found {source!r}, expected one of {list(self.heldout)}")
+    if num_rows < 1:
+      raise ValueError(f"num_rows: found {num_rows}, expected at least 1")
     tokens = self.heldout[source]
     if len(tokens) < seq_len + 1:
       raise ValueError(
@@ -112,6 +116,8 @@ class Corpus:
 
 def encode(text: str, vocab_size: int) -> np.ndarray:
   """UTF-8 bytes as ids; with a vocabulary of 128 what is not ASCII becomes "?"."""
+  if vocab_size < 128:
+    raise ValueError(f"vocab_size: found {vocab_size}, expected at least 128 (bytes of ASCII)")
   ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
   return np.where(ids < vocab_size, ids, ord("?")).astype(np.int32)
 

@@ -198,5 +198,8 @@ def result_of(data: dict[str, Any]) -> Result:
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Result]:
   """(spec as JSON data, result) of a run's file."""
-  data = json.loads(pathlib.Path(path).read_text())
-  return data["spec"], result_of(data["result"])
+  try:
+    data = json.loads(pathlib.Path(path).read_text())
+    return data["spec"], result_of(data["result"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise PlanError(f"{path}: found no record of a run ({error!r})") from None

@@ -234,3 +234,12 @@ def test_ids_are_those_of_reading_the_folder_directly(tmp_path):
     made.append(sorted(doc.id for doc in executor.read_kept(out)))
     assert made[-1] == sorted(doc.id for doc in documents.read([root]))
   assert made[0] == made[1] and len(set(made[0])) == 2
+
+
+def test_sizes_and_folders_without_a_run_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="num_workers: found -1"):
+    executor.run([tmp_path], [], tmp_path / "out", num_workers=-1)
+  assert not (tmp_path / "out").exists()
+  for read in (executor.read_kept, executor.read_drops):
+    with pytest.raises(FileNotFoundError, match="expected the folder of a finished run"):
+      list(read(tmp_path))

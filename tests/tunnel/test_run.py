@@ -256,3 +256,10 @@ def test_queue_runs_configs_and_reads_finished_ones(base_config, tmp_path, monke
     run.queue([dataclasses.replace(cfgs[0], seed=5)], tmp_path)
   with pytest.raises(records.PlanError, match="each once"):
     run.queue([cfgs[0], cfgs[0]], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"spec": {}}'])
+def test_a_file_that_is_no_record_is_named(tmp_path, text):
+  (tmp_path / "r.json").write_text(text)
+  with pytest.raises(records.PlanError, match=r"r\.json: found no record of a run"):
+    records.read_result(tmp_path / "r.json")

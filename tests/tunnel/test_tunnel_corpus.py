@@ -78,3 +78,13 @@ def test_heldout_rows_and_folder(tmp_path):
 def test_bad_corpora_are_named(call, match):
   with pytest.raises(ValueError, match=match):
     call()
+
+
+def test_rows_and_vocabularies_that_do_not_exist():
+  made = corpus.from_texts({"text": ["hello " * 50]}, {"text": ["hello " * 50]})
+  with pytest.raises(ValueError, match="source: found 'zz', expected one of"):
+    made.heldout_rows("zz", num_rows=2, seq_len=8)
+  with pytest.raises(ValueError, match="num_rows: found 0"):
+    made.heldout_rows("text", num_rows=0, seq_len=8)
+  with pytest.raises(ValueError, match="vocab_size: found 100"):
+    corpus.encode("a", 100)
