@@ -69,8 +69,9 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
   for arm in study_lib.arms_of(shown[0]) if shown else ():
     run = report["arms"].get(arm.name, {}).get("0")
     if run and "loss" in run:
-      steps = report["size"]["steps"]
-      x = np.linspace(steps * (1 - arm.share), steps, len(run["loss"]))
+      quantised = arm.share * report["size"]["steps"]
+      first, num = report["size"]["steps"] - quantised, sum(run.get("steps", [quantised]))
+      x = np.linspace(first, first + num, len(run["loss"]))
       axes[-1].plot(x, run["loss"], label=arm.name, linewidth=1)
   axes[-1].set(title="training loss, seed 0", xlabel="step", ylabel="nats a byte")
   if axes[-1].lines:

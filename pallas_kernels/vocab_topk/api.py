@@ -17,12 +17,13 @@ def top_k(
   config: triton.TritonConfig | None = None,
 ) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
   """`jax.lax.top_k` of a few long rows: (values, int32 indices), largest first, ties by the lower
-  index (of rows with several NaN other ones may be named).
+  index (of rows with several NaN other ones may be named). No gradient.
 
   NotImplementedError: a named implementation that does not serve the call (triton: a CUDA device,
   up to 64 of at least 8 times as many logits as it looks at closely). Reads the logits once, and k
   chunks of about sqrt(V / k) again.
   """
+  x_NV = jax.lax.stop_gradient(x_NV)
   tiles = spec.configs(OP, implementation, config, triton=triton.TritonConfig)
   return spec.dispatch(
     OP,

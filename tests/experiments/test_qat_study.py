@@ -72,3 +72,14 @@ def test_steps_of_equal_cost():
   (taught,) = (size.steps_of(stage) for stage in arms["taught, equal cost"].stages)
   assert abs(taught * (3 * own + teachers) - passes) <= 3 * own + teachers
   assert steps[1] < taught < sum(steps)
+
+
+def test_curves_of_stages_are_as_long_as_their_steps(monkeypatch, tmp_path):
+  report = {"size": {"steps": 400}, "arms": {}}
+  for name, steps in (("QAT", [480]), ("QAT, then taught", [480, 160])):
+    report["arms"][name] = {"0": {"heldout": 1.0, "loss": [2.0] * 41, "steps": steps}}
+  figures = []
+  monkeypatch.setattr(report_lib.pictures, "save", lambda figure, *_, **__: figures.append(figure))
+  report_lib.plot(report, tmp_path / "plot.png")
+  ends = [line.get_xdata()[[0, -1]].tolist() for line in figures[0].axes[-1].lines]
+  np.testing.assert_allclose(ends, [[240, 720], [240, 880]])  # switched after 60% of 400 steps

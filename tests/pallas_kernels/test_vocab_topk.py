@@ -93,6 +93,14 @@ def test_what_32_bit_floats_do_not_hold_is_searched_whole(dtype, k):
     triton.top_k_triton(x, k, triton.TritonConfig(compute_capability=90))
 
 
+@pytest.mark.parametrize("implementation", ["auto", "ref"])
+def test_no_implementation_has_a_gradient(implementation):
+  """Those of a GPU pass through integers: the others agree with them."""
+  x = jnp.arange(300, dtype=jnp.float32)[None]
+  grad = jax.grad(lambda x: jnp.sum(api.top_k(x, 3, implementation=implementation)[0]))(x)
+  np.testing.assert_array_equal(grad, jnp.zeros_like(x))
+
+
 def test_too_few_chunks_are_an_error():
   with pytest.raises(ValueError, match="found 4 chunks of 16, expected at least k = 5"):
     xla.by_chunks(jnp.zeros((1, 64)), 5, 16)
