@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,8 +161,8 @@ def load_index(
   named: dict[str, str] = {}
   for path in paths:
     stem = pathlib.Path(path).name.split(".")[0]
-    count = 1 + sum(name.split("#")[0] == stem for name in named)
-    named[f"{stem}#{count}" if count > 1 else stem] = path
+    free = (f"{stem}#{i}" if i > 1 else stem for i in itertools.count(1))
+    named[next(name for name in free if name not in named)] = path
   return Index({name: read_items(path, fields) for name, path in named.items()}, size=size)
 
 

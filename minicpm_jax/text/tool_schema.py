@@ -12,7 +12,7 @@ class ToolError(ValueError):
 _DIALECT = {"dict": "object", "float": "number", "list": "array", "tuple": "array", "any": None}
 OBJECT = ("object", "dict")
 _INSIDE = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not")
-_FIELDS = ("properties", "$defs", "definitions")
+_FIELDS = ("properties", "patternProperties", "$defs", "definitions")
 _FORMS = {
   "type": "a name or a list of names",
   "enum": "a list",

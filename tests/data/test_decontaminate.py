@@ -149,12 +149,13 @@ def test_real_questions_planted_in_real_text(shared_dir):
   assert all(isinstance(item, documents.Doc) for item in stage(pages))
 
 
-def test_files_of_one_name_are_both_read_and_changed_files_again(tmp_path):
+@pytest.mark.parametrize("stem", ["test", "a#1"])
+def test_files_of_one_name_are_both_read_and_changed_files_again(tmp_path, stem):
   words = {name: " ".join(f"{name}{i}" for i in range(20)) for name in "abc"}
   paths = []
   for name in "ab":
     (tmp_path / name).mkdir()
-    paths.append(tmp_path / name / "test.jsonl")
+    paths.append(tmp_path / name / f"{stem}.jsonl")
     paths[-1].write_text(json.dumps({"question": words[name]}))
   docs = [documents.Doc(id=name, text=text) for name, text in words.items()]
 
@@ -162,9 +163,9 @@ def test_files_of_one_name_are_both_read_and_changed_files_again(tmp_path):
     stage = decontaminate.Decontaminate(paths=tuple(map(str, paths)))
     return [getattr(item, "detail", None) for item in stage(docs)]
 
-  assert details() == ["test 1", "test#2 1", None]
+  assert details() == [f"{stem} 1", f"{stem}#2 1", None]
   paths[0].write_text(json.dumps({"question": words["c"]}))
-  assert details() == [None, "test#2 1", "test 1"]
+  assert details() == [None, f"{stem}#2 1", f"{stem} 1"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no json", b"[1]", b'{"id": "a"}', b"\xff"])

@@ -185,6 +185,7 @@ def test_python_names_of_types_are_read():
       "p": {"type": "tuple", "items": {"type": "any", "description": "d"}},
       "o": {"type": "dict", "properties": {"k": {"type": ["list", "null"]}}},
       "u": {"anyOf": [{"type": "float"}, {"type": "string"}]},
+      "m": {"type": "dict", "patternProperties": {"^x": {"type": "float"}}},
     },
     "required": ["x"],
   }
@@ -196,6 +197,7 @@ def test_python_names_of_types_are_read():
       "p": {"type": "array", "items": {"description": "d"}},
       "o": {"type": "object", "properties": {"k": {"type": ["array", "null"]}}},
       "u": {"anyOf": [{"type": "number"}, {"type": "string"}]},
+      "m": {"type": "object", "patternProperties": {"^x": {"type": "number"}}},
     },
     "required": ["x"],
   }
