@@ -18,15 +18,18 @@ from absl import flags
 
 from experiments import _command
 
+SIDES = ["one_by_one", "loop", "vmap"]  # of _bench_tunnel, which imports jax
 VALUES = flags.FlagValues()
 flags.DEFINE_integer("width", 32, "Model width.", flag_values=VALUES)
 flags.DEFINE_integer("runs", 6, "Learning rates.", lower_bound=1, flag_values=VALUES)
 flags.DEFINE_integer("steps", 150, "Steps a run.", lower_bound=20, flag_values=VALUES)
-flags.DEFINE_list("sides", ["one_by_one", "loop", "vmap"], "What to time.", flag_values=VALUES)
+flags.DEFINE_list("sides", SIDES, "What to time.", flag_values=VALUES)
 flags.DEFINE_string("output", None, "JSON file to write.", flag_values=VALUES)
 
 
 def _run() -> None:
+  if not VALUES.sides or set(VALUES.sides) - set(SIDES):
+    raise ValueError(f"--sides: found {VALUES.sides}, expected some of {SIDES}")
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
   from minicpm_jax.core import files, host_memory
@@ -38,8 +41,6 @@ def _run() -> None:
 
   jax.config.update("jax_enable_compilation_cache", False)
   specs, text = _bench_tunnel.sweep(VALUES.width, VALUES.runs, VALUES.steps)
-  if not VALUES.sides or set(VALUES.sides) - set(_bench_tunnel.SIDES):
-    raise ValueError(f"--sides: found {VALUES.sides}, expected some of {list(_bench_tunnel.SIDES)}")
   rows = []
   for side in VALUES.sides:
     jax.clear_caches()
