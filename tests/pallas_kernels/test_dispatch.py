@@ -1,11 +1,14 @@
 """Which server of an op is given the caller's config."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common import interpret
+from pallas_kernels.common import gpu, interpret
 from pallas_kernels.fp8_gemm import api as fp8
 from pallas_kernels.sparse_attention import api as attention
 from pallas_kernels.sparse_attention import mosaic_gpu as attention_mosaic
@@ -159,3 +162,9 @@ def test_a_named_server_refuses_a_config_of_another(call, implementation, expect
   call(None, implementation="auto")
   with pytest.raises(TypeError, match="found builtins.dict, expected None or .* .auto"):
     call({}, implementation="auto")
+
+
+@pytest.mark.parametrize("module, found", [(None, False), (types.ModuleType("jax_triton"), True)])
+def test_triton_is_there_where_it_can_be_imported(monkeypatch, module, found):
+  monkeypatch.setitem(sys.modules, "jax_triton", module)  # None: an ImportError
+  assert gpu.has_triton() is found
