@@ -1,8 +1,8 @@
 """What every Mosaic GPU backend (Pallas `plgpu.kernel`, Hopper) checks and shares.
 
 The kernels ask for warpgroup semantics on every jax version: layouts of registers and of shared
-memory are inferred, so the same body runs in the interpreter. Only what jax 0.10's interpreter has
-is used: matrix products read both sides from shared memory into a fresh accumulator. The last name
+memory are inferred, so the same body runs in the interpreter. What jax 0.10's interpreter lacks
+(products from registers, or into a sum) is written out for it in the functions here. The last name
 of a grid is CUDA's x and may be long; the others are y and z, at most 65535.
 """
 

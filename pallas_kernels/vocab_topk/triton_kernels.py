@@ -9,14 +9,18 @@ import triton.language as tl
 def ranked(x, place):
   """int64 in the order of the floats, of equal ones of falling places."""
   bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-  bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-  return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+  return placed(tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), place)
+
+
+@triton.jit
+def placed(order, place):
+  return (order.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
 
 
 @triton.jit
 def best(
   x_ptr,  # [N, V]
-  maxima_ptr,  # [N, C] of chunks
+  maxima_ptr,  # [N, C] of chunks, int32 in the order of the floats
   values_ptr,  # [N, NUM]
   ids_ptr,  # [N, NUM] int32
   V: tl.constexpr,
@@ -30,7 +34,7 @@ def best(
   row = tl.program_id(0).to(tl.int64)
   nothing: tl.constexpr = -(2**63)
   c, i, j = tl.arange(0, CP), tl.arange(0, NUMP), tl.arange(0, CHUNKP)
-  left_C = ranked(tl.load(maxima_ptr + row * C + c, mask=c < C, other=0.0), c)
+  left_C = placed(tl.load(maxima_ptr + row * C + c, mask=c < C, other=0), c)
   left_C = tl.where(c < C, left_C, nothing)
   chunks_i = tl.zeros([NUMP], tl.int32)
   for n in range(NUM):

@@ -58,10 +58,12 @@ def by_rank(x_NV: Float[Array, "N V"], k: int) -> tuple[Float[Array, "N k"], Int
   return values_NK.astype(x_NV.dtype), ids_NK
 
 
-def maxima(x_NV: Float[Array, "N V"], chunk: int) -> Float[Array, "N C"]:
-  """Of every chunk, the last of which may be shorter."""
-  V = x_NV.shape[1]
-  padded_NW = jnp.pad(x_NV, ((0, 0), (0, -V % chunk)), constant_values=-jnp.inf)
+def maxima(x_NV: Float[Array, "N V"], chunk: int) -> Int[Array, "N C"]:
+  """Of every chunk, the last of which may be shorter, as integers: a maximum of floats may take -0
+  for 0 and any NaN for another."""
+  order_NV = _order(x_NV)
+  rest = ((0, 0), (0, -x_NV.shape[1] % chunk))
+  padded_NW = jnp.pad(order_NV, rest, constant_values=np.iinfo(np.int32).min)
   return jnp.max(jnp.reshape(padded_NW, (-1, padded_NW.shape[1] // chunk, chunk)), axis=2)
 
 
@@ -78,9 +80,7 @@ def by_chunks(
   if C < k:
     raise ValueError(f"by_chunks: found {C} chunks of {chunk}, expected at least k = {k}")
   falling_NV = ~_order(x_NV)  # the largest first in a sort that rises
-  rest = ((0, 0), (0, C * chunk - V))
-  padded_NW = jnp.pad(falling_NV, rest, constant_values=np.iinfo(np.int32).max)
-  best_NC = jnp.min(jnp.reshape(padded_NW, (-1, C, chunk)), axis=2)
+  best_NC = ~maxima(x_NV, chunk)
   every_NC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), best_NC.shape)
   _, chunks_NK = _first(best_NC, every_NC, k)
   ids_NKc = chunks_NK[:, :, None] * chunk + jnp.arange(chunk, dtype=jnp.int32)[None, None, :]

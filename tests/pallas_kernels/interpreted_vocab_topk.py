@@ -8,6 +8,6 @@ from tests.pallas_kernels import test_vocab_topk as suite
 pytestmark = pytest.mark.usefixtures("on_the_host")
 
 
-@pytest.mark.parametrize("values", ["few", "forbidden"])
+@pytest.mark.parametrize("values", ["few", "forbidden", "zeros"])
 def test_vocab_topk(values):
   suite.check(triton.top_k_triton, values, V=3001, k=5)

@@ -12,7 +12,7 @@ from pallas_kernels.vocab_topk import api, triton, xla
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
 
-VALUES = ("normal", "few", "forbidden", "one", "bf16")
+VALUES = ("normal", "few", "forbidden", "one", "zeros", "bf16")
 
 
 def check(top_k, values: str, V: int, k: int):
@@ -24,10 +24,14 @@ def check(top_k, values: str, V: int, k: int):
     x[:, rng.permutation(V)[: V - 4]] = -np.inf
   elif values == "one":
     x[:] = 2.5
+  elif values == "zeros":  # jax.lax.top_k takes 0 before -0
+    x = np.where(rng.random((3, V)) < 0.5, np.float32(0), np.float32(-0.0))
   elif values == "bf16":
     x = x.astype(jnp.bfloat16)
   best, at = jax.jit(lambda x: top_k(x, k))(x)
-  order = np.argsort(-x.astype(np.float32), axis=1, kind="stable")[:, :k]
+  numbers = x.astype(np.float32)
+  numbers = np.where(np.signbit(numbers) & (numbers == 0), np.float32(-1e-30), numbers)
+  order = np.argsort(-numbers, axis=1, kind="stable")[:, :k]
   np.testing.assert_array_equal(at, order)
   np.testing.assert_array_equal(
     np.asarray(best, np.float32), np.take_along_axis(x, order, axis=1).astype(np.float32)
