@@ -58,6 +58,8 @@ def matmul_triton(
 ):
   """As `api.matmul`, or NotImplementedError with the reason."""
   (M, K), N = xq_MK.shape, wq_KN.shape[1]
+  if M == 0:
+    raise NotImplementedError(f"{OP}: no rows, triton serves 1 and more")
   capability = None if config is None else config.compute_capability
   gpu.check_cuda(OP, capability, least=LEAST_CAPABILITY, reason="no FP8 tensor cores before it")
   if str(jnp.dtype(out_dtype)) not in gpu.FLOATS:

@@ -35,6 +35,8 @@ def top_k_triton(x_NV, k: int, config: TritonConfig | None = None):
       f"vocab_topk: the {k} largest of {V}, triton serves up to {MOST} of at least {xla.LEAST} "
       f"times as many as {chunk} a piece"
     )
+  if N == 0:
+    raise NotImplementedError("vocab_topk: no rows, triton serves 1 and more")
   gpu.check_cuda("vocab_topk", config.compute_capability)
   gpu.check_arrays("vocab_topk", x=x_NV)
   from pallas_kernels.vocab_topk import triton_kernels

@@ -79,6 +79,8 @@ def matmul_triton(
 ):
   """As `api.matmul`, or NotImplementedError with the reason."""
   (M, K), (R, N), num_groups = x_MK.shape, codes_RN.shape, scale_QN.shape[0]
+  if M == 0:
+    raise NotImplementedError(f"{op}: no rows, triton serves 1 and more")
   gpu.check_cuda(op, None if config is None else config.compute_capability)
   gpu.check_arrays(op, x=x_MK)
   if str(scale_QN.dtype) not in gpu.FLOATS:

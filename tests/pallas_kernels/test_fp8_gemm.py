@@ -44,6 +44,11 @@ def test_output_in_bf16_is_rounded_once():
     (dict(xs=jnp.ones((2, 1))), ValueError, r"x scale: found .*expected float32\[2, 2\]"),
     (dict(ws=jnp.ones((2, 2), jnp.bfloat16)), ValueError, r"w scale: .*expected float32\[2, 2\]"),
     (dict(implementation="mosaic_tpu"), NotImplementedError, "no 'mosaic_tpu'"),
+    (
+      dict(x=jnp.zeros((0, 200), jnp.float8_e4m3fn), xs=jnp.ones((0, 2)), implementation="triton"),
+      NotImplementedError,
+      "no rows, triton serves 1 and more",
+    ),
   ],
 )
 def test_bad_calls_name_what_was_found(change, error, reason):

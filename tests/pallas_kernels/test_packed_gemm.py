@@ -237,6 +237,7 @@ def test_values_in_the_interpreter():
 @pytest.mark.parametrize(
   "name, change, reason",
   [
+    ("w4a16_gemm", dict(rows=0), "no rows, triton serves 1 and more"),
     ("w4a16_gemm", dict(group_size=48), "group_size = 48, expected -1 or a multiple of 32"),
     ("w4a16_gemm", dict(block_k=128), "group_size = 64, expected a multiple of block_k = 128"),
     ("w4a16_gemm", dict(dtype=jnp.float8_e4m3fn), "expected one of"),
@@ -245,7 +246,7 @@ def test_values_in_the_interpreter():
 )
 def test_calls_that_triton_does_not_serve(name, change, reason, triton_installed):
   group_size = change.get("group_size", 64)
-  case = cases.Case(rows=2, num_in=192, num_out=16, group_size=group_size)
+  case = cases.Case(rows=change.get("rows", 2), num_in=192, num_out=16, group_size=group_size)
   arrays, _ = suite.inputs(case, OPS[name].bits, dtype=change.get("dtype", jnp.float32))
   config = triton.TritonConfig(block_k=change.get("block_k", 32), compute_capability=90)
   options = dict(group_size=group_size, implementation="triton", config=config)

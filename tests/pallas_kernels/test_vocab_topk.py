@@ -66,6 +66,12 @@ def test_rows_that_triton_does_not_serve(V, k):
     api.top_k(jnp.zeros((1, V)), k, implementation="triton")
 
 
+def test_no_rows_have_no_program():
+  with pytest.raises(NotImplementedError, match="no rows, triton serves 1 and more"):
+    api.top_k(jnp.zeros((0, 73448)), 10, implementation="triton")
+  assert [x.shape for x in api.top_k(jnp.zeros((0, 73448)), 10)] == [(0, 10)] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("values", VALUES)
 def test_largest_on_the_device(values):
