@@ -234,7 +234,7 @@ def test_bad_configs_name_the_field(make, message):
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "10.0"])
 def test_auto_takes_mosaic_on_hopper_alone_and_triton_where_it_serves(capability, monkeypatch):
-  """FP8 on an A100: neither."""
+  """Of two rows (one: `matvec`). FP8 on an A100: neither."""
   pytest.importorskip("jax_triton", reason="jax-triton needs jax's CUDA plugin (make test)")
   called = []
 
@@ -249,7 +249,7 @@ def test_auto_takes_mosaic_on_hopper_alone_and_triton_where_it_serves(capability
   monkeypatch.setattr(few_kernels, "matmul", lambda *_, **__: record("mosaic_gpu", (1, 8, 128)))
   monkeypatch.setattr(fp8_kernels, "matmul", lambda *_, **__: record("mosaic_gpu", (64, 64)))
   for op, program in (
-    (w4a16_api, packed_program("int4", 1, 256, 64, 128)),
+    (w4a16_api, packed_program("int4", 2, 256, 64, 128)),
     (fp8_api, fp8_program(64, 128, 64)),
   ):
     options = {k: v for k, v in program[0].keywords.items() if k in ("group_size", "out_dtype")}
