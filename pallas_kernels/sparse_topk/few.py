@@ -10,14 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.common import gpu
+from pallas_kernels.sparse_topk import launches, xla
 from pallas_kernels.sparse_topk import rule as rules
-from pallas_kernels.sparse_topk import xla
 
 MOST = 16  # queries of a row
 MOST_NUMBERS = 256 * 128  # of the queries of a program: 64 KiB, beside keys at most 99 (sm_86, 89)
-CHOICE_WARPS = 16  # of one row of scores
+BLOCKS_PER_WARP = 128  # of a choice: with few rows, many warps to each
 
 
 def is_served(q_BTNH, num_kv_heads: int) -> bool:
@@ -52,14 +53,9 @@ def select(
   G, queries = N // K, gpu.next_power_of_two(T)
   heads = heads_of(G, T)
   keys = 128 if heads * queries <= 64 else 64
-  is_exact = rule.lse == "exact"
-  norm_BCKH, level = (fine_BFKH, 1) if is_exact else (coarse_BFKH, rules.COARSE)
-  C = norm_BCKH.shape[1]
-  # A pointer is never read where there is no key; a zero-sized array has none to give.
-  norm_BCKH, fine_BFKH = (
-    x if x.shape[1] else jnp.zeros((B, 1, K, H), x.dtype) for x in (norm_BCKH, fine_BFKH)
+  norm_BCKH, C, level, fine_BFKH, offset_B = launches.operands(
+    fine_BFKH, coarse_BFKH, q_offset, rule
   )
-  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
   tiles = max(1, -(-C // keys))
   launch = functools.partial(
     gpu.launch,
@@ -102,28 +98,8 @@ def select(
   )
   M = -(-rule.num_blocks(num_slots) // 16) * 16
   scores_RM = xla.pool(jnp.reshape(scores_BKTF, (B * K * T, -1)), rule, M)
-  W, MP = rule.num_selected, gpu.next_power_of_two(M, least=16)
-  return gpu.launch(
-    triton_kernels.choose,
-    *(jnp.reshape(scores_RM, (B, K, T, M)), offset_B, start_BT, jnp.zeros((1,), jnp.int32)),
-    out_shape=(
-      jax.ShapeDtypeStruct((B, K, T, W), jnp.int32),
-      jax.ShapeDtypeStruct((B, K, T), jnp.int32),
-    ),
-    grid=(T, K, B),
-    num_warps=min(CHOICE_WARPS, max(1, MP // 128)),
-    num_stages=1,
+  return launches.choose(
+    *(jnp.reshape(scores_RM, (B, K, T, M)), offset_B, start_BT, np.int32(0), rule),
+    blocks_per_warp=BLOCKS_PER_WARP,
     compute_capability=compute_capability,
-    T=T,
-    K=K,
-    M=M,
-    MP=MP,
-    ROWS=T,
-    W=W,
-    WP=gpu.next_power_of_two(W),
-    BLOCK=rule.block_size,
-    INIT=rule.init_blocks,
-    LOCAL=rule.num_local,
-    TOPK=rule.topk,
-    JOINT=rule.selection == "joint",
   )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common import gpu, tune
-from pallas_kernels.sparse_topk import few
+from pallas_kernels.sparse_topk import few, launches
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -74,19 +74,13 @@ def runs(
     raise NotImplementedError(f"sparse_topk: head width {H}, at most 256")
   from pallas_kernels.sparse_topk import triton_kernels
 
-  is_exact = rule.lse == "exact"
-  norm_BCKH, level = (fine_BFKH, 1) if is_exact else (coarse_BFKH, rules.COARSE)
-  # A pointer is never read where there is no key; a zero-sized array has none to give.
-  norm_BCKH, fine_BFKH = (
-    x if x.shape[1] else jnp.zeros((B, 1, K, H), x.dtype) for x in (norm_BCKH, fine_BFKH)
+  norm_BCKH, C, level, fine_BFKH, offset_B = launches.operands(
+    fine_BFKH, coarse_BFKH, q_offset, rule
   )
-  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
-  W, G, block_c = rule.num_selected, N // K, config.block_c
+  G, block_c = N // K, config.block_c
   M = -(-rule.num_blocks(num_slots) // block_c) * block_c
-  MP = gpu.next_power_of_two(M, least=16)
   most = config.max_score_bytes // (4 * B * K * M) // config.block_q * config.block_q
   rows = max(config.block_q, min(most, -(-T // config.block_q) * config.block_q))
-  shared = dict(T=T, K=K, M=M, ROWS=rows, compute_capability=config.compute_capability)
 
   def scores(first):
     return gpu.launch(
@@ -103,7 +97,7 @@ def runs(
       num_stages=config.num_stages,
       scale=H**-0.5,
       F=F,
-      C=coarse_BFKH.shape[1] if not is_exact else F,
+      C=C,
       G=G,
       GP=gpu.next_power_of_two(G),
       H=H,
@@ -117,32 +111,18 @@ def runs(
       QUERIES=config.block_q,
       KEYS=block_c,
       PRECISION=gpu.precision(q_BTNH.dtype),
-      **shared,
+      T=T,
+      K=K,
+      M=M,
+      ROWS=rows,
+      compute_capability=config.compute_capability,
     )
 
   def choose(first, scores_BKrM):
-    return gpu.launch(
-      triton_kernels.choose,
-      scores_BKrM,
-      offset_B,
-      start_BT,
-      jnp.reshape(first, (1,)).astype(jnp.int32),
-      out_shape=(
-        jax.ShapeDtypeStruct((B, K, rows, W), jnp.int32),
-        jax.ShapeDtypeStruct((B, K, rows), jnp.int32),
-      ),
-      grid=(rows, K, B),
-      num_warps=min(16, max(1, MP // config.blocks_per_warp)),
-      num_stages=1,
-      MP=MP,
-      W=W,
-      WP=gpu.next_power_of_two(W),
-      BLOCK=rule.block_size,
-      INIT=rule.init_blocks,
-      LOCAL=rule.num_local,
-      TOPK=rule.topk,
-      JOINT=rule.selection == "joint",
-      **shared,
+    return launches.choose(
+      *(scores_BKrM, offset_B, start_BT, first, rule),
+      blocks_per_warp=config.blocks_per_warp,
+      compute_capability=config.compute_capability,
     )
 
   return rows, scores, choose
