@@ -1,6 +1,6 @@
 """Every kernel's bench on the accelerator of this machine, in one process.
 
-  python -m experiments.bench_kernels                       (all that the table of the README has)
+  python -m experiments.bench_kernels                    (all of the table in benchmarks/README.md)
   python -m experiments.bench_kernels --ops=sparse_topk,fp8_gemm --tune
   python -m experiments.bench_kernels --ops=w4a16_gemm --implementation=xla --cases=NAME,...
 
