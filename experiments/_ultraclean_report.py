@@ -1,7 +1,6 @@
 """Reports of `experiments.ultraclean` and `verify_data`: report.json, examples, figures."""
 
 import collections
-import json
 import pathlib
 from typing import Any
 
@@ -93,7 +92,7 @@ def _examples(kept, quality, drops) -> dict[str, list[dict[str, Any]]]:
 
 def write(report: dict[str, Any], folder: pathlib.Path) -> None:
   """report.json and scores.png, each whole or not at all."""
-  files.write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+  files.write_json(folder / "report.json", report)
   pictures.save(plot(report), folder / "scores.png")
 
 

@@ -72,7 +72,7 @@ def _run() -> None:
     result["text_lists"].append(overlap.measure(model.cfg, params, rows, sparse))
     found = {k: v for k, v in result["text_lists"][-1].items() if k != "by_layer"}
     print(json.dumps(found), flush=True)
-  files.write(pathlib.Path(_OUTPUT.value) / "block_overlap.json", json.dumps(result) + "\n")
+  files.write_json(pathlib.Path(_OUTPUT.value) / "block_overlap.json", result, indent=None)
 
 
 def main(argv: list[str] | None = None) -> int:

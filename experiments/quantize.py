@@ -10,7 +10,6 @@ bounds them in its search. Calibration text is .txt or .jsonl (.gz). JSON beside
 of the projections, seconds, the cost at 8B. GGUF: blocks of --kind (q4_0 keeps the codes).
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -19,7 +18,7 @@ from absl import flags
 
 from experiments import _command, _quantize
 from minicpm_jax import ckpt
-from minicpm_jax.core import logging
+from minicpm_jax.core import files, logging
 from minicpm_jax.deploy import prefix, quantize
 from minicpm_jax.models import transformer
 from minicpm_jax.quant import gptq, rotate
@@ -107,7 +106,7 @@ def _run() -> None:
   beside = pathlib.Path(_OUTPUT.value.rstrip("/") + ".report.json")
   if before is not None:
     prefix_lib.save(beside.with_suffix("").with_suffix(".prefix"), before)
-  beside.write_text(json.dumps(report, indent=1) + "\n")
+  files.write_json(beside, report)
   print(f"{_OUTPUT.value}: {report['seconds']['total']:.0f} s; {beside}")
 
 

@@ -10,7 +10,6 @@ the items with choices and drawn. Without reasoning by a strong model the target
 solutions, or the answer's text alone.
 """
 
-import json
 import pathlib
 import sys
 
@@ -64,7 +63,7 @@ def _run() -> None:
     if any(item.choices for item in items):
       row["accuracy"] = found.accuracy()
     rows.append(row)
-    print(json.dumps(row))
+    print(files.as_json(row))
   result = {"models": rows, "sigmoid": _sigmoid(rows, sum(bool(i.choices) for i in items))}
   if VALUES.output is not None:
     files.write_json(VALUES.output, result)

@@ -70,7 +70,7 @@ def _run() -> None:
       "summary": report.summary(plan, seeds),
       "seeds": seeds,
     }
-    files.write(path, json.dumps(result) + "\n")
+    files.write_json(path, result, indent=None)
     report.draw(seeds, path.with_suffix(".png"))
   print(json.dumps(report.summary(plan, seeds), indent=1))
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PREFIX = ".tmp-"  # of temporary names; what a killed process leaves behind begins with it
@@ -33,7 +34,22 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """`value` as indented JSON in UTF-8, whole or not at all; lone surrogates as JSON's escapes."""
-  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-  write(path, text.encode(errors="backslashreplace"))
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
+  """`as_json` in UTF-8, whole or not at all; lone surrogates as JSON's escapes."""
+  write(path, (as_json(value, indent=indent) + "\n").encode(errors="backslashreplace"))
+
+
+def as_json(
+  value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> str:
+  """`json.dumps` of what every reader takes: numbers that are not finite become null."""
+  options = dict(indent=indent, default=default, ensure_ascii=False)
+  return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _finite(x) for key, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(x) for x in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

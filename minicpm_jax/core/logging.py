@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -49,15 +48,13 @@ class MetricWriter:
     )
 
   def write(self, step: int, values: Mapping[str, types.ArrayLike]) -> None:
-    """One line; numbers that are not finite become null in JSON."""
+    """One line; a number that is not finite is null in it."""
     if self._file is None:
       return
-    row: dict[str, float | int | None] = {"step": int(step)}
-    for name, value in values.items():
-      number = float(value)
-      row[name] = number if math.isfinite(number) else None
+    numbers = {name: float(value) for name, value in values.items()}
+    for name, number in numbers.items():
       self._board.add_scalar(name, number, step)
-    self._file.write(json.dumps(row) + "\n")
+    self._file.write(files.as_json({"step": int(step), **numbers}) + "\n")
     self._file.flush()
 
   def close(self) -> None:
@@ -78,7 +75,7 @@ def drop_after(path: str | os.PathLike, step: int) -> None:
   if not path.exists():
     return
   text = path.read_text(encoding="utf-8")
-  kept = "".join(json.dumps(row) + "\n" for row in _rows(text, path) if row["step"] <= step)
+  kept = "".join(files.as_json(row) + "\n" for row in _rows(text, path) if row["step"] <= step)
   if kept != text:
     files.write(path, kept)
 

@@ -202,7 +202,7 @@ def _process(task: _Task, folder: pathlib.Path, stages: Sequence[Stage], reader:
 
     def on_drop(stage: str, item: Dropped, excerpt: str) -> None:
       row = {"id": item.id, "stage": stage, "reason": item.reason, "detail": item.detail}
-      line = json.dumps({**row, "excerpt": excerpt}, ensure_ascii=False)
+      line = files.as_json({**row, "excerpt": excerpt})
       drops_file.write(line.encode("utf-8", "replace") + b"\n")
 
     items = named(reader, task.file_name)(task.path)
@@ -210,7 +210,7 @@ def _process(task: _Task, folder: pathlib.Path, stages: Sequence[Stage], reader:
     _write_parquet(kept_file, docs, counts)
   counts["seconds"] = time.perf_counter() - start
   for name, text in (
-    (f"{task.name}.counts.json", json.dumps(counts, ensure_ascii=False, indent=1)),
+    (f"{task.name}.counts.json", files.as_json(counts, indent=1)),
     (f"{task.name}.done", task.signature),  # last: with it the shard is done
   ):
     with _synced(folder / name) as file:
@@ -353,7 +353,7 @@ def _finish(folder: pathlib.Path, tasks: list[_Task], *, num_resumed: int) -> Re
   names = [task.name for task in tasks]
   report = {"shards": names, "inputs": [t.path for t in tasks], **counts}
   with _synced(folder / _REPORT) as file:
-    file.write(json.dumps(report, ensure_ascii=False, indent=1).encode())
+    file.write(files.as_json(report, indent=1).encode())
   return Report(
     folder=folder,
     parquet=tuple(folder / f"{name}.parquet" for name in names),

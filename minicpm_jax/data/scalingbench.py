@@ -7,7 +7,6 @@ have the answer's text alone as target (`has_reasoning` False). The user's own i
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -203,4 +202,4 @@ def write(path: str | os.PathLike[str], items: Iterable[Item]) -> None:
   with files.replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
     for item in items:
       row = dataclasses.asdict(item) | {"target_bytes": item.target_bytes}
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      file.write(files.as_json(row) + "\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import (
   classifier,
   decontaminate,
@@ -195,9 +195,7 @@ def run(
   """`ship`, `read`, `apply`, `write`; the counts go to OUT/report.json on the driver too."""
   frame = read(spark, inputs, reader=reader, num_partitions=num_partitions)
   counts = write(apply(frame, ship(spark, stages)), str(out_folder))
-  path = pathlib.Path(out_folder)
-  path.mkdir(parents=True, exist_ok=True)
-  (path / "report.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+  files.write_json(pathlib.Path(out_folder) / "report.json", counts)
   return counts
 
 

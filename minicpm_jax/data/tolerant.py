@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from minicpm_jax.config import validate
-from minicpm_jax.core import extras
+from minicpm_jax.core import extras, files
 from minicpm_jax.data import documents, warc
 
 SCHEMA_KEY = b"minicpm_jax.documents"  # marks Parquet files written by `parquet_schema`
@@ -165,7 +165,7 @@ def parquet_schema():
 
 def to_row(doc: documents.Doc) -> dict:
   """The row of `parquet_schema` that holds a document."""
-  meta = json.dumps(doc.meta, ensure_ascii=False, default=str)
+  meta = files.as_json(doc.meta, default=str)
   return {**vars(doc), "meta": meta}
 
 

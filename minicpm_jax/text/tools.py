@@ -52,6 +52,12 @@ class Call:
   name: str
   arguments: dict[str, Any]
 
+  def __post_init__(self):
+    try:
+      json.dumps(self.arguments, allow_nan=False)
+    except ValueError as error:  # NaN and 1e999 come through Python's readers
+      raise ToolError(f"{self.name}: found {self.arguments!r:.60}, expected JSON") from error
+
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:

@@ -176,18 +176,8 @@ def restore(path: pathlib.Path, like: engine.State, file: Any) -> engine.State:
   return engine.State(**trees.map_with_path(leaf, like._asdict()))
 
 
-def result_data(result: Result) -> dict[str, Any]:
-  """JSON has no inf: it becomes null."""
-  data = dataclasses.asdict(result)
-  data["losses"] = {
-    name: {str(step): x if math.isfinite(x) else None for step, x in losses.items()}
-    for name, losses in result.losses.items()
-  }
-  data["train"] = [[step, x if math.isfinite(x) else None] for step, x in result.train]
-  return data
-
-
 def result_of(data: dict[str, Any]) -> Result:
+  """From JSON, which has no inf: it is null there."""
   losses = {
     name: {int(step): math.inf if x is None else x for step, x in found.items()}
     for name, found in data["losses"].items()

@@ -8,6 +8,7 @@ that a program cannot share are `TrainConfig`s for `queue`, which calls `train.l
 Files of a workdir: runs/NAME.json, states/NAME@STEP.npz.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -77,9 +78,9 @@ class Runner:
     """The whole state at its step, with what is known of the run so far."""
     path = self._state_path(spec.name, int(state.step))
     leaves = {k: np.asarray(x) for k, x in trees.flatten_paths(state._asdict()).items()}
-    about = {"spec": records.spec_data(spec), "result": records.result_data(result)}
+    about = {"spec": records.spec_data(spec), "result": dataclasses.asdict(result)}
     with files.replacing(path) as partial:
-      np.savez(partial, __about__=np.array(json.dumps(about)), **leaves)
+      np.savez(partial, __about__=np.array(files.as_json(about)), **leaves)
 
   def load_state(self, spec: plan.RunSpec, name: str, step: int) -> engine.State:
     """The state `name` saved at `step`, for a run of the shapes of `spec`."""
@@ -285,7 +286,7 @@ class _Lane:
     for spec, result in zip(self.specs, self.results, strict=True):
       about = {
         "spec": records.spec_data(spec),
-        "result": records.result_data(result),
+        "result": dataclasses.asdict(result),
         "tokens": spec.tokens,
         "non_embedding_params": plan.num_params(spec.model),
         "device": self.device.device_kind,

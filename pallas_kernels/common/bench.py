@@ -139,5 +139,5 @@ def report(rows: list[Row], path: str | None) -> None:
   document = dict(device=device, jax=jax.__version__, rows=[dataclasses.asdict(r) for r in rows])
   temporary = f"{path}.tmp"
   with open(temporary, "w") as file:
-    json.dump(document, file, indent=1)
+    json.dump(document, file, indent=1, allow_nan=False)
   os.replace(temporary, path)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pathlib
 import struct
 
+import numpy as np
 import pytest
 
 from minicpm_jax.core import files, pictures
@@ -44,6 +46,27 @@ def test_text_bytes_and_json(tmp_path):
   assert (tmp_path / "b").read_bytes() == b"\x00\xff"
   text = (tmp_path / "c.json").read_text(encoding="utf-8")
   assert json.loads(text) == value and "ü" in text and text.endswith("}\n")
+
+
+def strictly(text):
+  return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+  nan, inf = float("nan"), float("inf")
+  value = {"loss": nan, "rows": [{"x": (1.5, -inf)}, np.float64(inf)], "n": 3, "is": True}
+  files.write_json(tmp_path / "a.json", value)
+  expected = {"loss": None, "rows": [{"x": [1.5, None]}, None], "n": 3, "is": True}
+  assert strictly((tmp_path / "a.json").read_text()) == expected
+  assert strictly(files.as_json(value)) == expected and "\n" not in files.as_json(value)
+  assert strictly(files.as_json({"p": tmp_path, "x": nan}, default=str))["p"] == str(tmp_path)
+
+
+def test_recorded_results_are_json():
+  paths = sorted((pathlib.Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.json"))
+  assert paths
+  for path in paths:
+    strictly(path.read_text())
 
 
 def test_pictures_have_the_size_asked_for_and_touch_no_global_state(tmp_path):

@@ -86,6 +86,9 @@ def test_what_cannot_be_read_stays_text():
   assert "found the name 'nope'" in parsed.errors[0]
   unfinished = 'x <function name="now"><param name='
   assert tools.parse(unfinished, TOOLS, "xml") == tools.Parsed(unfinished, (), ())
+  for body in ('{"name": "now", "arguments": {"x": [NaN]}}', "now(x=1e999)"):
+    found = tools.parse(f"<|tool_call_start|>\n{body}\n<|tool_call_end|>", TOOLS, "python")
+    assert found.calls == () and "expected JSON" in found.errors[0]
   plain = " no call \n"
   assert tools.parse(plain, TOOLS, "python").content == plain
 
@@ -173,6 +176,8 @@ def test_bad_calls_of_a_message_are_refused():
   for item in ({}, {"function": {"name": "f", "arguments": "{"}}, {"name": "f", "arguments": [1]}):
     with pytest.raises(tools.ToolError, match="tool_calls: "):
       tools.call_of(item)
+  with pytest.raises(tools.ToolError, match="f: found {'a': inf}, expected JSON"):
+    tools.call_of({"name": "f", "arguments": '{"a": 1e999}'})
   assert tools.call_of({"name": "f", "arguments": json.dumps({"a": 1})}).arguments == {"a": 1}
 
 
