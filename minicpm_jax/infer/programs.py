@@ -6,6 +6,7 @@ every span has a program for each `rounds.Known`.
 
 import concurrent.futures
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -214,7 +215,7 @@ class Programs:
     number, which hashes faster in every round than hundreds of shapes."""
     leaves, structure = jax.tree.flatten(self.params)
     arrays = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
-    return _FORMS.setdefault((structure, arrays), len(_FORMS))
+    return _FORMS.setdefault((structure, arrays), next(_NUMBERS))  # one a form, also in threads
 
   def _key(self, function: Any, args: Sequence[Any], static: dict[str, Any]) -> Any:
     """Equal for calls of one program."""
@@ -243,3 +244,4 @@ class Programs:
 
 _COMPILED: set[Any] = set()
 _FORMS: dict[Any, int] = {}
+_NUMBERS = itertools.count()
