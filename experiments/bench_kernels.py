@@ -35,6 +35,7 @@ PLAN = {
   ],
   "ternary_gemm": [("auto", f"{_8B}_up_m1")],
   "fp8_gemm": [("mosaic_gpu", f"{_8B}_up_m4096")],
+  "vocab_topk": [("triton", f"{_8B}_root,{_8B}_level,{_8B}_level_fr")],
 }
 
 VALUES = flags.FlagValues()

@@ -18,6 +18,8 @@ from pallas_kernels.sparse_topk import bench as topk_bench
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
+from pallas_kernels.vocab_topk import bench as vocab_bench
+from pallas_kernels.vocab_topk import cases as vocab_cases
 from pallas_kernels.w4a16_gemm import bench as packed_bench
 from pallas_kernels.w4a16_gemm import cases as packed_cases
 from pallas_kernels.w4a16_gemm import matvec
@@ -72,17 +74,18 @@ def test_benches_refuse_a_cpu(module, monkeypatch, capsys):
   assert "no accelerator" in capsys.readouterr().err
 
 
-GEMMS = {
+BENCHES = {
   "w4a16_gemm": (packed_bench.main, packed_cases.TINY["tiny_groups"]),
   "ternary_gemm": (ternary_bench.main, ternary_cases.TINY["tiny_groups"]),
   "fp8_gemm": (fp8_bench.main, fp8_cases.TINY["tiny_whole"]),
+  "vocab_topk": (vocab_bench.main, vocab_cases.TINY["tiny"]),
 }
 
 
-@pytest.mark.parametrize("op", GEMMS)
+@pytest.mark.parametrize("op", BENCHES)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_matmul_benches_print_and_write_a_row_a_case(op, device, tmp_path, monkeypatch, capsys):
-  main, case = GEMMS[op]
+def test_benches_print_and_write_a_row_a_case(op, device, tmp_path, monkeypatch, capsys):
+  main, case = BENCHES[op]
   implementation = "xla" if device == "cpu" else "auto"
   flags = [f"--implementation={implementation}", "--repeats=1", f"--json={tmp_path / 'rows'}"]
   monkeypatch.setattr(sys, "argv", ["bench", *flags])
@@ -95,6 +98,8 @@ def test_matmul_benches_print_and_write_a_row_a_case(op, device, tmp_path, monke
   assert [row["case"] for row in rows] == names and all(r["seconds"] > 0 for r in rows)
   if op == "fp8_gemm":
     assert all(float(line.split()[-1]) < 1e-3 for line in printed)  # the same codes, by `ref`
+  if op == "vocab_topk":
+    assert all(line.endswith("indices equal") for line in printed)
 
 
 def test_attention_work_counts_the_visible_tokens_of_lists():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.vocab_topk import api, triton, xla
+from pallas_kernels.vocab_topk import api, cases, triton, xla
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
 
@@ -46,7 +46,8 @@ def test_chunks_give_the_order_of_a_stable_sort(V, chunk, k, values):
 
 @pytest.mark.parametrize("values", VALUES)
 def test_ranks_give_the_order_of_a_stable_sort(values):
-  check(xla.by_rank, values, 100, 10)
+  case = cases.TINY["tiny_short"]
+  check(xla.by_rank, values, case.vocab_size, case.k)
 
 
 def test_values_in_the_interpreter(triton_installed):
@@ -75,7 +76,8 @@ def test_no_rows_have_no_program():
 @pytest.mark.gpu
 @pytest.mark.parametrize("values", VALUES)
 def test_largest_on_the_device(values):
-  for V, k in ((73448, 10), (18362, 10), (73448, 1)):
+  shapes = {(case.vocab_size, case.k) for case in cases.REAL.values()}
+  for V, k in sorted(shapes | {(73448, 1)}):
     check(triton.top_k_triton, values, V, k)
 
 
