@@ -27,6 +27,7 @@ from pallas_kernels.sparse_attention import api as sparse_attention
 from pallas_kernels.sparse_attention import ref as attention_ref
 from pallas_kernels.sparse_decode import api as sparse_decode
 from pallas_kernels.sparse_topk import api as sparse_topk
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import xla as topk_xla
@@ -65,11 +66,18 @@ def select_from_keys(
   grid: sparse_grid.Grid,
   num_slots: int,
   implementation: Implementation = "auto",
+  nodes: nodes_lib.Nodes | None = None,
 ) -> tuple[Int[Array, "B K T W"], Int[Array, "B K T"]]:
-  """(ids on the row's grid, counts); dense documents list all their blocks."""
+  """(ids on the row's grid, counts); dense documents list all their blocks.
+
+  nodes: the queries are those of a draft tree, on a grid with its positions.
+  """
   rule = sparse_grid.rule_of(cfg)
 
-  def local(q, fine, coarse, grid):
+  leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(nodes))
+
+  def local(q, fine, coarse, *rest):
+    *leaves, grid = rest
     return sparse_topk.select_blocks(
       q,
       fine,
@@ -79,17 +87,20 @@ def select_from_keys(
       q_offset=grid.offset,
       start_BT=grid.start_BT,
       implementation=implementation,
+      nodes=jax.tree.unflatten(structure, leaves),
     )
 
   stop = jax.lax.stop_gradient
-  args = (stop(q_BTNH), stop(fine_BFKH), stop(coarse_BCKH))
+  args = (stop(q_BTNH), stop(fine_BFKH), stop(coarse_BCKH), *leaves)
   names = (sparse_grid.QUERIES, sparse_grid.KEYS, sparse_grid.KEYS)
+  names += sparse_grid.NODES if leaves else ()
   out_names = (sparse_grid.LISTS, sparse_grid.COUNTS)
   ids, counts = sparse_grid.on_mesh(local, grid, args, names, out_names)
   if grid.is_dense_BT is None:
     return ids, counts
   width = max(rule.num_selected, min(rule.num_blocks(num_slots), rule.num_blocks(cfg.dense_len)))
-  every, num_every = topk_xla.all_blocks(grid.pos_BT, grid.start_BT, rule, width)
+  pos_BT = grid.pos_BT if nodes is None else nodes.pos_BT
+  every, num_every = topk_xla.all_blocks(pos_BT, grid.start_BT, rule, width)
   ids = jnp.pad(ids, ((0, 0), (0, 0), (0, 0), (0, width - ids.shape[3])), constant_values=-1)
   is_dense = grid.is_dense_BT[:, None, :]
   ids = jnp.where(is_dense[..., None], every[:, None], ids)

@@ -142,6 +142,8 @@ QUERIES = ("act_batch", "act_seq", "act_heads", None)
 KEYS = ("act_batch", None, "act_kv_heads", None)  # whole along the sequence: all-gathered over cp
 LISTS = ("act_batch", "act_kv_heads", "act_seq", None)
 COUNTS = LISTS[:3]
+_OWN = (("act_batch",), ("act_batch", "act_seq", None, "act_kv_heads", None))
+NODES = (("act_batch", "act_seq"), *_OWN, *_OWN)  # the leaves of sparse_topk's Nodes
 
 
 def check_mesh(num_kv_heads: int) -> None:

@@ -2,10 +2,11 @@
 
 A node sees the committed tokens of its selected blocks, and its ancestors and itself among the
 nodes. Selection is that of sequential decoding: at the node's own position, with the cached windows
-of committed tokens and those that the node's path completes. Every node becomes a row of its own
-for the selection, so the kernels of decoding serve unchanged.
+of committed tokens, which all nodes share, and those that the node's path completes. For the second
+stage every node is a row of its own, so the kernels of decoding serve unchanged.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.nn import kv, lookahead, sparse_attention, sparse_cache, sparse_grid
 from pallas_kernels.sparse_decode import api as sparse_decode
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import xla as topk_xla
 
 
@@ -58,19 +60,20 @@ def attend_tree(
   k_BSKH, v_BSKH = kv.read(cache, cache.k), kv.read(cache, cache.v)
   S, K = k_BSKH.shape[1:3]
   keys_BSKH = kv.read(cache, cache.k_nope) if cfg.use_nope else k_BSKH
-  compressed = [
-    _with_own_windows(cache, level, keys_BSKH, cfg, grid) for level in sparse_cache.LEVELS
-  ]
-  rows = lambda x: jnp.reshape(x, (B * P, 1, *x.shape[2:]))  # noqa: E731
-  grid_rows = sparse_grid.Grid(
-    start_BT=jnp.zeros((B * P, 1), jnp.int32),
-    offset_B=jnp.reshape(grid.pos_BP, (-1,)),
-    is_dense_BT=None if grid.all_dense is False or cfg.dense_len <= 0 else rows(grid.is_dense(cfg)),
+  (fine, own_fine), (coarse, own_coarse) = (
+    _compressed(cache, level, keys_BSKH, cfg, grid) for level in sparse_cache.LEVELS
+  )
+  grid_nodes = sparse_grid.Grid(
+    start_BT=jnp.zeros((B, P), jnp.int32),
+    offset_B=grid.length_B,
+    is_dense_BT=None if grid.all_dense is False or cfg.dense_len <= 0 else grid.is_dense(cfg),
     is_cached=True,
   )
-  ids, _ = sparse_attention.select_from_keys(
-    rows(q_score_BPNH), *compressed, cfg, grid_rows, S, implementation
-  )
+  nodes = nodes_lib.Nodes(grid.pos_BP, own_fine, own_coarse)
+  args = (q_score_BPNH, fine, coarse, cfg, grid_nodes, S, implementation, nodes)
+  ids_BKPW, _ = sparse_attention.select_from_keys(*args)
+  rows = lambda x: jnp.reshape(x, (B * P, 1, *x.shape[2:]))  # noqa: E731
+  ids = jnp.moveaxis(rows(jnp.moveaxis(ids_BKPW, 1, 2)), 1, 2)
   if rest := -S % cfg.block_size:  # a copy: the engine's caches and spans have whole blocks
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
   num_pages = (S + rest) // cfg.block_size
@@ -109,15 +112,14 @@ def _among_nodes(q_BPNH, k_BSKH, v_BSKH, sees_BPS):
   return jnp.reshape(out, (B, P, N, H)), jnp.reshape(lse, (B, P, N))
 
 
-def _with_own_windows(cache, level: str, keys_BSKH, cfg, grid: TreeGrid):
-  """Compressed keys [B * P, F, K, H] of every node: the cached ones and those of its own path."""
+def _compressed(cache, level: str, keys_BSKH, cfg, grid: TreeGrid):
+  """(cached compressed keys [B, F, K, H], the windows that each node's own path completes)."""
   scale = sparse_cache.LEVELS[level]
   size, stride = scale * cfg.kernel_size, scale * cfg.kernel_stride
-  cached_BFKH = kv.read(cache, getattr(cache, level))
-  B, F, K, H = cached_BFKH.shape
+  span = None if cache.span is None else sparse_cache.num_entries(cfg, level, cache.span)
+  cached_BFKH = kv.read(cache, getattr(cache, level), span=span)
+  B, _, K, H = cached_BFKH.shape
   P = grid.depth_BP.shape[1]
-  shape = (B, P, F, K, H)
-  shared = jnp.broadcast_to(cached_BFKH[:, None], shape)
   num_own = P // stride + 1  # a path has at most P nodes
   first_B = jnp.maximum(0, (grid.length_B - size) // stride + 1)  # windows of committed tokens
   steps_R = jnp.arange((num_own - 1) * stride + size, dtype=jnp.int32)
@@ -129,16 +131,14 @@ def _with_own_windows(cache, level: str, keys_BSKH, cfg, grid: TreeGrid):
     rows = jax.vmap(lambda k_SKH, at_PR: k_SKH[at_PR])(keys_BSKH, slots_BPR)
     rows = jnp.reshape(rows, (B * P, -1, K, H))
     own = topk_xla.compress(rows, sparse_grid.rule_of(cfg), scale).astype(cached_BFKH.dtype)
-    at = jnp.repeat(first_B, P)[:, None] + jnp.arange(num_own, dtype=jnp.int32)[None, :]
-    whole = jnp.reshape(shared, (B * P, F, K, H))
-    rows_R1 = jnp.arange(B * P, dtype=jnp.int32)[:, None]
-    return whole.at[rows_R1, at].set(own, mode="drop", unique_indices=True)
+    return jnp.reshape(own, (B, P, num_own, K, H))
 
   if jax.default_backend() == "gpu":  # a branch would wait for the host
-    return own_windows()
+    return cached_BFKH, nodes_lib.Own(first_B, own_windows())
   last_BP = grid.pos_BP + 1  # a node completes a window that ends at its own position or before
   is_any = jnp.any(last_BP >= (stride * first_B + size)[:, None])
-  return jax.lax.cond(is_any, own_windows, lambda: jnp.reshape(shared, (B * P, F, K, H)))
+  nobody_looks = functools.partial(jnp.zeros, (B, P, num_own, K, H), cached_BFKH.dtype)
+  return cached_BFKH, nodes_lib.Own(first_B, jax.lax.cond(is_any, own_windows, nobody_looks))
 
 
 def path_slots(pos_BR: Int[Array, "B R"], grid: TreeGrid) -> Int[Array, "B P R"]:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import spec
 from pallas_kernels.sparse_topk import mosaic_gpu, mosaic_tpu, triton, xla
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import rule as rules
 
 Config = xla.XlaConfig | triton.TritonConfig | mosaic_tpu.TpuConfig | mosaic_gpu.MosaicGpuConfig
@@ -21,6 +22,7 @@ def select_blocks(
   implementation: spec.Implementation = "auto",
   config: Config | None = None,
   interpret: bool | None = None,
+  nodes: nodes_lib.Nodes | None = None,
 ):
   """Blocks that each query attends to, from compressed keys (MiniCPM4 section 2.1.2).
 
@@ -30,6 +32,8 @@ def select_blocks(
   start_BT: position of the first token of the query's document, a multiple of `rule.alignment`
     (`rules.NOWHERE` = padding, which takes no block); None = 0.
   num_slots: bound of all positions, static.
+  nodes: of a draft tree: positions (instead of q_offset's) and each query's own windows. Served by
+    "xla", which reads the common keys once for all queries of a row.
 
   Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
@@ -52,6 +56,9 @@ def select_blocks(
     return jnp.zeros((*shape, rule.num_selected), jnp.int32), jnp.zeros(shape, jnp.int32)
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
+  if nodes is not None:
+    serve = {"xla": lambda: xla.select_xla(*args, tiles["xla"], nodes)}
+    return spec.dispatch("sparse_topk of a tree's nodes", implementation, serve)
   return spec.dispatch(
     "sparse_topk",
     implementation,

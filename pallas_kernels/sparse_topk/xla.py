@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.sparse_topk import choice, ref
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import rule as rules
 
 TILE = 512  # windows of one matmul
@@ -40,10 +41,11 @@ def compress(k_BSKH, rule: rules.Rule, level: int = 1):
   return (total / size).astype(k_BSKH.dtype)
 
 
-def _over_tiles(q_CGH, keys_FH, pos_C, start_C, rule: rules.Rule, level: int, step, init):
+def _over_tiles(q_CGH, keys_FH, own, pos_C, start_C, rule: rules.Rule, level: int, step, init):
   """step(carry, first window, logits [C, G, n], visible [C, n]) over the tiles that any query sees.
 
   The last tile ends with the keys; a window that it shares with the one before is visible once.
+  own: (first window, keys [C, R, H]) that replace the common keys of each query, or None.
   """
   C, G, H = q_CGH.shape
   F = keys_FH.shape[0]
@@ -55,11 +57,14 @@ def _over_tiles(q_CGH, keys_FH, pos_C, start_C, rule: rules.Rule, level: int, st
     first = jnp.minimum(i * n, F - n)
     keys_nH = jax.lax.dynamic_slice_in_dim(keys_FH, first, n)
     dots = jax.lax.dot_general(q_RH, keys_nH, dims, preferred_element_type=jnp.float32)
+    dots_CGn = jnp.reshape(dots, (C, G, n))
     window_n = first + jnp.arange(n, dtype=jnp.int32)
+    if own is not None:
+      dots_CGn = nodes_lib.with_own(dots_CGn, q_CGH, window_n, *own)
     is_past_Cn = stride * window_n[None, :] + (level * rule.kernel_size - 1) <= pos_C[:, None]
     is_own_Cn = stride * window_n[None, :] >= start_C[:, None]
     visible_Cn = is_past_Cn & is_own_Cn & (window_n >= i * n)[None, :]
-    return step(carry, first, jnp.reshape(H**-0.5 * dots, (C, G, n)), visible_Cn)
+    return step(carry, first, H**-0.5 * dots_CGn, visible_Cn)
 
   if n == F:
     return one(0, init)
@@ -70,11 +75,26 @@ def _over_tiles(q_CGH, keys_FH, pos_C, start_C, rule: rules.Rule, level: int, st
   return jax.lax.fori_loop(begin // n, -(-end // n), one, init)
 
 
-def chunk_scores(q_CGH, fine_FH, coarse_FH, pos_C, start_C, rule: rules.Rule, num_blocks: int):
-  """Block scores [C, M] float32 of one key head (sections 5 and 6)."""
+def chunk_scores(
+  q_CGH,
+  fine_FH,
+  coarse_FH,
+  pos_C,
+  start_C,
+  rule: rules.Rule,
+  num_blocks: int,
+  own_fine=None,
+  own_coarse=None,
+):
+  """Block scores [C, M] float32 of one key head (sections 5 and 6).
+
+  own: (first window, keys [C, R, H]) of each query's own windows, see `nodes`.
+  """
   C, G, _ = q_CGH.shape
   F = fine_FH.shape[0]
-  norm_FH, level = (fine_FH, 1) if rule.lse == "exact" else (coarse_FH, rules.COARSE)
+  norm_FH, own_norm, level = fine_FH, own_fine, 1
+  if rule.lse == "coarse":
+    norm_FH, own_norm, level = coarse_FH, own_coarse, rules.COARSE
   if F == 0 or norm_FH.shape[0] == 0:
     return jnp.zeros((C, num_blocks), jnp.float32)
 
@@ -88,7 +108,7 @@ def chunk_scores(q_CGH, fine_FH, coarse_FH, pos_C, start_C, rule: rules.Rule, nu
 
   init = jnp.full((C, G, 1), FLOOR), jnp.zeros((C, G, 1), jnp.float32)
   args = (pos_C, start_C, rule)
-  top_CG1, total_CG1 = _over_tiles(q_CGH, norm_FH, *args, level, add, init)
+  top_CG1, total_CG1 = _over_tiles(q_CGH, norm_FH, own_norm, *args, level, add, init)
   lse_CG1 = top_CG1 + jnp.log(jnp.where(total_CG1 > 0, total_CG1, 1.0))
   has_norm_C1 = total_CG1[:, 0] > 0
 
@@ -102,7 +122,8 @@ def chunk_scores(q_CGH, fine_FH, coarse_FH, pos_C, start_C, rule: rules.Rule, nu
     scores_Cn = jnp.where(visible_Cn & has_norm_C1, scores_Cn, old_Cn)
     return jax.lax.dynamic_update_slice_in_dim(scores_CF, scores_Cn, first, axis=1)
 
-  scores_CF = _over_tiles(q_CGH, fine_FH, *args, 1, put, jnp.zeros((C, F), jnp.float32))
+  init_CF = jnp.zeros((C, F), jnp.float32)
+  scores_CF = _over_tiles(q_CGH, fine_FH, own_fine, *args, 1, put, init_CF)
   return pool(scores_CF, rule, num_blocks)
 
 
@@ -143,18 +164,21 @@ def select_xla(
   rule: rules.Rule,
   num_slots: int,
   config: XlaConfig | None = None,
+  nodes: nodes_lib.Nodes | None = None,
 ):
   """(ids [B, K, T, W] ascending on the row's grid, -1 = none; counts [B, K, T]).
 
   q_offset: int or int32 [B], grid position of the first query; start_BT: grid position of the
   first token of the query's document (`rules.NOWHERE` = padding). `num_slots` bounds all positions.
+  nodes: a tree's, whose positions go before q_offset.
   """
   config = config or XlaConfig()
   B, T, N, H = q_BTNH.shape
   K, num_blocks = fine_BFKH.shape[2], rule.num_blocks(num_slots)
-  static_offset = q_offset if isinstance(q_offset, int) else None
+  static_offset = q_offset if isinstance(q_offset, int) and nodes is None else None
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
   pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+  pos_BT = pos_BT if nodes is None else nodes.pos_BT
   if num_blocks <= rule.num_selected:  # everything in the past fits: no scores needed
     ids, counts = all_blocks(pos_BT, start_BT, rule, rule.num_selected)
     W = ids.shape[-1]
@@ -170,8 +194,9 @@ def select_xla(
     jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
     for x, value in ((q_BTNH, 0), (pos_BT, 0), (start_BT, rules.NOWHERE))
   )
+  own_BK = () if nodes is None else _own_by_head((nodes.fine, nodes.coarse), padded)
 
-  def one_head(q_TGH, fine_FH, coarse_FH, pos_T, start_T):
+  def one_head(q_TGH, fine_FH, coarse_FH, own, pos_T, start_T):
     def one_chunk(i, visible):
       q, pos, start = (
         jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (q_TGH, pos_T, start_T)
@@ -182,7 +207,8 @@ def select_xla(
         return ids[0], counts[0]
       fine = fine_FH[: rule.num_windows(visible)]
       coarse = coarse_FH[: rule.num_windows(visible, rules.COARSE)]
-      scores = chunk_scores(q, fine, coarse, pos, start, rule, blocks)
+      own_here = [(f, jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk)) for f, x in own]
+      scores = chunk_scores(q, fine, coarse, pos, start, rule, blocks, *own_here)
       cur, first = pos // rule.block_size, start // rule.block_size
       choose = choice.choose if chunk >= MANY else ref.choose
       return choose(scores, cur, rule, first)
@@ -202,12 +228,23 @@ def select_xla(
   fine_BKFH, coarse_BKFH = jnp.moveaxis(fine_BFKH, 2, 1), jnp.moveaxis(coarse_BFKH, 2, 1)
 
   def one_row(row):
-    q_KTGH, fine_KFH, coarse_KFH, pos_T, start_T = row
-    over_heads = _map if T > 1 else _vmap
-    return over_heads(lambda head: one_head(*head, pos_T, start_T), (q_KTGH, fine_KFH, coarse_KFH))
+    *heads, pos_T, start_T = row
+    return over(lambda head: one_head(*head, pos_T, start_T), tuple(heads))
 
-  rows = (q_BKTGH, fine_BKFH, coarse_BKFH, pos_BT, start_BT)
-  return (_map if T > 1 else _vmap)(one_row, rows)
+  over = _vmap if T == 1 or nodes is not None else _map
+  return over(one_row, (q_BKTGH, fine_BKFH, coarse_BKFH, own_BK, pos_BT, start_BT))
+
+
+def _own_by_head(levels, num_queries: int):
+  """Of every level (first window [B, K], keys [B, K, T, R, H]), padded to `num_queries`."""
+
+  def one(own: nodes_lib.Own):
+    keys_BKTRH = jnp.moveaxis(own.keys_BTRKH, 3, 1)
+    rest = num_queries - keys_BKTRH.shape[2]
+    keys_BKTRH = jnp.pad(keys_BKTRH, ((0, 0), (0, 0), (0, rest), (0, 0), (0, 0)))
+    return jnp.broadcast_to(own.first_B[:, None], keys_BKTRH.shape[:2]), keys_BKTRH
+
+  return tuple(map(one, levels))
 
 
 def _map(function, xs):
