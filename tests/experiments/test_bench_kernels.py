@@ -11,6 +11,13 @@ from experiments import bench_kernels
 from pallas_kernels.common import bench
 from pallas_kernels.ternary_gemm import bench as ternary_bench
 from pallas_kernels.ternary_gemm import cases as ternary_cases
+from pallas_kernels.w4a16_gemm import bench as packed_bench
+
+
+@pytest.fixture(autouse=True)
+def few_layers(monkeypatch):
+  monkeypatch.setattr(packed_bench, "MAX_LAYERS", 2)  # of a program: 64 take seconds to compile
+
 
 TERNARY = [
   "bench_kernels",

@@ -86,6 +86,7 @@ BENCHES = {
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_benches_print_and_write_a_row_a_case(op, device, tmp_path, monkeypatch, capsys):
   main, case = BENCHES[op]
+  monkeypatch.setattr(packed_bench, "MAX_LAYERS", 2)  # of a program: 64 take seconds to compile
   implementation = "xla" if device == "cpu" else "auto"
   flags = [f"--implementation={implementation}", "--repeats=1", f"--json={tmp_path / 'rows'}"]
   monkeypatch.setattr(sys, "argv", ["bench", *flags])
