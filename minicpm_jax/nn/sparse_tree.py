@@ -20,6 +20,8 @@ from pallas_kernels.sparse_decode import api as sparse_decode
 from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import xla as topk_xla
 
+RUN = 31  # nodes of one call of the second stage: the most that kernels take
+
 
 @flax.struct.dataclass
 class TreeGrid:
@@ -72,31 +74,35 @@ def attend_tree(
   nodes = nodes_lib.Nodes(grid.pos_BP, own_fine, own_coarse)
   args = (q_score_BPNH, fine, coarse, cfg, grid_nodes, S, implementation, nodes)
   ids_BKPW, _ = sparse_attention.select_from_keys(*args)
-  rows = lambda x: jnp.reshape(x, (B * P, 1, *x.shape[2:]))  # noqa: E731
-  ids = jnp.moveaxis(rows(jnp.moveaxis(ids_BKPW, 1, 2)), 1, 2)
   if rest := -S % cfg.block_size:  # a copy: the engine's caches and spans have whole blocks
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
   num_pages = (S + rest) // cfg.block_size
   pages_BM = jnp.arange(B * num_pages, dtype=jnp.int32).reshape(B, num_pages)
   paged = lambda x: jnp.reshape(x, (B * num_pages, cfg.block_size, K, -1))  # noqa: E731
-  past, lse_past = sparse_decode.decode_blocks(
-    rows(q_BPNH),
-    paged(k_BSKH),
-    paged(v_BSKH),
-    ids,
-    block_size=cfg.block_size,
-    q_offset=jnp.repeat(grid.length_B - 1, P),
-    page_table_BM=jnp.repeat(pages_BM, P, axis=0),
-    implementation=implementation,
-  )
+  k_pages, v_pages = paged(k_BSKH), paged(v_BSKH)
+
+  def past_of(first: int):
+    own = slice(first, first + RUN)
+    num = min(RUN, P - first)
+    return sparse_decode.decode_blocks(
+      q_BPNH[:, own],
+      k_pages,
+      v_pages,
+      ids_BKPW[:, :, own],
+      block_size=cfg.block_size,
+      q_offset=jnp.broadcast_to(grid.length_B[:, None] - 1, (B, num)),
+      page_table_BM=pages_BM,
+      implementation=implementation,
+    )
+
+  runs = [past_of(first) for first in range(0, P, RUN)]
+  past, lse_past = (jnp.concatenate(parts, axis=1) for parts in zip(*runs, strict=True))
   keys, sees_BPS = (k_BPKH, v_BPKH), grid.anc_BPP
   if prompts is not None:
     keys, sees_BPS = prompts.behind(*keys), prompts.behind_mask(sees_BPS)
   own, lse_own = _among_nodes(q_BPNH, *keys, sees_BPS)
-  past = jnp.reshape(past, own.shape).astype(jnp.float32)
-  lse_past = jnp.reshape(lse_past, lse_own.shape)
   share = jax.nn.sigmoid(lse_own - lse_past)[..., None]  # of the nodes in the whole softmax
-  return (share * own + (1 - share) * past).astype(v_BPKH.dtype)
+  return (share * own + (1 - share) * past.astype(jnp.float32)).astype(v_BPKH.dtype)
 
 
 def _among_nodes(q_BPNH, k_BSKH, v_BSKH, sees_BPS):

@@ -29,7 +29,8 @@ def decode_blocks(
   k, v: the cache [B, S, K, H], where position p of row b is slot base_B[b] + p (default p);
     or pages [P, block_size, K, H], where block m of row b is page page_table_BM[b, m] (int32).
   ids_BKTW: block ids, none of them twice; -1 = none, at the end.
-  q_offset: int or int32 [] or [B], position of the first query; it sees tokens up to its own.
+  q_offset: int or int32 [] or [B], position of the first query; or [B, T], of each. A query sees
+    tokens up to its own position.
   kv_length: queries at or beyond it are padding. start_BT: first position of the query's document
     (`rules.NOWHERE` = padding: sees nothing, gives 0 and lse -inf); None = 0.
 
@@ -51,8 +52,9 @@ def decode_blocks(
   if page_table_BM is not None and k.shape[1] != block_size:
     raise ValueError(f"sparse_decode: pages of {k.shape[1]} tokens, expected {block_size}")
   B, T = q_BTNH.shape[:2]
-  offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
-  pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+  pos_BT = jnp.asarray(q_offset, jnp.int32)
+  if pos_BT.ndim < 2:
+    pos_BT = jnp.broadcast_to(pos_BT, (B,))[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   if kv_length is not None:
     length_B1 = jnp.broadcast_to(jnp.asarray(kv_length, jnp.int32), (B,))[:, None]

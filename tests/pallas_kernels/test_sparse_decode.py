@@ -1,17 +1,45 @@
 """Sparse decoding on rows and pages against a loop over queries in float64."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.common import spec
+from pallas_kernels.sparse_attention import gather
 from pallas_kernels.sparse_decode import api, ref, xla
+from pallas_kernels.sparse_topk import rule as rules
 from tests.pallas_kernels import sparse_suite as suite
 
 
 @pytest.mark.parametrize("layout", suite.LAYOUTS)
-@pytest.mark.parametrize("backend", [ref.decode_ref, xla.decode_xla], ids=["ref", "xla"])
-def test_decode_is_the_equation(backend, layout):
+@pytest.mark.parametrize(
+  "backend", [ref.decode_ref, gather.attend_gather, xla.attend_union], ids=["ref", "one", "several"]
+)
+def test_decode_is_the_equation(backend, layout, monkeypatch):
+  """ "several" in three products of 4 blocks, of which 10 are in a row."""
+  monkeypatch.setattr(xla, "TOGETHER", 4)
   suite.check_decode(backend, layout)
+
+
+def test_many_blocks_in_a_row_of_which_queries_list_some_each():
+  """In products of 16: lists of 20 of 150 blocks, six queries at one position, one that is none."""
+  rng = np.random.default_rng(0)
+  B, T, K, G, W, M, H = 2, 7, 2, 2, 20, 150, 8
+  q, k, v = (
+    suite.normal(rng, B, n, heads, H) for n, heads in ((T, K * G), (16 * M, K), (16 * M, K))
+  )
+  ids = np.stack([np.sort(rng.permutation(M)[:W]) for _ in range(B * K * T)]).reshape(B, K, T, W)
+  ids[0, :, 1, 9:], ids[1, 1, 2] = -1, -1
+  pos = np.broadcast_to(np.array([[16 * M - 1], [1000]], np.int32), (B, T))
+  start = np.zeros((B, T), np.int32)
+  start[0, 3] = rules.NOWHERE
+  ids, start = jnp.asarray(ids, jnp.int32), jnp.asarray(start)
+  found = api.decode_blocks(
+    q, k, v, ids, block_size=16, q_offset=pos, start_BT=start, implementation="xla"
+  )
+  expected = suite.loop_decode(q, k, v, ids, jnp.asarray(pos), start)
+  for x, y in zip(found, expected, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.smoke
