@@ -3,6 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -28,6 +29,15 @@ def parse(
     if values[name].value in (None, "", []):
       raise ValueError(f"--{name}: found none, expected one (see --help)")
   return values
+
+
+def definer(values: flags.FlagValues) -> Callable[..., flags.FlagHolder]:
+  """define(kind, name, default, help, *more): `flags.DEFINE_kind` into `values`."""
+
+  def define(kind: str, name: str, default: Any, text: str, *more: Any) -> flags.FlagHolder:
+    return getattr(flags, f"DEFINE_{kind}")(name, default, *more, text, flag_values=values)
+
+  return define
 
 
 def integers(values: flags.FlagValues, name: str, least: int = 1) -> list[int]:

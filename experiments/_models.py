@@ -1,12 +1,13 @@
 """`--model`: weights and tokenizer of whatever lies on disk, in the form that decodes fastest."""
 
 import pathlib
+from typing import Any
 
 import jax
 
 from minicpm_jax import ckpt
 from minicpm_jax.ckpt import orbax_io, run_config
-from minicpm_jax.core import types
+from minicpm_jax.core import fetch, types
 from minicpm_jax.infer import generate
 from minicpm_jax.models import transformer
 from minicpm_jax.text import tokenizer
@@ -37,6 +38,20 @@ def load(
     raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
   model, params = generate.for_decoding(model, params, num_rows, donate=True)
   return model, params, tok
+
+
+def path_of(spec: str | None) -> pathlib.Path:
+  """Where the model of `--model` lies; without one the 135M model of the cache folder."""
+  path = spec or fetch.cached()
+  if path is None:
+    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  return pathlib.Path(path)
+
+
+def load_floats(path: pathlib.Path, **options: Any):
+  """(model, params, tokenizer or None) in float32 as training has them: an HF folder or a GGUF."""
+  read = ckpt.load_gguf if path.suffix == ".gguf" else ckpt.load_hf
+  return read(path, dtype="f32", **options)
 
 
 def _what_is(path: pathlib.Path) -> str:

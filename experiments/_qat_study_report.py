@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import pathlib
-import platform
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import _qat_study as study_lib
+from experiments import _results
 from minicpm_jax.core import pictures
 from minicpm_jax.models import zoo
 
@@ -21,13 +20,11 @@ def load(path: pathlib.Path, size: study_lib.Size) -> dict[str, Any]:
     if report["size"] != dataclasses.asdict(size):
       raise ValueError(f"{path}: found size {report['size']}, expected {dataclasses.asdict(size)}")
     return report
-  device = jax.devices()[0].device_kind
   return {
     "size": dataclasses.asdict(size),
     "parameters": zoo.param_counts(size.model(None)).total,
     "tokens": size.steps * size.rows * size.length,
-    "device": f"{device} ({platform.processor() or platform.machine()})",
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "environment": _results.environment(),
     "arms": {},
   }
 

@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run() -> int | None:
   from experiments import _bench_decode as bench
-  from experiments import _results
-  from minicpm_jax.core import fetch
+  from experiments import _models, _results
   from minicpm_jax.models import zoo
 
   if _SUITE.value not in (known := sorted((*bench.SUITES, bench.GPU))):
@@ -78,22 +77,21 @@ def _run() -> int | None:
     return _run_gpu()
   if _MODEL.present and _SHAPE.present:
     raise ValueError("--model, --shape: found both, expected at most one of them")
-  shape, path = _SHAPE.value, _MODEL.value or fetch.cached()
+  shape = _SHAPE.value
   if shape is not None and shape not in zoo.ZOO:
     raise ValueError(f"--shape: found {shape!r}, expected one of {sorted(zoo.ZOO)}")
-  if shape is None and path is None:
-    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  path = _models.path_of(_MODEL.value) if shape is None else None
   names, missing = bench.available(bench.SUITES[_SUITE.value], is_random=shape is not None)
   for name, why in missing.items():
     print(f"left out: {name} ({why})", flush=True)
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   settings = bench.Settings(num_prompt=_PROMPT.value, num_new=_NEW.value, threads=threads)
-  weights = bench.load(pathlib.Path(path)) if shape is None else bench.random(shape)
+  weights = bench.random(shape) if path is None else bench.load(path)
   rows = []
   for one in bench.on_texts(_SUITE.value, settings):
     rows += bench.measure(weights, names, one, _REPEATS.value)
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
-  model = shape or pathlib.Path(path).name
+  model = shape if path is None else path.name
   more = dict(model=model, threads=threads, repeats=_REPEATS.value)
   suffix = f"_{shape}" if shape else ""
   name = f"bench_decode_{_SUITE.value}{suffix}.json"

@@ -34,13 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run() -> None:
-  from experiments import _quantize, _results
+  from experiments import _models, _quantize, _results
   from minicpm_jax import ckpt
-  from minicpm_jax.core import fetch
 
-  path = _MODEL.value or fetch.cached()
-  if path is None:
-    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  path = _models.path_of(_MODEL.value)
   model, params, tok = ckpt.load_gguf(path, dtype="f32")
   stream = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
   text = _quantize.windows(stream, _ROWS.value, _LENGTH.value, None)
@@ -52,7 +49,7 @@ def _run() -> None:
     rows.append({"format": name, "MB": size / 1e6, "perplexity": value})
     print(rows[-1], flush=True)
   folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
-  more = dict(model=pathlib.Path(path).name, heldout=pathlib.Path(_HELDOUT.value).name)
+  more = dict(model=path.name, heldout=pathlib.Path(_HELDOUT.value).name)
   _results.write(folder / "bench_formats.json", rows, **more, tokens=int(text.size))
 
 

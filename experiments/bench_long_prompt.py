@@ -33,21 +33,17 @@ flags.DEFINE_string("side", None, "Internal: measure it here, print JSON.", flag
 
 
 def _run() -> None:
-  from minicpm_jax.core import fetch
+  from experiments import _models, _results
 
-  path = VALUES.model or fetch.cached()
-  if path is None:
-    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  path = _models.path_of(VALUES.model)
   if wrong := sorted(set(VALUES.sides) - set(SIDES)):
     raise ValueError(f"--sides: found {wrong}, expected of {list(SIDES)}")
   if VALUES.side is not None:
-    print(json.dumps(_measure(pathlib.Path(path))))
+    print(json.dumps(_measure(path)))
     return
-  from experiments import _results
-
   out = pathlib.Path(VALUES.output) if VALUES.output else _results.RESULTS
   out = out / "bench_long_prompt.json"
-  key = {"model": pathlib.Path(path).name, "chunk": VALUES.chunk}
+  key = {"model": path.name, "chunk": VALUES.chunk}
   setting = key | {name: _results.environment()[name] for name in ("cpu", "num_cpus", "jax")}
   rows = {(row["side"], row["prompt"]): row for row in _results.recorded(out, setting)}
   for side in VALUES.sides:

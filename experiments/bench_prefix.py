@@ -9,7 +9,6 @@ float model. Fake quantisation: what is measured is accuracy. Default model: the
 """
 
 import pathlib
-import platform
 import sys
 
 import jax
@@ -17,19 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import _command, _quantize
-from minicpm_jax import ckpt
-from minicpm_jax.core import fetch, files
+from experiments import _command, _models, _quantize, _results
+from minicpm_jax.core import files
 from minicpm_jax.deploy import prefix, quantize
 from minicpm_jax.quant import gptq, tree
 
 VALUES = flags.FlagValues()
-
-
-def _define(kind, name, default, text):
-  return getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=VALUES)
-
-
+_define = _command.definer(VALUES)
 _MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M model.")
 _TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.gz); repeatable.")
 _HELDOUT = _define("string", "heldout", None, "Evaluation text.")
@@ -56,11 +49,8 @@ def _perplexity(model, params, rows, **how):
 
 
 def _run():
-  path = _MODEL.value or fetch.cached()
-  if path is None:
-    raise ValueError("--model: found none, expected one or python -m experiments.fetch_model first")
-  load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
-  model, params, tok = load(path, dtype="f32")
+  path = _models.path_of(_MODEL.value)
+  model, params, tok = _models.load_floats(path)
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
   heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
   rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
@@ -71,13 +61,12 @@ def _run():
     pathlib.Path(_HELDOUT.value).name,
   )
   result = {
-    "model": pathlib.Path(path).name,
+    "model": path.name,
     "group_size": _GROUP.value,
     "prefixed_tokens": list(tokens),
     "calibration": {"sequences": _ROWS.value, "length": _LENGTH.value, "text": names},
     "evaluation": {"sequences": len(rows), "length": _LENGTH.value, "text": heldout_name},
-    "device": platform.processor() or platform.machine(),
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "environment": _results.environment(),
     "perplexity": {},
   }
   print(f"prefix tokens {tokens}: {[tok.decode([t]) for t in tokens]}", flush=True)

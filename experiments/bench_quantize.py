@@ -10,28 +10,18 @@ written after every value, and what it has of the same setting is kept. Default 
 model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
 """
 
-import os
 import pathlib
-import platform
 import sys
 import time
 
-import jax
 from absl import flags
 
-from experiments import _command, _quantize
-from minicpm_jax import ckpt
-from minicpm_jax.core import fetch
+from experiments import _command, _models, _quantize, _results
 from minicpm_jax.deploy import quantize
 from minicpm_jax.quant import gptq
 
 VALUES = flags.FlagValues()
-
-
-def _define(kind, name, default, text):
-  return getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=VALUES)
-
-
+_define = _command.definer(VALUES)
 _MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M model.")
 _TEXT = _define("multi_string", "text", [], "Calibration text, .txt or .jsonl (.gz); repeatable.")
 _HELDOUT = _define("string", "heldout", None, "Evaluation text.")
@@ -46,16 +36,13 @@ _METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrate
 
 
 def _run() -> None:
-  path = _MODEL.value or fetch.cached()
-  if path is None:
-    raise ValueError("--model: found none in the cache; run python -m experiments.fetch_model")
-  load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
-  model, params, tok = load(path, dtype="f32")
+  path = _models.path_of(_MODEL.value)
+  model, params, tok = _models.load_floats(path)
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
   heldout = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
   rows = _quantize.windows(heldout, _EVAL.value, _LENGTH.value, None)
   setting = {
-    "model": pathlib.Path(path).name,
+    "model": path.name,
     "group_size": _GROUP.value,
     "calibration": {
       "sequences": _ROWS.value,
@@ -69,8 +56,6 @@ def _run() -> None:
     },
   }
   result = _quantize.read_perplexity(pathlib.Path(_OUTPUT.value), setting)
-  result["device"] = platform.processor() or platform.machine()
-  result["versions"] = {"jax": jax.__version__, "python": platform.python_version()}
 
   def has(name, seed=0):
     return len(result["perplexity"].get(name, ())) > seed
@@ -80,7 +65,7 @@ def _run() -> None:
     result["perplexity"].setdefault(name, []).append(value)
     if seconds is not None:
       result["seconds"].setdefault(name, []).append(seconds)
-    result["load"] = os.getloadavg()[0]
+    result["environment"] = _results.environment()
     print(f"{name:10s} perplexity {value:.4f}", flush=True)
     _quantize.write_perplexity(pathlib.Path(_OUTPUT.value), result)
 

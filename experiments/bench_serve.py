@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run() -> None:
   from experiments import _bench_decode, _bench_serve, _models, _results
   from minicpm_jax import ckpt, config
-  from minicpm_jax.core import fetch
   from minicpm_jax.infer import engine as engine_lib
   from minicpm_jax.infer.drafters import base, eagle
 
@@ -64,9 +63,7 @@ def _run() -> None:
   if not clients or not all(text.isdigit() and int(text) for text in clients):
     raise ValueError(f"--concurrency: found {clients}, expected numbers of clients")
   clients = [int(text) for text in clients]
-  path = _MODEL.value or fetch.cached()
-  if path is None:
-    raise ValueError(f"--model: found no 135M model in the cache folder; run {fetch.COMMAND}")
+  path = _models.path_of(_MODEL.value)
   num_nodes = eagle.EagleDrafter.num_nodes if _DRAFT.value else 1
   model, params, tok = _models.load(str(path), _BATCH.value * num_nodes)
   drafter, draft_params = base.NoDrafter(), ()

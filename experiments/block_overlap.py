@@ -13,25 +13,20 @@ count on the lists that the bench of `pallas_kernels.sparse_attention` draws. De
 
 import json
 import pathlib
-import platform
 import sys
 
-import jax
 from absl import flags
 
 from experiments import _block_overlap as overlap
-from experiments import _command, _quantize
-from minicpm_jax import ckpt, config
-from minicpm_jax.core import fetch, files
+from experiments import _command, _models, _quantize, _results
+from minicpm_jax import config
+from minicpm_jax.core import files
 
 VALUES = flags.FlagValues()
 _CASES = ("minicpm4_8b_32k", "minicpm4_8b_128k")
 
 
-def _define(kind, name, default, text):
-  return getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=VALUES)
-
-
+_define = _command.definer(VALUES)
 _MODEL = _define("string", "model", None, "HF folder or .gguf; default: the 135M model.")
 _TEXT = _define("multi_string", "text", [], "Text, .txt or .jsonl (.gz); repeatable.")
 _OUTPUT = _define("string", "output", "benchmarks/results", "Folder of the JSON.")
@@ -45,22 +40,18 @@ _CASE = _define("multi_string", "case", list(_CASES), "Of the bench's lists; rep
 def _run() -> None:
   if _ROWS.value < 1:
     raise ValueError(f"--sequences: found {_ROWS.value}, expected 1 or more")
-  path = _MODEL.value or fetch.cached()
-  if path is None:
-    raise ValueError(f"--model: found none, expected one or {fetch.COMMAND} first")
+  path = _models.path_of(_MODEL.value)
   sparse = config.SparseAttentionConfig(
     topk=_TOPK.value, window_size=_WINDOW.value, dense_len=-1, lse="coarse"
   )
-  load = ckpt.load_gguf if str(path).endswith(".gguf") else ckpt.load_hf
-  model, params, tok = load(path, dtype="f32", scan_layers=False)
+  model, params, tok = _models.load_floats(path, scan_layers=False)
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
   result = {
-    "model": pathlib.Path(path).name,
+    "model": path.name,
     "text": [pathlib.Path(p).name for p in _TEXT.value],
     "sparse": sparse.to_hf() | {"selection": sparse.selection, "lse": sparse.lse},
     "neighbours": list(overlap.NEIGHBOURS),
-    "device": jax.devices()[0].device_kind,
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    "environment": _results.environment(),
     "bench_lists": [overlap.of_bench(name) for name in filter(None, _CASE.value)],
     "text_lists": [],
   }

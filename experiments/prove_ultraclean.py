@@ -12,13 +12,11 @@ scores averaged over seeds. Writes prove.json and prove.png.
 """
 
 import pathlib
-import platform
 import sys
 
-import jax
 from absl import flags
 
-from experiments import _command, _prove_ultraclean
+from experiments import _command, _prove_ultraclean, _results
 from minicpm_jax.core import files
 from minicpm_jax.core import logging as logging_lib
 
@@ -41,7 +39,7 @@ def _run() -> None:
     stable_steps=VALUES.stable_steps,
     anneal_steps=VALUES.anneal_steps,
   )
-  found["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
+  found["environment"] = _results.environment()
   _prove_ultraclean.plot(found, workdir / "prove.png")
   files.write_json(workdir / "prove.json", found)
   for name, report in found["candidates"].items():

@@ -16,7 +16,7 @@ import time
 
 from absl import flags
 
-from experiments import _command, _quantize
+from experiments import _command, _models, _quantize
 from minicpm_jax import ckpt
 from minicpm_jax.core import files, logging
 from minicpm_jax.deploy import prefix, quantize
@@ -26,11 +26,7 @@ from minicpm_jax.quant import prefix as prefix_lib
 
 VALUES = flags.FlagValues()
 
-
-def _define(kind, name, default, text, *more):
-  return getattr(flags, f"DEFINE_{kind}")(name, default, *more, text, flag_values=VALUES)
-
-
+_define = _command.definer(VALUES)
 _MODEL = _define("string", "model", None, "HF folder or .gguf file.")
 _OUTPUT = _define("string", "output", None, "Folder (GPTQ, Marlin), or a name ending in .gguf.")
 _METHOD = _define("enum", "method", "s-p-gptq", "Method.", list(quantize.METHODS))
@@ -69,8 +65,7 @@ def _run() -> None:
   )
   check = (_OUTPUT.value, _METHOD.value, solver)
   _quantize.check_output(*check, format=_FORMAT.value, kind=_KIND.value)
-  load = ckpt.load_gguf if _MODEL.value.endswith(".gguf") else ckpt.load_hf
-  model, params, tok = load(_MODEL.value, dtype="f32")
+  model, params, tok = _models.load_floats(pathlib.Path(_MODEL.value))
   if _ROTATE.value:
     cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
     model = transformer.Transformer(cfg)

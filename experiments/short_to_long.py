@@ -22,10 +22,9 @@ import json
 import pathlib
 import sys
 
-import jax
 from absl import flags
 
-from experiments import _command
+from experiments import _command, _results
 from experiments import _short_to_long as toy
 from experiments import _short_to_long_report as report
 from minicpm_jax.core import files, host_memory
@@ -65,8 +64,7 @@ def _run() -> None:
     by_seed = {run["seed"]: run for run in [*_recorded(path, plan), run]}
     seeds = [by_seed[seed] for seed in sorted(by_seed)]
     result = _setting(plan) | {
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
+      "environment": _results.environment(),
       "summary": report.summary(plan, seeds),
       "seeds": seeds,
     }
