@@ -308,7 +308,9 @@ class Engine(programs.Programs, driver_lib.Driver):
     tokens_1C[0, :num], forced_C[:num] = [job.tokens[-1], *forced[:-1]], forced
     args = (tokens_1C, np.int32(job.row), np.int32(num), np.int32(length + num))
     args += (np.int32(forced[-1]), self._free_mask)
-    self._call(rounds_lib.prefill, [job], *args, span=self._span(length + size))
+    known = rounds_lib.Known(is_long=self._is_long(length + num))
+    static = dict(span=self._span(length + size), known=known)  # programs of prompts
+    self._call(rounds_lib.prefill, [job], *args, **static)
     so_far = np.int32(len(job.tokens) + num)
     self._state = state_lib.resume(self._state, np.int32(job.row), so_far, forced_C)
     job.stats.forced_tokens += num

@@ -34,7 +34,10 @@ def count_tokens(token_lists: Iterable[Sequence[int]], vocab_size: int) -> Int[n
   """Occurrences of every id."""
   counts_V = np.zeros(vocab_size, np.int64)
   for tokens in token_lists:
-    ids = np.asarray(tokens, np.int64)
+    ids = np.asarray(tokens)
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+      raise FrIndexError(f"tokens: found {ids.dtype}, expected token ids")
+    ids = ids.astype(np.int64)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
       bad = int(ids.min() if ids.min() < 0 else ids.max())
       raise FrIndexError(f"tokens: found id {bad}, expected 0..{vocab_size - 1}")
@@ -52,6 +55,10 @@ def mix(
     raise FrIndexError(f"weights: found {list(weights)}, expected numbers >= 0 with a sum > 0")
   total = np.zeros(counts[0].shape, np.float64)
   for i, (counts_V, weight) in enumerate(zip(counts, weights, strict=True)):
+    if counts_V.shape != total.shape:
+      raise FrIndexError(
+        f"counts[{i}]: found shape {list(counts_V.shape)}, expected {list(total.shape)}"
+      )
     if not counts_V.sum() > 0:
       raise FrIndexError(f"counts[{i}]: found no token, expected text in every domain")
     total += weight / sum(weights) * (counts_V / counts_V.sum())
@@ -106,6 +113,7 @@ def coverage(counts_V: Num[np.ndarray, " V"], ids: Ids) -> float:
   total = float(counts_V.sum())
   if not total > 0:
     raise FrIndexError("counts: found no token, expected some text")
+  check_index(np.asarray(ids), counts_V.shape[0])
   return float(counts_V[np.asarray(ids)].sum()) / total
 
 

@@ -142,8 +142,8 @@ class Programs:
     self, num_tokens: int | None = None, num_threads: int = 4, *, is_constrained: bool = False
   ) -> int:
     """Compiles what requests of up to `num_tokens` tokens (prompt and answer; None: those of the
-    smallest span) will ask for, those under a constraint where `is_constrained`; the number of
-    programs. `fast_forward` is not among it.
+    smallest span) will ask for, those under a constraint where `is_constrained`, `fast_forward`
+    included; the number of programs.
 
     One row takes a chunk of a prompt that never ends, which brings the state into the form (where
     its arrays lie) that all later steps find; the other programs are compiled and not run. Nothing
@@ -174,6 +174,8 @@ class Programs:
       if is_constrained:
         num_words = self._free_mask.shape[1]
         rounds += constrained_rounds(sizes, num_tokens, num_words, self._blank_tree)
+        for size in sorted({program.args[0].size for program in chunks}):  # `fast_forward`
+          yield state_lib.resume.lower(self._state, zero, zero, np.zeros((size,), np.int32))
       # The smallest chunk again: the state has come to rest.
       for function, args, static in (*chunks, *rounds):
         yield function.lower(*self._head, *args, **static)

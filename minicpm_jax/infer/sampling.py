@@ -19,6 +19,7 @@ from minicpm_jax import config
 from minicpm_jax.core import rng
 
 NUM_CANDIDATES = 1024  # top-k and top-p look at these many logits before they sort all of them
+_MIN_TEMPERATURE = 1e-30  # so that quotients stay finite: of unequal logits one is left here anyway
 
 
 @flax.struct.dataclass
@@ -54,7 +55,7 @@ def sampling_state(cfg: config.SamplingConfig, seeds: list[int]) -> SamplingStat
   )
 
 
-def _sorted_cut(z_BV, state: SamplingState, num_candidates: int):
+def _sorted_cut(z_BV, mass_BV, state: SamplingState, num_candidates: int):
   """Top-k and top-p as a cut in the order (falling logit, rising id), from the largest logits.
 
   Returns (value_B, id_B, is_exact_B): keep z > value, and z == value up to that id. `is_exact_B`
@@ -72,10 +73,9 @@ def _sorted_cut(z_BV, state: SamplingState, num_candidates: int):
   in_k_BV, in_k_BC = z_BV >= kth_B[:, None], values_BC >= kth_B[:, None]
   k_exact_B = jnp.logical_not(has_k_B) | (k_B <= num_candidates)
   # top-p of what is left: tokens whose mass before them is below p.
-  mass_BV = jnp.where(in_k_BV, jnp.exp(z_BV - values_BC[:, :1]), 0.0)
-  mass_BC = jnp.where(in_k_BC, jnp.exp(values_BC - values_BC[:, :1]), 0.0)
+  mass_BC = jnp.where(in_k_BC, jnp.take_along_axis(mass_BV, ids_BC, axis=1), 0.0)
   until_BC = jnp.cumsum(mass_BC, axis=1)
-  limit_B = state.top_p_B * jnp.sum(mass_BV, axis=1)
+  limit_B = state.top_p_B * jnp.sum(jnp.where(in_k_BV, mass_BV, 0.0), axis=1)
   keep_BC = in_k_BC & ((until_BC - mass_BC < limit_B[:, None]) | (state.top_p_B >= 1)[:, None])
   num_kept_B = jnp.maximum(jnp.sum(keep_BC, axis=1), 1)
   p_exact_B = (until_BC[:, -1] >= limit_B) | (jnp.sum(in_k_BV, axis=1) <= num_candidates)
@@ -97,6 +97,20 @@ def keep_mask(
   top-k keeps z >= the k-th largest (ties kept), top-p the tokens whose mass before them (falling
   z, ties by rising id) is below p, min-p those with p_i >= min_p * max p. The largest always stays.
   """
+  return _keep(z_BV, _masses(z_BV), state, num_candidates)
+
+
+def _masses(logits_BV, temperature_B1=1.0):
+  """exp(z / t) up to a factor, 1 for the largest.
+
+  The difference comes before the quotient: the other way round XLA makes one multiply-add of both,
+  in which the largest is not 0 but its rounding error, below t = 1e-8 hundreds and more.
+  """
+  below_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
+  return jnp.exp(below_BV / temperature_B1)
+
+
+def _keep(z_BV, mass_BV, state: SamplingState, num_candidates: int = NUM_CANDIDATES):
   B, V = z_BV.shape
   z_BV = jnp.where(z_BV == 0, 0.0, z_BV)  # top_k orders -0.0 below 0.0; here they are a tie
 
@@ -104,20 +118,19 @@ def keep_mask(
     return jnp.full((B,), -jnp.inf, z_BV.dtype), jnp.full((B,), V, jnp.int32)
 
   def with_sort():
-    value_B, id_B, is_exact_B = _sorted_cut(z_BV, state, min(num_candidates, V))
+    value_B, id_B, is_exact_B = _sorted_cut(z_BV, mass_BV, state, min(num_candidates, V))
     if num_candidates >= V:
       return value_B, id_B
     return jax.lax.cond(
       jnp.all(is_exact_B),
       lambda: (value_B, id_B),
-      lambda: _sorted_cut(z_BV, state, V)[:2],
+      lambda: _sorted_cut(z_BV, mass_BV, state, V)[:2],
     )
 
   needs_sort = jnp.any((state.top_k_B > 0) | (state.top_p_B < 1))
   value_B, id_B = jax.lax.cond(needs_sort, with_sort, without_sort)
   is_tie_BV = (z_BV == value_B[:, None]) & (jnp.arange(V)[None, :] <= id_B[:, None])
-  ratio_BV = jnp.exp(z_BV - jnp.max(z_BV, axis=1, keepdims=True))
-  return ((z_BV > value_B[:, None]) | is_tie_BV) & (ratio_BV >= state.min_p_B[:, None])
+  return ((z_BV > value_B[:, None]) | is_tie_BV) & (mass_BV >= state.min_p_B[:, None])
 
 
 def uniforms(key_B: Key[Array, " B"], positions_B: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -144,12 +157,19 @@ def penalise(
   return jnp.where(seen_BV, punished_BV, logits_BV)
 
 
+def _kept_masses(logits_BV, state: SamplingState):
+  """What rows with a temperature draw from, not normalised."""
+  t_B1 = jnp.where(state.temperature_B == 0, 1.0, state.temperature_B)[:, None]
+  t_B1 = jnp.maximum(t_B1, _MIN_TEMPERATURE)
+  mass_BV = _masses(logits_BV, t_B1)
+  return jnp.where(_keep(logits_BV / t_B1, mass_BV, state), mass_BV, 0.0)
+
+
 def distribution(logits_BV: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
   """The filtered probabilities that `sample` draws from (one-hot where greedy), without penalty."""
   logits_BV = logits_BV.astype(jnp.float32)
   is_greedy_B = state.temperature_B == 0
-  z_BV = logits_BV / jnp.where(is_greedy_B, 1.0, state.temperature_B)[:, None]
-  p_BV = jnp.where(keep_mask(z_BV, state), jax.nn.softmax(z_BV, axis=1), 0.0)
+  p_BV = _kept_masses(logits_BV, state)
   greedy_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=1), logits_BV.shape[1])
   p_BV = jnp.where(is_greedy_B[:, None], greedy_BV, p_BV)
   return p_BV / jnp.sum(p_BV, axis=1, keepdims=True)
@@ -176,9 +196,7 @@ def sample(
   is_greedy_B = state.temperature_B == 0
 
   def draw():
-    z_BV = logits_BV / jnp.where(is_greedy_B, 1.0, state.temperature_B)[:, None]
-    p_BV = jnp.where(keep_mask(z_BV, state), jax.nn.softmax(z_BV, axis=1), 0.0)
-    drawn_B = inverse_cdf(p_BV, uniforms(state.key_B, positions_B))
+    drawn_B = inverse_cdf(_kept_masses(logits_BV, state), uniforms(state.key_B, positions_B))
     return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
   tokens_B = jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw)

@@ -122,6 +122,13 @@ def test_bad_counts_and_indices_are_refused(tmp_path):
   for counts in ([1.0, np.nan, 3.0], [-1.0, 2.0, 3.0]):
     with pytest.raises(frspec.FrIndexError, match="^counts: found float64 of shape"):
       frspec.build_index(np.array(counts), 1)
+  with pytest.raises(frspec.FrIndexError, match="^tokens: found float64, expected token ids"):
+    frspec.count_tokens([[1, 2], [], [1.5]], 4)
+  with pytest.raises(frspec.FrIndexError, match=r"^counts\[1\]: found shape \[2\], expected \[3\]"):
+    frspec.mix([np.ones(3), np.ones(2)], [1, 1])
+  for ids, match in (([3], "found id 3, expected 0..2"), ([1, 1], "1 distinct ids in 2")):
+    with pytest.raises(frspec.FrIndexError, match=match):
+      frspec.coverage(np.ones(3), ids)
   for ids in ([1, 1], [-1], np.zeros(0, np.int32)):
     with pytest.raises(frspec.FrIndexError):
       frspec.save_index(tmp_path / "new", ids)

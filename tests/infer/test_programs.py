@@ -70,20 +70,22 @@ def test_requests_under_a_constraint_compile_nothing_either(is_bound):
   more = dict(drafter=ngram.NGramDrafter(num_levels=2, min_match=1)) if is_bound else {}
 
   def calls():
-    steps = test_constrained_engine.Steps
+    steps, spells = test_constrained_engine.Steps, test_constrained_engine.Spells
     drawn = [dataclasses.replace(DRAWN, seed=i, max_new_tokens=n) for i, n in enumerate((5, 9))]
     return [
       requests.Request([7, 1, 8], drawn[0], constraint=steps(4)),
       requests.Request([3, 1, 4, 1, 5], drawn[1], constraint=steps(9)),
       requests.Request([9], drawn[0]),
+      requests.Request([2, 6], drawn[1], constraint=spells(9), fast_forward=True),
     ]
 
   engine = engine_lib.Engine(model, params, cfg, **more)
   without = engine.warm_up()
-  assert engine.warm_up(is_constrained=True) == without + 4  # two halves, one row and two
+  assert engine.warm_up(is_constrained=True) == without + 5  # two halves, one row and two; resume
   with compilations() as names:
     found = engine.collect(calls())
-  assert names == [] and [s.compile_seconds for s in found.stats] == [0.0] * 3
+  assert names == [] and [s.compile_seconds for s in found.stats] == [0.0] * 4
+  assert found.stats[3].forced_tokens == 5
   cold = engine_lib.Engine(model, params, dataclasses.replace(cfg, shrinks=False)).collect(calls())
   assert found.tokens == cold.tokens and found.finish_reason == cold.finish_reason
 

@@ -122,6 +122,16 @@ def test_greedy_takes_the_lower_id_of_a_tie():
   np.testing.assert_array_equal(tokens_B, [1, 0])
 
 
+def test_a_temperature_near_zero_is_greedy():
+  """z / t - max(z / t) in one multiply-add is not 0 for the largest: NaN below 1e-8, once."""
+  logits_BV = jnp.asarray(np.random.default_rng(4).normal(size=(8, 50)) * 5, jnp.float32)
+  for temperature in (1e-5, 1e-9, 1e-20, 1.2e-38):
+    for fields in (dict(top_k=0), dict(top_k=3), dict(top_k=0, top_p=0.9, min_p=0.1)):
+      state = state_of(**{"top_p": 1.0, "min_p": 0.0} | fields, temperature=temperature, seeds=[1])
+      tokens_B = draw(logits_BV, repeat(state, 8), jnp.arange(8))
+      np.testing.assert_array_equal(tokens_B, np.argmax(logits_BV, axis=1))
+
+
 def test_a_filter_that_leaves_one_token_always_draws_it():
   z_V = np.random.default_rng(2).normal(size=50).astype(np.float32)
   logits_BV = jnp.broadcast_to(z_V, (500, 50))

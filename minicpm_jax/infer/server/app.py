@@ -1,6 +1,7 @@
 """HTTP in front of the chat service: fastapi routes, SSE, disconnects, the chat page.
 
-  POST /v1/chat/completions, /v1/completions    GET /v1/models, /health, /metrics, / (chat page)
+  POST /v1/chat/completions, /v1/completions    GET /v1/models, /v1/models/NAME, /health,
+                                                /metrics, / (chat page)
 
 Everything else is in `service`. A client that goes away cancels its answer: while it streams, and
 while it waits for a whole one. Needs the extra `serve`.
@@ -98,6 +99,14 @@ def make_app(chat_service: service.ChatService) -> Any:
   @app.get("/v1/models")
   async def models():
     return chat_service.models()
+
+  @app.get("/v1/models/{name:path}")
+  async def model(name: str):
+    for entry in chat_service.models()["data"]:
+      if entry["id"] == name:
+        return entry
+    message = f"model: found {name!r}, which is not served here (see /v1/models)"
+    return failure(schemas.ApiError(message, status=404, param="model", code="model_not_found"))
 
   @app.get("/health")
   async def health():

@@ -35,6 +35,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "parallel_tool_calls": (True,),
   "modalities": (["text"],),
 }
+# Of a chat template, not to be said in chat_template_kwargs.
+_OWN_ARGUMENTS = {"messages", "tools", "tok", "template", "tokenizer_or_template"}
+_OWN_ARGUMENTS |= {"bos_token", "eos_token", "pad_token"}
 
 
 class ApiError(Exception):
@@ -120,6 +123,9 @@ def parse_chat(body: Mapping[str, Any], limits: config.ServerConfig) -> ChatBody
   if forced == ():  # "none": the model does not see them
     tools, entries = (), []
   arguments = dict(fields.take("chat_template_kwargs", dict, {}))
+  for name in _OWN_ARGUMENTS & set(arguments):
+    message = f"chat_template_kwargs: found {name!r}, which the server gives the template itself"
+    raise ApiError(message, param="chat_template_kwargs")
   thinking = fields.take("enable_thinking", bool, None)
   if thinking is not None:
     arguments["enable_thinking"] = thinking

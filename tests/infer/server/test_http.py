@@ -138,6 +138,10 @@ def test_openai_errors_and_the_server_goes_on(real_server):
   assert chunked.status_code == 413
   out = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
   assert out.usage.completion_tokens == 2
+  assert client.models.retrieve("tiny") == client.models.list().data[0]
+  with pytest.raises(openai.NotFoundError, match="model: found 'o/ther'") as caught:
+    client.models.retrieve("o/ther")
+  assert caught.value.code == "model_not_found"
   assert httpx.get(url + "/health").json()["status"] == "ok"
   assert httpx.get(url + "/metrics").json()["requests_completed"] > 0
 

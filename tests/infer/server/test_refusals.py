@@ -89,6 +89,8 @@ def test_a_body_of_a_hundred_levels_is_read():
     ({"grammar": {"regex": 1}}, "grammar", "grammar: found"),
     ({"grammar": "a", "response_format": {"type": "json_object"}}, None, "found several"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs", "expected dict"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "found 'messages', which"),
+    ({"chat_template_kwargs": {"eos_token": ""}}, "chat_template_kwargs", "found 'eos_token'"),
   ],
 )
 def test_malformed_requests_are_400_with_the_field_and_the_service_goes_on(
