@@ -194,6 +194,9 @@ class GrammarCompiler:
     self.stop_ids = tuple(tok.stop_ids if stop_ids is None else stop_ids)
     if not self.stop_ids:
       raise ValueError("stop_ids: found none, expected a token that ends an answer")
+    for token in self.stop_ids:
+      if not 0 <= token < self.vocab_size:
+        raise ValueError(f"stop_ids: found {token}, expected tokens of 0..{self.vocab_size - 1}")
     self._tok = tok
     self._llguidance = llguidance
     special = sorted({*tok.special_tokens.values(), *self.stop_ids})
@@ -225,6 +228,7 @@ class GrammarCompiler:
 
   def regex(self, pattern: str) -> Constraint:
     """The whole answer matches `pattern` (Rust regex syntax, no look-around)."""
+    _check_text("regex", pattern)
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
       # The grammar would take the backslash with the slash that ends the expression.
       raise GrammarError(f"regex: found {pattern!r:.80}, expected something behind the last \\\\")
@@ -235,10 +239,11 @@ class GrammarCompiler:
     """The answer is one of `options`."""
     if isinstance(options, str) or not options or not all(o and type(o) is str for o in options):
       raise GrammarError(f"choice: found {list(options)!r}, expected texts that are not empty")
-    return self.lark("start: " + " | ".join(json.dumps(o, ensure_ascii=False) for o in options))
+    return self.lark("start: " + " | ".join(map(grammars.quote, options)))
 
   def lark(self, grammar: str) -> Constraint:
     """A grammar in llguidance's Lark dialect; its start rule is `start`."""
+    _check_text("grammar", grammar)
     return self._constraint(grammar, "grammar")
 
   def sql_select(self, tables: Mapping[str, Sequence[str]] | None = None) -> Constraint:
@@ -252,7 +257,7 @@ class GrammarCompiler:
 
     `before` and `after` are texts that stand around the calls (markers, a code fence).
     """
-    parts = [json.dumps(before), "calls", json.dumps(after)]
+    parts = [grammars.quote(before), "calls", grammars.quote(after)]
     start = "start: " + " ".join(part for part in parts if part != '""')
     return self.lark(f"{start}\n{grammars.python_calls(tools)}")
 
@@ -268,6 +273,13 @@ class GrammarCompiler:
     if constraint.error or not row.any():
       raise GrammarError(f"{what}: no answer satisfies it {constraint.error}".rstrip())
     return constraint
+
+
+def _check_text(what: str, text: Any) -> None:
+  if not isinstance(text, str):
+    raise GrammarError(f"{what}: found {text!r:.80}, expected a text")
+  if any("\ud800" <= character <= "\udfff" for character in text):
+    raise GrammarError(f"{what}: found half a surrogate pair, expected characters")
 
 
 class _TokenTable:

@@ -84,12 +84,18 @@ def sql_select(tables: Mapping[str, Sequence[str]] | None = None) -> str:
   name = f"NAME: {free}"
   if tables is None:
     return f'{_SQL}table: TABLE (WS "AS" WS NAME)?\n{name}\nTABLE: {free}\nCOLUMN: {free}\n'
-  if not tables or not all(tables.values()):
-    raise ValueError(f"tables: found {dict(tables)!r}, expected a table with at least one column")
+  is_dict = isinstance(tables, Mapping) and tables and all(tables.values())
+  if not is_dict or any(isinstance(names, str) for names in tables.values()):
+    raise ValueError(
+      f"tables: found {tables!r:.80}, expected lists of column names, at least one a table"
+    )
   columns = sorted({column for names in tables.values() for column in names})
   for identifier in (*tables, *columns):
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", identifier):
-      raise ValueError(f"tables: found the name {identifier!r}, expected letters, digits and _")
+    is_name = isinstance(identifier, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", identifier)
+    if not is_name or identifier.lower() in _SQL_RESERVED:
+      raise ValueError(
+        f"tables: found the name {identifier!r}, expected letters, digits and _, no word of SQL"
+      )
   return f"{_SQL}table: TABLE\n{name}\nTABLE: {_any_of(tables)}\nCOLUMN: {_any_of(columns)}\n"
 
 
@@ -109,10 +115,10 @@ def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
     arguments = []
     for number, (key, field) in enumerate(properties.items()):
       _check_identifier(f"tools: {name}", key)
-      rules.append(f"t{index}a{number}: {_quote(key + '=')} {_python_type(field)}")
+      rules.append(f"t{index}a{number}: {quote(key + '=')} {_python_type(field)}")
       arguments.append((f"t{index}a{number}", key in required))
     rules += _argument_rules(f"t{index}", arguments)
-    names.append(f"{_quote(name + '(')} t{index}f0 {_quote(')')}")
+    names.append(f"{quote(name + '(')} t{index}f0 {quote(')')}")
   one_of = "call: " + " | ".join(names)
   more = f'calls: call ("\\n" call){{0,{MAX_CALLS - 1}}}'
   return "\n".join([more, one_of, *rules]) + _PYTHON_VALUES
@@ -157,10 +163,10 @@ def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
         rules.append(f"{value}: %json {json.dumps({'x-guidance': {}, **field})}")
       name = f"t{index}a{number}"
       opening = '<param name="' + key + '">'
-      rules.append(f'{name}: {_quote(opening)} {value} "</param>"')
+      rules.append(f'{name}: {quote(opening)} {value} "</param>"')
       arguments.append(name if key in required else f"{name}?")
     opening = '<function name="' + function + '">'
-    names.append(" ".join([_quote(opening), *arguments, '"</function>"']))
+    names.append(" ".join([quote(opening), *arguments, '"</function>"']))
   text = [f'start: call ("\\n" call){{0,{MAX_CALLS - 1}}}', "call: " + " | ".join(names), *rules]
   return "\n".join(text) + XML_VALUES
 
@@ -205,7 +211,7 @@ def _python_type(field: Mapping[str, Any] | bool) -> str:
   if not isinstance(field, Mapping):
     return "value"  # true: anything
   if "enum" in field:
-    return "(" + " | ".join(_quote(_literal(value)) for value in field["enum"]) + ")"
+    return "(" + " | ".join(quote(_literal(value)) for value in field["enum"]) + ")"
   kind = field.get("type")
   if isinstance(kind, list):
     return "(" + " | ".join(_python_type({**field, "type": k}) for k in kind) + ")"
@@ -232,11 +238,12 @@ def _literal(value: Any) -> str:
 
 
 def _any_of(words: Sequence[str] | Mapping[str, Any]) -> str:
-  return " | ".join(_quote(word) for word in words)
+  return " | ".join(quote(word) for word in words)
 
 
-def _quote(text: str) -> str:
-  return json.dumps(text, ensure_ascii=False)
+def quote(text: str) -> str:
+  """A terminal that is this text; the lexer of grammars wants DEL escaped, which JSON does not."""
+  return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_identifier(where: str, name: Any) -> None:

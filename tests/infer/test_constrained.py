@@ -225,7 +225,7 @@ def test_random_answers_match_the_regular_expression_or_are_a_choice(compiler, b
     for _ in range(10):
       text = constrained_cases.random_answer(compiler, compiler.regex(pattern), tok, rng)
       assert text is not None and re.fullmatch(pattern, text)
-  options = ["yes", "no", 'quo"te', "a\\b", "né"]
+  options = ["yes", "no", 'quo"te', "a\\b", "né\x7f"]
   seen = {
     constrained_cases.random_answer(compiler, compiler.choice(options), tok, rng) for _ in range(60)
   }
@@ -304,6 +304,8 @@ def test_every_random_tool_call_is_python_that_fits_the_schema(compiler, byte_to
     (lambda c: c.choice(["a", ""]), "choice: found"),
     (lambda c: c.choice("ab"), "choice: found"),
     (lambda c: c.regex("a\\"), "regex: found .*behind the last"),
+    (lambda c: c.regex(5), "regex: found 5, expected a text"),
+    (lambda c: c.lark("start: /\ud800/"), "grammar: found half a surrogate pair"),
     (lambda c: c.lark("start: start"), "grammar: no answer satisfies it"),
     (lambda c: c.regex(r"[^\s\S]"), "regex: "),
   ],
@@ -329,6 +331,14 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
     grammars.python_calls([{"name": "f", "parameters": 3}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):
     grammars.sql_select({"a; b": ["x"]})
+  for names in (["SELECT"], [3]):
+    with pytest.raises(ValueError, match=f"tables: found the name {names[0]!r}, .*no word of SQL"):
+      grammars.sql_select({"a": names})
+  for tables in ({"a": "xyz"}, ["a"], {"a": []}):
+    with pytest.raises(ValueError, match="tables: found .*expected lists of column names"):
+      grammars.sql_select(tables)
+  with pytest.raises(ValueError, match=r"stop_ids: found 999, expected tokens of 0\.\.259"):
+    constrained.GrammarCompiler(byte_tokenizer(), stop_ids=[999])
   with pytest.raises(ValueError, match="vocab_size: found 100, expected at least"):
     constrained.GrammarCompiler(byte_tokenizer(), 100)
   with pytest.raises(ValueError, match="stop_ids: found none"):
