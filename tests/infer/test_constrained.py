@@ -304,7 +304,6 @@ def test_every_random_tool_call_is_python_that_fits_the_schema(compiler, byte_to
     (lambda c: c.choice(["a", ""]), "choice: found"),
     (lambda c: c.choice("ab"), "choice: found"),
     (lambda c: c.regex("a\\"), "regex: found .*behind the last"),
-    (lambda c: c.regex(5), "regex: found 5, expected a text"),
     (lambda c: c.lark("start: /\ud800/"), "grammar: found half a surrogate pair"),
     (lambda c: c.lark("start: start"), "grammar: no answer satisfies it"),
     (lambda c: c.regex(r"[^\s\S]"), "regex: "),
@@ -331,10 +330,9 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
     grammars.python_calls([{"name": "f", "parameters": 3}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):
     grammars.sql_select({"a; b": ["x"]})
-  for names in (["SELECT"], [3]):
-    with pytest.raises(ValueError, match=f"tables: found the name {names[0]!r}, .*no word of SQL"):
-      grammars.sql_select({"a": names})
-  for tables in ({"a": "xyz"}, ["a"], {"a": []}):
+  with pytest.raises(ValueError, match="tables: found the name 'Select', .*no word of SQL"):
+    grammars.sql_select({"a": ["Select"]})
+  for tables in ({"a": "xyz"}, {"a": []}):
     with pytest.raises(ValueError, match="tables: found .*expected lists of column names"):
       grammars.sql_select(tables)
   with pytest.raises(ValueError, match=r"stop_ids: found 999, expected tokens of 0\.\.259"):
