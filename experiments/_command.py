@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 BAD_INPUT = (ValueError, NotImplementedError, ImportError, OSError, flags.Error)
@@ -80,11 +81,24 @@ def guard(
   work: Callable[[], int | None],
   bad_input: tuple[type[BaseException], ...] = BAD_INPUT,
 ) -> int:
-  """Exit status of `work()`, with `bad_input` told in one line that begins with the command."""
+  """Exit status of `work()`, with `bad_input` told in one line that begins with the command, and
+  so for a device's memory that does not suffice, and Ctrl-C.
+  """
+  name = pathlib.Path(file or "command").stem
   try:
     return work() or 0
   except bad_input as error:
-    print(f"{pathlib.Path(file or 'command').stem}: {error}", file=sys.stderr)
+    print(f"{name}: {error}", file=sys.stderr)
+    return 1
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(
+      f"{name}: {str(error).splitlines()[0]} (smaller batches take less: data.batch_size, or "
+      "grad_accum with the same batch; so does model.remat=full, and a mesh of more devices)",
+      file=sys.stderr,
+    )
     return 1
   except KeyboardInterrupt:
+    print(f"{name}: interrupted", file=sys.stderr)
     return 130

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import sys
 from collections.abc import Iterable
 
 import jax
@@ -26,7 +27,8 @@ TOKENIZER_BYTES = 4 << 20  # the tokenizer is trained on this much text
 BASELINE_BYTES = 96 << 20  # and the n-gram model on at most this much
 HELDOUT_BYTES = 160_000  # evaluated text of every source, about
 MIN_BYTES = 10_000  # a corpus smaller than this is refused
-PYTHON_PROMPTS = ("The ", "Return the ", "def ", "import ", "This function ", "class ")
+# No spaces at the end: they belong to the next word's token.
+PYTHON_PROMPTS = ("The", "Return the", "def", "import", "This function", "class")
 
 
 class Run:
@@ -58,7 +60,8 @@ class Run:
       self.tell(f"{what:<24}{self.workdir / name}")
     self.tell("more text:")
     self.tell(
-      f"  python -m experiments.generate --raw --model={self.workdir / 'hf'} --prompt='def '"
+      f"  {sys.executable} -m experiments.generate --raw --model={self.workdir / 'hf'} "
+      "--prompt=def --temperature=0.8"
     )
 
 
@@ -114,7 +117,7 @@ def read_corpus(run: Run, data: str | None, decay_data: str | None) -> Corpus:
     )
   if not prompts:
     first = next(iter(heldout.values()))
-    prompts = tuple(" ".join(d.text.split()[:4]) + " " for d in first[:4])
+    prompts = tuple(" ".join(d.text.split()[:4]) for d in first[:4])
   return Corpus(train=train, heldout=heldout, stable=stable, decay=decay, prompts=prompts)
 
 

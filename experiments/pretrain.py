@@ -35,6 +35,11 @@ def _run() -> None:
   workdir, tok = _flags.get_workdir(VALUES), None
   if VALUES.config is None and (workdir / run_config.FILE_NAME).exists():
     VALUES.config = str(workdir / run_config.FILE_NAME)
+  if VALUES.config is None:
+    raise ValueError(
+      f"--config: found none, and no {run_config.FILE_NAME} in {workdir} to resume from; expected "
+      f"one of {', '.join(_flags.names())} or a path.py"
+    )
   cfg = _flags.get_config(VALUES)
   if VALUES.tokenizer is not None:
     tok = tokenizer_lib.load_tokenizer(VALUES.tokenizer)

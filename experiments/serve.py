@@ -69,7 +69,9 @@ def make(values: flags.FlagValues) -> service.ChatService:
 
 
 def _run() -> None:
-  with compilation_cache.use(_infer.read(VALUES).compilation_cache):
+  flagged = _infer.read(VALUES)
+  app.check(flagged.host, flagged.port)
+  with compilation_cache.use(flagged.compilation_cache):
     chat = make(VALUES)
     cfg, capacity = chat.cfg, chat.models()["data"][0]["max_model_len"]
     print(f"{chat.name}: {capacity} tokens a row, http://{cfg.host}:{cfg.port}", file=sys.stderr)

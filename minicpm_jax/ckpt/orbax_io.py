@@ -315,6 +315,11 @@ def latest_step(workdir: str | os.PathLike[str]) -> int:
   return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
 
 
+def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
+  """Whether a workdir has one of any step, 0 included."""
+  return any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
+
+
 # --- Whole runs --------------------------------------------------------------------------------
 
 

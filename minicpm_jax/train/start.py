@@ -77,7 +77,10 @@ class Start:
 
 
 def check_workdir(workdir: pathlib.Path, cfg: config.TrainConfig) -> list[str]:
-  """Refuses a workdir of another config; returns a line for every allowed change."""
+  """Refuses a workdir of another config; returns a line for every allowed change.
+
+  A run that left no checkpoint (it ended before the first) holds nothing: all of it may change.
+  """
   if not (workdir / run_config.FILE_NAME).exists():
     return []
   old = run_config.read(workdir)
@@ -87,7 +90,7 @@ def check_workdir(workdir: pathlib.Path, cfg: config.TrainConfig) -> list[str]:
     for name, pair in found.items()
     if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
   }
-  if wrong:
+  if wrong and orbax_io.has_checkpoint(workdir):
     lines = [f"  {name}: found {a!r}, expected {b!r}" for name, (a, b) in wrong.items()]
     raise WorkdirError(
       f"{workdir}: found a run of another config; use another workdir or that run's values:\n"
@@ -138,8 +141,9 @@ def write_workdir(
     f"{jax.process_count()} processes, mesh {axes or 'of one device'}",
   ]
   run_config.write(workdir, cfg, header="\n".join(header))
-  if tok is not None and not (workdir / "tokenizer").exists():
-    tok.save(workdir / "tokenizer")
+  if tok is not None:
+    if not orbax_io.has_checkpoint(workdir) or not (workdir / "tokenizer").exists():
+      tok.save(workdir / "tokenizer")
 
 
 def git_revision() -> str:

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
@@ -57,11 +58,19 @@ def test_status_is_that_of_the_work(capsys):
   def interrupted():
     raise KeyboardInterrupt
 
+  def exhausted():
+    jnp.zeros((1 << 50,), jnp.int8).block_until_ready()  # a PiB
+
   assert _command.guard("a/b.py", bad) == 1
   assert capsys.readouterr().err == "b: field: found 1, expected 2\n"
   assert _command.guard("a/b.py", unserved) == 1
   assert capsys.readouterr().err == "b: xla: no such form\n"
   assert _command.guard("a/b.py", interrupted) == 130
+  assert capsys.readouterr().err == "b: interrupted\n"
+  assert _command.guard("a/b.py", exhausted) == 1
+  error = capsys.readouterr().err
+  assert error.startswith("b: RESOURCE_EXHAUSTED: Out of memory") and "grad_accum" in error
+  assert len(error.splitlines()) == 1
   with pytest.raises(RuntimeError, match="a bug"):
     _command.guard("a/b.py", broken)
 

@@ -377,9 +377,9 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
       answer = chat.chat(body | {"grammar": {"choice": ["a", "b"]}})
       assert answer["choices"][0]["message"]["content"] in ("a", "b")
     assert chat.report()["compile_seconds"] == 0
-  assert serve.main(["s", "--model=/no/such"]) == 1
+  assert serve.main(["s", "--model=/no/such", "--port=0"]) == 1
   assert "found no such file or folder" in capfd.readouterr().err
-  assert serve.main(["s", f"--model={folder}", "--json_schema=x"]) == 1
+  assert serve.main(["s", f"--model={folder}", "--port=0", "--json_schema=x"]) == 1
   assert "requests say them" in capfd.readouterr().err
   with pytest.raises(flags.Error):
     parse(serve, "--prompt=x")

@@ -193,6 +193,15 @@ def test_a_workdir_of_another_config_is_refused(straight, train_config):
   assert (workdir / "config.py").read_text() == before
 
 
+def test_a_workdir_without_a_checkpoint_takes_another_config(train_config, tmp_path):
+  """A first start that did not get anywhere (out of memory, Ctrl-C) does not block the folder."""
+  run_config.write(tmp_path, dataclasses.replace(train_config, seed=1))
+  assert start.check_workdir(tmp_path, train_config) == ["seed: 1 -> 0"]
+  (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+  with pytest.raises(start.WorkdirError, match="seed: found 1, expected 0"):
+    start.check_workdir(tmp_path, train_config)
+
+
 def test_past_batches_of_another_mixture_are_refused(straight, train_config, tmp_path, capsys):
   """Resuming insists on the data order; a branch goes on from the cursors and says so."""
   workdir, _ = straight

@@ -10,7 +10,9 @@ while it waits for a whole one. Needs the extra `serve`.
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
+import socket
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -225,6 +227,26 @@ class _Live:
     if delta.error is not None:
       parts.append(sse(delta.error.body()))
     yield b"".join((*parts, sse("[DONE]")))
+
+
+def check(host: str, port: int) -> None:
+  """What `make_server` and its run need, before a model is loaded for them.
+
+  ImportError names a missing extra, ValueError an address that cannot be listened on.
+  """
+  for package in ("fastapi", "uvicorn"):
+    require_extra(package, extra="serve")
+  try:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    with socket.socket(family, kind, protocol) as listener:
+      if os.name == "posix":  # as the server does; elsewhere it would share the port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind(address)
+  except (OSError, OverflowError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise ValueError(f"host, port: cannot listen on {host}:{port}: {reason}") from error
 
 
 def make_server(chat_service: service.ChatService) -> Any:

@@ -344,3 +344,15 @@ def test_page_files_are_served_with_a_policy(serve_scripted):
   for name in ("static/chat.js", "static/chat.css"):
     assert name in page.text and httpx.get(f"{url}/{name}").status_code == 200
   assert httpx.get(url + "/static/../app.py").status_code == 404
+
+
+def test_an_address_in_use_is_refused_before_a_model_is_loaded():
+  with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already"):
+      app.check("127.0.0.1", port)
+  app.check("127.0.0.1", port)
+  with pytest.raises(ValueError, match="cannot listen on 192.0.2.1:8000"):  # nobody's address
+    app.check("192.0.2.1", 8000)
