@@ -99,6 +99,6 @@ def guard(
       file=sys.stderr,
     )
     return 1
-  except KeyboardInterrupt:
-    print(f"{name}: interrupted", file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
     return 130

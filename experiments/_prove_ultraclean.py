@@ -123,7 +123,7 @@ def run(
   for seed in range(num_seeds):
     steps = dict(warmup_steps=10, stable_steps=stable_steps - 10, num_steps=stable_steps)
     cfg = _verify_pools.base_run(workdir, raw, VOCAB, seed, seq_len=SEQ_LEN, **steps)
-    loop.train(cfg, workdir / cfg.name, tok=tok)
+    loop.train_to_end(cfg, workdir / cfg.name, tok=tok)
   reports = {}
   for source in candidates:
     cfg = verification.VerificationConfig(

@@ -242,12 +242,12 @@ def pause_step(cfg: config.TrainConfig) -> int:
 
 def train_first_part(run: Run, cfg: config.TrainConfig) -> None:
   """Trains to the pause and leaves a checkpoint; nothing to do where it has been passed."""
-  loop.train(dataclasses.replace(cfg, num_steps=pause_step(cfg)), run.workdir / "train")
+  loop.train_to_end(dataclasses.replace(cfg, num_steps=pause_step(cfg)), run.workdir / "train")
 
 
 def train_to_the_end(run: Run, cfg: config.TrainConfig) -> dict[str, float]:
   """Resumes parameters, optimiser and data position; returns the last held-out values."""
-  loop.train(cfg, run.workdir / "train")
+  loop.train_to_end(cfg, run.workdir / "train")
   rows = logging_lib.read_metrics(run.workdir / "train")
   last = [r for r in rows if r["step"] == cfg.num_steps and any(k.startswith("eval/") for k in r)]
   return {k: v for k, v in last[-1].items() if k.startswith("eval/")}

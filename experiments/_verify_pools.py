@@ -107,7 +107,7 @@ def run(
   for seed in range(num_seeds):
     steps = dict(warmup_steps=5, stable_steps=stable_steps, num_steps=stable_steps)
     cfg = base_run(workdir, sources["default"], tok.vocab_size, seed, seq_len=128, **steps)
-    loop.train(cfg, workdir / cfg.name, tok=tok)
+    loop.train_to_end(cfg, workdir / cfg.name, tok=tok)
   checkpoints = tuple(f"{workdir}/base{s}@{stable_steps}" for s in range(num_seeds))
   deltas, reports = {}, {}
   for pool in POOLS:

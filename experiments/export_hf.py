@@ -48,6 +48,7 @@ def _run() -> None:
     model, params = _fold(model, params)
   limit = _SHARD_GB.value * 1e9
   ckpt.save_hf(_OUTPUT.value, model, params, tok, max_shard_bytes=limit, dtype=dtype)
+  params = {name: leaf for name, leaf in params.items() if name != "mtp"}
   kind = "a plain Llama" if _LLAMA.value else model.cfg.arch
   print(f"{_OUTPUT.value}: {trees.num_params(params):,} parameters in {dtype}, {kind}")
 

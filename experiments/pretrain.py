@@ -8,7 +8,7 @@
 Flags are those of experiments/_flags.py, and --tokenizer=FOLDER, which is copied into the workdir
 so that generate and export_hf find it. On several machines every process runs the same command
 (with --distributed, or --coordinator, --num_processes, --process_id) and sees the same workdir.
-SIGTERM saves a checkpoint and leaves with status 0.
+SIGTERM saves a checkpoint and leaves with status 0, Ctrl-C with 130 (twice: without saving).
 """
 
 import sys

@@ -145,7 +145,7 @@ class _Run:
     resume = self.step if self.step else -1
     self.writer = stack.enter_context(logging_lib.MetricWriter(workdir, resume_step=resume))
     self.bar = stack.enter_context(logging_lib.progress(cfg.num_steps, start=self.step))
-    self.stop = stack.enter_context(stop.StopOnSigterm(self.store))
+    self.stop = stack.enter_context(stop.StopOnSignal(self.store))
 
   def train(self) -> draft_lib.Draft | bita_lib.Bita:
     cfg, pending, sums, last_loss = self.cfg, None, {}, None
@@ -182,8 +182,11 @@ class _Run:
       if not is_stopped and (is_last or self.step % cfg.eval_every == 0):
         self._evaluate()
       if is_stopped:
-        self.bar.message(f"SIGTERM: saved step {self.step}, leaving")
-        break
+        self.store.wait()
+        raise stop.Stopped(
+          f"{self.stop.reason}: saved step {self.step} of {cfg.num_steps}, no draft written; "
+          "starting again goes on"
+        )
     self.store.wait()
     return self._export()
 

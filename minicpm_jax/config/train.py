@@ -13,7 +13,7 @@ from minicpm_jax.config.validate import require, require_hints
 class CheckpointConfig:
   """What is saved and what is kept under `workdir/checkpoints`."""
 
-  every_steps: int = 1000  # 0 = only the last step (and on SIGTERM)
+  every_steps: int = 1000  # 0 = only the last step (and on SIGTERM, Ctrl-C)
   keep_last: int = 3  # newest checkpoints kept
   keep_steps: tuple[int, ...] = ()  # always kept (e.g. the last stable step)
   keep_every_tokens: int = 0  # the first checkpoint past each multiple is kept; 0 = off

@@ -46,12 +46,25 @@ def train(
   The tokenizer `tok` (default: that of the run or folder it starts from) goes to
   `workdir/tokenizer`, where `load_run` finds it. Starting again is how a run is resumed, extended
   (larger num_steps) or moved to another mesh.
-  Raises window.NonFiniteError with a diagnosis when a loss or gradient is not finite.
+  Raises window.NonFiniteError with a diagnosis when a loss or gradient is not finite, and
+  stop.Stopped (a KeyboardInterrupt) when Ctrl-C has stopped it; the state is saved.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(compilation_cache.use(cfg.compilation_cache))
     run = _Run(cfg, pathlib.Path(workdir), tok, stack)
     return run.train()
+
+
+def train_to_end(
+  cfg: config.TrainConfig, workdir: str | os.PathLike[str], *, tok: Any = None
+) -> TrainResult:
+  """`train` for callers that go on with its result: stop.Stopped where SIGTERM came before."""
+  result = train(cfg, workdir, tok=tok)
+  if result.is_stopped:
+    raise stop.Stopped(
+      f"{workdir}: stopped at step {result.step} of {cfg.num_steps}; starting again goes on"
+    )
+  return result
 
 
 class _Run:
@@ -108,7 +121,7 @@ class _Run:
       logging_lib.MetricWriter(workdir, resume_step=self.step if self.step else -1)
     )
     self.bar = stack.enter_context(logging_lib.progress(cfg.num_steps, start=self.step))
-    self.stop = stack.enter_context(stop.StopOnSigterm(self.store))
+    self.stop = stack.enter_context(stop.StopOnSignal(self.store))
     device_kind = self.mesh.devices.flat[0].device_kind
     self.window = window.Window(cfg, num_devices=self.mesh.size, device_kind=device_kind)
     self.pending: tuple[int, Any, Any] | None = None
@@ -147,7 +160,10 @@ class _Run:
       self._nothing_to_do()
     self.store.wait()
     if is_stopped:
-      self.bar.message(f"SIGTERM: saved step {self.step} in {self.store.directory}, leaving")
+      saved = f"{self.stop.reason}: saved step {self.step} in {self.store.directory}, leaving"
+      self.bar.message(saved)
+      if self.stop.is_interrupted:
+        raise stop.Stopped(f"stopped at step {self.step}; starting again goes on from there")
     return TrainResult(self.state, self.step, self.values, is_stopped)
 
   def _nothing_to_do(self) -> None:

@@ -1,5 +1,6 @@
-"""SIGTERM becomes "save and leave" at the next step boundary."""
+"""SIGTERM and Ctrl-C become "save and leave" at the next step boundary."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -9,35 +10,52 @@ import jax
 from minicpm_jax.ckpt import orbax_io
 
 
-class StopOnSigterm:
-  """`with StopOnSigterm(store) as stop: ... if stop.is_requested(step): save, break`.
+class Stopped(KeyboardInterrupt):
+  """A run was told to stop and has saved; like Ctrl-C it passes through `except Exception`."""
 
-  Under `jax.distributed` the processes agree on one common step (Orbax's preemption sync); without
-  it a signal handler of this process serves. Outside the main thread Python allows no handler, and
-  the signal keeps its usual meaning.
+
+class StopOnSignal:
+  """`with StopOnSignal(store) as stop: ... if stop.is_requested(step): save, break`.
+
+  Under `jax.distributed` the processes agree on one common step (Orbax's preemption sync, SIGTERM
+  only); without it a signal handler of this process serves. The second Ctrl-C does not wait.
+  Outside the main thread Python allows no handler, and the signals keep their usual meaning.
   """
 
   def __init__(self, store: orbax_io.CheckpointStore):
     self._store = store
     self._is_set = False
-    self._previous: Any = None
+    self.is_interrupted = False  # by Ctrl-C: the caller does not go on either
+    self._previous: dict[int, Any] = {}
     self._is_distributed = jax.distributed.is_initialized()
     self._has_handler = (
       not self._is_distributed and threading.current_thread() is threading.main_thread()
     )
 
-  def __enter__(self) -> "StopOnSigterm":
+  @property
+  def reason(self) -> str:
+    return "Ctrl-C" if self.is_interrupted else "SIGTERM"
+
+  def __enter__(self) -> "StopOnSignal":
     if self._has_handler:
-      self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+      signals = [signal.SIGTERM]
+      if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else its owner's
+        signals.append(signal.SIGINT)
+      self._previous = {number: signal.signal(number, self._on_signal) for number in signals}
     return self
 
   def __exit__(self, *exc_info: Any) -> None:
-    if self._has_handler:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
   def _on_signal(self, signum: int, frame: Any) -> None:
-    del signum, frame
+    del frame
     self._is_set = True
+    if signum == signal.SIGINT:
+      self.is_interrupted = True
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      # Not through sys.stderr, whose lock this thread may hold.
+      os.write(2, b"\nCtrl-C: saving after this step (once more: leave at once)\n")
 
   def is_requested(self, step: int) -> bool:
     """Ask once after every step, with the same step on every process."""

@@ -199,7 +199,7 @@ def verify(
     )
     if runs.stage1 is not None:
       tell(f"seed {k}: stage 1, {cfg.stage1_steps} steps")
-      loop.train(runs.stage1, folder / "stage1")
+      loop.train_to_end(runs.stage1, folder / "stage1")
     row: dict[str, Any] = {
       "checkpoint": checkpoint,
       "start_step": runs.start_step,
@@ -211,7 +211,7 @@ def verify(
     ):
       tell(f"seed {k}: {kind}, {cfg.stage2_steps} steps")
       name = kind if kind == "baseline" else f"candidate-{cfg.candidate.name}"
-      params = loop.train(run, folder / name).state.params
+      params = loop.train_to_end(run, folder / name).state.params
       scores.append({s.name: scorer.score(params, s) for s in eval_sets})
       first = run.num_steps - cfg.stage2_steps
       rows = mixture.rows_by_source(run.data, first, run.num_steps)

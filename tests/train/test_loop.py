@@ -319,16 +319,25 @@ def test_one_leaf_that_is_not_finite_is_named():
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from minicpm_jax.ckpt import run_config
-from minicpm_jax.train import loop
-result = loop.train(run_config.read(sys.argv[1]), sys.argv[1] + "/run")
-assert result.is_stopped
+from minicpm_jax.train import loop, stop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+cfg, workdir = run_config.read(sys.argv[1]), sys.argv[1] + "/run"
+assert loop.train(cfg, workdir).is_stopped
+try:
+  loop.train(cfg, workdir)
+except KeyboardInterrupt as error:
+  assert isinstance(error, stop.Stopped) and "starting again goes on" in str(error)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  print("interrupted")
 """
 
 
-def test_sigterm_saves_and_leaves_with_status_0(straight, train_config, tmp_path):
-  """A run of a million steps is told to stop, then resumed for two more."""
+def test_sigterm_and_ctrl_c_save_and_leave(straight, train_config, tmp_path):
+  """A run of a million steps is told to stop, starts again, is interrupted, then resumed for two
+  more."""
   cfg = dataclasses.replace(
     train_config,
     num_steps=10**6,
@@ -344,14 +353,25 @@ def test_sigterm_saves_and_leaves_with_status_0(straight, train_config, tmp_path
     stderr=subprocess.PIPE,
     text=True,
   )
-  log, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 240
-  while not (log.exists() and log.read_text()) and time.time() < deadline:
-    assert process.poll() is None, process.communicate()[1][-2000:]
-    time.sleep(0.1)
-  process.send_signal(signal.SIGTERM)
+  log, deadline, last = tmp_path / "run" / "metrics.jsonl", time.time() + 240, 0
+  for number in (signal.SIGTERM, signal.SIGINT):
+    while time.time() < deadline and not _has_step(log, last + 1):
+      assert process.poll() is None, process.communicate()[1][-2000:]
+      time.sleep(0.1)
+    process.send_signal(number)
+    while time.time() < deadline and orbax_io.latest_step(tmp_path / "run") <= last:
+      assert process.poll() is None or number == signal.SIGINT, process.communicate()[1][-2000:]
+      time.sleep(0.1)
+    last = orbax_io.latest_step(tmp_path / "run")
   out, err = process.communicate(timeout=60)
   assert process.returncode == 0, err[-2000:]
-  last = orbax_io.latest_step(tmp_path / "run")
-  assert last >= 1 and f"SIGTERM: saved step {last}" in out
+  assert "SIGTERM: saved step " in out and f"Ctrl-C: saved step {last} " in out
+  assert out.endswith("interrupted\n") and "once more: leave at once" in err
   result = loop.train(dataclasses.replace(cfg, num_steps=last + 2), tmp_path / "run")
   assert result.step == last + 2
+
+
+def _has_step(log, step):
+  return log.exists() and any(
+    json.loads(line)["step"] >= step for line in log.read_text().split("\n")[:-1]
+  )
