@@ -1,7 +1,6 @@
 """Text-compression baselines for bits per byte: an interpolated byte n-gram model and gzip."""
 
 import gzip
-import math
 
 import numpy as np
 
@@ -53,8 +52,3 @@ def gzip_bits_per_byte(heldout: bytes) -> float:
   if not heldout:
     raise ValueError("gzip baseline: 0 held-out bytes")
   return 8 * len(gzip.compress(heldout, 9)) / len(heldout)
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-  """Total negative log-likelihood in nats over the bytes that the tokens stand for."""
-  return nats / math.log(2) / num_bytes

@@ -6,22 +6,18 @@ choice is by hash: the same pools give the same rows in any order of reading.
 
 import dataclasses
 import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from minicpm_jax.config import validate
-from minicpm_jax.core import files
 from minicpm_jax.data import dedup, documents
 from minicpm_jax.data.documents import Doc
 
 Kind = Literal["llm_scored", "instruction", "textbook", "synthetic", "web"]
 Split = Literal["train", "dev", "test"]
-KINDS = ("llm_scored", "instruction", "textbook", "synthetic", "web")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,19 +171,3 @@ def _nearest(
     if (signatures[row] == own).mean() >= cfg.threshold:
       return row
   return None
-
-
-def save_pools(pools: Sequence[SeedPool], path: str | os.PathLike[str]) -> None:
-  """The registry of pools with their verdicts, as JSON."""
-  rows = [dataclasses.asdict(pool) | {"deltas": dict(pool.deltas)} for pool in pools]
-  files.write_json(path, rows)
-
-
-def load_pools(path: str | os.PathLike[str]) -> list[SeedPool]:
-  try:
-    rows = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if not isinstance(rows, list):
-      raise TypeError(f"found {type(rows).__name__}")
-    return [SeedPool(**row) for row in rows]
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path}: not a list of seed pools ({error})") from None

@@ -6,11 +6,9 @@ order (integers only; means come from exact sums).
 
 import collections
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
 
-from minicpm_jax.core import files
 from minicpm_jax.data.documents import Doc
 
 SCORE_BINS = 20
@@ -95,8 +93,3 @@ def collect(docs: Iterable[Doc]) -> Stats:
   for doc in docs:
     stats.add(doc)
   return stats
-
-
-def write(stats: Stats, path: str | os.PathLike[str]) -> None:
-  """One JSON file, whole or not at all."""
-  files.write_json(path, stats.as_dict())

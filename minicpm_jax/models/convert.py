@@ -209,16 +209,6 @@ def mtp_to_eagle(cfg: ModelConfig, params: types.Params) -> tuple[DraftConfig, t
   }
 
 
-def eagle_to_mtp(params: types.Params) -> types.Params:
-  """Inverse of `mtp_to_eagle` on parameters: the subtree `params["mtp"]` of the target."""
-  return {
-    "proj": {"kernel": _swap_halves(params["fc"]["kernel"])},
-    "embed_norm": params["embed_norm"],
-    "hidden_norm": params["hidden_norm"],
-    "layer": params["layers_0"],
-  }
-
-
 def _swap_halves(kernel_2DD: Any) -> Any:
   first, second = jnp.split(jnp.asarray(kernel_2DD), 2, axis=0)
   return jnp.concatenate((second, first), axis=0)

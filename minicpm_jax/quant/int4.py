@@ -64,17 +64,10 @@ def _search(w: Any, group_size: int, num_in: int, num_lead: int) -> tuple[Any, A
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def fused_flag(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
-  """`is_fused` as a traced bool."""
+  """Whether every group lies on an int4 grid; groups under 16 channels prove nothing."""
   w_QgO, scale, error = _search(w, group_size, num_in, num_lead)
   is_telling = w_QgO.shape[-2] >= 16
   return is_telling & jnp.all(error <= TOLERANCE) & jnp.any(scale > 0)
-
-
-def is_fused(
-  w: Float[types.AnyArray, "..."], group_size: int = 128, *, num_in: int = 1, num_lead: int = 0
-) -> bool:
-  """True where every group lies on an int4 grid; groups under 16 channels prove nothing."""
-  return bool(fused_flag(jnp.asarray(w), group_size, num_in, num_lead))
 
 
 def recover(

@@ -174,7 +174,7 @@ def make(
       raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected {want}")
   codes = jnp.asarray(codes)
   if codes.dtype != rule.dtype or rule.dtype != jnp.int4:
-    _check_range(codes, rule, "codes")
+    _check_range(codes, rule)
   return QTensor(
     codes=codes.astype(rule.dtype),
     scale=jnp.asarray(scale),
@@ -187,15 +187,7 @@ def make(
   )
 
 
-def check_codes(qt: QTensor, name: str = "codes") -> None:
-  """Refuses codes outside the scheme's range, and non-finite scales (concrete arrays)."""
-  rule = schemes.get(qt.scheme)
-  _check_range(unpack(qt).codes.astype(jnp.int8), rule, name)
-  if not bool(jnp.all(jnp.isfinite(qt.scale.astype(jnp.float32)))):
-    raise ValueError(f"{name}: scale: found a value that is not finite, expected finite scales")
-
-
-def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme, name: str) -> None:
+def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme) -> None:
   if isinstance(codes, jax.core.Tracer) or not codes.size:
     return
   with jax.ensure_compile_time_eval():  # under jit too, codes that are known are checked
@@ -203,7 +195,7 @@ def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme, nam
     low, high = int(jnp.min(codes)), int(jnp.max(codes))
   if low < rule.low or high > rule.high:
     raise ValueError(
-      f"{name}: found codes {low}..{high}, expected {rule.low}..{rule.high} ({rule.name})"
+      f"codes: found codes {low}..{high}, expected {rule.low}..{rule.high} ({rule.name})"
     )
 
 

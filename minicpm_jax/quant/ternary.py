@@ -54,13 +54,6 @@ def fake(
   return qat.straight_through(jnp.asarray(w), qtensor.dequantize(qt, w.dtype))
 
 
-def is_fused(
-  w: Float[types.AnyArray, "..."], group_size: int = -1, *, num_in: int = 1, num_lead: int = 0
-) -> bool:
-  """True where no group has two distinct non-zero magnitudes (and some weight is not zero)."""
-  return bool(_is_fused(jnp.asarray(w), group_size, num_in, num_lead))
-
-
 def recover(
   w: Float[types.AnyArray, "..."],
   group_size: int = -1,
@@ -71,8 +64,8 @@ def recover(
   name: str = "kernel",
 ) -> qtensor.QTensor:
   """Codes and scales of fused weights: s is the group's one magnitude; FusedWeightsError if not."""
-  layout = dict(num_in=num_in, num_lead=num_lead)
-  if not is_fused(w, group_size, **layout) and bool(jnp.any(w != 0)):
+  is_fused = fused_flag(jnp.asarray(w), group_size, num_in, num_lead)
+  if not bool(is_fused) and bool(jnp.any(w != 0)):
     raise FusedWeightsError(
       f"{name}: found groups of {group_size} with several magnitudes, expected fused ternary "
       "weights (0 and +-s in every group; is the group size right?)"
@@ -85,7 +78,8 @@ def recover(
     high.astype(scale_dtype).reshape(*lead, high.shape[-3], *shape[num_in:]),
     "ternary",
     group_size=group_size,
-    **layout,
+    num_in=num_in,
+    num_lead=num_lead,
   )
 
 
@@ -118,7 +112,7 @@ def _looks_fused(w: Any, scheme: str, group_size: int, num_in: int, num_lead: in
   layout = (num_in, num_lead)
   width = math.prod(w.shape[num_lead : num_lead + num_in])
   sizes = {group_size, -1} | ({_RUN} if width % _RUN == 0 else set())
-  is_ternary = functools.reduce(jnp.logical_or, (_is_fused(w, size, *layout) for size in sizes))
+  is_ternary = functools.reduce(jnp.logical_or, (fused_flag(w, size, *layout) for size in sizes))
   is_grid = is_ternary | int4.fused_flag(w, group_size, *layout)
   book = schemes.get(scheme)
   return is_grid if book.divisor is None else is_grid | _is_on_grid(w, book, group_size, *layout)
@@ -138,7 +132,8 @@ def _is_on_grid(w: Any, book: schemes.Scheme, group_size: int, num_in: int, num_
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _is_fused(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+def fused_flag(w: Any, group_size: int, num_in: int, num_lead: int) -> Any:
+  """Whether no group has two distinct non-zero magnitudes (and some weight is not zero)."""
   size, high = _magnitudes(w, group_size, num_in, num_lead)
   low = jnp.min(jnp.where(size > 0, size, jnp.inf), axis=-2, keepdims=True)
   return jnp.all((high == 0) | (high - low <= TOLERANCE * high)) & jnp.any(high > 0)

@@ -268,10 +268,3 @@ def fit_scaling_law(n: Vector, d: Vector, losses: Vector) -> ScalingLaw:
     rmse=math.sqrt(error / len(ls)),
     r_squared=1.0 - error / float(np.sum((ls - ls.mean()) ** 2)),
   )
-
-
-def per_byte(nats_per_token: Number, *, tokens: int, num_bytes: int) -> float:
-  """Nats per byte: comparable across tokenizers (MiniCPM 4.5)."""
-  if num_bytes <= 0 or tokens <= 0:
-    raise ValueError(f"tokens, num_bytes: found {tokens}, {num_bytes}, expected > 0")
-  return nats_per_token * tokens / num_bytes

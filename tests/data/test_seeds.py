@@ -27,15 +27,6 @@ def test_instruction_pools_are_rendered(tmp_path):
     list(seeds.read_pool(pool))
 
 
-def test_pools_survive_json(tmp_path):
-  pool = seeds.SeedPool(name="a", path="x", lang="zh", kind="web", accepted=True, deltas={"m": 0.2})
-  seeds.save_pools([pool], tmp_path / "pools.json")
-  assert seeds.load_pools(tmp_path / "pools.json") == [pool]
-  (tmp_path / "pools.json").write_text('[{"name": "a"}]')
-  with pytest.raises(ValueError, match="pools.json: not a list of seed pools"):
-    seeds.load_pools(tmp_path / "pools.json")
-
-
 def test_negatives_have_equal_shares_and_small_sources_give_all():
   sources = {"a": docs("a", 100), "b": docs("b", 10), "c": docs("c", 100)}
   chosen = collections.Counter(d.source for d in seeds.sample_negatives(sources, 90))
@@ -134,11 +125,3 @@ def test_statistics_by_hand_and_merged():
   assert parts == whole == stats.collect(given[::-1])
   assert json.loads(json.dumps(found)) == found
   assert dataclasses.replace(whole).as_dict() == found
-
-
-@pytest.mark.parametrize("content", ["", "{", "{}", "null", "[1]", '[{"name": "a"}]'])
-def test_a_file_of_no_pools_is_refused(tmp_path, content):
-  path = tmp_path / "pools.json"
-  path.write_text(content)
-  with pytest.raises(ValueError, match=r"pools\.json"):
-    seeds.load_pools(path)

@@ -106,7 +106,7 @@ def test_stack_and_unstack_are_inverse(dense):
   common.assert_trees_close(back, params, atol=0, rtol=0)
 
 
-def test_mtp_to_eagle_gives_the_logits_of_the_mtp_head_and_goes_back():
+def test_mtp_to_eagle_gives_the_logits_of_the_mtp_head():
   cfg = common.config(mtp=MTPConfig(), num_layers=3)
   model, params = common.build(cfg)
   tokens_BT = common.tokens((2, 9))
@@ -130,7 +130,6 @@ def test_mtp_to_eagle_gives_the_logits_of_the_mtp_head_and_goes_back():
     return draft.apply({"params": draft_params}, hidden, head, method="logits")
 
   np.testing.assert_allclose(draft_logits(draft_params), expected[:, :-1], atol=1e-4)
-  common.assert_trees_close(convert.eagle_to_mtp(draft_params), params["mtp"], atol=0, rtol=0)
   with pytest.raises(ValueError, match="model.mtp: found no MTP module"):
     convert.mtp_to_eagle(common.config(), params)
 

@@ -119,12 +119,6 @@ def test_zero_points_and_group_index():
       r"codes: found codes 9..9, expected -8..7",
     ),
     (
-      lambda: qtensor.check_codes(
-        qtensor.quantize(jnp.ones((4, 1))).replace(codes=jnp.full((4, 1), 3, jnp.int8)), "w"
-      ),
-      r"w: found codes 3..3, expected -1..1",
-    ),
-    (
       lambda: qtensor.unpack(
         qtensor.pack(qtensor.quantize(jnp.ones((6, 2)))).replace(shape=(9, 2))
       ),

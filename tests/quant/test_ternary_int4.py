@@ -49,7 +49,7 @@ def test_gradient_is_the_identity_also_where_clipped():
 def test_codes_come_back_from_fused_weights(lib, g, dtype):
   qt = lib.quantize(jnp.asarray(W_KN), g, scale_dtype=jnp.float32)
   fused = qtensor.dequantize(qt, dtype)
-  assert lib.is_fused(fused, g) and not lib.is_fused(jnp.asarray(W_KN), g)
+  assert lib.fused_flag(fused, g, 1, 0) and not lib.fused_flag(jnp.asarray(W_KN), g, 1, 0)
   found = lib.recover(fused, g)
   np.testing.assert_array_equal(found.codes, qt.codes)
   np.testing.assert_allclose(found.scale, qt.scale, rtol=2**-7)

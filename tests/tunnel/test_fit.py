@@ -161,10 +161,6 @@ def test_curve_recovers_and_matches_scipy(kind):
   assert found.rmse < other.rmse
 
 
-def test_per_byte():
-  assert fit.per_byte(2.0, tokens=100, num_bytes=400) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize(
   "call, match",
   [
