@@ -32,8 +32,8 @@ def select_blocks(
   start_BT: position of the first token of the query's document, a multiple of `rule.alignment`
     (`rules.NOWHERE` = padding, which takes no block); None = 0.
   num_slots: bound of all positions, static.
-  nodes: of a draft tree: positions (instead of q_offset's) and each query's own windows. Served by
-    "xla", which reads the common keys once for all queries of a row.
+  nodes: of a draft tree: positions and each query's own windows; q_offset is then the number of
+    committed tokens. "triton" and "xla" serve it, reading common keys once for a row's queries.
 
   Returns ids [B, K, T, W] int32 on the row's grid, ascending, -1 = none (at the end), and counts
   [B, K, T]. W = rule.num_selected. Ties go to the lower block. No gradient. Work is
@@ -57,7 +57,10 @@ def select_blocks(
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
   if nodes is not None:
-    serve = {"xla": lambda: xla.select_xla(*args, tiles["xla"], nodes)}
+    serve = {
+      "xla": lambda: xla.select_xla(*args, tiles["xla"], nodes),
+      "triton": lambda: triton.select_triton(*args, tiles["triton"], nodes),
+    }
     return spec.dispatch("sparse_topk of a tree's nodes", implementation, serve)
   return spec.dispatch(
     "sparse_topk",

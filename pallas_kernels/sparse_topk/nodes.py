@@ -25,6 +25,10 @@ class Own:
   def num(self) -> int:
     return self.keys_BTRKH.shape[2]
 
+  def of(self, some: slice) -> "Own":
+    """Of some of the nodes."""
+    return dataclasses.replace(self, keys_BTRKH=self.keys_BTRKH[:, some])
+
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=["pos_BT", "fine", "coarse"], meta_fields=[]
@@ -36,6 +40,9 @@ class Nodes:
   pos_BT: jax.Array
   fine: Own
   coarse: Own
+
+  def of(self, some: slice) -> "Nodes":
+    return Nodes(self.pos_BT[:, some], self.fine.of(some), self.coarse.of(some))
 
 
 def with_own(dots_CGF, q_CGH, window_F, first, keys_CRH):

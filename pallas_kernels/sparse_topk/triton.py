@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.common import gpu, tune
 from pallas_kernels.sparse_topk import few, launches
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import rule as rules
 
 
@@ -137,13 +138,17 @@ def select_triton(
   rule: rules.Rule,
   num_slots: int,
   config: TritonConfig | None = None,
+  nodes: nodes_lib.Nodes | None = None,
 ):
   """As `xla.select_xla`, or NotImplementedError with the reason. `config`: of the kernels for many
-  queries, also where there are few."""
+  queries, also where there are few (but for nodes)."""
   (B, T), K, W = q_BTNH.shape[:2], fine_BFKH.shape[2], rule.num_selected
   rows, scores, choose = runs(
     q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots, config
   )
+  if nodes is not None:
+    args = (q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots)
+    return few.select_nodes(*args, nodes)
   if config is None and few.is_served(q_BTNH, K):
     return few.select(q_BTNH, fine_BFKH, coarse_BFKH, q_offset, start_BT, rule, num_slots)
 

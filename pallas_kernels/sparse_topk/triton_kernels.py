@@ -328,6 +328,7 @@ def few_rows(
   HP: tl.constexpr,
   QUERIES: tl.constexpr,
   HEADS: tl.constexpr,
+  STEP: tl.constexpr,
 ):
   """(q [HEADS * QUERIES, HP], positions and starts of the rows, which rows are queries' heads)."""
   row, h = tl.arange(0, HEADS * QUERIES), tl.arange(0, HP)
@@ -336,7 +337,7 @@ def few_rows(
   offsets = ((batch * T + t_r) * (K * G) + head * G + g_r)[:, None] * H + h[None, :]
   q_rH = tl.load(q_ptr + offsets, mask=is_row[:, None] & (h < H)[None, :], other=0.0)
   start_r = tl.load(start_ptr + batch * T + t_r, mask=is_row, other=NOWHERE)
-  return q_rH, tl.load(offset_ptr + batch) + t_r, start_r, is_row
+  return q_rH, tl.load(offset_ptr + batch) + STEP * t_r, start_r, is_row
 
 
 @triton.jit
@@ -358,13 +359,14 @@ def few_norms(
   STRIDE: tl.constexpr,
   QUERIES: tl.constexpr,  # at least T
   HEADS: tl.constexpr,  # at least G
+  STEP: tl.constexpr,  # of positions from query to query
   KEYS: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
   """The normaliser's share of one tile of keys: few queries leave no other work to share out."""
   tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
   q_rH, pos_r, start_r, is_row = few_rows(
-    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS
+    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS, STEP
   )
   c = tile * KEYS + tl.arange(0, KEYS)
   keys_cH = load_keys(keys_ptr + (batch * C * K + head) * H, c, C, K, H, HP)
@@ -391,17 +393,15 @@ def few_scores(
   scale: tl.constexpr,
   T: tl.constexpr,
   F: tl.constexpr,
-  C: tl.constexpr,
   K: tl.constexpr,
   G: tl.constexpr,
   H: tl.constexpr,
   HP: tl.constexpr,
   SIZE: tl.constexpr,
   STRIDE: tl.constexpr,
-  NORM_SIZE: tl.constexpr,
-  NORM_STRIDE: tl.constexpr,
   QUERIES: tl.constexpr,
   HEADS: tl.constexpr,
+  STEP: tl.constexpr,
   KEYS: tl.constexpr,
   TILES: tl.constexpr,
   TOGETHER: tl.constexpr,  # tiles read in one step
@@ -409,7 +409,7 @@ def few_scores(
 ):
   tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
   q_rH, pos_r, start_r, is_row = few_rows(
-    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS
+    q_ptr, offset_ptr, start_ptr, batch, head, T, K, G, H, HP, QUERIES, HEADS, STEP
   )
   f = tile * KEYS + tl.arange(0, KEYS)
   keys_fH = load_keys(keys_ptr + (batch * F * K + head) * H, f, F, K, H, HP)
@@ -426,15 +426,14 @@ def few_scores(
     sum_r *= tl.exp2(top_r - new_r)
     sum_r += tl.sum(sums_ir * tl.exp2(tops_ir - new_r[None, :]), axis=0)
     top_r = new_r
-  begin_r, end_r = visible(pos_r, start_r, NORM_SIZE, NORM_STRIDE, C)
-  is_seeing = (begin_r < end_r) & is_row & (sum_r > 0)
+  is_seeing = is_row & (sum_r > 0)
   norm_r = tl.where(is_seeing, top_r + tl.log2(tl.where(is_seeing, sum_r, 1.0)), BLIND)
   logits_fr = tl.dot(keys_fH, tl.trans(q_rH), input_precision=PRECISION)
   probs_fr = tl.exp2(tl.minimum(logits_fr * (scale * LOG2E) - norm_r[None, :], CLAMP))
   scores_fq = tl.sum(tl.reshape(probs_fr, [KEYS, HEADS, QUERIES]), axis=1)
   t_q = tl.arange(0, QUERIES)
   start_q = tl.load(start_ptr + batch * T + t_q, mask=t_q < T, other=NOWHERE)
-  begin_q, end_q = visible(tl.load(offset_ptr + batch) + t_q, start_q, SIZE, STRIDE, F)
+  begin_q, end_q = visible(tl.load(offset_ptr + batch) + STEP * t_q, start_q, SIZE, STRIDE, F)
   seen = (f[:, None] >= begin_q[None, :]) & (f[:, None] < end_q[None, :])
   rows_q = ((batch * K + head) * T + t_q) * F
   is_out = (f < F)[:, None] & (t_q < T)[None, :]

@@ -170,7 +170,7 @@ def select_xla(
 
   q_offset: int or int32 [B], grid position of the first query; start_BT: grid position of the
   first token of the query's document (`rules.NOWHERE` = padding). `num_slots` bounds all positions.
-  nodes: a tree's, whose positions go before q_offset.
+  nodes: a draft tree's, with positions of their own.
   """
   config = config or XlaConfig()
   B, T, N, H = q_BTNH.shape

@@ -1,5 +1,7 @@
 """Values of the Triton kernels. Run by test_triton.py in a process with TRITON_INTERPRET=1."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from pallas_kernels.sparse_topk import few
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
+from pallas_kernels.sparse_topk import xla as topk_xla
 from tests.pallas_kernels import sparse_suite as suite
 
 pytestmark = pytest.mark.usefixtures("on_the_host")
@@ -42,6 +45,17 @@ def test_select_few(selection, lse, num_queries, offset):
   suite.check_select(few.select, rule, num_queries=num_queries, offset=offset)
   if num_queries == 1:
     suite.check_select_packed(few.select, rule, T=12)
+
+
+@pytest.mark.parametrize("lse, num_nodes, most", [("exact", 5, 16), ("coarse", 6, 4)])
+def test_select_nodes(lse, num_nodes, most, monkeypatch):
+  """The ids of the XLA form, whole and in runs of 4: two tiles of common keys, two own windows."""
+  monkeypatch.setattr(few, "is_served", lambda q, K: q.shape[1] <= most)
+  rule = dataclasses.replace(suite.small_rule("split", lse), topk=4)  # three free choices
+  args, nodes = suite.tree_inputs(rule, num_nodes)
+  found = few.select_nodes(*args, nodes)
+  for x, y in zip(found, topk_xla.select_xla(*args, nodes=nodes), strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("selection", ["joint", "split"])

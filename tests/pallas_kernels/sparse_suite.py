@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sparse_attention import ref as attention_ref
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import xla as topk_xla
@@ -83,6 +84,26 @@ def check_select_packed(select, rule: rules.Rule, H=8, T=30):
   args = (q, fine, coarse, jnp.full((B,), 70, jnp.int32), jnp.asarray(start), rule, T + 70)
   for found, expected in zip(select(*args), topk_xla.select_xla(*args), strict=True):
     np.testing.assert_array_equal(found, expected)
+
+
+def tree_inputs(rule: rules.Rule, num_nodes: int, dtype=jnp.float32, H=8, group=3, slots=760):
+  """(arguments of select_xla, nodes): rows of 700 and 75 tokens; own windows that weigh much."""
+  rng = np.random.default_rng(4)
+  B, K, R = 2, 2, 3
+  q = normal(rng, B, num_nodes, K * group, H, dtype=dtype)
+  length = np.array([700, 75], np.int32)
+  start = jnp.zeros((B, num_nodes), jnp.int32)
+  depth = np.arange(num_nodes) * 7 % 11
+  keys, own = [], []
+  for level in (1, rules.COARSE):
+    size, stride = level * rule.kernel_size, level * rule.kernel_stride
+    keys.append(normal(rng, B, rule.num_windows(slots, level), K, H, dtype=dtype))
+    first = jnp.asarray((length - size) // stride + 1)
+    more = 8 * normal(rng, B, num_nodes, R, K, H, dtype=dtype)
+    own.append(nodes_lib.Own(first, more))
+  pos = jnp.asarray(length[:, None] + depth[None, :], jnp.int32)
+  args = (q, *keys, jnp.asarray(length), start, rule, slots)
+  return args, nodes_lib.Nodes(pos, *own)
 
 
 # --- Attention -----------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ import unittest.mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.sparse_attention import triton as attention
 from pallas_kernels.sparse_decode import triton as decoding
 from pallas_kernels.sparse_topk import few
+from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import rule as rules
 from pallas_kernels.sparse_topk import triton as topk
+from pallas_kernels.sparse_topk import xla as topk_xla
 from tests.pallas_kernels import sparse_suite as suite
 from tests.pallas_kernels import triton_cubin as cubin
 from tests.pallas_kernels import triton_host as host
@@ -60,6 +63,21 @@ def few_program(num_heads, head_dim, arch, lse, T=12):
   ), avals
 
 
+def nodes_program(num_heads, head_dim, arch, lse, T=12):
+  slots, K, R = 131072, 2, 1
+  rule = rules.Rule(lse=lse)
+  keys = [like(1, rule.num_windows(slots, level), K, head_dim) for level in (1, rules.COARSE)]
+  own = nodes_lib.Own(like(1, dtype=jnp.int32), like(1, T, R, K, head_dim))
+  numbers = [like(1, T, dtype=jnp.int32)] * 2
+  avals = (like(1, T, num_heads, head_dim), *keys, *numbers, own, own)
+
+  def run(q, fine, coarse, start, pos, *own):
+    nodes = nodes_lib.Nodes(pos, *own)
+    return few.select(q, fine, coarse, slots - T, start, rule, slots, arch, nodes)
+
+  return run, avals
+
+
 def attend_program(num_heads, head_dim, arch, num_local=33, has_grad=True, dtype=jnp.bfloat16):
   T, K = 4096, 2
   config = attention.default_config(num_heads // K, head_dim, dtype)
@@ -98,6 +116,7 @@ LOWERED = {
   "select_80": lambda: select_program(16, 64, 80, "exact"),
   "select_90": lambda: select_program(32, 128, 90, "coarse"),
   "few_90": lambda: few_program(32, 128, 90, "exact"),
+  "nodes_90": lambda: nodes_program(32, 128, 90, "coarse"),
   "attend_80": lambda: attend_program(16, 64, 80, has_grad=False),
   "attend_90": lambda: attend_program(32, 128, 90, num_local=0),
   "decode_80": lambda: decode_program(16, 64, 80, False),
@@ -112,12 +131,13 @@ def test_lowers_for_cuda(program, triton_installed):
   assert "triton_kernel_call" in text
 
 
-@pytest.mark.parametrize("op", ["select", "few", "attend", "decode"])
+@pytest.mark.parametrize("op", ["select", "few", "nodes", "attend", "decode"])
 def test_compiles_to_cubins_without_spills(op, triton_installed):
   """The 8B shape (G 16, H 128) on sm_80 and sm_90; prints registers, spills and shared memory."""
   program = {
     "select": lambda arch: select_program(32, 128, arch, "coarse"),
     "few": lambda arch: few_program(32, 128, arch, "exact", T=16),
+    "nodes": lambda arch: nodes_program(32, 128, arch, "exact"),
     "attend": lambda arch: attend_program(32, 128, arch),
     "decode": lambda arch: decode_program(32, 128, arch, True),
   }[op]
@@ -128,7 +148,9 @@ def test_compiles_to_cubins_without_spills(op, triton_installed):
   assert {row.arch for row in rows} == set(ARCHS)
   for row in rows:
     assert row.spills == 0, row
-    most = 99 if op == "few" else 163 if row.arch == 80 else 227  # sm_86 and sm_89 have 99
+    most = (
+      99 if op in ("few", "nodes") else 163 if row.arch == 80 else 227
+    )  # sm_86 and sm_89 have 99
     assert row.shared <= most * 1024, row
 
 
@@ -220,6 +242,17 @@ def test_select_of_few_on_the_device(num_queries, lse):
   shape = dict(offset=131000, num_queries=num_queries, H=128, group=16)
   rule = rules.Rule(lse=lse, selection="joint" if num_queries == 1 else "split")
   suite.check_select(topk.select_triton, rule, dtype=jnp.bfloat16, **shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+@pytest.mark.parametrize("num_nodes", [12, 40])
+def test_select_of_nodes_on_the_device(num_nodes, lse):
+  """As XLA's form, but for blocks whose scores differ by rounding."""
+  args, nodes = suite.tree_inputs(rules.Rule(lse=lse), num_nodes, jnp.bfloat16, 128, 16, 131072)
+  found = topk.select_triton(*args, nodes=nodes)[0]
+  expected = topk_xla.select_xla(*args, nodes=nodes)[0]
+  assert np.mean(np.asarray(found == expected)) > 0.99
 
 
 @pytest.mark.gpu
