@@ -112,11 +112,16 @@ def random(shape: str) -> Weights:
   return Weights(path=None, model=model, params=params, tok=None)
 
 
-def quantised(weights: Weights, scheme: str, group_size: int = -1) -> Weights:
-  """Projections rounded to nearest by the scheme's own rule; embedding and head stay float32."""
+def quantised(
+  weights: Weights, scheme: str, group_size: int = -1, head: str | None = None
+) -> Weights:
+  """Projections rounded to nearest by the scheme's own rule; embedding and head stay float32, or
+  are of the scheme `head` (int4: in groups of 64)."""
   quant = config.QuantConfig(scheme=scheme, group_size=group_size, weights="packed")
   params = joined.split_projections(weights.model.cfg, weights.params)
   params = tree.quantize_params(quant, params)
+  if head is not None:
+    params = tree.quantize_head(params, head, 64 if head == "int4" else -1)
   model = transformer.Transformer(dataclasses.replace(weights.model.cfg, quant=quant))
   model, params = generate.for_decoding(model, params)
   return dataclasses.replace(weights, model=model, params=params)
@@ -149,8 +154,16 @@ class Plain:
 class LowBit(Plain):
   """Our jitted loop on codes."""
 
-  def __init__(self, weights: Weights, settings: Settings, *, scheme: str, group_size: int = -1):
-    weights = quantised(weights, scheme, group_size)
+  def __init__(
+    self,
+    weights: Weights,
+    settings: Settings,
+    *,
+    scheme: str,
+    group_size: int = -1,
+    head: str | None = None,
+  ):
+    weights = quantised(weights, scheme, group_size, head)
     super().__init__(weights, settings, rounds=generate.MAX_ROUNDS)
 
 
@@ -277,6 +290,14 @@ SIDES = {
   "ours, int8": lambda *args: LowBit(*args, scheme="int8"),
   "ours, int4 in groups of 64": lambda *args: LowBit(*args, scheme="int4", group_size=64),
   "ours, ternary": lambda *args: LowBit(*args, scheme="ternary"),
+  "ours, int8, head too": lambda *args: LowBit(*args, scheme="int8", head="int8"),
+  "ours, int4 in groups of 64, head int8": lambda *args: LowBit(
+    *args, scheme="int4", group_size=64, head="int8"
+  ),
+  "ours, int4 in groups of 64, head too": lambda *args: LowBit(
+    *args, scheme="int4", group_size=64, head="int4"
+  ),
+  "ours, ternary, head int4": lambda *args: LowBit(*args, scheme="ternary", head="int4"),
   "ours, int4, act order": lambda *args: ActOrder(*args, is_sorted=True),
   "ours, int4, act order as stored": lambda *args: ActOrder(*args, is_sorted=False),
 }
@@ -293,6 +314,8 @@ SUITES = {
   "lowbit": (
     _OURS,
     *("ours, int8", "ours, int4 in groups of 64", "ours, ternary"),
+    *("ours, int8, head too", "ours, int4 in groups of 64, head int8"),
+    *("ours, int4 in groups of 64, head too", "ours, ternary, head int4"),
     *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
   ),
   "act_order": (

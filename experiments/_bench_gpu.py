@@ -20,17 +20,24 @@ import numpy as np
 
 from experiments import _forced
 from minicpm_jax import config
+from minicpm_jax.config.quant import HEAD, PROJECTIONS
 from minicpm_jax.core import trees, types
-from minicpm_jax.infer import constrained, rounds
+from minicpm_jax.infer import constrained, frspec, rounds
 from minicpm_jax.infer import state as state_lib
 from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import joined, transformer, zoo
 from minicpm_jax.nn import sparse_cache, sparse_grid
-from minicpm_jax.quant import tree
+from minicpm_jax.quant import qtensor, tree
 from pallas_kernels.sparse_topk import xla as topk_xla
 
-QUANT = {"bf16": None, "int4": ("int4", 128), "ternary": ("ternary", -1)}
+QUANT = {
+  "bf16": None,
+  "int4": ("int4", 128),
+  "int4_head": ("int4", 128),  # the head too, for the draft as well
+  "ternary": ("ternary", -1),
+}
+TILE = 128  # outputs of the kernels' tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,12 @@ class Sizes:
   chunk: int = 2048
   room: int = 1024  # slots behind a context
   nodes: dict[str, tuple[int, ...]] = dataclasses.field(
-    default_factory=lambda: {"bf16": (4, 8, 12, 16, 32), "int4": (12, 32), "ternary": (12,)}
+    default_factory=lambda: {
+      "bf16": (4, 8, 12, 16, 32),
+      "int4": (12, 32),
+      "int4_head": (12,),
+      "ternary": (12,),
+    }
   )
   group: int | None = None  # of int4; None = 128
   calls: int = 24
@@ -74,7 +86,7 @@ def sizes(shape: str) -> Sizes:
     sparse=sparse,
   )
   more = dict(short=64, long=(256,), prompt=192, chunk=64, room=128, calls=2, repeats=1, group=32)
-  return Sizes(model=cfg, nodes={"bf16": (12,), "int4": (12,), "ternary": (12,)}, **more)
+  return Sizes(model=cfg, nodes=dict.fromkeys(QUANT, (12,)), **more)
 
 
 # --- Weights and contexts ------------------------------------------------------------------------
@@ -118,17 +130,22 @@ def _made(abstract: Any) -> Any:
 
 def weights(size: Sizes, kind: str) -> tuple[config.ModelConfig, types.Params, Any, types.Params]:
   """(target's config, parameters, draft's config, parameters) in the form of `for_decoding`."""
-  cfg, quant = size.model, None
+  cfg, quant, has_low_head = size.model, None, kind.endswith("_head")
   if QUANT[kind] is not None:
     scheme, group = QUANT[kind]
     group = size.group or group if group > 0 else group
     more = dict(weights="packed", scale_dtype="f32")
-    quant = config.QuantConfig(scheme=scheme, group_size=group, **more)
+    include = (PROJECTIONS, HEAD) if has_low_head else (PROJECTIONS,)
+    quant = config.QuantConfig(scheme=scheme, group_size=group, include=include, **more)
+  if has_low_head:  # whole tiles of outputs: nothing is padded in a step
+    cfg = dataclasses.replace(cfg, vocab_multiple=TILE)
   cfg = dataclasses.replace(cfg, quant=quant)
   shapes, _ = transformer.abstract_params(transformer.Transformer(cfg))
   params = _made(jax.eval_shape(lambda p: joined.join_projections(cfg, p), shapes))
   after = jax.jit(lambda table_VD: jnp.roll(table_VD, 1, axis=0).T)
   params["lm_head"]["kernel"] = after(params["embed"]["embedding"])
+  if has_low_head:
+    params = tree.quantize_head(params, quant.scheme, quant.group_size)
   draft_cfg = draft_lib.for_target(cfg, "minicpm", window_size=1024)
   if quant is not None:
     draft_cfg = draft_lib.quantized(draft_cfg, quant.group_size, "packed", scheme=quant.scheme)
@@ -140,9 +157,12 @@ def weights(size: Sizes, kind: str) -> tuple[config.ModelConfig, types.Params, A
 
 def with_fr(params: base.Params, vocab_size: int, share: float = 0.25) -> base.Params:
   """The same with FR-Spec: the draft scores `share` of the vocabulary, ids that are random."""
-  ids_R = np.random.default_rng(0).permutation(vocab_size)[: int(share * vocab_size)]
+  head_DV, num = params.target["lm_head"]["kernel"], int(share * vocab_size)
+  if qtensor.is_qtensor(head_DV) and num > TILE:
+    num = num // TILE * TILE
+  ids_R = np.random.default_rng(0).permutation(vocab_size)[:num]
   ids_R = np.sort(ids_R).astype(np.int32)
-  head_DR = jax.jit(lambda head_DV: head_DV[:, ids_R])(params.target["lm_head"]["kernel"])
+  head_DR = jax.jit(lambda head_DV: frspec.fr_head(head_DV, ids_R))(head_DV)
   return params._replace(draft=params.draft | {"head_DR": head_DR, "ids_R": jnp.asarray(ids_R)})
 
 

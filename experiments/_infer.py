@@ -123,7 +123,7 @@ def _preset(text: str) -> config.InferConfig:
 def load(cfg: config.InferConfig, *, max_batch: int, num_tokens: int | None = None) -> Loaded:
   """Everything that the config describes. `num_tokens`: context wanted; None = all there is."""
   num_nodes = 1 if draft_kind(cfg) == "none" else cfg.spec_tree_size
-  model, params, tok = _models.load(cfg.model_path, max_batch * num_nodes)
+  model, params, tok = _models.load(cfg.model_path, max_batch * num_nodes, cfg.quant_head)
   model, params = _as_asked(cfg, model, params)
   drafter, draft_params = _draft(cfg, model, params)
   nodes = 1 if drafter is None else base.num_rows(drafter)

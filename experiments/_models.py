@@ -1,5 +1,6 @@
 """`--model`: weights and tokenizer of whatever lies on disk, in the form that decodes fastest."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -10,6 +11,7 @@ from minicpm_jax.ckpt import orbax_io, run_config
 from minicpm_jax.core import fetch, types
 from minicpm_jax.infer import generate
 from minicpm_jax.models import transformer
+from minicpm_jax.quant import tree
 from minicpm_jax.text import tokenizer
 
 KINDS = (
@@ -19,10 +21,10 @@ KINDS = (
 
 
 def load(
-  spec: str, num_rows: int = 1
+  spec: str, num_rows: int = 1, quant_head: str = "none"
 ) -> tuple[transformer.Transformer, types.Params, tokenizer.Tokenizer]:
   """(model, params, tokenizer) of an HF folder, `workdir[@step]` or a GGUF file; num_rows as in
-  `generate.for_decoding`."""
+  `generate.for_decoding`. quant_head: a scheme for the output head, or none."""
   path = pathlib.Path(spec)
   is_cpu = jax.default_backend() == "cpu"
   if path.is_file() and path.suffix == ".gguf":
@@ -36,6 +38,8 @@ def load(
     raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")
   if tok is None:
     raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
+  if quant_head != "none":
+    params = with_low_head(model, params, quant_head)
   model, params = generate.for_decoding(model, params, num_rows, donate=True)
   return model, params, tok
 
@@ -52,6 +56,14 @@ def load_floats(path: pathlib.Path, **options: Any):
   """(model, params, tokenizer or None) in float32 as training has them: an HF folder or a GGUF."""
   read = ckpt.load_gguf if path.suffix == ".gguf" else ckpt.load_hf
   return read(path, dtype="f32", **options)
+
+
+def with_low_head(
+  model: transformer.Transformer, params: types.Params, scheme: str
+) -> types.Params:
+  """The output head rounded: int8 with a scale a token, int4 in groups of 128 or what divides."""
+  size = -1 if scheme == "int8" else math.gcd(128, model.cfg.model_dim)
+  return tree.quantize_head(params, scheme, size)
 
 
 def _what_is(path: pathlib.Path) -> str:

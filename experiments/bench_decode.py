@@ -44,7 +44,10 @@ _PARTS = flags.DEFINE_list(
   "parts", None, "Of --suite=gpu; default: all but prefill.", flag_values=VALUES
 )
 _WEIGHTS = flags.DEFINE_list(
-  "weights", None, "Of --suite=gpu: bf16, int4 (both by default), ternary.", flag_values=VALUES
+  "weights",
+  None,
+  "Of --suite=gpu: bf16, int4 (both by default), int4_head, ternary.",
+  flag_values=VALUES,
 )
 _COMPILERS = flags.DEFINE_integer(
   "compilers", 4, "Programs of --suite=gpu compiled together.", lower_bound=1, flag_values=VALUES

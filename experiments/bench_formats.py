@@ -3,9 +3,11 @@
   python -m experiments.bench_formats --heldout=TEXT
 
 Weights are rounded to nearest (calibrated methods: `bench_quantize`), projections only; embedding
-and head stay 16 bit or more, except in q8_0. float32, bf16 and q8_0 are GGUF files, int4 is a GPTQ
-folder (groups of 64); of int8 and ternary codes with a scale a channel the arrays are counted, with
-the other weights in bf16. Result: OUTPUT/bench_formats.json. Default model: the 135M model.
+and head stay 16 bit or more, except in q8_0 and where the name says so (int4+int8: its head and
+embedding are one int8 table). float32, bf16 and q8_0 are GGUF files, int4 is a GPTQ
+folder (groups of 64); of int8 and ternary codes with a scale a channel, and beside a rounded table,
+the arrays are counted, with the other weights in bf16. Result: OUTPUT/bench_formats.json. Default
+model: the 135M model.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ def _run() -> None:
   stream = _quantize.token_stream([pathlib.Path(_HELDOUT.value)], tok)
   text = _quantize.windows(stream, _ROWS.value, _LENGTH.value, None)
   rows = []
-  for name in ("float32", "bf16", "q8_0", "int8", "int4", "ternary"):
+  names = ("float32", "bf16", "q8_0", "int8", "int8+int8", "int4", "int4+int8", "int4+int4")
+  for name in (*names, "ternary"):
     with tempfile.TemporaryDirectory() as folder:
       size, *back = _written(name, pathlib.Path(folder), model, params, tok)
     value = _quantize.perplexity(*back, text)
@@ -68,11 +71,14 @@ def _written(name: str, folder: pathlib.Path, model: Any, params: Any, tok: Any)
     more = dict(embedding_kind="q8_0") if name == "q8_0" else {}
     ckpt.save_gguf(path, model, params, tok, kind=kind, **more)
     return path.stat().st_size, *ckpt.load_gguf(path, dtype="f32")[:2]
+  form, (name, _, head) = name, name.partition("+")
   size = 64 if name == "int4" else -1
   scale = "f16" if name == "int4" else "f32"
   quant = config.QuantConfig(scheme=name, group_size=size, weights="packed", scale_dtype=scale)
   low = tree.quantize_params(quant, params)
-  if name == "int4":
+  if head:
+    low = tree.quantize_head(low, head, 64 if head == "int4" else -1, scale_dtype="f16")
+  if form == "int4":
     ckpt.save_gptq(folder / "out", model, low, tok, dtype=jnp.bfloat16)
     files = sum(f.stat().st_size for f in (folder / "out").iterdir())
     back, params = ckpt.load_hf(folder / "out", dtype="f32")[:2]

@@ -110,7 +110,10 @@ def target_logp(
 
 def target_head(cfg: config.ModelConfig, params: types.Params, ids_R: Ids) -> Float[Array, "D R"]:
   """Columns `ids_R` of the target's head, not differentiable."""
-  if cfg.tie_embeddings:
+  if transformer.low_bit_head(cfg, params) is not None:
+    head_DV = transformer.head_weight(cfg, params)[:, : cfg.vocab_size]
+    head_DR = head_DV if ids_R is None else head_DV[:, ids_R]
+  elif cfg.tie_embeddings:
     table_VD = params["embed"]["embedding"]
     head_DR = (table_VD[: cfg.vocab_size] if ids_R is None else table_VD[ids_R]).T
   else:

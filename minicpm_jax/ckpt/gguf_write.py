@@ -200,7 +200,7 @@ def _warn_of_rounding(tensors: list[_Tensor], leaves: dict[str, Any]) -> None:
 
 
 def _shape(x: Any) -> tuple[int, ...]:
-  return (*x.lead, *x.shape) if qtensor.is_qtensor(x) else tuple(x.shape)
+  return tuple(x.full_shape if qtensor.is_qtensor(x) else x.shape)
 
 
 def _tensors(cfg: config.ModelConfig, kind: str, embedding_kind: str) -> Iterator[_Tensor]:
@@ -289,7 +289,7 @@ def _interleaved(cfg: config.ModelConfig, t: _Tensor, x: np.ndarray) -> np.ndarr
 
 def _fits(kind: str, qt: qtensor.QTensor) -> bool:
   """Whether a file of this kind holds the codes (q8_0: 127 times a scale in float16)."""
-  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None
+  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None and not qt.is_table
   is_held = (kind, qt.scheme) in (("q4_0", "int4"), ("q8_0", "ternary"))
   return is_held and is_plain and qt.in_size // qt.num_groups % 32 == 0
 

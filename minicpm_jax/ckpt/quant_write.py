@@ -16,6 +16,8 @@ from minicpm_jax.core import trees, types
 from minicpm_jax.models import joined, transformer
 from minicpm_jax.quant import gptq_format, marlin, qtensor
 
+_HEADS = ("embed/embedding", "lm_head/kernel")  # loaders take floats there
+
 
 def save_gptq(
   path: str | pathlib.Path,
@@ -28,7 +30,8 @@ def save_gptq(
   dtype: Any = None,
   max_shard_bytes: int | float = 5e9,
 ) -> None:
-  """A GPTQ folder of a model whose projections are int4 QTensors; other leaves in `dtype`.
+  """A GPTQ folder of a model whose projections are int4 QTensors; other leaves, a rounded head
+  among them, are floats in `dtype`.
 
   Scales are stored as float16 (exact where the solver rounded them so). version "gptq" stores zero
   points minus 1, "gptq_v2" as they are; loaders of today take both.
@@ -111,7 +114,8 @@ class _GPTQTensors:
     params = joined.split_projections(cfg, nn.unbox(params))
     flat = trees.flatten_paths(params, qtensor.is_qtensor)
     flat = {path: x for path, x in flat.items() if not path.startswith("mtp/")}
-    self.low = {path: qtensor.unpack(x) for path, x in flat.items() if qtensor.is_qtensor(x)}
+    is_low = lambda path, x: qtensor.is_qtensor(x) and path not in _HEADS  # noqa: E731
+    self.low = {path: qtensor.unpack(x) for path, x in flat.items() if is_low(path, x)}
     plain_cfg = dataclasses.replace(cfg, quant=None)
     _check_low(plain_cfg, self.low)
     to = None if dtype is None else types.dtype_of(hf_tensors.dtype_name(dtype))

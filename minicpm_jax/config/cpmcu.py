@@ -54,6 +54,7 @@ class InferConfig:
   hier_draft_path: str | None = None  # hier: EAGLE draft of the small model; None = n-grams
   hier_min_length: int = 6  # hier: tokens of a chain at least
   bita_width: int = 5  # bita: candidates of the first level
+  quant_head: Literal["none", "int8", "int4"] = "none"  # round the target's output head
   rounds_per_dispatch: int = 1
   max_batch: int = 4  # rows that decode together (server)
   max_context: int = 0  # tokens of prompt and answer; 0 = what model and memory allow

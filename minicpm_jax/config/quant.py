@@ -12,6 +12,10 @@ WeightsForm = Literal["latent", "codes", "packed"]
 
 # Projections of attention (GQA and latent), MLP and experts: never embedding, head, norms, router.
 PROJECTIONS = r"(^|/)(attn|mlp|moe)/(q|k|v|o|gate|up|down|q_a|q_b|kv_a|kv_b)/kernel$"
+# For running only (codes, packed): an untied model's head, and the table of embeddings, which is
+# also the head of a tied one.
+HEAD = r"^lm_head/kernel$"
+EMBEDDING = r"^embed/embedding$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from minicpm_jax.core import files
+from minicpm_jax.quant import qtensor
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first object of torch's files before they were archives
 _MAX_BYTES = 1 << 26  # of a .pt file; 64k ids take 200 kB
@@ -28,6 +29,7 @@ class FrIndexError(ValueError):
 
 
 Ids = Sequence[int] | Int[np.ndarray, "r"]
+Head = Num[Array | np.ndarray, "D _"] | qtensor.QTensor
 
 
 def count_tokens(token_lists: Iterable[Sequence[int]], vocab_size: int) -> Int[np.ndarray, " V"]:
@@ -130,9 +132,11 @@ def check_index(ids: Num[np.ndarray, " r"], vocab_size: int, what: str = "fr ind
     raise FrIndexError(f"{what}: found {np.unique(ids).size} distinct ids in {ids.size}")
 
 
-def fr_head(head_DV: Num[Array | np.ndarray, "D V"], ids: Ids) -> Num[Array | np.ndarray, "D r"]:
-  """The columns of the target's head that the draft scores, gathered once."""
+def fr_head(head_DV: Head, ids: Ids) -> Head:
+  """The columns [D, r] of the target's head [D, V] that the draft scores, gathered once."""
   check_index(np.asarray(ids), head_DV.shape[1])
+  if qtensor.is_qtensor(head_DV):
+    return qtensor.outputs(head_DV, np.asarray(ids))
   return head_DV[:, np.asarray(ids)]
 
 

@@ -17,11 +17,12 @@ from jaxtyping import Array, Key
 from minicpm_jax.config import DraftConfig, ModelConfig, MoEConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
-from minicpm_jax.models import joined
+from minicpm_jax.models import joined, transformer
 from minicpm_jax.quant import qtensor, ternary, tree
 
 Converted = tuple[ModelConfig, types.Params]
 
+_BY_OUTPUT = ("codes", "scale", "zero")  # arrays of a QTensor whose last axis are its outputs
 _BRANCH_ENDS = re.compile(r"layers(_\d+)?/(attn/o|mlp/down|moe/down)/kernel")
 
 
@@ -92,11 +93,14 @@ def unfold_from_llama(
 
 
 def untie(cfg: ModelConfig, params: types.Params) -> Converted:
-  """Gives the model a head of its own, equal to the embedding table."""
+  """Gives the model a head of its own, equal to the embedding table (codes of it: the same)."""
   if not cfg.tie_embeddings:
     return cfg, dict(params)
-  head = {"kernel": jnp.transpose(jnp.asarray(params["embed"]["embedding"]))}
-  return dataclasses.replace(cfg, tie_embeddings=False), {**params, "lm_head": head}
+  head = transformer.low_bit_head(cfg, params)
+  if head is None:
+    head = jnp.transpose(jnp.asarray(params["embed"]["embedding"]))
+  params = {**params, "lm_head": {"kernel": head}}
+  return dataclasses.replace(cfg, tie_embeddings=False), params
 
 
 def _resize_vocab(cfg: ModelConfig, params: types.Params, multiple: int) -> Converted:
@@ -109,11 +113,14 @@ def _resize_vocab(cfg: ModelConfig, params: types.Params, multiple: int) -> Conv
     return jnp.pad(kept, pad)
 
   def one(path: str, leaf: Any) -> Any:
-    if path == "embed/embedding":
-      return resize(leaf, 0)
-    return resize(leaf, 1) if path == "lm_head/kernel" else leaf
+    if path not in ("embed/embedding", "lm_head/kernel"):
+      return leaf
+    if not qtensor.is_qtensor(leaf):
+      return resize(leaf, 0 if path == "embed/embedding" else 1)
+    arrays = {n: resize(x, x.ndim - 1) for n in _BY_OUTPUT if (x := getattr(leaf, n)) is not None}
+    return leaf.replace(**arrays, shape=(leaf.shape[0], new_cfg.padded_vocab_size))
 
-  return new_cfg, trees.map_with_path(one, params)
+  return new_cfg, trees.map_with_path(one, params, is_leaf=qtensor.is_qtensor)
 
 
 def pad_vocab(cfg: ModelConfig, params: types.Params, multiple: int) -> Converted:

@@ -28,6 +28,7 @@ from minicpm_jax.config.quant import PROJECTIONS
 from minicpm_jax.core import mesh, types
 from minicpm_jax.models import draft_layers
 from minicpm_jax.nn import layers, rope
+from minicpm_jax.quant import qtensor
 
 Layers = tuple[tuple[Any, Any], ...]  # (k, v) of every draft layer
 
@@ -228,7 +229,7 @@ class DraftModel(nn.Module):
   def logits(
     self,
     hidden_BTD: Float[Array, "B T D"],
-    head_DR: Float[Array, "D V"] | None = None,
+    head_DR: Float[Array, "D V"] | qtensor.QTensor | None = None,
     *,
     table_VD: Float[Array, "W D"] | None = None,
   ) -> Float[Array, "B T R"]:
@@ -240,9 +241,12 @@ class DraftModel(nn.Module):
       hidden_BTD, head_DR, table_VD = self.norm(hidden_BTD), self.lm_head(), None
     if head_DR is None and table_VD is None:
       raise ValueError(f"head_DR: found None, expected the target's head for {self.cfg.kind!r}")
-    head, equation = (head_DR, "BTD,DR->BTR") if table_VD is None else (table_VD, "BTD,RD->BTR")
-    head = head.astype(hidden_BTD.dtype)
-    logits = jnp.einsum(equation, hidden_BTD, head, preferred_element_type=jnp.float32)
+    if qtensor.is_qtensor(head_DR):
+      logits = qtensor.matmul(hidden_BTD, head_DR, jnp.float32)
+    else:
+      head, equation = (head_DR, "BTD,DR->BTR") if table_VD is None else (table_VD, "BTD,RD->BTR")
+      head = head.astype(hidden_BTD.dtype)
+      logits = jnp.einsum(equation, hidden_BTD, head, preferred_element_type=jnp.float32)
     logits = mesh.constrain(logits, "act_batch", "act_seq", "act_vocab")
     scale = self.cfg.draft_logit_scale
     return logits if scale == 1.0 else logits * scale

@@ -33,6 +33,7 @@ from minicpm_jax.nn import (
   sparse_grid,
   sparse_tree,
 )
+from minicpm_jax.quant import qtensor
 from pallas_kernels.sparse_attention import mosaic_gpu as sparse_kernels
 
 Ids = Int[Array | np.ndarray, "B T"]
@@ -404,5 +405,14 @@ def abstract_params(model: Transformer) -> tuple[types.Params, types.Params]:
 
 
 def head_weight(cfg: ModelConfig, params: types.Params) -> types.AnyArray:
-  """[D, padded vocab] head: logits = hidden / cfg.logit_divisor @ head."""
+  """[D, padded vocab] head: logits = hidden / cfg.logit_divisor @ head; codes as floats."""
+  head = low_bit_head(cfg, params)
+  if head is not None:
+    return qtensor.dequantize(head)
   return params["embed"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+
+
+def low_bit_head(cfg: ModelConfig, params: types.Params) -> qtensor.QTensor | None:
+  """The head [D, padded vocab] where it is held as codes, else None."""
+  head = params["embed"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
+  return head.replace(is_table=False) if qtensor.is_qtensor(head) else None

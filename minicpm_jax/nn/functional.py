@@ -101,14 +101,20 @@ def add_branch(
 
 
 def unembed(
-  hidden_BTD: Float[Array, "B T D"], head: Num[Array, "..."], divisor: float, *, is_tied: bool
+  hidden_BTD: Float[Array, "B T D"],
+  head: Num[Array, "..."] | qtensor.QTensor,
+  divisor: float,
+  *,
+  is_tied: bool,
 ) -> Float[Array, "B T V"]:
   """float32 logits of (hidden / divisor) @ W; the hidden state is divided, not the logits.
 
-  `head` is the embedding table [V, D] when tied, else the head kernel [D, V].
+  `head` is the embedding table [V, D] when tied, else the head kernel [D, V]; or codes of it.
   """
   if divisor != 1.0:
     hidden_BTD = hidden_BTD / divisor
+  if isinstance(head, qtensor.QTensor):
+    return qtensor.matmul(hidden_BTD, head, jnp.float32)
   equation = "BTD,VD->BTV" if is_tied else "BTD,DV->BTV"
   return jnp.einsum(
     equation, hidden_BTD, head.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32

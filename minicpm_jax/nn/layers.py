@@ -102,6 +102,15 @@ class RMSNorm(nn.Module):
     return functional.rms_norm(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
 
 
+def embedded(
+  table: Float[Array, "V D"] | qtensor.QTensor, tokens_BT: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "B T D"]:
+  """Rows of an embedding table, floats or codes."""
+  if qtensor.is_qtensor(table):
+    return qtensor.rows(table, tokens_BT, dtype)
+  return jnp.take(table, tokens_BT, axis=0).astype(dtype)
+
+
 class Embed(nn.Module):
   """Token embedding times scale_emb; also the head of a tied model."""
 
@@ -112,11 +121,23 @@ class Embed(nn.Module):
     init = nn.with_logical_partitioning(
       nn.initializers.normal(embedding_std(cfg)), ("vocab", "embed")
     )
-    shape = (cfg.padded_vocab_size, cfg.model_dim)
+    shape, path = (cfg.padded_vocab_size, cfg.model_dim), "/".join((*self.path, "embedding"))
+    if leaf.is_stored(cfg.quant, path):
+      normal, layout = nn.initializers.normal(embedding_std(cfg)), dict(num_in=1, is_table=True)
+      boxes = (nn.LogicallyPartitioned, ("vocab", "embed"))
+      init = leaf.stored_init(cfg.quant, path, normal, *boxes, **layout)
+    if self.has_variable("params", "embedding"):
+      stored = nn.unbox(self.get_variable("params", "embedding"))
+      if qtensor.is_qtensor(stored):
+        leaf.check_leaf(stored, path, shape)
+        dtype = types.dtype_of(cfg.dtype)
+        self.embedding = qat.view(cfg.quant, path, stored, num_in=1, dtype=dtype)
+        return
+      qat.check_running_only(cfg.quant, path)
     self.embedding = self.param("embedding", init, shape, types.dtype_of(cfg.param_dtype))
 
   def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(types.dtype_of(self.cfg.dtype))
+    x_BTD = embedded(self.embedding, tokens_BT, types.dtype_of(self.cfg.dtype))
     x_BTD = x_BTD if self.cfg.scale_emb == 1.0 else x_BTD * self.cfg.scale_emb
     return mesh.constrain(x_BTD, "act_batch", "act_seq", "act_embed")
 
@@ -132,10 +153,8 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    cfg = self.cfg
-    init = nn.with_logical_partitioning(nn.initializers.normal(matrix_std(cfg)), ("embed", "vocab"))
-    shape = (cfg.model_dim, cfg.padded_vocab_size)
-    kernel = self.param("kernel", init, shape, types.dtype_of(cfg.param_dtype))
+    cfg, shape = self.cfg, (self.cfg.model_dim, self.cfg.padded_vocab_size)
+    kernel = kernel_leaf(self, cfg, shape, ("embed", "vocab"), matrix_std(cfg))
     return functional.unembed(hidden_BTD, kernel, cfg.logit_divisor, is_tied=False)
 
 

@@ -35,10 +35,16 @@ def is_stored(cfg: QuantConfig | None, path: str) -> bool:
 
 
 def quantize_kernel(
-  cfg: QuantConfig, path: str, w: Float[Array, "..."], *, num_in: int, num_lead: int = 0
+  cfg: QuantConfig,
+  path: str,
+  w: Float[Array, "..."],
+  *,
+  num_in: int,
+  num_lead: int = 0,
+  is_table: bool = False,
 ) -> qtensor.QTensor:
   """The QTensor of a float kernel by the scheme's own rule, packed if the config says so."""
-  width = math.prod(w.shape[num_lead : num_lead + num_in])
+  width = w.shape[-1] if is_table else math.prod(w.shape[num_lead : num_lead + num_in])
   qt = qtensor.quantize(
     w,
     cfg.scheme,
@@ -46,6 +52,7 @@ def quantize_kernel(
     num_in=num_in,
     num_lead=num_lead,
     scale_dtype=types.dtype_of(cfg.scale_dtype),
+    is_table=is_table,
   )
   return qtensor.pack(qt) if cfg.weights == "packed" else qt
 
@@ -53,12 +60,14 @@ def quantize_kernel(
 def names(
   qt: qtensor.QTensor, kernel_names: tuple[str | None, ...], num_lead: int = 0
 ) -> qtensor.QTensor:
-  """Logical axis names of every array of `qt`, in its own structure.
+  """Logical axis names of every array of `qt`, in its own structure; `kernel_names` are those of
+  the floats (of a table [V, D], which is turned here).
 
   Unpacked codes are cut like the kernel. Groups of scales and packed bytes, which lie along the
   inputs, are cut like the first input axis where their number divides ("mlp_groups"); outputs are
   cut like the kernel's.
   """
+  kernel_names = kernel_names[::-1] if qt.is_table else kernel_names
   lead, out = kernel_names[:num_lead], kernel_names[num_lead + qt.num_in :]
   name = kernel_names[num_lead]
   first = None if name is None else f"{name}_groups"
@@ -81,11 +90,13 @@ def stored_init(
   *,
   num_in: int,
   num_lead: int = 0,
+  is_table: bool = False,
 ) -> Callable[..., qtensor.QTensor]:
   """Initialiser of a QTensor leaf: `init` quantised, every array boxed with its axis names."""
 
   def quantized(key: Any, shape: tuple[int, ...], dtype: Any) -> qtensor.QTensor:
-    qt = quantize_kernel(cfg, path, init(key, shape, dtype), num_in=num_in, num_lead=num_lead)
+    layout = dict(num_in=num_in, num_lead=num_lead, is_table=is_table)
+    qt = quantize_kernel(cfg, path, init(key, shape, dtype), **layout)
     labels = names(qt, axes, num_lead)
     fields = ("codes", "scale", "zero", "g_idx")
     return qt.replace(
@@ -97,5 +108,5 @@ def stored_init(
 
 def check_leaf(qt: qtensor.QTensor, path: str, shape: tuple[int, ...]) -> None:
   """Refuses a QTensor of another kernel's shape."""
-  if tuple(qt.shape) != tuple(shape) and qt.lead + qt.shape != tuple(shape):
-    raise ValueError(f"{path}: found a QTensor of shape {qt.lead + qt.shape}, expected {shape}")
+  if tuple(shape) not in (qt.full_shape, qt.full_shape[len(qt.lead) :]):
+    raise ValueError(f"{path}: found a QTensor of shape {qt.full_shape}, expected {shape}")

@@ -114,6 +114,8 @@ def prepare(
     return lambda latents: latents
   found = {}
   for path, w in tree.selected(cfg, params).items():
+    if tree.is_table(path) or path == "lm_head/kernel":
+      check_running_only(cfg, path)
     num_in, num_lead = tree.layout(path)
     found[path] = prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)
 
@@ -126,6 +128,15 @@ def prepare(
   return attach
 
 
+def check_running_only(cfg: QuantConfig | None, path: str) -> None:
+  """Refuses training of a quantised embedding or head: they are rounded for running alone."""
+  if is_active(cfg) and cfg.weights == "latent" and cfg.selects(path):
+    raise ValueError(
+      f"{path}: quant.include selects it with weights 'latent', expected projections alone (the "
+      "embedding and the head are rounded for running: quant.tree.quantize_head)"
+    )
+
+
 def view(
   cfg: QuantConfig | None, path: str, w: Any, *, num_in: int, num_lead: int = 0, dtype: Any
 ) -> Any:
@@ -134,6 +145,8 @@ def view(
     return w.replace(act_bits=cfg.act_bits) if tree.selects(cfg, path) else w
   if is_leaf(w) or not is_active(cfg) or not cfg.selects(path):
     return w
+  if path == "lm_head/kernel":
+    check_running_only(cfg, path)
   return prepare_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead, dtype=dtype)
 
 

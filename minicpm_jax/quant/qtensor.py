@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from minicpm_jax.core import mesh, types
 from minicpm_jax.quant import schemes
@@ -40,6 +40,8 @@ class QTensor:
   order: [*lead, in] int32, of packed codes alone: row r of the codes is input order[r], and in this
     order groups are consecutive.
   act_bits: 8 = `matmul` rounds every row of its inputs (`fake_rows`); the forward sets it.
+  is_table: it stands for an embedding table [V, D], which is the head kernel [D, V] of `shape`
+    turned round: groups lie along D, `dequantize` gives the table, `rows` some rows of it.
   """
 
   codes: Any
@@ -53,6 +55,7 @@ class QTensor:
   num_in: int = flax.struct.field(pytree_node=False, default=1)
   is_packed: bool = flax.struct.field(pytree_node=False, default=False)
   act_bits: int | None = flax.struct.field(pytree_node=False, default=None)
+  is_table: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def lead(self) -> tuple[int, ...]:
@@ -73,8 +76,8 @@ class QTensor:
 
   @property
   def full_shape(self) -> tuple[int, ...]:
-    """Shape of the float kernel that this stands for, leading axes included."""
-    return self.lead + self.shape
+    """Shape of the floats that this stands for, leading axes included."""
+    return self.lead + (self.shape[::-1] if self.is_table else self.shape)
 
   @property
   def dtype(self) -> Any:
@@ -111,13 +114,19 @@ def quantize(
   num_in: int = 1,
   num_lead: int = 0,
   scale_dtype: Any = jnp.float32,
+  is_table: bool = False,
 ) -> QTensor:
   """Codes and scales of a kernel [*lead, *in, *out] by the scheme's own rule (`schemes`).
 
-  The scale is rounded to `scale_dtype` before codes are taken. Raises ValueError where group_size
-  does not divide the inputs, and (outside jit) where a scale is beyond `scale_dtype`.
+  The scale is rounded to `scale_dtype` before codes are taken. is_table: `w` is an embedding table
+  [V, D] (see QTensor). Raises ValueError where group_size does not divide the inputs, and (outside
+  jit) where a scale is beyond `scale_dtype`.
   """
   rule, w = schemes.get(scheme), jnp.asarray(w)
+  if is_table:
+    if w.ndim != 2 or num_lead:
+      raise ValueError(f"table: found shape {w.shape} behind {num_lead} axes, expected [V, D]")
+    w = w.T
   lead, shape = w.shape[:num_lead], w.shape[num_lead:]
   if not 0 < num_in < len(shape):
     raise ValueError(f"num_in: found {num_in}, expected 1..{len(shape) - 1} for kernel {shape}")
@@ -133,6 +142,7 @@ def quantize(
     group_size=group_size,
     shape=tuple(shape),
     num_in=num_in,
+    is_table=is_table,
   )
 
 
@@ -276,7 +286,9 @@ def _put_back(rows: Any, order: Any, num_lead: int) -> Any:
 
 
 def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[types.AnyArray, "..."]:
-  """The kernel [*lead, *in, *out]: computed in float32, then cast."""
+  """The kernel [*lead, *in, *out], or table [V, D]: computed in float32, then cast."""
+  if qt.is_table:
+    return dequantize(qt.replace(is_table=False), dtype).T
   qt, rule, num_lead = unpack(qt), schemes.get(qt.scheme), len(qt.lead)
   codes = qt.codes.astype(jnp.int8).astype(jnp.float32)
   out = math.prod(qt.out_shape)
@@ -298,11 +310,32 @@ def dequantize(qt: QTensor, dtype: Any = jnp.float32) -> Float[types.AnyArray, "
   return (codes * scale).astype(dtype).reshape(*qt.lead, *qt.shape)
 
 
+def outputs(qt: QTensor, index: Int[types.AnyArray, " n"]) -> QTensor:
+  """The kernel [in, n] of chosen outputs of a kernel [in, out] without leading axes."""
+  if qt.lead or len(qt.out_shape) != 1:
+    raise ValueError(f"kernel: found {qt.full_shape} with {qt.num_in} inputs, expected [in, out]")
+  take = lambda x: None if x is None else jnp.take(jnp.asarray(x), index, axis=-1)  # noqa: E731
+  arrays = {name: take(getattr(qt, name)) for name in ("codes", "scale", "zero")}
+  return qt.replace(**arrays, shape=(*qt.shape[:-1], len(index)))
+
+
+def rows(
+  qt: QTensor, index: Int[types.AnyArray, "..."], dtype: Any
+) -> Float[types.AnyArray, "..."]:
+  """Rows `index` of a table [V, D], as floats."""
+  if not qt.is_table:
+    raise ValueError(f"table: found a kernel {qt.full_shape}, expected the codes of a table")
+  found = dequantize(outputs(qt, jnp.reshape(index, (-1,))), dtype)
+  return jnp.reshape(found, (*index.shape, found.shape[-1]))
+
+
 _PACKED = {"int4": w4a16_api.matmul, "ternary": ternary_api.matmul, "int8": w8a16_api.matmul}
 
 
-def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArray, "*out"]:
-  """x [*rows, *in] times the kernel, in x's dtype.
+def matmul(
+  x: Float[types.AnyArray, "*rows"], qt: QTensor, dtype: Any = None
+) -> Float[types.AnyArray, "*out"]:
+  """x [*rows, *in] times the kernel, in `dtype` (None: x's).
 
   With `act_bits` the rows of x are rounded first (`fake_rows`; no gradient in x).
   Packed int4, int8 and ternary codes in consecutive or sorted groups go through the packed matmuls
@@ -310,7 +343,8 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
   with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
   the scale after it; groups dequantised in float32, cast, multiplied.
   """
-  width, rows = qt.in_size, x.shape[: x.ndim - qt.num_in]
+  width, lead, qt = qt.in_size, x.shape[: x.ndim - qt.num_in], qt.replace(is_table=False)
+  dtype = x.dtype if dtype is None else dtype
   if qt.lead:
     raise ValueError(f"kernel: found leading axes {qt.lead}, expected one kernel (scan over them)")
   if tuple(x.shape[x.ndim - qt.num_in :]) != qt.shape[: qt.num_in]:
@@ -320,13 +354,15 @@ def matmul(x: Float[types.AnyArray, "*rows"], qt: QTensor) -> Float[types.AnyArr
   rule = schemes.get(qt.scheme)
   if has_packed_matmul(qt):
     x_MK = x_MK if qt.order is None else jnp.take(x_MK, qt.order, axis=1)
-    y_MN = _packed_matmul(x_MK, qt)
+    y_MN = _packed_matmul(x_MK, qt, dtype)
   elif qt.num_groups == 1 and qt.zero is None and not rule.offset:
     codes_KN = unpack(qt).codes.astype(jnp.int8).reshape(width, -1).astype(x.dtype)
-    y_MN = jnp.matmul(x_MK, codes_KN) * qt.scale.reshape(1, -1).astype(jnp.float32)
+    y_MN = jnp.matmul(x_MK, codes_KN, preferred_element_type=jnp.promote_types(x.dtype, dtype))
+    y_MN = y_MN * qt.scale.reshape(1, -1).astype(jnp.float32)
   else:
-    y_MN = jnp.matmul(x_MK, dequantize(qt, x.dtype).reshape(width, -1))
-  return y_MN.astype(x.dtype).reshape(*rows, *qt.out_shape)
+    w_KN = dequantize(qt, x.dtype).reshape(width, -1)
+    y_MN = jnp.matmul(x_MK, w_KN, preferred_element_type=jnp.promote_types(x.dtype, dtype))
+  return y_MN.astype(dtype).reshape(*lead, *qt.out_shape)
 
 
 def has_packed_matmul(qt: QTensor) -> bool:
@@ -335,9 +371,11 @@ def has_packed_matmul(qt: QTensor) -> bool:
   return qt.is_packed and qt.scheme in _PACKED and qt.g_idx is None and is_symmetric
 
 
-def _packed_matmul(x_MK: Float[types.AnyArray, "M K"], qt: QTensor) -> Float[types.AnyArray, "M N"]:
+def _packed_matmul(
+  x_MK: Float[types.AnyArray, "M K"], qt: QTensor, dtype: Any
+) -> Float[types.AnyArray, "M N"]:
   arrays = [a.reshape(a.shape[0], -1) for a in (qt.codes, qt.scale, qt.zero) if a is not None]
-  op = functools.partial(_PACKED[qt.scheme], group_size=qt.group_size)
+  op = functools.partial(_PACKED[qt.scheme], group_size=qt.group_size, out_dtype=dtype)
   return mesh.by_rows(op, (x_MK,), tuple(arrays))
 
 

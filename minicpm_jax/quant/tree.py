@@ -4,13 +4,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from minicpm_jax.config import QuantConfig
+from minicpm_jax.config import DTypeName, QuantConfig
+from minicpm_jax.config.quant import EMBEDDING, HEAD, SchemeName
 from minicpm_jax.core import trees, types
 from minicpm_jax.quant import leaf as leaf_lib
 from minicpm_jax.quant import qtensor
 
 # block/name of kernels that hold several projections, for decoding (models/joined.py) -> the parts
 JOINED = {"attn/qkv": ("q", "k", "v"), "mlp/gate_up": ("gate", "up")}
+
+
+def is_table(path: str) -> bool:
+  """Whether the parameter at `path` is the table of embeddings [V, D], whose inputs are D."""
+  return path == "embed/embedding"
 
 
 def layout(path: str) -> tuple[int, int]:
@@ -104,9 +110,30 @@ def quantize_params(cfg: QuantConfig, params: types.Params) -> types.Params:
   def one(path: str, w: Any, *, num_in: int, num_lead: int) -> qtensor.QTensor:
     if qtensor.is_qtensor(w):
       raise ValueError(f"{path}: found a QTensor, expected floats to quantise")
-    return leaf_lib.quantize_kernel(cfg, path, w, num_in=num_in, num_lead=num_lead)
+    layout = dict(num_in=num_in, num_lead=num_lead, is_table=is_table(path))
+    return leaf_lib.quantize_kernel(cfg, path, w, **layout)
 
   return map_kernels(one, cfg, params)
+
+
+def quantize_head(
+  params: types.Params,
+  scheme: SchemeName = "int8",
+  group_size: int = -1,
+  *,
+  scale_dtype: DTypeName = "f32",
+) -> types.Params:
+  """The output head alone as packed codes, whatever the projections are: `lm_head/kernel`, or of a
+  tied model `embed/embedding`, whose rows are then read from the same codes."""
+  is_untied = any("lm_head/kernel" in path for path in trees.flatten_paths(params))
+  cfg = QuantConfig(
+    scheme=scheme,
+    group_size=group_size,
+    weights="packed",
+    scale_dtype=scale_dtype,
+    include=(HEAD if is_untied else EMBEDDING,),
+  )
+  return quantize_params(cfg, params)
 
 
 def map_qtensors(fn: Callable[[qtensor.QTensor], Any], params: types.Params) -> types.Params:

@@ -19,8 +19,9 @@ def matmul(
   implementation: spec.Implementation = "auto",
   config: api.Config | None = None,
   interpret: bool | None = None,
+  out_dtype=None,
 ):
-  """x [M, K] times a kernel [K, N] of codes -1, 0, 1, in x's dtype; sums are float32.
+  """x [M, K] times a kernel [K, N] of codes -1, 0, 1, in `out_dtype` (None: x's), sums in float32.
 
     y[m, n] = scale[n] * sum_k x[m, k] * code[k, n]      (group_size -1: the scale after the sum)
 
@@ -31,5 +32,5 @@ def matmul(
   Errors, gradients, `config` and `interpret` as `w4a16_gemm.api.matmul`; triton serves groups of a
   multiple of 64, mosaic_gpu of 256. At few rows bound by the K N / 4 bytes of codes.
   """
-  options = dict(group_size=group_size, config=config, interpret=interpret)
+  options = dict(group_size=group_size, config=config, interpret=interpret, out_dtype=out_dtype)
   return api.serve(OP, CODE, (x_MK, codes_RN, scale_QN, None), implementation, **options)

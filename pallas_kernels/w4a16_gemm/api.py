@@ -20,8 +20,9 @@ def matmul(
   implementation: spec.Implementation = "auto",
   config: Config | None = None,
   interpret: bool | None = None,
+  out_dtype=None,
 ):
-  """x [M, K] times a kernel [K, N] of 4-bit codes, in x's dtype; sums are float32.
+  """x [M, K] times a kernel [K, N] of 4-bit codes, in `out_dtype` (None: x's); sums are float32.
 
     y[m, n] = sum_k x[m, k] * scale[k // g, n] * (code[k, n] - zero[k // g, n])
 
@@ -39,18 +40,27 @@ def matmul(
   and scale (`vjp.py`). 2 M N K FLOPs; at few rows bound by the K N / 2 bytes of codes
   (quantization.md section 10).
   """
-  options = dict(group_size=group_size, config=config, interpret=interpret)
+  options = dict(group_size=group_size, config=config, interpret=interpret, out_dtype=out_dtype)
   return serve(OP, CODE, (x_MK, codes_RN, scale_QN, zero_QN), implementation, **options)
 
 
 def serve(
-  op: str, code: dict, arrays: tuple, implementation: str, *, group_size, config, interpret
+  op: str,
+  code: dict,
+  arrays: tuple,
+  implementation: str,
+  *,
+  group_size,
+  config,
+  interpret,
+  out_dtype,
 ):
   """The call of an op whose codes are of `code`: checks, then the implementation asked for."""
   packed.check(op, code["bits"], *arrays, group_size)
   on_triton_classes = (triton.TritonConfig, matvec.MatvecConfig)
   classes = dict(mosaic_gpu=mosaic_gpu.MosaicGpuConfig, triton=on_triton_classes)
   tiles = spec.configs(op, implementation, config, **classes)
+  code = {**code, "out_dtype": packed.out_dtype(op, arrays[0], out_dtype)}
   options = dict(config=tiles["mosaic_gpu"], interpret=interpret)
   on_mosaic = functools.partial(mosaic_gpu.matmul_mosaic_gpu, op=op, **options, **code)
   on_triton = functools.partial(triton.matmul_triton, op=op, config=tiles["triton"], **code)

@@ -86,7 +86,9 @@ def config_of(x_MK, codes_RN, scale_QN, *, bits: int, op: str) -> MatvecConfig |
   return tuned or default_config(K, N, group_size, bits)
 
 
-def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op: str):
+def matmul(
+  x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op: str, out_dtype=None
+):
   """As `api.matmul` of one row, or NotImplementedError where `config` does not fit."""
   (M, K), (R, N), num_groups = x_MK.shape, codes_RN.shape, scale_QN.shape[0]
   group_size = -1 if num_groups == 1 else K // num_groups
@@ -98,7 +100,7 @@ def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op
     )
   from pallas_kernels.w4a16_gemm import triton_kernels
 
-  kind, splits = KINDS[str(x_MK.dtype)], config.num_splits
+  kind, splits, out_dtype = KINDS[str(x_MK.dtype)], config.num_splits, out_dtype or x_MK.dtype
   magic, whole = ptx.MAGIC[kind]
   texts = dict(
     PREFETCH=ptx.prefetch(),
@@ -110,7 +112,7 @@ def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op
   y_sN = gpu.launch(
     triton_kernels.matvec,
     *(x_MK, codes_RN, scale_QN, scale_QN if zero_QN is None else zero_QN),
-    out_shape=jax.ShapeDtypeStruct((splits, N), x_MK.dtype if splits == 1 else jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((splits, N), out_dtype if splits == 1 else jnp.float32),
     grid=(-(-N // ptx.OUTPUTS), splits),
     num_warps=config.num_warps,
     num_stages=1,
@@ -130,7 +132,7 @@ def matmul(x_MK, codes_RN, scale_QN, zero_QN, *, bits: int, low: int, config, op
     **{name: text for name, (text, _) in texts.items()},
     **{f"{name}_TYPES": types for name, (_, types) in texts.items()},
   )
-  return y_sN if splits == 1 else jnp.sum(y_sN, axis=0, keepdims=True).astype(x_MK.dtype)
+  return y_sN if splits == 1 else jnp.sum(y_sN, axis=0, keepdims=True).astype(out_dtype)
 
 
 def _pair(number: float, kind: str) -> int:

@@ -129,7 +129,10 @@ def _body(
       fragments.store(y_NM, to)
 
 
-@mgpu.once("height", "rows", "bits", "low", "splits", "warpgroups", "num_stages", "interpreted")
+@mgpu.once(
+  *("height", "rows", "bits", "low", "splits", "warpgroups", "num_stages", "out_dtype"),
+  "interpreted",
+)
 def matmul(
   x_MK,
   codes_RN,
@@ -143,6 +146,7 @@ def matmul(
   splits,
   warpgroups,
   num_stages,
+  out_dtype,
   interpreted,
 ):
   """[splits, rows, N] of whole tiles: N a multiple of 128, Q divides the steps.
@@ -152,7 +156,7 @@ def matmul(
   """
   (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], BYTES * 8 // bits
   blocks, has_zero, dtype = -(-M // height), zero_QN is not None, x_MK.dtype
-  out_dtype = dtype if splits == 1 else jnp.float32
+  out_dtype = out_dtype if splits == 1 else jnp.float32
   sizes = dict(bits=bits, low=low, steps=K // block_k, splits=splits)
   flags = dict(has_zero=has_zero, interpreted=interpreted)
   staged = (min(height, rows), fragments.ROWS) if interpreted else (8, 128)

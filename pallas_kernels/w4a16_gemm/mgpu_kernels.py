@@ -102,14 +102,25 @@ def _body(
   plgpu.wait_smem_to_gmem(0)
 
 
-@mgpu.once("bits", "low", "block_n", "splits", "num_stages", "interpreted")
+@mgpu.once("bits", "low", "block_n", "splits", "num_stages", "out_dtype", "interpreted")
 def matmul(
-  x_MK, codes_RN, scale_QN, zero_QN, *, bits, low, block_n, splits, num_stages, interpreted
+  x_MK,
+  codes_RN,
+  scale_QN,
+  zero_QN,
+  *,
+  bits,
+  low,
+  block_n,
+  splits,
+  num_stages,
+  out_dtype,
+  interpreted,
 ):
   """[splits, M, N] of whole tiles; x in the order that `_body` says, Q divides the steps."""
   (M, K), N, block_k = x_MK.shape, codes_RN.shape[1], block_inputs(bits)
   has_zero, dtype = zero_QN is not None, x_MK.dtype
-  out_dtype = dtype if splits == 1 else jnp.float32
+  out_dtype = out_dtype if splits == 1 else jnp.float32
   sizes = dict(bits=bits, low=low, splits=splits, num_stages=num_stages)
   flags = dict(has_zero=has_zero, interpreted=interpreted)
   return plgpu.kernel(

@@ -68,6 +68,7 @@ def matmul_mosaic_gpu(
   *,
   bits: int = 4,
   low: int = -8,
+  out_dtype=None,
   config: MosaicGpuConfig | None = None,
   interpret: bool | None = None,
   op: str = "w4a16_gemm",
@@ -89,8 +90,10 @@ def matmul_mosaic_gpu(
     )
   config = config or tune.lookup(op, MosaicGpuConfig, key(M, N, K, group_size, x_MK.dtype))
   config = config or default_config(M, N, K, block_k)
+  out_dtype = out_dtype or x_MK.dtype
   if M <= FEW:
-    return _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op)
+    options = (config, bits, low, out_dtype, interpreted, op)
+    return _few_rows(x_MK, codes_RN, scale_QN, zero_QN, *options)
   block_n, stages = config.block_n, config.num_stages
   size = mgpu_kernels.shared_bytes(block_n, stages, bits, x_MK.dtype.itemsize)
   mgpu.check_shared_memory(op, size, f"{stages} stages of {block_k} x {block_n}")
@@ -106,13 +109,14 @@ def matmul_mosaic_gpu(
     block_n=block_n,
     splits=config.num_splits,
     num_stages=stages,
+    out_dtype=out_dtype,
     interpreted=interpreted,
   )
-  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
+  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(out_dtype)
   return y_MN[:M, :N]
 
 
-def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted, op):
+def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, out_dtype, interpreted, op):
   from pallas_kernels.w4a16_gemm import mgpu_few_kernels as kernels
 
   M, N, stages = x_MK.shape[0], codes_RN.shape[1], config.num_stages
@@ -139,9 +143,10 @@ def _few_rows(x_MK, codes_RN, scale_QN, zero_QN, config, bits, low, interpreted,
     splits=config.num_splits,
     warpgroups=warpgroups,
     num_stages=stages,
+    out_dtype=out_dtype,
     interpreted=interpreted,
   )
-  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
+  y_MN = y_sMN[0] if config.num_splits == 1 else jnp.sum(y_sMN, axis=0).astype(out_dtype)
   return y_MN[:M, :N]
 
 

@@ -30,6 +30,15 @@ def check(op: str, bits: int, x_MK, codes_RN, scale_QN, zero_QN, group_size: int
     raise ValueError(f"{op}: zero: found {_name(zero_QN)}, expected int8{list(want)}")
 
 
+def out_dtype(op: str, x_MK, dtype):
+  """Type of the result, x's where `dtype` is None."""
+  if dtype is None:
+    return x_MK.dtype
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{op}: out_dtype: found {jnp.dtype(dtype).name}, expected floats")
+  return jnp.dtype(dtype)
+
+
 def _name(x) -> str:
   return f"{x.dtype}{list(x.shape)}"
 

@@ -74,6 +74,7 @@ def matmul_triton(
   *,
   bits: int = 4,
   low: int = -8,
+  out_dtype=None,
   config: TritonConfig | matvec.MatvecConfig | None = None,
   op: str = "w4a16_gemm",
 ):
@@ -91,9 +92,8 @@ def matmul_triton(
   if config is None:
     config = matvec.config_of(x_MK, codes_RN, scale_QN, bits=bits, op=op)
   if isinstance(config, matvec.MatvecConfig):
-    return matvec.matmul(
-      x_MK, codes_RN, scale_QN, zero_QN, bits=bits, low=low, config=config, op=op
-    )
+    options = dict(bits=bits, low=low, out_dtype=out_dtype, config=config, op=op)
+    return matvec.matmul(x_MK, codes_RN, scale_QN, zero_QN, **options)
   least = least_block_k(bits)
   if group_size != -1 and group_size % least:
     raise NotImplementedError(
@@ -109,11 +109,11 @@ def matmul_triton(
     )
   from pallas_kernels.w4a16_gemm import triton_kernels
 
-  splits = config.num_splits
+  splits, out_dtype = config.num_splits, out_dtype or x_MK.dtype
   y_sMN = gpu.launch(
     triton_kernels.matmul,
     *(x_MK, codes_RN, scale_QN, scale_QN if zero_QN is None else zero_QN),
-    out_shape=jax.ShapeDtypeStruct((splits, M, N), x_MK.dtype if splits == 1 else jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((splits, M, N), out_dtype if splits == 1 else jnp.float32),
     grid=(-(-N // config.block_n), -(-M // config.block_m), splits),
     num_warps=config.num_warps,
     num_stages=config.num_stages,
@@ -133,4 +133,4 @@ def matmul_triton(
     SPLITS=splits,
     PRECISION=gpu.precision(x_MK.dtype),
   )
-  return y_sMN[0] if splits == 1 else jnp.sum(y_sMN, axis=0).astype(x_MK.dtype)
+  return y_sMN[0] if splits == 1 else jnp.sum(y_sMN, axis=0).astype(out_dtype)

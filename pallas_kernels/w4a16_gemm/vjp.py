@@ -25,7 +25,7 @@ def _forward(forward, bits, low, *arrays):
 def _backward(forward, bits, low, arrays, dy_MN):
   del forward
   _, pull = jax.vjp(functools.partial(xla.matmul_xla, bits=bits, low=low), *arrays)
-  return pull(dy_MN)
+  return pull(dy_MN.astype(arrays[0].dtype))
 
 
 matmul.defvjp(_forward, _backward)

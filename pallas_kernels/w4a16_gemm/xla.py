@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from pallas_kernels.w4a16_gemm import packed, ref, xla_rows
 
 
-def matmul_xla(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int = 4, low: int = -8):
+def matmul_xla(
+  x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int = 4, low: int = -8, out_dtype=None
+):
   """As `api.matmul`. One scale a channel: codes enter the product exactly, the scale comes after
   it. Groups: values computed in float32, then cast to x's type. Few rows on a CPU: `xla_rows`."""
+  out_dtype = out_dtype or x_MK.dtype
   if xla_rows.serves(x_MK, scale_QN, bits):
-    return xla_rows.matmul_rows(x_MK, codes_RN, scale_QN, zero_QN, bits=bits, low=low)
+    code = dict(bits=bits, low=low, out_dtype=out_dtype)
+    return xla_rows.matmul_rows(x_MK, codes_RN, scale_QN, zero_QN, **code)
   K, is_grouped = x_MK.shape[1], scale_QN.shape[0] > 1
   if is_grouped:
     w_KN = ref.dequantize_ref(codes_RN, scale_QN, zero_QN, num_in=K, bits=bits, low=low)
@@ -24,9 +28,9 @@ def matmul_xla(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int = 4, low: in
   w_KN, sums = w_KN.astype(x_MK.dtype), jnp.float32
   if jax.default_backend() == "gpu":
     w_KN = jax.lax.optimization_barrier(w_KN)  # unpacked once, not in every tile of the product
-    sums = x_MK.dtype if is_grouped else sums  # cuBLAS adds in float32 whatever it writes
+    sums = out_dtype if is_grouped else sums  # cuBLAS adds in float32 whatever it writes
   precision = jax.lax.Precision.HIGHEST if x_MK.dtype == jnp.float32 else None
   y_MN = jnp.matmul(x_MK, w_KN, precision=precision, preferred_element_type=sums)
   if not is_grouped:
     y_MN = y_MN * scale_QN.astype(jnp.float32)
-  return y_MN.astype(x_MK.dtype)
+  return y_MN.astype(out_dtype)

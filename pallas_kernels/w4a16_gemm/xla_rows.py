@@ -29,7 +29,7 @@ def serves(x_MK, scale_QN, bits: int) -> bool:
   return is_few and block_size(x_MK.shape[1], scale_QN.shape[0], bits) is not None
 
 
-def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int):
+def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, out_dtype=None):
   """As `xla.matmul_xla`, for calls that `serves`."""
   (M, K), (Q, N) = x_MK.shape, scale_QN.shape
   block, per_byte, mask = block_size(K, Q, bits), 8 // bits, 2**bits - 1
@@ -55,4 +55,4 @@ def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int):
     y_1N = jnp.matmul(jnp.ones((1, parts_PN.shape[0]), jnp.float32), parts_PN)
     return y_1N if Q > 1 else y_1N * scale_QN
 
-  return jnp.concatenate([one(x_MQbJ[m]) for m in range(M)], axis=0).astype(x_MK.dtype)
+  return jnp.concatenate([one(x_MQbJ[m]) for m in range(M)], axis=0).astype(out_dtype or x_MK.dtype)

@@ -16,8 +16,9 @@ def matmul(
   *,
   group_size: int = -1,
   implementation: Literal["auto", "xla", "ref"] = "auto",
+  out_dtype=None,
 ):
-  """x [M, K] times a kernel [K, N] of 8-bit codes, in x's dtype; sums are float32.
+  """x [M, K] times a kernel [K, N] of 8-bit codes, in `out_dtype` (None: x's); sums are float32.
 
     y[m, n] = sum_k x[m, k] * scale[k // g, n] * code[k, n]
 
@@ -30,11 +31,12 @@ def matmul(
   """
   packed.check(OP, CODE["bits"], x_MK, codes_KN, scale_QN, None, group_size)
   args = (x_MK, codes_KN, scale_QN)
+  code = {**CODE, "out_dtype": packed.out_dtype(OP, x_MK, out_dtype)}
   return spec.dispatch(
     OP,
     implementation,
     {
-      "ref": lambda: ref.matmul_ref(*args, **CODE),
-      "xla": lambda: xla.matmul_xla(*args, **CODE),
+      "ref": lambda: ref.matmul_ref(*args, **code),
+      "xla": lambda: xla.matmul_xla(*args, **code),
     },
   )

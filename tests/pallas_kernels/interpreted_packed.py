@@ -56,4 +56,7 @@ def test_packed_matvec(name, dtype, monkeypatch):
   monkeypatch.setattr(
     interpreter.InterpreterBuilder, "create_inline_asm", ptx_host.create_inline_asm
   )
-  suite.check(functools.partial(triton.matmul_triton, config=config), case, bits, dtype)
+  backend = functools.partial(triton.matmul_triton, config=config)
+  suite.check(backend, case, bits, dtype)
+  if (name, dtype) == ("int4_groups", jnp.bfloat16):
+    suite.check_wide(backend, case, bits)

@@ -35,6 +35,18 @@ def inputs(case, bits: int, dtype=jnp.float32, scale_dtype=jnp.float32):
   return (x, jnp.asarray(pack(codes, bits)), scale, None if zero is None else jnp.asarray(zero)), w
 
 
+def check_wide(backend, case, bits: int):
+  """bfloat16 inputs, float32 results: nothing is rounded behind the sum."""
+  arrays, w = inputs(case, bits, jnp.bfloat16)
+  code = dict(bits=bits, low=RANGES[bits][0], out_dtype=jnp.dtype(jnp.float32))
+  found = jax.jit(lambda *a: backend(*a, **code))(*arrays)
+  exact = np.asarray(arrays[0].astype(jnp.float32), np.float64) @ w
+  assert found.dtype == jnp.float32
+  # Kernels that scale weights before the product round them once.
+  assert np.abs(found - exact).max() < 2**-9 * np.abs(exact).max()
+  return found
+
+
 def check(backend, case, bits: int, dtype=jnp.float32):
   """float32: 1e-5. bf16: twice the error of the plain product in bf16, + 1e-3 (style.md 2.8)."""
   arrays, w = inputs(case, bits, dtype)

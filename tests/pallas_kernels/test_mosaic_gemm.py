@@ -62,6 +62,13 @@ def test_packed_matmul_is_the_equation(name):
   packed_suite.check(packed_backend(config), case, bits)
 
 
+def test_results_may_be_wider_than_the_inputs(monkeypatch):
+  bits, case, _ = PACKED["int4_zero"]
+  packed_suite.check_wide(packed_backend({}), case, bits)
+  monkeypatch.setattr(mosaic_gpu, "FEW", 0)
+  packed_suite.check_wide(packed_backend({}), case, bits)
+
+
 @pytest.mark.parametrize("name", ["int4_zero", "int4_channel_zero", "ternary_groups"])
 def test_packed_matmul_of_many_rows(name, monkeypatch):
   """The kernel of more than FEW rows, at sizes that interpret quickly."""

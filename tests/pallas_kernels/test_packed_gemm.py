@@ -58,6 +58,18 @@ def test_the_form_for_gpus_has_the_same_values_and_gradients(case, monkeypatch):
   np.testing.assert_allclose(dx, np.asarray(dy, np.float64) @ w.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", [ref.matmul_ref, xla.matmul_xla], ids=["ref", "xla"])
+def test_results_may_be_wider_than_the_inputs(backend):
+  found = suite.check_wide(backend, cases.TINY["tiny_channel"], 4)
+  assert np.any(found != found.astype(jnp.bfloat16).astype(jnp.float32))
+  (x, codes, scale, _), w = suite.inputs(cases.TINY["tiny_channel"], 4, jnp.bfloat16)
+  options = dict(group_size=-1, implementation="xla", out_dtype=jnp.float32)
+  y, pull = jax.vjp(lambda x: api.matmul(x, codes, scale, **options), x)
+  assert y.dtype == jnp.float32 and pull(y)[0].dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match="out_dtype: found int32, expected floats"):
+    api.matmul(x, codes, scale, group_size=-1, out_dtype=jnp.int32)
+
+
 def test_groups_that_share_bytes():
   case = cases.Case(rows=2, num_in=21, num_out=6, group_size=7, has_zero=True)
   suite.check(xla.matmul_xla, case, 4)

@@ -16,6 +16,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.config import validate
+from minicpm_jax.core import types
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import bita, transformer
@@ -131,6 +132,6 @@ def make(
 ) -> tuple[BitaDrafter, Any]:
   """(drafter, draft_params) for `Engine(model, params, drafter=..., draft_params=...)`."""
   bita.check_fits(draft.cfg, model.cfg)
-  dtype = params["embed"]["embedding"].dtype
+  dtype = types.dtype_of(model.cfg.dtype)
   weights = jax.tree.map(lambda x: jnp.asarray(x, dtype), draft.params)
   return BitaDrafter(model, draft.cfg, width), weights

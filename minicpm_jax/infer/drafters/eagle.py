@@ -16,12 +16,13 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.config import validate
-from minicpm_jax.core import huge_pages, trees
+from minicpm_jax.core import huge_pages, trees, types
 from minicpm_jax.infer import frspec
 from minicpm_jax.infer import tree as tree_lib
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import transformer
+from minicpm_jax.nn import layers
 from minicpm_jax.quant import qtensor
 from pallas_kernels.vocab_topk import api as vocab_topk
 
@@ -206,14 +207,17 @@ class EagleDrafter:
     """
     cfg, model = self.cfg, draft_lib.DraftModel(self.cfg)
     head_DR, ids_R = params.draft["head_DR"], params.draft["ids_R"]
-    table_VD = None
+    table_VD, V = None, cfg.layer.vocab_size
     if head_DR is None and cfg.kind != "eagle3":
-      if cfg.layer.tie_embeddings:
-        table_VD = params.target["embed"]["embedding"][: cfg.layer.vocab_size]
-      else:
-        head_DR = transformer.head_weight(cfg.layer, params.target)[:, : cfg.layer.vocab_size]
+      head_DR = transformer.low_bit_head(cfg.layer, params.target)
+      if head_DR is None and cfg.layer.tie_embeddings:
+        table_VD = params.target["embed"]["embedding"][:V]
+      elif head_DR is None:
+        head_DR = transformer.head_weight(cfg.layer, params.target)[:, :V]
     variables = {"params": params.draft["model"]}
     logits_BTR = model.apply(variables, hidden_BTD, head_DR, table_VD=table_VD, method="logits")
+    if ids_R is None:  # codes are taken whole: a part of them would be copied in every step
+      logits_BTR = logits_BTR[..., :V]
     if bias_BV is not None:
       logits_BTR += (bias_BV if ids_R is None else bias_BV[:, ids_R])[:, None, :]
     # The barrier keeps XLA's top-k: merged into what follows it becomes a sort of whole rows.
@@ -230,8 +234,8 @@ class EagleDrafter:
 
   def _embed(self, params: base.Params, tokens_BT: Any) -> Any:
     table_VD = params.target["embed"]["embedding"]
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(table_VD.dtype)
-    return x_BTD * self.cfg.layer.scale_emb
+    dtype = draft_dtype(self.cfg.layer.dtype, table_VD)
+    return layers.embedded(table_VD, tokens_BT, dtype) * self.cfg.layer.scale_emb
 
   def _rope_length(self, state: EagleState) -> int:
     """LongRoPE with two lists picks one for the whole cache."""
@@ -246,6 +250,11 @@ class Beam:
   scores_BK: Any
   feature_BKD: Any  # draft output at the node's parent
   sees_BKS: Any  # bool: which scratch rows are the node's ancestors
+
+
+def draft_dtype(name: str, table_VD: Any) -> Any:
+  """Of a draft's weights: that of the target's table, or where it is codes the compute dtype."""
+  return types.dtype_of(name) if qtensor.is_qtensor(table_VD) else table_VD.dtype
 
 
 def _logsumexp(x_BTR: Any, max_BT1: Any) -> Any:
@@ -293,13 +302,15 @@ def make(
     scan_layers=False,
   )
   cfg = dataclasses.replace(draft.cfg, layer=layer)
-  weights = trees.cast(draft.params, params["embed"]["embedding"].dtype)
+  weights = trees.cast(draft.params, draft_dtype(name, params["embed"]["embedding"]))
   head_DR, ids_R = None, draft.ids
   if fr_ids is not None:
     if cfg.kind == "eagle3":
       raise ValueError("fr_ids: found a list, expected none for eagle3 (its head has its own ids)")
     ids_R = np.asarray(fr_ids, np.int32)
-    head_DV = transformer.head_weight(model.cfg, params)[:, : model.cfg.vocab_size]
+    head_DV = transformer.low_bit_head(model.cfg, params)
+    if head_DV is None:
+      head_DV = transformer.head_weight(model.cfg, params)[:, : model.cfg.vocab_size]
     head_DR = frspec.fr_head(head_DV, ids_R)
   drafter = EagleDrafter(cfg, num_levels=num_levels, top_k=top_k, num_nodes=num_nodes)
   ids_R = None if ids_R is None else jnp.asarray(ids_R, jnp.int32)
