@@ -121,7 +121,8 @@ class SparseAttentionConfig:
     """
     if sparse_config is None:
       return None
-    unknown = sorted(set(sparse_config) - set(cls._HF_KEYS))
+    require(isinstance(sparse_config, dict), "sparse_config", sparse_config, "a dict or None")
+    unknown = sorted(map(str, set(sparse_config) - set(cls._HF_KEYS)))
     require(not unknown, "sparse_config", unknown, f"only the keys {list(cls._HF_KEYS)}")
     return cls(selection=selection, lse=lse, **sparse_config)
 

@@ -189,7 +189,8 @@ def select_blocks(
   Query t stands at slot q_offset + t. Block ids count from the start of the query's document.
   segment_ids: of the S slots, 0 = padding. `dense_len` plays no part. With `use_nope`, q and k are
   those before RoPE. implementation "auto": what serves the device, "ref" for documents that are
-  seen to be off the grid; "ref" holds T x S arrays and takes documents anywhere.
+  seen to be off the grid; "ref" holds T x S arrays and takes documents anywhere. Under jit, where
+  nobody can look, the queries of documents off the grid get no blocks from the others.
   """
   q_BTNH, k_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH)
   cfg = dataclasses.replace(cfg, dense_len=-1)
@@ -202,7 +203,11 @@ def select_blocks(
   S = k_BSKH.shape[1]
   ids, counts = select_from_keys(q_BTNH, *compressed, cfg, grid, S, implementation)
   first_BT = jnp.where(grid.start_BT < rules.NOWHERE, grid.start_BT // cfg.block_size, 0)
-  return jnp.where(ids >= 0, ids - first_BT[:, None, :, None], -1), counts
+  ids = jnp.where(ids >= 0, ids - first_BT[:, None, :, None], -1)
+  if grid.is_off_BT is None:
+    return ids, counts
+  is_off = grid.is_off_BT[:, None]
+  return jnp.where(is_off[..., None], -1, ids), jnp.where(is_off, 0, counts)
 
 
 def infllm_attention(
@@ -225,7 +230,8 @@ def infllm_attention(
   padding, output 0) are given; `switch` "batch": one long document makes all sparse. Slots at or
   beyond kv_length are unused. `nope`: q and k before RoPE, needed with `cfg.use_nope`.
   Gradients reach q, k and v; the selection is a constant (section 11). implementation: as in
-  `select_blocks`; a named one that cannot serve the call raises.
+  `select_blocks`; a named one that cannot serve the call raises. Where the static length makes all
+  dense, "ref" and "xla" are those of dense attention and the sparse kernels' names mean "auto".
   """
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH, kv_length)
@@ -235,10 +241,15 @@ def infllm_attention(
   if 0 in q_BTNH.shape[:2]:  # no backend has a program for nothing
     return jnp.zeros((*q_BTNH.shape[:3], v_BSKH.shape[3]), v_BSKH.dtype)
   length = q_offset + T if kv_length is None else kv_length
+  if not (isinstance(length, int) and length >= S):  # 0 * nan is nan: unused slots may hold any
+    is_used_BS = jnp.arange(S)[None, :] < jnp.reshape(jnp.asarray(length), (-1, 1))
+    clear = lambda x: jnp.where(is_used_BS[:, :, None, None], x, 0)  # noqa: E731
+    k_BSKH, v_BSKH = clear(k_BSKH), clear(v_BSKH)
+    nope = None if nope is None else (nope[0], clear(nope[1]))
   if sparse_grid.is_always_dense(cfg, length if isinstance(length, int) else S):
     slots_BT = None
     if segment_ids is not None:
-      segment_ids = jnp.asarray(segment_ids)
+      segment_ids = sparse_grid.documents(jnp.asarray(segment_ids))
       offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (q_BTNH.shape[0],))
       slots_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     return flash.flash_attention(
@@ -249,7 +260,7 @@ def infllm_attention(
       kv_length=kv_length,
       q_segment_ids_BT=None if slots_BT is None else jnp.take_along_axis(segment_ids, slots_BT, 1),
       kv_segment_ids_BS=segment_ids,
-      implementation="ref" if implementation == "ref" else "auto",
+      implementation=implementation if implementation in ("ref", "xla") else "auto",
     )
   grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch)
   if isinstance(length, int) and segment_ids is None:

@@ -85,6 +85,13 @@ def document_bounds(
   return jnp.where(is_real_BS, first_BS, rules.NOWHERE), jnp.where(is_real_BS, last_BS, 0)
 
 
+def documents(segment_ids_BS: Ids) -> Int[Array, "B S"]:
+  """A number of its own for every run of equal ids, 0 = padding: an id may come twice in a row."""
+  length_B = jnp.full(segment_ids_BS.shape[:1], segment_ids_BS.shape[1], jnp.int32)
+  first_BS, _ = document_bounds(segment_ids_BS, length_B)
+  return jnp.where(first_BS < rules.NOWHERE, first_BS + 1, 0)
+
+
 def make_grid(
   cfg: SparseAttentionConfig,
   num_queries: int,
