@@ -29,6 +29,10 @@ NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?(e[-+]?[0-9]{1,2})?/
 STRING: /"([^"\\\x00-\x1f\x7f]|\\["\\nrt])*"/
 """
 
+# Keywords of JSON schemas that bound single values.
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_LIMITS = {"integer": _BOUNDS, "number": _BOUNDS, "string": ("minLength", "maxLength", "pattern")}
+
 XML_VALUES = r"""
 INTEGER: /-?(0|[1-9][0-9]{0,17})/
 NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?/
@@ -104,8 +108,9 @@ def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
 
   `tools` are {"name", "parameters": JSON schema} or the same under "function". Arguments come in
   the order of the schema's properties; those not in "required" may be missing. Enumerations and
-  the types string, integer, number, boolean, null, array (with items) and object are kept; an
-  unknown type takes any literal. Names must be Python identifiers.
+  the types string (minLength, maxLength, pattern), integer, number (bounds, multipleOf), boolean,
+  null, array (items, minItems, maxItems) and object are kept; an unknown type takes any literal.
+  Names must be Python identifiers.
   """
   rules: list[str] = []
   names = []
@@ -155,6 +160,8 @@ def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
       field = field if isinstance(field, Mapping) else {}  # true: anything
       kind = field.get("type")
       value = simple.get(kind, "TEXT") if isinstance(kind, str) else "TEXT"
+      if kind in ("integer", "number"):
+        value = _limits(field) or value
       if "enum" in field:
         texts = [v if isinstance(v, str) else str(v) for v in field["enum"]]
         value = "(" + _any_of(texts) + ")"
@@ -212,12 +219,15 @@ def _python_type(field: Mapping[str, Any] | bool) -> str:
     return "value"  # true: anything
   if "enum" in field:
     return "(" + " | ".join(quote(_literal(value)) for value in field["enum"]) + ")"
+  if "const" in field:
+    return quote(_literal(field["const"]))
   kind = field.get("type")
   if isinstance(kind, list):
     return "(" + " | ".join(_python_type({**field, "type": k}) for k in kind) + ")"
+  if limits := _limits(field):
+    return limits  # numbers and strings of JSON are Python's too
   if kind == "array" and isinstance(field.get("items"), Mapping):
-    item = _python_type(field["items"])
-    return f'("[" "]" | "[" {item} (", " {item})* "]")'
+    return _python_list(_python_type(field["items"]), field)
   simple = {
     "string": "STRING",
     "integer": "integer",
@@ -228,6 +238,27 @@ def _python_type(field: Mapping[str, Any] | bool) -> str:
     "object": "dict",
   }
   return simple.get(kind, "value")
+
+
+def _python_list(item: str, field: Mapping[str, Any]) -> str:
+  """A Lark expression for a list of minItems to maxItems of `item`."""
+  least, most = field.get("minItems", 0), field.get("maxItems")
+  if any(type(n) is not int or n < 0 for n in (least, most or 0)) or least > (most or least):
+    raise ValueError(f"tools: found {least} minItems, {most} maxItems, expected 0 <= least <= most")
+  if most == 0:
+    return '("[" "]")'
+  times = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+  more = "" if most == 1 else f'(", " {item}){times}'
+  filled = f'"[" {item} {more} "]"'
+  return f"({filled})" if least else f'("[" "]" | {filled})'
+
+
+def _limits(field: Mapping[str, Any]) -> str:
+  """A Lark expression for numbers and strings with limits of their own; "" for others."""
+  kind = field.get("type")
+  names = _LIMITS.get(kind, ()) if isinstance(kind, str) else ()
+  found = {name: field[name] for name in names if name in field}
+  return f"%json {json.dumps({'type': kind, **found})}" if found else ""
 
 
 def _literal(value: Any) -> str:

@@ -26,9 +26,11 @@ TOOLS = [
         "type": "object",
         "properties": {
           "city": {"type": "string"},
-          "days": {"type": "integer"},
+          "days": {"type": "integer", "minimum": 1, "maximum": 14},
           "unit": {"enum": ["c", "f", None, 3, True]},
-          "tags": {"type": "array", "items": {"type": "string"}},
+          "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
+          "land": {"type": "string", "pattern": "^[a-zé]{2}$"},
+          "mode": {"const": None},
           "limit": {"type": ["number", "null"]},
         },
         "required": ["city", "unit"],
@@ -285,6 +287,10 @@ def test_every_random_tool_call_is_python_that_fits_the_schema(compiler, byte_to
       else:
         assert call.func.id == "now" and not values
   assert names == {"weather", "now"}
+  one = {"name": "f", "parameters": TOOLS[0]["function"]["parameters"] | {"required": ["days"]}}
+  for days, fits in (("14", True), ("15", False), ("0", False)):
+    call = f'<function name="f"><param name="days">{days}</param></function>'
+    assert _accepts(compiler.lark(grammars.xml_calls([one])), call) == fits
 
 
 # --- Bad input --------------------------------------------------------------------------------
@@ -328,6 +334,9 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
       make([{"name": "f", "parameters": {"properties": {"a": {"type": 3}}}}])
   with pytest.raises(ValueError, match="tools: f: found parameters 3"):
     grammars.python_calls([{"name": "f", "parameters": 3}])
+  with pytest.raises(ValueError, match="tools: found 3 minItems, 2 maxItems"):
+    field = {"type": "array", "items": {}, "minItems": 3, "maxItems": 2}
+    grammars.python_calls([{"name": "f", "parameters": {"properties": {"a": field}}}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):
     grammars.sql_select({"a; b": ["x"]})
   with pytest.raises(ValueError, match="tables: found the name 'Select', .*no word of SQL"):
