@@ -11,10 +11,11 @@ function of (prompt, sampling) alone: not of the drafter, the other rows, or the
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import config
+from minicpm_jax.config import validate
 from minicpm_jax.core import types
 from minicpm_jax.infer import driver as driver_lib
 from minicpm_jax.infer import programs, requests
@@ -58,10 +60,16 @@ class Engine(programs.Programs, driver_lib.Driver):
     stop_ids: Sequence[int] = (),
     before: prefix_lib.Prefix | None = None,
   ):
+    validate.require(
+      cfg is None or isinstance(cfg, config.EngineConfig), "engine", cfg, "an EngineConfig"
+    )
     self.model, self.cfg = model, config.EngineConfig() if cfg is None else cfg
     self.drafter = base.NoDrafter() if drafter is None else drafter
+    validate.require(hasattr(self.drafter, "num_nodes"), "drafter", drafter, "a Drafter")
     self.params = base.Params(params, draft_params)
-    self.stop_ids, self.before = tuple(stop_ids), before
+    self.stop_ids = tuple(requests.token_ids("stop_ids", stop_ids))
+    self.before = before
+    base.check_params(model.cfg, params, "params")
     if before is not None:
       requests.check_prefix(model.cfg, self.drafter, before, self.cfg.capacity)
     requests.check_stops(self.stop_ids, state_lib.STOP_SLOTS, model.cfg.vocab_size)
@@ -113,7 +121,7 @@ class Engine(programs.Programs, driver_lib.Driver):
 
   def add(self, request: Request) -> int:
     """Queues a request; its events carry the id. ValueError where it can never be served."""
-    prompt = list(map(int, request.prompt))
+    prompt = requests.token_ids("prompt", request.prompt)
     check_prompt("prompt", prompt, self.model.cfg.vocab_size)
     num_own = len(prompt)
     if self.before is not None:
@@ -124,7 +132,8 @@ class Engine(programs.Programs, driver_lib.Driver):
         f"prompt: found {len(prompt)} tokens, expected at most {room}: the cache's "
         f"{self.cfg.capacity} less a tree of {self._num_rows}"
       )
-    stops = tuple(dict.fromkeys((*self.stop_ids, *map(int, request.stop_ids))))
+    own = requests.token_ids("stop_ids", request.stop_ids)
+    stops = tuple(dict.fromkeys((*self.stop_ids, *own)))
     requests.check_stops(stops, state_lib.STOP_SLOTS, self.model.cfg.vocab_size)
     requests.check_options(request)
     job = rows_lib.Job(next(self._ids), dataclasses.replace(request, prompt=prompt), stops, Stats())
@@ -232,7 +241,8 @@ class Engine(programs.Programs, driver_lib.Driver):
     mask_1W = self._free_mask
     if is_last and job.request.constraint is not None:
       mask_1W = np.zeros(self._free_mask.shape, np.int32)
-      job.request.constraint.fill_mask(mask_1W[0])
+      with self._blaming(job):
+        job.request.constraint.fill_mask(mask_1W[0])
       self._check_mask(mask_1W[0], job)
     args = (
       *(tokens_1C, np.int32(job.row), np.int32(num), np.int32(len(prompt))),
@@ -286,9 +296,9 @@ class Engine(programs.Programs, driver_lib.Driver):
     span = self._span(length + self._num_rows)
     (first, num), num_words = self._window(live), self._free_mask.shape[1]
     rows, static = programs.of_rows(dict(span=span), first, num, len(self._rows))
-    root_mask_BW = rows_lib.root_masks(live, first, num, num_words)
+    root_mask_BW = rows_lib.root_masks(live, first, num, num_words, self._blaming)
     tree = self._call(rounds_lib.draft, live, root_mask_BW, *rows, **static)
-    tok_BP, mask_BPW = rows_lib.node_masks(live, tree, first, num_words)
+    tok_BP, mask_BPW = rows_lib.node_masks(live, tree, first, num_words, self._blaming)
     for job in live:
       self._check_mask(mask_BPW[job.row - first, 0], job)
     tree = tree.replace(tok_BP=jnp.asarray(tok_BP))
@@ -298,7 +308,8 @@ class Engine(programs.Programs, driver_lib.Driver):
   def _fast_forward(self, job: rows_lib.Job) -> None:
     """Appends what the constraint forces as one chunk: one forward for all of it."""
     length = len(job.request.prompt) + len(job.tokens) - 1  # the last token is not in the cache
-    forced = rows_lib.forced_tokens(job, self.model.cfg.sparse)
+    with self._blaming(job):
+      forced = rows_lib.forced_tokens(job, self.model.cfg.sparse)
     if len(forced) < 2:  # a round brings as much
       return
     size = self._chunk_size(length, len(forced))
@@ -365,6 +376,14 @@ class Engine(programs.Programs, driver_lib.Driver):
     self._outbox.append(self._finish(job, "cancelled", [], []))
     return RequestError(job.id, text)
 
+  @contextlib.contextmanager
+  def _blaming(self, job: rows_lib.Job) -> Iterator[None]:
+    """What a constraint raises ends its request alone."""
+    try:
+      yield
+    except Exception as error:
+      raise self._failed(job, _of_constraint(error)) from error
+
   def _check_mask(self, mask_W: np.ndarray, job: rows_lib.Job) -> None:
     if not mask_W.any():
       raise self._failed(job, "the constraint allows no token, expected at least one")
@@ -383,7 +402,11 @@ class Engine(programs.Programs, driver_lib.Driver):
     """The event of new tokens, cut where the request ends."""
     reason: FinishReason | None = None
     if job.request.constraint is not None:
-      tokens, is_stopped = requests.follow(job.request.constraint, tokens, job.stops)
+      try:
+        tokens, is_stopped = requests.follow(job.request.constraint, tokens, job.stops)
+      except Exception as error:  # raised by a later step: this one has other rows' tokens to give
+        self._errors.append(self._failed(job, _of_constraint(error)))
+        return None
       logprobs, tops = logprobs[: len(tokens)], tops[: len(tokens)]
       reason = "stop" if is_stopped else None
     if not tokens:
@@ -406,3 +429,7 @@ class Engine(programs.Programs, driver_lib.Driver):
     if job.row >= 0:
       self._rows[job.row].job = None
     return Event(job.id, tokens, logprobs, reason, job.stats, list(tops))
+
+
+def _of_constraint(error: Exception) -> str:
+  return f"its constraint raised {type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import numpy as np
 from minicpm_jax import config
 from minicpm_jax.core import huge_pages, types
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import requests
 from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import convert, joined, transformer
 from minicpm_jax.quant import qtensor, tree
@@ -260,5 +261,6 @@ def _check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) ->
   if not prompts:
     raise ValueError("prompts: found none, expected at least one")
   for i, prompt in enumerate(prompts):
-    engine_lib.check_prompt(f"prompts[{i}]", prompt, cfg.vocab_size)
+    name = f"prompts[{i}]"
+    engine_lib.check_prompt(name, requests.token_ids(name, prompt), cfg.vocab_size)
   return max(map(len, prompts))

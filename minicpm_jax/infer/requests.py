@@ -121,6 +121,19 @@ def check_prefix(cfg: config.ModelConfig, drafter: Any, before: prefix.Prefix, r
     raise ValueError(f"before: found {before.length} tokens, expected less than capacity {room}")
 
 
+def token_ids(name: str, ids: Any) -> list[int]:
+  """A list, tuple, iterator or array of ids as Python's integers; ValueError for anything else."""
+  try:
+    ids_N = np.asarray(ids if hasattr(ids, "shape") else list(ids))
+  except (TypeError, ValueError):
+    ids_N = None
+  if ids_N is not None and not ids_N.size and ids_N.ndim == 1:
+    return []
+  if ids_N is None or ids_N.ndim != 1 or not np.issubdtype(ids_N.dtype, np.integer):
+    raise ValueError(f"{name}: found {ids!r:.80}, expected a list of token ids")
+  return ids_N.tolist()
+
+
 def check_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> None:
   """ValueError for an empty prompt and for ids outside the vocabulary."""
   if not len(prompt):
@@ -150,6 +163,8 @@ def check_options(request: Request) -> None:
     validate.require(isinstance(value, bool | np.bool_), name, value, "True or False")
   is_count = isinstance(num_top, numbers.Integral) and not isinstance(num_top, bool)
   validate.require(is_count, "num_top_logprobs", num_top, "an integer")
+  is_known = request.constraint is None or isinstance(request.constraint, TokenConstraint)
+  validate.require(is_known, "constraint", request.constraint, "a TokenConstraint")
   if not 0 <= request.num_top_logprobs <= (MAX_TOP if request.want_logprobs else 0):
     raise ValueError(
       f"num_top_logprobs: found {request.num_top_logprobs}, expected 0..{MAX_TOP}, and 0 without "

@@ -3,9 +3,10 @@
 Functions of host data alone: a `Job` is a request on its way, a `Row` what the host knows of a row.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,17 +212,23 @@ class Answer(NamedTuple):
   rounds: int  # 0 = the first token, out of the prefill
 
 
-def root_masks(live: Sequence[Job], first: int, num_rows: int, num_words: int) -> np.ndarray:
+Blaming = Callable[[Job], contextlib.AbstractContextManager[None]]
+
+
+def root_masks(
+  live: Sequence[Job], first: int, num_rows: int, num_words: int, blaming: Blaming
+) -> np.ndarray:
   """int32 [B, W]: bits of the tokens that may follow the root, of num_rows rows from `first` on."""
   mask_BW = np.full((num_rows, num_words), -1, np.int32)
   for job in live:
     if job.request.constraint is not None:
-      job.request.constraint.fill_mask(mask_BW[job.row - first])
+      with blaming(job):
+        job.request.constraint.fill_mask(mask_BW[job.row - first])
   return mask_BW
 
 
 def node_masks(
-  live: Sequence[Job], tree: Any, first: int, num_words: int
+  live: Sequence[Job], tree: Any, first: int, num_words: int, blaming: Blaming
 ) -> tuple[np.ndarray, np.ndarray]:
   """(tokens [B, P] without what constraints forbid, bits [B, P, W] of what may follow a node), of
   the tree's rows, the first of which is row `first`."""
@@ -230,7 +237,8 @@ def node_masks(
   for job in live:
     if job.request.constraint is not None:
       b, mask_PW = job.row - first, np.zeros(mask_BPW.shape[1:], np.int32)
-      tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
+      with blaming(job):
+        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
       mask_BPW[b] = mask_PW
   return tok_BP, mask_BPW
 

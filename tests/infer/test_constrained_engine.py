@@ -206,10 +206,24 @@ def test_stop_ids_that_no_token_can_be_are_refused(stops):
     engine_lib.Engine(*small.make(), CFG).add(engine_lib.Request([1], GREEDY, stops))
 
 
-def test_a_constraint_that_allows_nothing_ends_its_request_alone():
-  constraint = Steps(5)
-  constraint.allowed = list
-  engine = engine_lib.Engine(*small.make(), CFG)
+@pytest.fixture(scope="module")
+def engine_of_two():
+  return engine_lib.Engine(*small.make(), CFG)
+
+
+@pytest.mark.parametrize("broken", ["allowed", "fill_mask", "consume"])
+def test_a_constraint_that_allows_nothing_or_raises_ends_its_request_alone(broken, engine_of_two):
+  """`fill_mask` and `consume` raise when they are asked for the third time."""
+  constraint, engine, calls = Steps(30), engine_of_two, []
+  whole = getattr(constraint, broken)
+
+  def fail(*args):
+    calls.append(args)
+    if len(calls) > 2:
+      raise KeyError("it")
+    return whole(*args)
+
+  setattr(constraint, broken, list if broken == "allowed" else fail)
   other = engine.add(engine_lib.Request(PROMPTS[1], GREEDY))
   uid = engine.add(engine_lib.Request([1], GREEDY, constraint=constraint))
   tokens, ends, errors = [], {}, []
@@ -223,7 +237,8 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone():
       tokens += event.tokens if event.id == other else []
       ends |= {event.id: event.finish_reason} if event.finish_reason else {}
   assert [error.id for error in errors] == [uid]
-  assert "the constraint allows no token" in str(errors[0])
+  expected = "allows no token" if broken == "allowed" else "its constraint raised KeyError: 'it'"
+  assert expected in str(errors[0])
   assert ends == {uid: "cancelled", other: "length"}
   assert tokens == engine.generate(PROMPTS[1:], GREEDY).tokens[0]
 

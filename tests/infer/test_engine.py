@@ -198,6 +198,12 @@ def untyped(**fields):
     (untyped(want_logprobs="yes"), "want_logprobs: found 'yes', expected True or False"),
     (untyped(num_top_logprobs=1.5), "num_top_logprobs: found 1.5, expected an integer"),
     (untyped(num_top_logprobs=True), "num_top_logprobs: found True, expected an integer"),
+    (untyped(constraint="{}"), "constraint: found '{}', expected a TokenConstraint"),
+    (untyped(prompt="abc"), "prompt: found 'abc', expected a list of token ids"),
+    (untyped(prompt=[1.5]), r"prompt: found \[1.5\], expected a list of token ids"),
+    (untyped(prompt=[[1, 2]]), "prompt: found .*expected a list of token ids"),
+    (untyped(prompt=None), "prompt: found None, expected a list"),
+    (untyped(stop_ids=5), "stop_ids: found 5, expected a list of token ids"),
     (engine_lib.Request([]), "prompt: found no token"),
     (engine_lib.Request([1, small.VOCAB]), f"found token {small.VOCAB}, expected 0..60"),
     (engine_lib.Request([1] * 64), "found 64 tokens, expected at most 63: the cache's 64"),
@@ -265,6 +271,16 @@ def test_rows_that_fail_in_one_round_all_end():
       assert "non-finite" in str(error)
       failed.append(error.id)
   assert sorted(failed) == uids and not engine.has_work
+
+
+def test_parameters_of_another_model_are_refused(mup):
+  other = small.make(vocab_size=40, num_layers=1)[1]
+  with pytest.raises(ValueError, match=r"^params: found an embedding of \[40, 16\], expected \[61"):
+    engine_lib.Engine(mup[0], other, CFG)
+  drafter = chain.ChainDrafter(mup[0])
+  for draft_params, found in ((other, r"\[40, 16\]"), ((), "none")):
+    with pytest.raises(ValueError, match=f"^draft_params: found an embedding of {found}, exp"):
+      engine_lib.Engine(*mup, CFG, drafter=drafter, draft_params=draft_params)
 
 
 def test_a_cache_smaller_than_the_tree_is_refused(mup):

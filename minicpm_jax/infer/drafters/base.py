@@ -6,6 +6,7 @@ whatever tree it returns, the tokens are those of plain sampling.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -151,6 +152,15 @@ def num_riders(drafter: Any) -> int:
 def num_rows(drafter: Any) -> int:
   """Rows of one verification: cache slots that must be free behind a context."""
   return drafter.num_nodes * (1 + num_riders(drafter))
+
+
+def check_params(cfg: config.ModelConfig, params: Any, what: str) -> None:
+  """ValueError where the embedding is not that of `cfg`: parameters of another model, or none."""
+  embed = params.get("embed", {}) if isinstance(params, Mapping) else {}
+  found = list(getattr(embed.get("embedding"), "shape", ()))
+  expected = [cfg.vocab_size, cfg.model_dim]
+  if found != expected:
+    raise ValueError(f"{what}: found an embedding of {found or 'none'}, expected {expected}")
 
 
 def check_tree_size(num_nodes: int, num_levels: int) -> None:

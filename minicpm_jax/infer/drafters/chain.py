@@ -49,6 +49,7 @@ class ChainDrafter:
       raise ValueError(
         f"draft model: found a vocabulary of {found}, expected the target's {expected}"
       )
+    base.check_params(self.model.cfg, params.draft, "draft_params")
 
   def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:
     cache = cache_lib.init(self.model.cfg, batch_size, capacity, per_row=True)

@@ -7,6 +7,7 @@ t + 1, feature of token t), so the cache is as long as the target's.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -71,6 +72,8 @@ class EagleDrafter:
         f"num_nodes: found {self.num_nodes}, expected 2..{min(most, base.MAX_NODES)} "
         f"({self.num_levels} levels of top_k {self.top_k})"
       )
+    if not isinstance(params.draft, Mapping) or "model" not in params.draft:
+      raise ValueError("draft_params: expected those that `make` gave with the drafter")
     wanted, found = (
       trees.flatten_paths(x, qtensor.is_qtensor)
       for x in (draft_lib.abstract_params(self.cfg)[0], params.draft["model"])

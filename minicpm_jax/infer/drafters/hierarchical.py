@@ -71,6 +71,9 @@ class HierarchicalDrafter:
       )
     if base.num_riders(self.inner):
       raise ValueError("inner drafter: found one with mask tokens (BiTA), expected one without")
+    if not isinstance(params.draft, tuple) or len(params.draft) != 2:
+      raise ValueError("draft_params: expected (the small model's, the inner drafter's)")
+    base.check_params(self.model.cfg, params.draft[0], "draft_params[0]")
     self.inner.check(self.model, self._inner(params))
 
   def init_state(self, model: Any, params: base.Params, batch_size: int, capacity: int) -> State:
