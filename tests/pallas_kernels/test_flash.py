@@ -1,5 +1,7 @@
 """Dense attention against loops in float64, gradients against the plain form."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -120,16 +122,9 @@ def test_any_blocks_give_the_equation(T, extra_keys, K, G, block_q, max_bands, s
   ids = np.sort(np.random.default_rng(seed).integers(0, 4, size=(1, T + extra_keys)))
   q_ids = ids[:, extra_keys:]
   config = xla.XlaConfig(block_q=block_q, max_bands=max_bands)
-  out = api.flash_attention(
-    q,
-    k,
-    v,
-    scale=0.5,
-    q_offset=extra_keys,
-    q_segment_ids_BT=jnp.asarray(q_ids),
-    kv_segment_ids_BS=jnp.asarray(ids),
-    implementation="xla",
-    config=config,
+  run = functools.partial(api.flash_attention, scale=0.5, q_offset=extra_keys)
+  out = jax.jit(functools.partial(run, implementation="xla", config=config))(
+    q, k, v, q_segment_ids_BT=jnp.asarray(q_ids), kv_segment_ids_BS=jnp.asarray(ids)
   )
   expected = loop_attention(
     *map(np.asarray, (q, k, v)), scale=0.5, q_offset=extra_keys, q_ids=q_ids, kv_ids=ids
