@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import pathlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -70,7 +69,7 @@ def run(
   if contexts:
     size = dataclasses.replace(size, long=tuple(contexts))
   suite = Suite(size, parts, num_threads, kinds_of=kinds_of, is_only_compiled=is_only_compiled)
-  folder = _results.RESULTS if output is None else pathlib.Path(output)
+  folder = _results.folder(output)
   path = folder / f"bench_decode_gpu_{shape}.json"
   status = suite.run(read, lambda: _results.save(path, suite.rows, errors=suite.errors))
   print(path, flush=True)

@@ -40,6 +40,11 @@ def _is_installed(package: str) -> bool:
   return importlib.util.find_spec(package) is not None
 
 
+def folder(output: str | None) -> pathlib.Path:
+  """Of --output, by default the results that are committed."""
+  return pathlib.Path(output) if output else RESULTS
+
+
 def table(rows: list[dict[str, Any]]) -> str:
   """A markdown table of the columns of all rows."""
   names = list(dict.fromkeys(name for row in rows for name in row))

@@ -13,7 +13,6 @@ agree, llama.cpp at 4 bits rounds activations to 8 bits. Results: OUTPUT/bench_d
 """
 
 import os
-import pathlib
 import sys
 
 from absl import flags
@@ -93,7 +92,7 @@ def _run() -> int | None:
   rows = []
   for one in bench.on_texts(_SUITE.value, settings):
     rows += bench.measure(weights, names, one, _REPEATS.value)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   model = shape if path is None else path.name
   more = dict(model=model, threads=threads, repeats=_REPEATS.value)
   suffix = f"_{shape}" if shape else ""

@@ -51,7 +51,7 @@ def _run() -> None:
     value = _quantize.perplexity(*back, text)
     rows.append({"format": name, "MB": size / 1e6, "perplexity": value})
     print(rows[-1], flush=True)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   more = dict(model=path.name, heldout=pathlib.Path(_HELDOUT.value).name)
   _results.write(folder / "bench_formats.json", rows, **more, tokens=int(text.size))
 

@@ -14,7 +14,6 @@ tiles first and writes pallas_kernels/OP/tuned.json.
 import dataclasses
 import importlib
 import json
-import pathlib
 import re
 import sys
 import time
@@ -83,7 +82,7 @@ def _run() -> int:
   kind = jax.devices()[0].device_kind
   if jax.default_backend() == "cpu" and any(what[1] != "xla" for what in plan):
     raise ValueError(f"no accelerator: found {kind!r}; on a CPU only --implementation=xla runs")
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   path = folder / f"kernels_{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
   old = json.loads(path.read_text())["rows"] if path.is_file() else []
   rows = {(row["op"], row["case"], row["implementation"]): row for row in old}

@@ -41,7 +41,7 @@ def _run() -> None:
   if VALUES.side is not None:
     print(json.dumps(_measure(path)))
     return
-  out = pathlib.Path(VALUES.output) if VALUES.output else _results.RESULTS
+  out = _results.folder(VALUES.output)
   out = out / "bench_long_prompt.json"
   key = {"model": path.name, "chunk": VALUES.chunk}
   setting = key | {name: _results.environment()[name] for name in ("cpu", "num_cpus", "jax")}

@@ -8,7 +8,6 @@ error that rounding the weights makes. Whole models: `bench_decode --suite=lowbi
 OUTPUT/bench_lowbit_NUM_IN_NUM_OUT.json.
 """
 
-import pathlib
 import sys
 
 from absl import flags
@@ -40,7 +39,7 @@ def _run() -> None:
     if value % 64:
       raise ValueError(f"{name}: found {value}, expected a multiple of 64")
   rows = bench.measure(_IN.value, _OUT.value, _LAYERS.value, _REPEATS.value)
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   shape = dict(num_in=_IN.value, num_out=_OUT.value, layers=_LAYERS.value, repeats=_REPEATS.value)
   _results.write(folder / f"bench_lowbit_{_IN.value}_{_OUT.value}.json", rows, **shape)
 

@@ -82,7 +82,7 @@ def _run() -> None:
   engine = engine_lib.Engine(model, params, cfg, **more)  # no stop ids: answers are equally long
   rows = _bench_serve.measure(engine, tok, prompts, clients, _NEW.value, _LEAST.value)
   name = _NAME.value or pathlib.Path(path).name.split(".")[0]
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   out = folder / f"bench_serve_{name}.json"
   more = dict(model=pathlib.Path(path).name, max_batch=cfg.max_batch, prompt_tokens=_PROMPT.value)
   more |= dict(new_tokens=_NEW.value, rounds_per_dispatch=cfg.rounds_per_dispatch)

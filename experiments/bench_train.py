@@ -16,7 +16,6 @@ row of these two failed. Results go to OUTPUT/bench_train_SUITE[_SIZES].json.
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -82,7 +81,7 @@ def _run() -> int | None:
   if suite == "scaling":
     for row in rows:
       row["speed-up"] = row["tok/s"] / next(r["tok/s"] for r in rows if r["size"] == row["size"])
-  folder = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _results.RESULTS
+  folder = _results.folder(_OUTPUT.value)
   name = f"bench_train_{suite}" + ("" if sizes == ["20m", "60m"] else "_" + "_".join(sizes))
   measured = dict(repeats=_REPEATS.value, is_memory_kept=is_kept, **shape)
   _results.write(folder / f"{name}.json", rows, **measured)
