@@ -379,18 +379,22 @@ def test_lists_without_promise_follow_the_definition(implementation):
   np.testing.assert_allclose(out[0], expected, atol=2e-5)
 
 
-def test_chunks_and_tiles_agree():
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_chunks_and_tiles_agree(num_local):
   """Small chunks, tiles of a few pairs and keys change nothing but rounding."""
   q, k, v = oracle.draw(18, 150, 160, 2, 1, 8)
   rules = sparse_grid.rule_of(oracle.small())
   fine = xla.compress(jnp.asarray(k), rules)
   start = jnp.zeros((1, 150), jnp.int32)
   ids, _ = xla.select_xla(jnp.asarray(q), fine, fine, 10, start, rules, 160)
-  tiny = attention_xla.XlaConfig(chunk=16, tile=4, band_queries=8, band_keys=24)
+  tiny = attention_xla.XlaConfig(
+    chunk=16, tile=4, lanes=2, lane_tile=3, band_queries=8, band_keys=24
+  )
 
   def run(config):
     def f(q, k, v):
-      more = dict(block_size=16, num_local=3, q_offset=10, config=config, implementation="xla")
+      more = dict(block_size=16, q_offset=10, config=config, implementation="xla")
+      more["num_local"] = num_local
       return attention_api.attend_blocks(q, k, v, ids, **more)[0]
 
     return jax.jit(lambda *x: (f(*x), jax.grad(lambda *y: jnp.sum(jnp.sin(f(*y))), (0, 1, 2))(*x)))
