@@ -392,7 +392,10 @@ def import_params(
   if (workdir / run_config.FILE_NAME).exists() or (workdir / "checkpoints").exists():
     raise errors.CheckpointError(f"{workdir}: found a run there already, expected a new folder")
   if isinstance(cfg, config.ModelConfig):
-    cfg = config.TrainConfig(name=cfg.name, model=cfg)
+    data, grid = config.DataConfig(), 1 if cfg.sparse is None else cfg.sparse.alignment
+    length = max(data.seq_len // grid, 1) * grid
+    data = dataclasses.replace(data, align=grid, seq_len=length)
+    cfg = config.TrainConfig(name=cfg.name, model=cfg, data=data)
   params = orbax_codes.in_form(cfg.model, joined.split_projections(cfg.model, params))
   with CheckpointStore(workdir, cfg.checkpoint) as store:
     store.save(0, params=params, meta={"tokens": 0, "config_hash": config_hash(cfg)})

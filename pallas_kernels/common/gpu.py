@@ -12,7 +12,7 @@ import inspect
 
 import jax
 from jax.extend.mlir import ir
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 
 # jaxlib's handler of a Triton kernel that XLA records into CUDA graphs. jax-triton 0.3 calls the
 # older one, "triton_kernel_call": there the host launches it and whatever lies between two of them.
@@ -97,19 +97,30 @@ def launch(
 ):
   """Runs a `triton.jit` function on the arrays, then the outputs, then constants by name."""
   jax_triton = importlib.import_module("jax_triton")
-  if "custom_call_target_name" in inspect.signature(jax_triton.triton_call).parameters:
+  _mend_dead_code_rule()
+  known = inspect.signature(jax_triton.triton_call).parameters
+  if "custom_call_target_name" in known:
     _lower_to_target()
     sizes["custom_call_target_name"] = TARGET
+  sizes["out_type" if "out_type" in known else "out_shape"] = out_shape  # 0.4; 0.3
   return jax_triton.triton_call(
     *arrays,
     kernel=kernel,
-    out_shape=out_shape,
     grid=grid,
     num_warps=num_warps,
     num_stages=num_stages,
     compute_capability=compute_capability,
     **sizes,
   )
+
+
+@functools.cache
+def _mend_dead_code_rule() -> None:
+  """jax 0.12 gives such rules three arguments; that of jax-triton 0.4.1, its newest, takes two."""
+  lib = importlib.import_module("jax_triton.triton_lib")
+  rule = partial_eval.dce_rules.get(lib.triton_kernel_call_p)
+  if rule is not None and len(inspect.signature(rule).parameters) == 2:
+    partial_eval.dce_rules[lib.triton_kernel_call_p] = lambda used, *rest: rule(used, rest[-1])
 
 
 @functools.cache

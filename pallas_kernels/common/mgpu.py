@@ -185,6 +185,19 @@ def load_bytes(ref, index, interpreted: bool):
   return ref[index] if interpreted else _load(ref, index, plgpu.Layout.WGMMA)
 
 
+def store(ref, index, value, interpreted: bool) -> None:
+  """ref[index] = value, in device memory, from the registers of a product.
+
+  jax 0.12 refuses the plain form where a warp's rows do not fill whole sectors.
+  """
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if interpreted or not hasattr(plgpu, "store"):  # before jax 0.12
+    ref[index] = value
+  else:
+    plgpu.store(ref.at[index], value, optimized=False)
+
+
 def _load(ref, index, layout):
   from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -135,7 +135,7 @@ def _q_body(
 
     nothing = mgpu.as_tile(jnp.zeros((ROWS, head_dim), jnp.float32), interpreted)
     _, acc_RH = jax.lax.fori_loop(0, count, step, (jnp.int32(0), nothing))
-    dq_ref[x, own] = (acc_RH * scale).astype(dq_ref.dtype)
+    mgpu.store(dq_ref, (x, own), (acc_RH * scale).astype(dq_ref.dtype), interpreted)
 
 
 def backward_q(
@@ -303,8 +303,8 @@ def _kv_body(
     zeros = jnp.zeros((ROWS, head_dim), jnp.float32)
     num_steps = jax.lax.div(end - begin + (per_step - 1), per_step)
     _, dk_sH, dv_sH = jax.lax.fori_loop(0, num_steps, step, (bits_of(0), zeros, zeros))
-    dk_ref[e, run, keys] = dk_sH * scale
-    dv_ref[e, run, keys] = dv_sH
+    mgpu.store(dk_ref, (e, run, keys), dk_sH * scale, interpreted)
+    mgpu.store(dv_ref, (e, run, keys), dv_sH, interpreted)
 
 
 def backward_kv(

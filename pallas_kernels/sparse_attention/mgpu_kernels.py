@@ -247,7 +247,7 @@ def _body(
     if is_in_place:
       q_smem[own] = out_RH
     else:
-      out_ref[x, split, own] = out_RH
+      mgpu.store(out_ref, (x, split, own), out_RH, interpreted)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(lse_smem.at[own], lse_ref.at[x, split, own])
     if is_in_place:

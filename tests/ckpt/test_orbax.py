@@ -221,6 +221,23 @@ def test_import_and_load_a_run(tmp_path):
     orbax_io.load_run(f"{tmp_path / 'run'}@9")
 
 
+def test_a_model_that_is_sparse_from_its_first_tokens_on_is_imported(tmp_path):
+  """Its run folder says at which multiples documents start: 24 does not divide the default rows."""
+  sparse = config.SparseAttentionConfig(
+    kernel_size=12,
+    kernel_stride=6,
+    block_size=24,
+    init_blocks=1,
+    window_size=24,
+    topk=3,
+    dense_len=0,
+  )
+  cfg = small_model(sparse=sparse)
+  params = transformer.init_params(transformer.Transformer(cfg), jax.random.key(0))
+  orbax_io.import_params(tmp_path / "run", cfg, params)
+  assert orbax_io.load_run(tmp_path / "run")[0].cfg == cfg
+
+
 def test_split_step():
   assert orbax_io.split_step("runs/a@12") == (pathlib.Path("runs/a"), 12)
   assert orbax_io.split_step("runs/me@home") == (pathlib.Path("runs/me@home"), None)

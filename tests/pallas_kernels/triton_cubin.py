@@ -35,11 +35,12 @@ def launches_of(function, *avals) -> list[Launch]:
   """The launches of a function of arrays, found by tracing it; each kernel and size once."""
   import jax_triton.triton_lib as lib
 
+  type_of = getattr(lib, "get_triton_type", None) or lib.get_type_id  # jax-triton 0.3; 0.4
   found = []
 
   def record(kernel, *arrays, out_shape, grid, num_warps, num_stages, compute_capability, **sizes):
     pointers = [*arrays, *jax.tree.leaves(out_shape)]
-    types = [lib.get_triton_type(jax.core.ShapedArray(x.shape, x.dtype)) for x in pointers]
+    types = [type_of(jax.core.ShapedArray(x.shape, x.dtype)) for x in pointers]
     signature = dict(zip(kernel.arg_names, types, strict=False))
     signature |= {name: "constexpr" for name in sizes}
     found.append(Launch(kernel, signature, sizes, num_warps, num_stages))
