@@ -84,6 +84,7 @@ class InferConfig:
     require(0 < self.memory_limit <= 1, "memory_limit", self.memory_limit, "in (0, 1]")
     require(self.chunk_length >= 16, "chunk_length", self.chunk_length, "tokens >= 16")
     counts = ("spec_num_iter", "spec_topk_per_iter", "num_generate", "max_batch", "bita_width")
+    require(self.spec_tree_size <= 64, "spec_tree_size", self.spec_tree_size, "1..64 nodes")
     sizes = ("hier_min_length", "spec_tree_size", "frspec_vocab_size", "sparse_topk_k")
     for name in (*counts, *sizes):
       require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")

@@ -10,7 +10,7 @@ test can enumerate; `generate` draws it by absolute position.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -92,6 +92,8 @@ def verify_siblings(
   """
   target_BV, proposal_BV = p_BV, q_BV
   chosen_B = jnp.full(p_BV.shape[:1], -1, jnp.int32)
+  if rule not in get_args(Siblings):
+    raise ValueError(f"rule: found {rule!r}, expected one of {', '.join(get_args(Siblings))}")
   for c in range(drafted_BC.shape[1]):
     x_B1 = drafted_BC[:, c : c + 1]
     is_x_BV = jnp.arange(p_BV.shape[1])[None, :] == x_B1
@@ -122,6 +124,8 @@ def expected_tokens(acceptance: float, num_drafted: int) -> float:
   """(1 - a^(L+1)) / (1 - a): mean tokens of a round with constant acceptance rate a."""
   if not 0 <= acceptance <= 1:
     raise ValueError(f"acceptance: found {acceptance}, expected a rate in [0, 1]")
+  if num_drafted < 0:
+    raise ValueError(f"num_drafted: found {num_drafted}, expected a number >= 0")
   if acceptance == 1:
     return num_drafted + 1.0
   return (1 - acceptance ** (num_drafted + 1)) / (1 - acceptance)

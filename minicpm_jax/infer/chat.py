@@ -133,7 +133,7 @@ class Chat:
     self.sampling = config.SamplingConfig() if sampling is None else sampling
     self.system = system
     self.enable_thinking = enable_thinking
-    self.stop = tuple(stop)
+    self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
     self.stats = Stats()  # of the last answer
     self.messages: list[dict[str, str]] = []
     self._engine: engine_lib.Engine | None = None

@@ -44,10 +44,12 @@ class StopStrings:
   """Stop strings in text that comes in pieces; what may be the start of one is held back.
 
   The text ends where the first stop string is complete (of several that end there, the longest
-  counts), whatever the pieces are. The stop string itself is not part of the text.
+  counts), whatever the pieces are. The stop string itself is not part of the text. One text is one
+  stop string.
   """
 
   def __init__(self, stops: Sequence[str]):
+    stops = [stops] if isinstance(stops, str) else stops
     if not all(isinstance(stop, str) and stop for stop in stops):
       raise ValueError(f"stop: found {list(stops)!r}, expected texts that are not empty")
     self._stops = tuple(stops)

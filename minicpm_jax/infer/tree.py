@@ -15,6 +15,8 @@ from minicpm_jax.infer.drafters import base
 
 def num_candidates(k: int, num_levels: int) -> int:
   """Length of the flat candidate list: k on the first level, k * k on each later one."""
+  if k < 1 or num_levels < 1:
+    raise ValueError(f"k, num_levels: found {k}, {num_levels}, expected numbers >= 1")
   return k + (num_levels - 1) * k * k
 
 
@@ -40,8 +42,8 @@ def build(
       f"scores_BC: found {scores_BC.shape[1]} candidates, expected {num_candidates(k, L)} for "
       f"{L} levels of {k}"
     )
-  if num_nodes - 1 > scores_BC.shape[1]:
-    raise ValueError(f"num_nodes: found {num_nodes}, expected at most {scores_BC.shape[1] + 1}")
+  if not 1 <= num_nodes <= scores_BC.shape[1] + 1:
+    raise ValueError(f"num_nodes: found {num_nodes}, expected 1..{scores_BC.shape[1] + 1}")
 
   def one(root, scores_C, tokens_C, beams_LK):
     best, at = jax.lax.top_k(scores_C, num_nodes - 1)

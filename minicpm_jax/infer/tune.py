@@ -242,9 +242,18 @@ def costs(
   verify_ms: dict[int, float], draft_ms: dict[int, float], accept_length: dict[int, float]
 ) -> list[TreeCost]:
   """A row of every size, plain decoding first."""
+  for what, ms, sizes in (
+    ("verify_ms", verify_ms, {1, *accept_length}),
+    ("draft_ms", draft_ms, set(accept_length)),
+  ):
+    missing = sorted(n for n in sizes if not ms.get(n, -1) >= 0)
+    if missing:
+      raise ValueError(f"{what}: found no time of {missing} nodes, expected milliseconds >= 0")
   plain = verify_ms[1]
   rows = [TreeCost(1, 0.0, plain, 1.0, 1.0)]
   for n, tau in sorted(accept_length.items()):
+    if not draft_ms[n] + verify_ms[n] > 0:
+      raise ValueError(f"verify_ms: found 0 for {n} nodes, expected milliseconds > 0")
     speedup = tau * plain / (draft_ms[n] + verify_ms[n])
     rows.append(TreeCost(n, draft_ms[n], verify_ms[n], tau, speedup))
   return rows
@@ -252,4 +261,6 @@ def costs(
 
 def best(rows: Sequence[TreeCost]) -> TreeCost:
   """The row with the largest speedup, the smaller tree among equals."""
+  if not rows:
+    raise ValueError("rows: found none, expected those of `costs`")
   return max(rows, key=lambda row: (row.speedup, -row.num_nodes))

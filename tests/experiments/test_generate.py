@@ -109,6 +109,7 @@ def test_an_overlong_turn_ends_the_answer_and_not_the_chat(written, capfd, monke
     (["--model=x", "--prompt_file=y", "--prompt=a"], "--chat: found several, expected one of them"),
     (["--model=x", "--draft_kind=odd"], "draft_kind"),
     (["--model=x", "--memory_limit=2"], "memory_limit"),
+    (["--model=x", "--draft_kind=mtp", "--spec_tree_size=65"], "spec_tree_size: found 65"),
     (["--model=x", "--json_schema=a", "--grammar_file=b"], "expected at most one of them"),
     (["--config=odd"], "--config: found 'odd', expected one of minicpm4_8b"),
     (["--config=minicpm4_8b:noodle"], "minicpm4_8b: found 'noodle', expected nosparse"),

@@ -182,6 +182,8 @@ def test_expected_tokens_of_a_round():
   assert chain.expected_tokens(1.0, 4) == 5
   with pytest.raises(ValueError, match="acceptance: found 1.1"):
     chain.expected_tokens(1.1, 4)
+  with pytest.raises(ValueError, match="num_drafted: found -1"):
+    chain.expected_tokens(0.5, -1)
 
 
 # --- With models ----------------------------------------------------------------------------------

@@ -96,6 +96,11 @@ def test_stop_strings_cut_where_the_first_one_ends_whatever_the_pieces(text, sto
   assert stream.found == found
 
 
+def test_one_text_is_one_stop_string():
+  stream = detokenize.StopStrings("###")
+  assert stream.push("# 1\n## 2\n### 3") == "# 1\n## 2\n" and stream.found == "###"
+
+
 def test_text_that_only_looked_like_a_stop_string_comes_out_as_soon_as_it_cannot_be_one():
   stream = detokenize.StopStrings(["</end>"])
   assert [stream.push(p) for p in ("a<", "/en", "x</", "end")] == ["a", "", "</enx", ""]

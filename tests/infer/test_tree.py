@@ -131,11 +131,20 @@ def test_seen_tokens_of_nodes_are_those_of_their_path():
     assert set(np.nonzero(found[node])[0]) == expected - {base.CUT}
 
 
+def base_tree(num_nodes):
+  """One level of two candidates."""
+  ids = jnp.zeros((1, 2), jnp.int32)
+  return tree_lib.build(ids[:, 0], jnp.zeros((1, 2)), ids, ids[:, None], num_nodes)
+
+
 @pytest.mark.parametrize(
   "call, text",
   [
     (lambda: base.check_tree_size(65, 3), "found 65 tree nodes, expected 1..64"),
     (lambda: base.check_tree_size(4, 4), "num_levels: found 4, expected 0..3"),
+    (lambda: tree_lib.num_candidates(4, 0), "k, num_levels: found 4, 0, expected numbers >= 1"),
+    (lambda: base_tree(num_nodes=0), "num_nodes: found 0, expected 1..3"),
+    (lambda: base_tree(num_nodes=4), "num_nodes: found 4, expected 1..3"),
     (
       lambda: tree_lib.build(
         jnp.zeros(1, jnp.int32),

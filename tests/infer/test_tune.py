@@ -54,6 +54,15 @@ def test_the_rule_by_hand():
   assert tune.best(rows).num_nodes == 8
   slow = tune.costs({1: 10.0, 8: 30.0}, {8: 1.0}, {8: 2.0})
   assert tune.best(slow).num_nodes == 1  # speculation does not pay: plain decoding
+  for verify, draft, match in (
+    ({8: 3.0}, {8: 1.0}, r"verify_ms: found no time of \[1\] nodes"),
+    ({1: 1.0, 8: 3.0}, {}, r"draft_ms: found no time of \[8\] nodes"),
+    ({1: 1.0, 8: 0.0}, {8: 0.0}, "verify_ms: found 0 for 8 nodes"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      tune.costs(verify, draft, {8: 2.0})
+  with pytest.raises(ValueError, match="rows: found none"):
+    tune.best([])
 
 
 def test_times_are_measured_for_every_size(pair):
