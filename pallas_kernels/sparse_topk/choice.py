@@ -44,11 +44,18 @@ def _taken(scores_XM, cur_X, rule: rules.Rule, first_X):
 
 
 def _largest_with(x_XM, num_X, bits: int):
-  """The largest bound [X] of `bits` bits that at least `num` of x reach (0 where none has)."""
+  """The largest bound [X] of `bits` bits that at least `num` of x reach (0 where none has).
+
+  Sums of WORD numbers, then of these: XLA's CPU backend makes a longer one a pass of its own over
+  numbers that it has written, on one core; these it fuses with the comparison and shares out.
+  """
+  X, M = x_XM.shape
+  x_XgL = jnp.reshape(jnp.pad(x_XM, ((0, 0), (0, -M % WORD)), constant_values=-1), (X, -1, WORD))
 
   def halve(i, bound_X):
     next_X = bound_X | (jnp.int32(1) << (bits - 1 - i))
-    reached_X = jnp.sum(x_XM >= next_X[:, None], axis=1, dtype=jnp.int32)
+    reached_Xg = jnp.sum(x_XgL >= next_X[:, None, None], axis=2, dtype=jnp.int32)
+    reached_X = jnp.sum(reached_Xg, axis=1)
     return jnp.where(reached_X >= num_X, next_X, bound_X)
 
   return jax.lax.fori_loop(0, bits, halve, jnp.zeros(x_XM.shape[:1], jnp.int32))
