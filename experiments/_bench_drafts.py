@@ -1,6 +1,7 @@
 """Rows of `bench_drafts`: mean accept length, tokens a second and draft time of each drafter."""
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from experiments import _command, _regenerate, _results
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import files, pictures
-from minicpm_jax.data import shards, sources
+from minicpm_jax.data import packing, shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import frspec, generate
 from minicpm_jax.infer.drafters import base, bita, eagle, mtp, ngram
@@ -48,7 +49,8 @@ def fr_index(
     _command.refuse_unread(values, ["fr_share"], f"the stored index --fr={path}")
     return frspec.load_index(path)
   source = sources.open_source("fr", path)
-  counts_V = frspec.count_tokens((source[i] for i in range(len(source))), vocab_size)
+  read = (packing.split_mask(source[i]) for i in range(len(source)))
+  counts_V = frspec.count_tokens((ids[is_trained] for ids, is_trained in read), vocab_size)
   return frspec.build_index(counts_V, round(share * vocab_size), stop_ids)
 
 
@@ -129,58 +131,108 @@ def draft_ms(drafter: Any, model: Any, params: base.Params, repeats: int = 30) -
   return 1e3 * float(np.median(taken))
 
 
-def rows(
+Measured = list[dict[str, dict[str, Any]]]  # of every prompt, by drafter
+
+
+def measure(
   model: Any,
   params: Any,
   named: dict[str, Drafter | None],
   prompts: list[list[int]],
   sampling: config.SamplingConfig,
-) -> list[dict[str, Any]]:
-  """A row a drafter (the first is None: plain decoding), all of them in turn on every prompt.
+  stop_ids: Sequence[int] = (),
+  pieces: "Pieces | None" = None,
+) -> Measured:
+  """What every drafter (None: plain decoding) did with every prompt, all in turn on each prompt.
 
   In turn, because a machine's speed drifts by more than drafters differ. A round's processor time
-  drifts least: round_cpu_ms is that of this process for a request less that of its prefill, over
-  its rounds, in the median of the prompts.
+  drifts least: cpu_seconds are those of this process for a request less those of its prefill.
+  `pieces` holds what earlier calls measured and says when to stop: then fewer prompts come back.
   """
+  pieces = Pieces() if pieces is None else pieces
   longest = max(map(len, prompts)) + sampling.max_new_tokens
   for_trees = generate.for_decoding(model, params, num_rows=2)
   cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
   engines = {}
   for name, drafter in named.items():
     if drafter is None:
-      engines[name] = engine_lib.Engine(model, params, cfg)
+      engines[name] = engine_lib.Engine(model, params, cfg, stop_ids=stop_ids)
     else:
-      more = dict(drafter=drafter[0], draft_params=drafter[1])
+      more = dict(drafter=drafter[0], draft_params=drafter[1], stop_ids=stop_ids)
       engines[name] = engine_lib.Engine(*for_trees, cfg, **more)
   only_prefill = dataclasses.replace(sampling, max_new_tokens=1)
-  outs, cpu_ms = ({name: [] for name in named} for _ in range(2))
-  for prompt in prompts:
+  while len(pieces.found) < len(prompts) and not pieces.is_over():
+    prompt, found = prompts[len(pieces.found)], {}
     for name, engine in engines.items():
       out, seconds = _timed(engine, prompt, sampling)
-      outs[name].append(out)
-      seconds -= _timed(engine, prompt, only_prefill)[1]
-      cpu_ms[name].append(1e3 * seconds / max(1, len(out.stats[0].accepted)))
-  tokens = {name: [out.tokens[0] for out in found] for name, found in outs.items()}
-  expected = tokens[next(iter(named))]
-  found = []
+      stats = out.stats[0]
+      found[name] = {
+        "tokens": out.tokens[0],
+        "accepted": list(map(int, stats.accepted)),
+        "seconds": stats.decode_seconds,
+        "cpu_seconds": seconds - _timed(engine, prompt, only_prefill)[1],
+      }
+    pieces.add(found)
+  return pieces.found
+
+
+def rows(
+  model: Any, params: Any, named: dict[str, Drafter | None], measured: Measured
+) -> list[dict[str, Any]]:
+  """A row a drafter; the first is plain decoding. round_cpu_ms: median of the prompts."""
+  found, plain = [], next(iter(named))
   for name, drafter in named.items():
-    stats = [out.stats[0] for out in outs[name]]
-    accepted = [n for one in stats for n in one.accepted]
-    num_new = sum(len(one) - 1 for one in tokens[name])
-    seconds = sum(one.decode_seconds for one in stats)
+    runs = [one[name] for one in measured]
+    accepted = [n for run in runs for n in run["accepted"]]
+    if not accepted:
+      raise ValueError(f"{name}: found no rounds, expected answers of two tokens and more")
+    seconds = sum(run["seconds"] for run in runs)
+    cpu_ms = [1e3 * run["cpu_seconds"] / max(1, len(run["accepted"])) for run in runs]
     row = {
       "drafter": name,
       "mean_accept_length": float(np.mean(accepted)),
       "accepted": np.bincount(accepted, minlength=2)[1:].tolist(),
-      "tokens_per_second": num_new / seconds,
+      "tokens_per_second": sum(len(run["tokens"]) - 1 for run in runs) / seconds,
       "round_ms": 1e3 * seconds / len(accepted),
-      "round_cpu_ms": float(np.median(cpu_ms[name])),
-      "tokens_equal_plain": None if drafter is None else tokens[name] == expected,
+      "round_cpu_ms": float(np.median(cpu_ms)),
+      "tokens_equal_plain": None,
     }
     if drafter is not None:
+      row["speedup"] = row["tokens_per_second"] / found[0]["tokens_per_second"]
+      row["tokens_equal_plain"] = all(
+        one[name]["tokens"] == one[plain]["tokens"] for one in measured
+      )
       row["draft_ms"] = draft_ms(drafter[0], model, base.Params(params, drafter[1]))
     found.append(row)
   return found
+
+
+class Pieces:
+  """Prompts measured so far, kept in a file: a long measurement in calls of `seconds` each.
+
+  `about` says what is measured; a file about something else is refused.
+  """
+
+  def __init__(
+    self, path: pathlib.Path | None = None, about: dict[str, Any] | None = None, seconds: float = 0
+  ):
+    self.path, self.about, self.found = path, about, []
+    self._end = time.monotonic() + seconds if seconds else None
+    if path is not None and path.exists():
+      held = json.loads(path.read_text())
+      if held["about"] != about:
+        raise ValueError(
+          f"{path}: found {held['about']}, expected {about} (remove it to begin anew)"
+        )
+      self.found = held["found"]
+
+  def is_over(self) -> bool:
+    return self._end is not None and time.monotonic() > self._end
+
+  def add(self, one: dict[str, dict[str, Any]]) -> None:
+    self.found.append(one)
+    if self.path is not None:
+      files.write_json(self.path, {"about": self.about, "found": self.found})
 
 
 def _timed(engine: Any, prompt: list[int], sampling: config.SamplingConfig) -> tuple[Any, float]:

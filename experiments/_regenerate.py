@@ -10,20 +10,27 @@ import numpy as np
 from absl import flags
 
 from minicpm_jax import config
-from minicpm_jax.data import documents, shards, sources
+from minicpm_jax.data import documents, packing, shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate
 from minicpm_jax.text import chat
 
 PROMPT_TOKENS = 32  # of a document, before the target goes on
 MAX_PROMPT_TOKENS = 192  # of a chat; longer prompts are left out
-BATCH = 32  # rows that are written side by side
-PART = 128  # documents between two writes
+BATCH = 64  # rows that are written side by side
+PART = 256  # documents between two writes
 HELDOUT = 64  # documents that only measure acceptance
+SPLIT = 8  # FILE:held is every eighth row of a file of prompts, FILE:rest the others
+
+
+ANSWER = ">"  # stands in a text between the ids of a prompt and those that the target wrote
 
 
 class Ids:
-  """A tokenizer whose text is token ids: generated tokens go into shards as they are."""
+  """A tokenizer whose text is token ids: generated tokens go into shards as they are.
+
+  Ids before `ANSWER` are not trained.
+  """
 
   bos_id = eos_id = pad_id = chat_template = None
   stop_ids, add_bos = (), False
@@ -32,7 +39,12 @@ class Ids:
     self.vocab_size, self.special_tokens = vocab_size, {}
 
   def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-    return [int(word) for word in text.split()]
+    return [int(word) for word in text.split() if word != ANSWER]
+
+  def encode_with_mask(self, text: str) -> tuple[list[int], list[int]]:
+    prompt, _, answer = text.rpartition(ANSWER)
+    before, after = self.encode(prompt), self.encode(answer)
+    return before + after, [0] * len(before) + [1] * len(after)
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
     return " ".join(map(str, ids))
@@ -85,6 +97,7 @@ def write_generated(
 ) -> None:
   """A shard folder of prompts that the target has gone on with; kept if there.
 
+  Only what the target wrote is trained (EAGLE: loss on the assistant's tokens).
   A stopped call goes on: finished documents stand in `out`.jsonl, one a line.
   """
   if (out / shards.INDEX_FILE).exists():
@@ -92,10 +105,10 @@ def write_generated(
   if not prompts:
     raise ValueError(f"{out.name}: found no prompts, expected some to go on with (--regenerate)")
   model, params, tok = target
-  model, params = generate.for_decoding(model, params)
+  model, params = generate.for_decoding(model, params, num_rows=BATCH)
   capacity = generate.bucket(max(map(len, prompts)) + sampling.max_new_tokens)
   cfg = config.EngineConfig(
-    capacity=capacity, max_batch=min(BATCH, len(prompts)), rounds_per_dispatch=4, min_prefix=-1
+    capacity=capacity, max_batch=min(BATCH, len(prompts)), rounds_per_dispatch=2, min_prefix=-1
   )
   engine = engine_lib.Engine(model, params, cfg)
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +119,7 @@ def write_generated(
     seeds = range(len(texts), len(texts) + len(some))
     stops = () if tok is None else tok.stop_ids
     answer = engine.generate(some, sampling, stop_ids=stops, seeds=list(seeds))
-    new = [" ".join(map(str, (*p, *t))) for p, t in zip(some, answer.tokens, strict=True)]
+    new = [" ".join(map(str, (*p, ANSWER, *t))) for p, t in zip(some, answer.tokens, strict=True)]
     with open(log, "a", encoding="utf-8") as lines:
       lines.write("".join(json.dumps(text) + "\n" for text in new))
     texts += new
@@ -140,7 +153,7 @@ def beginnings(paths: Sequence[str], num: int, seed: int) -> Iterator[list[int]]
       if index is None or count == num:
         continue
       any_left, count = True, count + 1
-      yield [int(t) for t in source[int(index)][:PROMPT_TOKENS]]
+      yield packing.split_mask(source[int(index)][:PROMPT_TOKENS])[0].tolist()
     if not any_left:
       return
 
@@ -171,12 +184,19 @@ def prompt_texts(path: str) -> list[str]:
   """What a user says first in each row of a JSONL file (.gz or not).
 
   messages or turns: the first of them; question behind its text where both are there; else prompt
-  or text.
+  or text. FILE:held gives every `SPLIT`-th row of it, to measure on, FILE:rest the others, to train
+  on.
   """
-  rows = [row for _, row in documents.json_rows(path)]
+  file, colon, part = path.rpartition(":")
+  if not colon or part not in ("held", "rest"):
+    file, part = path, ""
+  rows = [row for _, row in documents.json_rows(file)]
   if not rows:
-    raise ValueError(f"{path}: found no rows, expected JSON lines with prompts")
-  return [_prompt_text(path, i, row) for i, row in enumerate(rows)]
+    raise ValueError(f"{file}: found no rows, expected JSON lines with prompts")
+  texts = [_prompt_text(file, i, row) for i, row in enumerate(rows)]
+  if part == "held":
+    return texts[::SPLIT]
+  return [text for i, text in enumerate(texts) if not part or i % SPLIT]
 
 
 def _prompt_text(path: str, index: int, row: dict[str, Any]) -> str:

@@ -6,11 +6,13 @@
 --target as for generate. --prompts: a prepared shard folder (beginnings of its documents) or JSONL
 with "turns", "prompt" or "text". --fr: a prepared source whose most frequent tokens are kept, or a
 stored index. A draft may have a tree of its own: --draft=small:DIR:3/1/4 (levels, top_k, nodes).
-Every drafter's tokens are compared with plain decoding's.
+Every drafter's tokens are compared with plain decoding's; answers end at the target's stop ids.
+--seconds=30 measures in pieces: a call stops then, the same call again goes on (OUTPUT.part.json).
 """
 
 import pathlib
 import sys
+import time
 
 from absl import flags
 
@@ -35,10 +37,15 @@ flags.DEFINE_integer("num_prompts", 16, "Prompts.", **_COUNT)
 flags.DEFINE_integer("max_prompt_tokens", 192, "Longer prompts are cut.", **_COUNT)
 flags.DEFINE_integer("new_tokens", 64, "Of each prompt.", lower_bound=2, **_OWN)
 flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **_OWN)
+flags.DEFINE_multi_string("only", [], "Drafters to measure, by name; repeatable.", **_OWN)
+flags.DEFINE_float("seconds", 0.0, "Of one call; 0: all prompts in one.", lower_bound=0.0, **_OWN)
 flags.DEFINE_string("output", "benchmarks/results/drafts", "Without suffix.", **_OWN)
+_ABOUT = ("target", "prompts", "draft", "fr", "fr_share", "levels", "top_k", "nodes")
+_ABOUT += ("draft_logit_scale", "num_prompts", "max_prompt_tokens", "new_tokens", "temperature")
 
 
 def _run() -> None:
+  began = time.monotonic()
   logging_lib.quiet_libraries()
   model, params, tok = _models.load(VALUES.target)
   sampling = config.SamplingConfig(max_new_tokens=VALUES.new_tokens, temperature=VALUES.temperature)
@@ -52,12 +59,25 @@ def _run() -> None:
     raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
   named = lib.drafters(model, params, VALUES.draft, fr_ids, sizes, scales)
   lib.check_read(VALUES, model, fr_ids, named)
-  rows = lib.rows(model, params, {"plain": None, **named}, prompts, sampling)
+  unknown = [name for name in VALUES.only if name not in named]
+  if unknown:
+    raise ValueError(f"--only: found {unknown}, expected some of {list(named)}")
+  named = {"plain": None} | {k: x for k, x in named.items() if not VALUES.only or k in VALUES.only}
+  about = {name: VALUES[name].value for name in _ABOUT} | {"drafters": list(named)}
+  left = max(VALUES.seconds - (time.monotonic() - began), 1.0) if VALUES.seconds else 0
+  pieces = lib.Pieces(pathlib.Path(f"{VALUES.output}.part.json"), about, left)
+  measured = lib.measure(model, params, named, prompts, sampling, tok.stop_ids, pieces)
+  if len(measured) < len(prompts):
+    print(f"{len(measured)} of {len(prompts)} prompts measured; the same call again goes on")
+    return
+  rows = lib.rows(model, params, named, measured)
   for found in rows:
     said = f"{found['drafter']}: {found['tokens_per_second']:.1f} tok/s, a round takes "
     said += f"{found['round_ms']:.1f} ms, {found['round_cpu_ms']:.1f} ms of processor time"
     if "draft_ms" in found:
-      said += f", its tree {found['draft_ms']:.2f} ms; accept length "
+      said += (
+        f", its tree {found['draft_ms']:.2f} ms; speedup {found['speedup']:.2f}, accept length "
+      )
       said += f"{found['mean_accept_length']:.2f}, tokens equal plain: "
       said += str(found["tokens_equal_plain"])
     print(said)
@@ -67,6 +87,7 @@ def _run() -> None:
   )
   result = {"title": title, **sizes, "fr_size": None if fr_ids is None else len(fr_ids)}
   lib.write(pathlib.Path(f"{VALUES.output}.json"), result | {"rows": rows})
+  pieces.path.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from minicpm_jax.core import files, rng, types
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import metrics as metrics_lib
-from minicpm_jax.data import iterator, sources
+from minicpm_jax.data import iterator, packing, sources
 from minicpm_jax.infer import frspec
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import convert, transformer
@@ -71,7 +71,7 @@ def train(
 
 
 def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
-  """Sorted ids of the most frequent training tokens, or None where head and loss have all."""
+  """Sorted ids of the most frequent trained tokens, or None where head and loss have all."""
   size = _vocab_size(cfg)
   if size is None:
     return None
@@ -79,7 +79,8 @@ def draft_vocab(cfg: config.DistillConfig) -> np.ndarray | None:
   for entry in cfg.data.sources:
     if entry.name not in cfg.eval_sources:
       source = sources.open_source(entry.name, entry.path)
-      documents = (source[i] for i in range(min(len(source), VOCAB_DOCUMENTS)))
+      read = (packing.split_mask(source[i]) for i in range(min(len(source), VOCAB_DOCUMENTS)))
+      documents = (ids[is_trained] for ids, is_trained in read)
       counts_V += frspec.count_tokens(documents, counts_V.size)
   return np.sort(frspec.build_index(counts_V, size, cfg.draft.layer.stop_ids))
 

@@ -247,6 +247,9 @@ def _write_shard(
   if cfg.is_chat:
     pairs = [_encode_chat(tokenizer, text) for text in chunk.texts]
     encoded, masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
+  elif hasattr(tokenizer, "encode_with_mask"):
+    pairs = [tokenizer.encode_with_mask(text) for text in chunk.texts]
+    encoded, masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
   elif not cfg.parse_special:
     encoded = tokenizer_lib.encode_plain(tokenizer, chunk.texts)
   elif hasattr(tokenizer, "encode_batch"):

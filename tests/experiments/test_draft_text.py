@@ -18,7 +18,7 @@ from experiments import (
   tune_tree,
 )
 from minicpm_jax import ckpt, config
-from minicpm_jax.data import documents, shards, sources
+from minicpm_jax.data import documents, packing, shards, sources
 from minicpm_jax.infer import generate
 from minicpm_jax.infer.drafters import ngram
 from minicpm_jax.models import draft as draft_lib
@@ -64,6 +64,13 @@ def test_prompts_of_every_form_of_row(tmp_path):
     _regenerate.prompt_texts(jsonl(tmp_path / "c.jsonl", []))
 
 
+def test_rows_held_out_of_a_file_and_the_rest_are_its_rows(tmp_path):
+  path = jsonl(tmp_path / "a:b.jsonl", [{"text": f"{n}"} for n in range(20)])
+  held, rest = (_regenerate.prompt_texts(f"{path}:{part}") for part in ("held", "rest"))
+  assert held == ["0", "8", "16"] and _regenerate.prompt_texts(path)[0] == "0"
+  assert sorted(held + rest, key=int) == [f"{n}" for n in range(20)]
+
+
 def test_prompts_are_rendered_and_taken_from_the_files_in_turns(tmp_path):
   one = jsonl(tmp_path / "one.jsonl", [{"text": f"{n}"} for n in range(10, 14)])
   two = jsonl(tmp_path / "two.jsonl", [{"text": "30"}, {"text": " ".join(["5"] * 300)}])
@@ -89,9 +96,13 @@ def test_answers_are_the_targets_and_a_stopped_call_goes_on(tmp_path, monkeypatc
   _regenerate.write_generated(out, (model, params, None), prompts, sampling)
   assert shards.read_index(out).num_documents == 3
   source = sources.open_source("made", str(out))
-  stored = [list(map(int, source[i])) for i in range(3)]
+  stored = [packing.split_mask(source[i]) for i in range(3)]
   expected = generate.generate(model, params, prompts[2:], sampling).tokens[0]
-  assert stored == [[*prompts[0], 1, 2], [*prompts[1], 1, 2], [*prompts[2], *expected]]
+  ids = [list(map(int, row)) for row, _ in stored]
+  assert ids == [[*prompts[0], 1, 2], [*prompts[1], 1, 2], [*prompts[2], *expected]]
+  # The target's own tokens are trained, the prompt is not; a log of before knew no prompts.
+  assert stored[0][1].all() and stored[1][1].all()
+  assert stored[2][1].tolist() == [False] * 5 + [True] * 6
 
 
 def test_held_out_answers_begin_otherwise_than_those_trained_on(tmp_path, monkeypatch):
@@ -187,7 +198,9 @@ def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
   model, params = common.build(common.config(num_layers=1))
   named = {"plain": None, "ngram": (ngram.NGramDrafter(num_levels=2), ())}
   sampling = config.SamplingConfig(max_new_tokens=9)
-  plain, drafted = _bench_drafts.rows(model, params, named, [[3, 4, 3, 4], [5, 6]], sampling)
+  prompts = [[3, 4, 3, 4], [5, 6]]
+  measured = _bench_drafts.measure(model, params, named, prompts, sampling)
+  plain, drafted = _bench_drafts.rows(model, params, named, measured)
   assert plain["accepted"] == [16] and plain["mean_accept_length"] == 1
   assert plain["tokens_equal_plain"] is None and drafted["tokens_equal_plain"] is True
   counts = np.arange(1, len(drafted["accepted"]) + 1)
@@ -195,6 +208,28 @@ def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
   assert drafted["mean_accept_length"] == pytest.approx(16 / sum(drafted["accepted"]))
   assert plain["tokens_per_second"] > 0 and drafted["draft_ms"] > 0
   assert plain["round_ms"] * plain["tokens_per_second"] == pytest.approx(1e3)
+  ratio = drafted["tokens_per_second"] / plain["tokens_per_second"]
+  assert drafted["speedup"] == pytest.approx(ratio)
+
+
+def test_a_measurement_in_pieces_goes_on_and_answers_end_at_a_stop_id(tmp_path):
+  model, params = common.build(common.config(num_layers=1))
+  named, prompts = {"plain": None}, [[3, 4, 3, 4], [5, 6], [7]]
+  sampling = config.SamplingConfig(max_new_tokens=6)
+  free = generate.generate(model, params, prompts, sampling).tokens
+  stop = free[1][2]
+  path, about = tmp_path / "x.part.json", {"prompts": "p"}
+  pieces = _bench_drafts.Pieces(path, about, seconds=1e-9)
+  assert _bench_drafts.measure(model, params, named, prompts, sampling, (stop,), pieces) == []
+  for num in (1, 2, 3):
+    pieces = _bench_drafts.Pieces(path, about)
+    pieces.is_over = lambda num=num, pieces=pieces: len(pieces.found) == num
+    found = _bench_drafts.measure(model, params, named, prompts, sampling, (stop,), pieces)
+    assert len(found) == num
+  until = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+  assert [one["plain"]["tokens"] for one in found] == until
+  with pytest.raises(ValueError, match="part.json: found .*'p'.* expected .*'q'"):
+    _bench_drafts.Pieces(path, {"prompts": "q"})
 
 
 def test_names_with_a_dot_keep_it(tmp_path):
