@@ -142,6 +142,7 @@ def measure(
   sampling: config.SamplingConfig,
   stop_ids: Sequence[int] = (),
   pieces: "Pieces | None" = None,
+  max_prompt_tokens: int = 0,
 ) -> Measured:
   """What every drafter (None: plain decoding) did with every prompt, all in turn on each prompt.
 
@@ -150,7 +151,8 @@ def measure(
   `pieces` holds what earlier calls measured and says when to stop: then fewer prompts come back.
   """
   pieces = Pieces() if pieces is None else pieces
-  longest = max(map(len, prompts)) + sampling.max_new_tokens
+  # The same for all files of prompts, so that their calls find each other's programs compiled.
+  longest = max(max_prompt_tokens, *map(len, prompts)) + sampling.max_new_tokens
   for_trees = generate.for_decoding(model, params, num_rows=2)
   cfg = config.EngineConfig(capacity=longest + 80, min_prefix=-1, rounds_per_dispatch=4)
   engines = {}

@@ -66,7 +66,8 @@ def _run() -> None:
   about = {name: VALUES[name].value for name in _ABOUT} | {"drafters": list(named)}
   left = max(VALUES.seconds - (time.monotonic() - began), 1.0) if VALUES.seconds else 0
   pieces = lib.Pieces(pathlib.Path(f"{VALUES.output}.part.json"), about, left)
-  measured = lib.measure(model, params, named, prompts, sampling, tok.stop_ids, pieces)
+  more = (tok.stop_ids, pieces, VALUES.max_prompt_tokens)
+  measured = lib.measure(model, params, named, prompts, sampling, *more)
   if len(measured) < len(prompts):
     print(f"{len(measured)} of {len(prompts)} prompts measured; the same call again goes on")
     return
