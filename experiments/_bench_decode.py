@@ -314,9 +314,12 @@ SUITES = {
   "lowbit": (
     _OURS,
     *("ours, int8", "ours, int4 in groups of 64", "ours, ternary"),
+    *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
+  ),
+  "low_head": (  # "lowbit" with the head, here also the embedding, as codes
+    _OURS,
     *("ours, int8, head too", "ours, int4 in groups of 64, head int8"),
     *("ours, int4 in groups of 64, head too", "ours, ternary, head int4"),
-    *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
   ),
   "act_order": (
     _OURS,
