@@ -14,7 +14,7 @@ from minicpm_jax.config.quant import EMBEDDING, HEAD, PROJECTIONS
 from minicpm_jax.core import trees
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import generate
-from minicpm_jax.infer.drafters import eagle
+from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.nn import layers
@@ -134,6 +134,8 @@ def test_conversions_keep_the_function():
     np.testing.assert_allclose(table, expected["embed"]["embedding"], atol=1e-6)
   padded = convert.pad_vocab(model.cfg, codes, 8)
   assert padded[0].padded_vocab_size == 64
+  for params in (padded[1], convert.pad_vocab(model.cfg, floats, 8)[1]):
+    base.check_params(padded[0], params, "params")  # what an engine takes
   back = convert.unpad_vocab(*padded)[1]
   jax.tree.map(np.testing.assert_array_equal, back, codes)
 

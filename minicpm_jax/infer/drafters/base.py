@@ -16,6 +16,7 @@ import numpy as np
 
 from minicpm_jax import config
 from minicpm_jax.infer import constrained
+from minicpm_jax.quant import qtensor
 
 MAX_NODES = 64  # root included
 CUT = -1  # token of a node that must not be accepted
@@ -157,8 +158,9 @@ def num_rows(drafter: Any) -> int:
 def check_params(cfg: config.ModelConfig, params: Any, what: str) -> None:
   """ValueError where the embedding is not that of `cfg`: parameters of another model, or none."""
   embed = params.get("embed", {}) if isinstance(params, Mapping) else {}
-  found = list(getattr(embed.get("embedding"), "shape", ()))
-  expected = [cfg.vocab_size, cfg.model_dim]
+  table = embed.get("embedding")
+  found = list(table.full_shape if qtensor.is_qtensor(table) else getattr(table, "shape", ()))
+  expected = [cfg.padded_vocab_size, cfg.model_dim]
   if found != expected:
     raise ValueError(f"{what}: found an embedding of {found or 'none'}, expected {expected}")
 
