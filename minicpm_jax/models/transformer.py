@@ -375,7 +375,8 @@ def _with_step(cfg: ModelConfig, cache: cache_lib.KVCache, step, shape, ctx: Con
     if step.is_tree and T > 1:
       grid = sparse_tree.TreeGrid(length_B, step.depth_BT, step.anc_BTT, all_dense)
     else:
-      total_B = length_B + T if step.total_B is None else step.total_B
+      num_new = T if step.num_new_B is None else step.num_new_B
+      total_B = length_B + num_new if step.total_B is None else step.total_B
       grid = sparse_grid.make_grid(cfg.sparse, T, span, B, q_offset=length_B, kv_length=total_B)
       grid = grid.replace(is_cached=True, all_dense=all_dense)
       grid = grid.replace(is_dense_BT=None) if all_dense is False else grid

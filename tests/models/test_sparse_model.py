@@ -124,6 +124,22 @@ def test_crossing_dense_len_while_decoding():
       np.testing.assert_allclose(logits[1, 0], full[1, slot], atol=1e-4)
 
 
+def test_padding_of_a_step_is_not_in_the_length_that_decides():
+  """Behind 80 tokens (all seen by both) 43 slots; 5 of one row count, 35 of the other: 85, 115."""
+  model, params = build(dense_len=110)
+  tokens_BT = common.tokens((2, 123))
+  cache = cache_lib.init(model.cfg, 2, 123, per_row=True)
+  cache = common.apply(model, params, tokens_BT[:, :80], cache=cache, step=cache_lib.Step()).cache
+  step = cache_lib.Step(num_new_B=jnp.asarray([5, 35]))
+  found = common.apply(model, params, tokens_BT[:, 80:], cache=cache, step=step)
+  dense = common.apply(dense_of(model), params, tokens_BT).logits
+  sparse = common.apply(build(dense_len=-1)[0], params, tokens_BT).logits
+  assert np.max(np.abs(dense[0, 80:85] - sparse[0, 80:85])) > 1e-3
+  np.testing.assert_allclose(found.logits[0, :5], dense[0, 80:85], atol=1e-4)
+  np.testing.assert_allclose(found.logits[1, :35], sparse[1, 80:115], atol=1e-4)
+  np.testing.assert_array_equal(found.cache.length, [85, 115])
+
+
 def test_rejected_tokens_leave_no_trace():
   """Back by 9 tokens over a window border and on with others."""
   model, params = build(lse="coarse")
