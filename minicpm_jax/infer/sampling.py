@@ -152,7 +152,7 @@ def penalise(
   logits_BV: Float[Array, "B V"], penalty_B: Float[Array, " B"], seen_BV: Bool[Array, "B V"]
 ) -> Float[Array, "B V"]:
   """z / r where z > 0, else z * r, for the tokens that have been seen (CTRL, arXiv 1909.05858)."""
-  r_B1 = penalty_B[:, None]
+  r_B1 = jnp.clip(penalty_B, 1e-30, 1e30)[:, None]  # keeps products finite, -inf times r no NaN
   punished_BV = jnp.where(logits_BV > 0, logits_BV / r_B1, logits_BV * r_B1)
   return jnp.where(seen_BV, punished_BV, logits_BV)
 

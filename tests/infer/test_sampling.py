@@ -59,6 +59,7 @@ def repeat(state, num_rows):
 
 
 draw = jax.jit(sampling.sample)
+draw_seen = jax.jit(lambda z, state, at, seen: sampling.sample(z, state, at, lambda: seen))
 
 
 FILTERS = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (12, 0.7, 0.05)]
@@ -130,6 +131,21 @@ def test_a_temperature_near_zero_is_greedy():
       state = state_of(**{"top_p": 1.0, "min_p": 0.0} | fields, temperature=temperature, seeds=[1])
       tokens_B = draw(logits_BV, repeat(state, 8), jnp.arange(8))
       np.testing.assert_array_equal(tokens_B, np.argmax(logits_BV, axis=1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [1e-40, 1e-38, 1e38])
+def test_extreme_penalties_leave_finite_numbers_and_what_is_forbidden_forbidden(
+  penalty, temperature
+):
+  cfg = config.SamplingConfig(temperature=temperature, repetition_penalty=penalty)
+  state = repeat(sampling.sampling_state(cfg, [2]), 40)
+  logits_BV = jnp.broadcast_to(jnp.array([-jnp.inf, -3.0, 0.5, -jnp.inf, 4.0]), (40, 5))
+  seen_BV = jnp.broadcast_to(jnp.array([True, True, False, False, True]), (40, 5))
+  found = draw_seen(logits_BV, state, jnp.arange(40), seen_BV)
+  # A large one brings 4 down to 0, and -3 to nothing.
+  likely = {4} if penalty < 1 else {2, 4} if temperature else {2}
+  assert set(np.asarray(found).tolist()) == likely
 
 
 def test_a_filter_that_leaves_one_token_always_draws_it():
