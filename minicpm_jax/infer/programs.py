@@ -121,9 +121,9 @@ def constrained_rounds(
       yield Program(rounds_lib.verify, (tree, mask_BPW, *rows), static)
 
 
-def compile_all(lowered: Iterable[Any], num_threads: int) -> int:
+def compile_all(lowered: Iterable[Any]) -> int:
   """Compiles side by side, while the next are traced; their number."""
-  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
     futures = [pool.submit(one.compile) for one in lowered]
     for future in futures:
       future.result()
@@ -138,9 +138,7 @@ class Programs:
   params: base.Params
   cfg: config.EngineConfig
 
-  def warm_up(
-    self, num_tokens: int | None = None, num_threads: int = 4, *, is_constrained: bool = False
-  ) -> int:
+  def warm_up(self, num_tokens: int | None = None, *, is_constrained: bool = False) -> int:
     """Compiles what requests of up to `num_tokens` tokens (prompt and answer; None: those of the
     smallest span) will ask for, those under a constraint where `is_constrained`, `fast_forward`
     included; the number of programs.
@@ -181,7 +179,7 @@ class Programs:
         yield function.lower(*self._head, *args, **static)
         _COMPILED.add(self._key(function, args, static))
 
-    num = compile_all(lowered(), num_threads)
+    num = compile_all(lowered())
     self.compile_seconds = before + time.perf_counter() - began
     return num
 

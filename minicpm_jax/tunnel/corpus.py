@@ -96,9 +96,7 @@ class Corpus:
     ids = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
     return Rows(ids, np.ones((num_rows, seq_len), np.float32))
 
-  def with_source(
-    self, name: str, tokens: np.ndarray, heldout: np.ndarray | None = None, *, stride: int = 1
-  ) -> "Corpus":
+  def with_source(self, name: str, tokens: np.ndarray, *, stride: int = 1) -> "Corpus":
     """One more source behind the others (whose windows stay what they were)."""
     if name in self.spans:
       raise ValueError(f"name: found {name!r}, expected another name than {list(self.spans)}")
@@ -109,7 +107,6 @@ class Corpus:
       self,
       tokens=np.concatenate([self.tokens, tokens.astype(np.int32)]),
       spans={**self.spans, name: (begin, begin + len(tokens))},
-      heldout=self.heldout if heldout is None else {**self.heldout, name: heldout},
       strides=self.strides if stride == 1 else {**self.strides, name: stride},
     )
 

@@ -116,8 +116,8 @@ class Chunk:
   is_pair_CW: jax.Array
 
 
-def dot(a, b, contract: tuple[int, int], batch: int = 0):
-  dims = (((contract[0],), (contract[1],)), (tuple(range(batch)), tuple(range(batch))))
+def dot(a, b, contract: tuple[int, int]):
+  dims = (((contract[0],), (contract[1],)), ((), ()))
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
