@@ -1,6 +1,7 @@
 """QTensor: values against equations in numpy, and its life as a parameter leaf."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,14 @@ def dense():
   return common.build(common.config("minicpm4_8b"))
 
 
+@functools.partial(jax.jit, static_argnums=0)  # leaf by leaf it is hundreds of small programs
+def quantize(cfg, params):
+  return tree.quantize_params(cfg, params)
+
+
+dequantize = jax.jit(tree.dequantize_params)
+
+
 def with_quant(model, **kwargs):
   return transformer.Transformer(dataclasses.replace(model.cfg, quant=QuantConfig(**kwargs)))
 
@@ -156,8 +165,8 @@ def with_quant(model, **kwargs):
 def test_model_with_qtensors_equals_the_dequantised_model(dense, form, scheme, g):
   model, params = dense
   cfg = QuantConfig(scheme=scheme, group_size=g, weights=form)
-  quantized = tree.quantize_params(cfg, params)
-  expected = common.apply(model, tree.dequantize_params(quantized), TOKENS).logits
+  quantized = quantize(cfg, params)
+  expected = common.apply(model, dequantize(quantized), TOKENS).logits
   found = common.apply(
     with_quant(model, scheme=scheme, group_size=g, weights=form), quantized, TOKENS
   )
@@ -189,8 +198,8 @@ def test_latent_heads_and_experts(name):
   """Kernels that are not used through `linear`: kv_b of MLA, the experts."""
   model, params = common.build(common.config(name))
   cfg = QuantConfig(scheme="five", weights="packed")
-  quantized = tree.quantize_params(cfg, params)
-  expected = common.apply(model, tree.dequantize_params(quantized), TOKENS).logits
+  quantized = quantize(cfg, params)
+  expected = common.apply(model, dequantize(quantized), TOKENS).logits
   both = jax.jit(
     lambda a, b: (
       model.apply({"params": a}, TOKENS).logits,
@@ -206,7 +215,7 @@ def test_latent_heads_and_experts(name):
 def test_init_restore_shard_and_donate(dense, tmp_path):
   model, params = dense
   model = with_quant(model, scheme="int4", group_size=16, weights="packed")
-  quantized = tree.quantize_params(model.cfg.quant, params)
+  quantized = quantize(model.cfg.quant, params)
   shapes, specs = transformer.abstract_params(model)
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), shapes, quantized)
   run = tmp_path / "run"
