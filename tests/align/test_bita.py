@@ -219,7 +219,7 @@ def test_a_target_that_scales_with_the_length_reads_the_text_as_without_masks():
   scaled = config.RopeConfig(kind="dynamic", factor=4.0)
   model = transformer.Transformer(dataclasses.replace(model.cfg, rope=scaled, max_position=longest))
   inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-  expected = model.apply({"params": params}, *inputs).hidden
+  expected = common.apply(model, params, *inputs).hidden
   both = {"draft": draft, "target": params}
   _, found = bita_loss.mask_logits(model, both, batch, bita_loss.place(batch, cfg))
   real = batch["segment_ids"] > 0

@@ -35,7 +35,7 @@ def test_loss_is_the_weighted_sum_and_the_step_lowers_it():
 
   inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
   logits, goals = (
-    np.asarray(m.apply({"params": p}, *inputs).logits)
+    np.asarray(common.apply(m, p, *inputs).logits)
     for m, p in ((student, params), (teacher, teacher_params))
   )
   mask = np.asarray(batch["loss_mask"])

@@ -15,13 +15,13 @@ gguf = pytest.importorskip("gguf")
 
 from tests.ckpt import gguf_files  # noqa: E402
 from tests.ckpt.gguf_files import MUP, TYPES, D, F, H, K, L, N, V  # noqa: E402
+from tests.models import common as models  # noqa: E402
 
 TOKENS = np.array([[1, 5, 9, 2, 33, 7, 7, 20]], np.int32)
 
 
 def logits(model, params) -> np.ndarray:
-  with jax.default_matmul_precision("highest"):
-    return np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)).logits)
+  return np.asarray(models.apply(model, params, jnp.asarray(TOKENS)).logits)
 
 
 def torch_logits(weights, *, arch, experts=0, **config) -> np.ndarray:

@@ -81,8 +81,8 @@ def test_folders_hold_the_model(tmp_path, version, method, solver):
       )
   tokens = common.tokens((1, 12))
   np.testing.assert_allclose(
-    transformer.Transformer(cfg).apply({"params": expected}, tokens).logits,
-    loaded.apply({"params": back}, tokens).logits,
+    common.apply(transformer.Transformer(cfg), expected, tokens).logits,
+    common.apply(loaded, back, tokens).logits,
     atol=1e-5,
   )
 
@@ -272,4 +272,4 @@ def test_a_folder_read_by_the_format_runs_in_transformers(tmp_path):
   with torch.no_grad():
     theirs = module.eval()(torch.from_numpy(tokens).long()).logits.numpy()
   for m, p in ((model, params), (loaded, back)):
-    np.testing.assert_allclose(m.apply({"params": p}, tokens).logits, theirs, atol=1e-4)
+    np.testing.assert_allclose(common.apply(m, p, tokens).logits, theirs, atol=1e-4)

@@ -69,15 +69,15 @@ def test_behind_the_stored_keys_is_behind_the_tokens(kind, scan):
   tokens = np.asarray(common.tokens((2, 10), seed=3))
   before = prefix.key_values(model, params, (COMMA, BOS))
   whole = np.concatenate([np.tile([[COMMA, BOS]], (2, 1)), tokens], axis=1)
-  wanted = model.apply({"params": params}, whole).logits[:, 2:]
+  wanted = common.apply(model, params, whole).logits[:, 2:]
   batch = (tokens, np.ones_like(tokens))
   np.testing.assert_allclose(prefix.forward(model, params, batch, before=before), wanted, atol=1e-4)
   cache = cache_lib.with_prefix(model.cfg, before, 2, 12)
   np.testing.assert_allclose(
-    model.apply({"params": params}, tokens, cache=cache).logits, wanted, atol=1e-4
+    common.apply(model, params, tokens, cache=cache).logits, wanted, atol=1e-4
   )
   cache = cache_lib.with_prefix(model.cfg, before, 2, 16, per_row=True)
-  found = model.apply({"params": params}, tokens, cache=cache)
+  found = common.apply(model, params, tokens, cache=cache)
   np.testing.assert_allclose(found.logits, wanted, atol=1e-4)
   np.testing.assert_array_equal(found.cache.length, [12, 12])
 
@@ -89,7 +89,7 @@ def test_static_8_bit_activations_need_the_prefix():
   (batch,) = text(commas=False)
   later = (batch[0][:, 1:], batch[1][:, 1:])
   before = prefix.key_values(model, params, (BOS,))
-  wanted = np.asarray(model.apply({"params": params}, batch[0]).logits[:, 1:])
+  wanted = np.asarray(common.apply(model, params, batch[0]).logits[:, 1:])
 
   def error(found):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

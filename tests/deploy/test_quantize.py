@@ -72,7 +72,7 @@ def test_every_method_runs_in_both_forms_and_gptq_beats_rtn():
     names = [f"layers/{n}/kernel" for stage in blocks.stages(model.cfg) for n in stage]
     assert kinds == set(names)
     assert len(done.report) == 2 * len(names)
-    logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+    logits = np.asarray(common.apply(model, done.params, tokens).logits)
     errors[method] = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
   assert errors["gptq"] < errors["rtn"] < 0.5, errors
   assert errors["s-p-gptq"] < errors["rtn"], errors

@@ -113,12 +113,12 @@ def test_gptq_beats_rtn_and_goes_through_a_folder(tmp_path, name):
   errors = {}
   for method in ("rtn", "gptq"):
     done = run(model, params, method, batches(8) if method == "gptq" else [])
-    logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+    logits = np.asarray(common.apply(model, done.params, tokens).logits)
     errors[method] = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
   assert errors["gptq"] < errors["rtn"] < 0.6, errors
   ckpt.save_gptq(tmp_path / "m", model, done.params)
   loaded, back, _ = ckpt.load_hf(tmp_path / "m")
-  found = loaded.apply({"params": back}, tokens).logits
+  found = common.apply(loaded, back, tokens).logits
   np.testing.assert_allclose(found, logits, atol=1e-4)
 
 
@@ -208,6 +208,6 @@ def test_smoothed_kinds_are_quantised(name):
   tokens = common.tokens((2, 24), seed=5)
   wanted = np.asarray(common.apply(model, params, tokens).logits)
   done = run(model, params, "s-p-gptq", batches(4), awq_ratios=3)
-  logits = np.asarray(model.apply({"params": done.params}, tokens).logits)
+  logits = np.asarray(common.apply(model, done.params, tokens).logits)
   assert np.linalg.norm(logits - wanted) < 0.5 * np.linalg.norm(wanted)
   assert all("awq_ratio" in r for r in done.report if r["name"].endswith(("gate", "down")))

@@ -22,6 +22,7 @@ from minicpm_jax.train import loop
 from minicpm_jax.train import start as start_lib
 from minicpm_jax.train import step as step_lib
 from tests import words
+from tests.models import common
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEQ, VOCAB = 32, words.NumberTokenizer.vocab_size
@@ -118,14 +119,14 @@ def test_weights_are_converted_without_changing_the_function(base, source, chang
   """Untied head (MiniCPM section 7.2), padded vocabulary, upcycled experts (7.3): equal logits."""
   folder, model, params = source
   tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, VOCAB)
-  expected = model.apply({"params": params}, tokens).logits
+  expected = common.apply(model, params, tokens).logits
   cfg = dataclasses.replace(base.model, tie_embeddings=False, **changes)
   model, mesh = transformer.Transformer(cfg), mesh_lib.make_mesh(config.MeshConfig(tp=2))
   tx = build.make_optimizer(base.optim, cfg, transformer.abstract_params(model)[0])
   abstract = step_lib.abstract_state(model, tx, mesh)
   with jax.set_mesh(mesh):
     params, _ = start_lib.load_weights(str(folder), model, abstract, mesh, 0)
-    found = model.apply({"params": params}, tokens).logits
+    found = common.apply(model, params, tokens).logits
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

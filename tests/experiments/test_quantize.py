@@ -41,8 +41,8 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
   model, params, tok = ckpt.load_hf(out, dtype="f32")
   plain, floats, _ = ckpt.load_hf(folder / "hf")
   tokens = common.tokens((1, 12))
-  found = np.asarray(model.apply({"params": params}, tokens).logits)
-  wanted = np.asarray(plain.apply({"params": floats}, tokens).logits)
+  found = np.asarray(common.apply(model, params, tokens).logits)
+  wanted = np.asarray(common.apply(plain, floats, tokens).logits)
   assert np.linalg.norm(found - wanted) < 0.6 * np.linalg.norm(wanted)  # unrelated: 1.4
   assert tok.encode("some text") and not model.cfg.tie_embeddings
   assert run(folder, f"--output={folder / 'b'}", "--method=rtn", "--prefix", text) == 0

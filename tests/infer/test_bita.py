@@ -13,6 +13,7 @@ from minicpm_jax.infer.drafters import base, bita, chain, hierarchical
 from minicpm_jax.models import bita as bita_lib
 from minicpm_jax.models import transformer
 from tests.infer import bita_cases, small
+from tests.models import common
 
 CFG = config.EngineConfig(capacity=96, max_batch=2, chunk_size=16, min_span=256)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7, 1, 8] * 7]
@@ -62,9 +63,10 @@ def test_masks_change_nothing_of_the_nodes_and_nodes_are_those_of_plain_forwards
 
   cache = cache_lib.init(model.cfg, 1, 128, per_row=True)
   prompt = jnp.asarray([PROMPTS[1]], jnp.int32)
-  cache = model.apply({"params": params}, prompt, cache=cache).cache
-  out = model.apply(
-    {"params": params},
+  cache = common.apply(model, params, prompt, cache=cache).cache
+  out = common.apply(
+    model,
+    params,
     jnp.pad(tree.tok_BP, ((0, 0), (0, 39))),
     cache=cache,
     step=cache_lib.Step(anc_BTT=rows.anc_BRR, depth_BT=rows.depth_BR),

@@ -15,6 +15,7 @@ from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.quant import qtensor, tree
 from tests.infer import small
+from tests.models import common
 
 CFG = config.EngineConfig(capacity=72, max_batch=1, chunk_size=64, min_span=128)
 GREEDY = config.SamplingConfig(max_new_tokens=12)
@@ -92,7 +93,7 @@ def test_the_decoding_form_on_a_gpu_gives_equal_logits(monkeypatch):
     assert qtensor.is_qtensor(kernel) == quantised
     assert not quantised or (kernel.scale.dtype == jnp.float32 and kernel.is_packed)
     slow, out = (
-      m.apply({"params": p}, tokens).logits for m, p in ((model, given), (fast, fast_params))
+      common.apply(m, p, tokens).logits for m, p in ((model, given), (fast, fast_params))
     )
     np.testing.assert_allclose(out, slow, atol=1e-4)
 

@@ -11,6 +11,7 @@ from minicpm_jax import config
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.nn import kv
 from tests.infer import small
+from tests.models import common
 
 CHUNK, SLOTS = 16, 70  # no whole blocks
 LENGTHS = (
@@ -178,7 +179,7 @@ def test_taps_are_the_streams_before_the_layers(is_scan):
   stream = out.taps[..., 16:]
   normed = stream / jnp.sqrt(jnp.mean(stream**2, axis=-1, keepdims=True) + two.cfg.norm_eps)
   two = small.replace(two, scale_depth=1.4 * np.sqrt(2 / 3))  # residual scale of three layers
-  expected = two.apply({"params": shallow}, tokens).hidden
+  expected = common.apply(two, shallow, tokens).hidden
   np.testing.assert_allclose(normed, expected, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ from minicpm_jax.core import rng
 from minicpm_jax.data import scalingbench
 from minicpm_jax.models import transformer
 from minicpm_jax.tunnel import bench, fit, likelihood
+from tests.models import common
 
 PLANTED = bench.Sigmoid(lo=0.25, hi=0.9, k=6.0, l0=1.3)
 
@@ -38,7 +39,7 @@ def test_score_is_the_loss_of_the_target_alone(scored):
   for i, it in enumerate(items):
     given, target = ([int(w) for w in text.split()] for text in (it.input, it.target))
     ids = np.array([[1, *given, *target]])  # EOS = 1 starts a text
-    logp = jax.nn.log_softmax(model.apply({"params": params}, ids).logits[0].astype(jnp.float32))
+    logp = jax.nn.log_softmax(common.apply(model, params, ids).logits[0].astype(jnp.float32))
     at = np.arange(len(given), len(given) + len(target))
     assert found.nats[i] == pytest.approx(-float(logp[at, target].sum()), rel=1e-4)
     assert found.num_tokens[i] == len(target)

@@ -7,6 +7,7 @@ import pytest
 from minicpm_jax.core import rng
 from minicpm_jax.models import transformer
 from minicpm_jax.tunnel import coordinates, plan
+from tests.models import common
 
 
 def test_sizes_are_what_the_blocks_add():
@@ -20,7 +21,7 @@ def test_sizes_are_what_the_blocks_add():
   table = np.asarray(params["embed"]["embedding"])
   embedded = 12.0 * table[ids]
   assert found["embed"] == pytest.approx(np.sqrt(np.mean(embedded**2)), rel=1e-5)
-  logits = model.apply({"params": params}, ids).logits
+  logits = common.apply(model, params, ids).logits
   assert found["logits"] == pytest.approx(np.sqrt(np.mean(np.square(logits))), rel=1e-5)
   # A zero o kernel leaves nothing of attention, twice the down kernel doubles the MLP.
   params["layers"]["attn"]["o"]["kernel"] *= 0

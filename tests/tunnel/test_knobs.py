@@ -12,6 +12,7 @@ from minicpm_jax.optim import build, schedules
 from minicpm_jax.train import step as step_lib
 from minicpm_jax.tunnel import engine, knobs, plan
 from tests import words
+from tests.models import common
 
 STEPS, ROWS, SEQ = 3, 4, 16
 
@@ -103,9 +104,9 @@ def test_folded_logits_equal_the_models():
   params = init(run, 0)
   folded = knobs.fold(params, knobs.knobs_of(run.model, run.optim))
   ids = TOKENS[:32].reshape(2, 16)
-  ours = knobs.graph_model(knobs.plain_model(run.model)).apply({"params": folded}, ids).logits
+  ours = common.apply(knobs.graph_model(knobs.plain_model(run.model)), folded, ids).logits
   cfg, stacked = knobs.trained_form(run.model, params)
-  theirs = transformer.Transformer(cfg).apply({"params": stacked}, ids).logits
+  theirs = common.apply(transformer.Transformer(cfg), stacked, ids).logits
   np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
