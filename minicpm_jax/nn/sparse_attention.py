@@ -193,7 +193,7 @@ def select_blocks(
   nobody can look, the queries of documents off the grid get no blocks from the others.
   """
   q_BTNH, k_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH)
-  cfg = dataclasses.replace(cfg, dense_len=-1)
+  q_offset, cfg = _known(q_offset), dataclasses.replace(cfg, dense_len=-1)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids)
   grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, None, segment_ids)
   if _is_ref(implementation, grid):
@@ -234,6 +234,7 @@ def infllm_attention(
   dense, "ref" and "xla" are those of dense attention and the sparse kernels' names mean "auto".
   """
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
+  q_offset, kv_length = _known(q_offset), _known(kv_length)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH, kv_length)
   if cfg.use_nope:
     _check_nope(nope, q_BTNH, k_BSKH)
@@ -291,6 +292,11 @@ def attend_anywhere(
     past_BTS = (slots_11S <= pos_BT[:, :, None]) & (slots_11S >= start_BT[:, :, None])
     mask_BKTS = mask_BKTS | (past_BTS & grid.is_dense_BT[:, :, None])[:, None]
   return attention_ref.attend_ref(q_BTNH, k_BSKH, v_BSKV, mask_BKTS)[0]
+
+
+def _known(number: sparse_grid.Scalar | None) -> sparse_grid.Scalar | None:
+  """numpy's integers as Python's: checked, and static for what follows."""
+  return int(number) if isinstance(number, np.integer) else number
 
 
 def _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch="sequence"):

@@ -18,7 +18,7 @@ from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.core import mesh
 from pallas_kernels.sparse_topk import rule as rules
 
-Scalar = Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "B"] | int
+Scalar = Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "B"] | int | np.integer
 Ids = Int[Array | np.ndarray, "B S"]
 NOWHERE = rules.NOWHERE  # start of what is padding
 

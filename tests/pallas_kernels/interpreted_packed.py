@@ -37,6 +37,11 @@ MATVEC = {  # (bits, case, config): one and several groups a warp, splits, no wh
     cases.Case(rows=1, num_in=1280, num_out=80, group_size=-1, has_zero=True),
     dict(num_warps=1, unroll=8),
   ),
+  "int4_eight_warps": (
+    4,
+    cases.Case(rows=1, num_in=1536, num_out=48, group_size=-1),
+    dict(num_warps=8),
+  ),
   "ternary_channel": (
     2,
     cases.Case(rows=1, num_in=1280, num_out=64, group_size=-1),
@@ -58,5 +63,6 @@ def test_packed_matvec(name, dtype, monkeypatch):
   )
   backend = functools.partial(triton.matmul_triton, config=config)
   suite.check(backend, case, bits, dtype)
-  if (name, dtype) == ("int4_groups", jnp.bfloat16):
-    suite.check_wide(backend, case, bits)
+  # Where the bar of 16 bits says little: the interpreter cuts float32 to them without rounding.
+  if name in ("int4_groups", "int4_eight_warps") and dtype == jnp.bfloat16:
+    suite.check_wide(backend, case, bits, bar=1e-5)
