@@ -11,7 +11,7 @@ import numpy as np
 
 from minicpm_jax.config import SparseAttentionConfig
 from minicpm_jax.core import pictures
-from minicpm_jax.nn import sparse_attention
+from minicpm_jax.nn import kv, sparse_attention, sparse_cache, sparse_tree
 from pallas_kernels.flash import api as flash
 
 
@@ -47,6 +47,56 @@ def measure(length: int, repeats: int, setting: dict, earlier: dict | None = Non
       run[f"{name}_wall_s"], run[f"{name}_cpu_s"] = timed(form, q, k, v)
     runs.append(run)
     yield summary(length, runs) | {f"{name}_temp_mib": ready[name][1] for name in forms}
+
+
+def measure_nodes(length: int, num_nodes: int, repeats: int, setting: dict) -> dict:
+  """A draft tree behind `length` tokens: medians of its nodes together, of one, of all dense.
+
+  Inputs are iid normal: the nodes' lists unite to many more blocks than those of a text's.
+  """
+  rng = np.random.default_rng(0)
+  N, K, H = setting["num_heads"], setting["num_kv_heads"], setting["head_dim"]
+  cfg = SparseAttentionConfig(lse="coarse", dense_len=-1)
+  slots = -(-(length + num_nodes) // cfg.block_size) * cfg.block_size
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  k, v = normal(1, slots, K, H), normal(1, slots, K, H)
+  levels = {level: sparse_attention.compress(k, cfg, level) for level in sparse_cache.LEVELS}
+  cache = kv.LayerCache(k=k, v=v, length=jnp.full((1,), length, jnp.int32), **levels)
+  depth = np.arange(num_nodes, dtype=np.int32)[None] // 2  # a chain of pairs: the first goes on
+  anc = (np.arange(num_nodes)[:, None] > np.arange(num_nodes)) & (np.arange(num_nodes) % 2 == 0)
+  anc = (anc & (depth[0][:, None] > depth[0]))[None] | np.eye(num_nodes, dtype=bool)
+
+  def sparse(q, arrays, depth, anc):
+    cache = kv.LayerCache(**arrays)
+    own = slice(length, length + q.shape[1])
+    new = cache.k[:, own], cache.v[:, own]
+    grid = sparse_tree.TreeGrid(cache.length, depth, anc, all_dense=False)
+    return sparse_tree.attend_tree(q, *new, q, cache, cfg, grid)
+
+  def dense(q, arrays, depth, anc):
+    past = jnp.ones((1, q.shape[1], length), bool)
+    rest = jnp.zeros((1, q.shape[1], slots - length - q.shape[1]), bool)
+    mask_BTS = jnp.concatenate((past, anc, rest), axis=2)
+    return jax.nn.dot_product_attention(q, arrays["k"], arrays["v"], mask=mask_BTS[:, None])
+
+  arrays = {name: getattr(cache, name) for name in ("k", "v", "length", *levels)}
+  q = normal(1, num_nodes, N, H)
+  args = {"nodes": (q, arrays, depth, anc), "one": (q[:, :1], arrays, depth[:, :1], anc[:, :1, :1])}
+  args["dense nodes"] = args["nodes"]
+  ready, row = {}, {"length": length, "num_nodes": num_nodes, "load": round(os.getloadavg()[0], 2)}
+  for name, arrays in args.items():
+    form = jax.jit(dense if name.startswith("dense") else sparse).lower(*arrays).compile()
+    row[f"{name} temp_mib"] = form.memory_analysis().temp_size_in_bytes / 2**20
+    jax.block_until_ready(form(*arrays))
+    ready[name] = form
+  runs = {name: [] for name in ready}
+  for _ in range(repeats):
+    for name, form in ready.items():
+      runs[name].append(timed(form, *args[name]))
+  for name, times in runs.items():
+    wall, cpu = (1e3 * statistics.median(kind) for kind in zip(*times, strict=True))
+    row |= {f"{name} wall_ms": wall, f"{name} cpu_ms": cpu}
+  return row
 
 
 def summary(length: int, runs: list[dict]) -> dict:

@@ -4,6 +4,7 @@
   python -m experiments.bench_sparse --threads=1           on one core
   python -m experiments.bench_sparse --lengths=65536       adds runs to what is recorded
   python -m experiments.bench_sparse --lengths=8192,16384 --num_heads=32 --num_kv_heads=2
+  python -m experiments.bench_sparse --nodes=12 --num_heads=9 --num_kv_heads=3 --head_dim=64
 
 Sparse is `nn.sparse_attention.infllm_attention` (MiniCPM4's sizes, coarse normaliser), dense is
 `pallas_kernels.flash`. Inputs are iid normal: neighbouring queries share no more blocks than by
@@ -12,6 +13,9 @@ wall time stands the CPU time of the process, which other jobs on the machine di
 is the compiler's count of temporaries, also for a 32k prefill of a whole layer of MiniCPM4-8B.
 Writes OUT/sparse_<device>[_1_core].json and .png after every run; runs recorded there with equal
 heads, versions and device count too, so that a busy machine can be measured in pieces.
+
+With --nodes: a draft tree of so many behind each length, against one node and against dense
+attention of all of them; OUT/sparse_nodes_<device>[_1_core].json, medians, written anew.
 """
 
 import json
@@ -42,6 +46,9 @@ NUM_KV_HEADS = flags.DEFINE_integer(
 )
 HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Width of a head.", flag_values=VALUES)
 THREADS = flags.DEFINE_integer("threads", 0, "CPU cores; 0 = all.", flag_values=VALUES)
+NODES = flags.DEFINE_integer(
+  "nodes", 0, "Of a draft tree; 0 = a prompt.", lower_bound=0, flag_values=VALUES
+)
 OUT = flags.DEFINE_string(
   "out", "benchmarks/results", "Folder of the JSON and the picture.", flag_values=VALUES
 )
@@ -53,7 +60,8 @@ def _run() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])
   device = jax.devices()[0]
   cores = f"_{THREADS.value}_core" if THREADS.value else ""
-  path = pathlib.Path(OUT.value) / f"sparse_{device.platform}{cores}.json"
+  kind = "sparse_nodes" if NODES.value else "sparse"
+  path = pathlib.Path(OUT.value) / f"{kind}_{device.platform}{cores}.json"
   setting = {
     "device": device.device_kind,
     "num_cpus": THREADS.value or os.cpu_count(),
@@ -63,6 +71,13 @@ def _run() -> None:
     "num_kv_heads": NUM_KV_HEADS.value,
     "head_dim": HEAD_DIM.value,
   }
+  if NODES.value:
+    measured = []
+    for length in lengths:
+      measured.append(bench.measure_nodes(length, NODES.value, 10 * REPEATS.value, setting))
+      print(json.dumps(measured[-1]), flush=True)
+    files.write_json(path, setting | {"rows": measured})
+    return
   rows = {row["length"]: row for row in _results.recorded(path, setting)}
   memory = bench.layer_memory()
   print(json.dumps(memory), flush=True)

@@ -187,3 +187,15 @@ def test_bench_rows_are_medians_of_all_recorded_runs(tmp_path):
   assert _results.recorded(path, setting) == [third]
   assert _results.recorded(path, setting | {"head_dim": 16}) == []
   assert bench_sparse.LENGTHS.default == ["8192", "16384", "32768", "65536"]
+
+
+def test_a_tree_of_nodes_is_measured(tmp_path):
+  """As a command; the row of each length has times and memory of the three forms."""
+  sizes = ["--num_heads=4", "--num_kv_heads=2", "--head_dim=8", f"--out={tmp_path}"]
+  command = ["bench_sparse", "--nodes=3", "--lengths=100,230", "--repeats=1", *sizes]
+  assert bench_sparse.main(command) == 0
+  found = json.loads(next(tmp_path.glob("sparse_nodes_*.json")).read_text())
+  assert [row["length"] for row in found["rows"]] == [100, 230] and found["num_kv_heads"] == 2
+  for row in found["rows"]:
+    for form in ("nodes", "one", "dense nodes"):
+      assert row[f"{form} wall_ms"] > 0 and row[f"{form} temp_mib"] > 0
