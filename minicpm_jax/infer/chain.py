@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from minicpm_jax import config
 from minicpm_jax.core import types
 from minicpm_jax.infer import engine as engine_lib
+from minicpm_jax.infer import requests
 from minicpm_jax.infer import sampling as sampling_lib
+from minicpm_jax.infer.drafters import base
 from minicpm_jax.models import cache as cache_lib
 from minicpm_jax.models import transformer
 
@@ -160,6 +162,8 @@ class Pair:
         f"draft_model: found vocabulary {draft_model.cfg.vocab_size}, expected the target's "
         f"{model.cfg.vocab_size}"
       )
+    base.check_params(model.cfg, params, "params")
+    base.check_params(draft_model.cfg, draft_params, "draft_params")
     if num_drafted < 1:
       raise ValueError(f"num_drafted: found {num_drafted}, expected >= 1")
     self.models, self.params = (model, draft_model), (params, draft_params)
@@ -185,9 +189,16 @@ class Pair:
         raise ValueError(
           f"{name}.repetition_penalty: found {cfg.repetition_penalty}, expected 1 (use the engine)"
         )
-    if not prompts or not all(len(p) for p in prompts):
-      raise ValueError("prompts: found none or an empty one, expected at least one token in each")
+    if not len(prompts):
+      raise ValueError("prompts: found none, expected at least one")
+    prompts = [requests.token_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    for i, prompt in enumerate(prompts):
+      requests.check_prompt(f"prompts[{i}]", prompt, self.models[0].cfg.vocab_size)
     seeds = [sampling.seed] * len(prompts) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+      raise ValueError(
+        f"seeds: found {len(seeds)}, expected one for each of {len(prompts)} prompts"
+      )
     settings = tuple(sampling_lib.sampling_state(c, seeds) for c in (sampling, draft_sampling))
     longest = max(map(len, prompts))
     unit = math.lcm(*(1 if m.cfg.sparse is None else m.cfg.sparse.block_size for m in self.models))

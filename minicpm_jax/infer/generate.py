@@ -258,7 +258,7 @@ def generate(
 
 def _check_prompts(cfg: config.ModelConfig, prompts: Sequence[Sequence[int]]) -> int:
   """Length of the longest prompt; refuses empty prompts and ids outside the vocabulary."""
-  if not prompts:
+  if not len(prompts):
     raise ValueError("prompts: found none, expected at least one")
   for i, prompt in enumerate(prompts):
     name = f"prompts[{i}]"

@@ -235,8 +235,17 @@ def test_bad_input():
   pair = chain.Pair(model, params, model, params)
   with pytest.raises(ValueError, match=r"sampling\.repetition_penalty"):
     pair.generate([[1]], config.SamplingConfig(repetition_penalty=1.2))
-  with pytest.raises(ValueError, match="prompts: found none"):
-    pair.generate([[]], config.SamplingConfig())
+  for prompts, match in (
+    ([], "prompts: found none"),
+    ([[1], []], r"prompts\[1\]: found no token"),
+    ([[1], [61]], r"prompts\[1\]: found token 61, expected 0\.\.60"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      pair.generate(prompts, config.SamplingConfig())
+  with pytest.raises(ValueError, match="seeds: found 1, expected one for each of 2 prompts"):
+    pair.generate([[1], [2]], config.SamplingConfig(), seeds=[3])
+  with pytest.raises(ValueError, match=r"^draft_params: found an embedding of \[62, 16\]"):
+    chain.Pair(model, params, model, other_params)
   with pytest.raises(ValueError, match="q_BLV, p_BAV: found shapes"):
     x = jnp.zeros((1, 2, 3))
     chain.verify_chain(jnp.zeros((1, 2), jnp.int32), x, x, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
