@@ -22,6 +22,7 @@ from minicpm_jax.infer import frspec, generate
 from minicpm_jax.infer.drafters import base, bita, eagle, mtp, ngram
 
 Drafter = tuple[Any, Any]
+TREE = ("num_levels", "top_k", "num_nodes")
 
 
 def prompts_of(path: str, tok: Any, num: int, max_tokens: int) -> list[list[int]]:
@@ -200,6 +201,8 @@ def rows(
       "tokens_equal_plain": None,
     }
     if drafter is not None:
+      if isinstance(drafter[0], eagle.EagleDrafter):
+        row["tree"] = "/".join(str(getattr(drafter[0], k)) for k in TREE)
       row["speedup"] = row["tokens_per_second"] / found[0]["tokens_per_second"]
       row["tokens_equal_plain"] = all(
         one[name]["tokens"] == one[plain]["tokens"] for one in measured

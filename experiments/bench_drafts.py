@@ -83,10 +83,10 @@ def _run() -> None:
       said += str(found["tokens_equal_plain"])
     print(said)
   title = (
-    f"{model.cfg.name}: tree {VALUES.levels}/{VALUES.top_k}/{VALUES.nodes}, temperature "
-    f"{VALUES.temperature:g}, {len(prompts)} prompts x {VALUES.new_tokens} tokens"
+    f"{model.cfg.name}: temperature {VALUES.temperature:g}, {len(prompts)} prompts of "
+    f"{pathlib.Path(VALUES.prompts).name} x {VALUES.new_tokens} tokens"
   )
-  result = {"title": title, **sizes, "fr_size": None if fr_ids is None else len(fr_ids)}
+  result = {"title": title, "fr_size": None if fr_ids is None else len(fr_ids)}
   lib.write(pathlib.Path(f"{VALUES.output}.json"), result | {"rows": rows})
   pieces.path.unlink(missing_ok=True)
 
