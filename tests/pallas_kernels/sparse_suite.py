@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sparse_attention import ref as attention_ref
+from pallas_kernels.sparse_decode import cases
 from pallas_kernels.sparse_topk import nodes as nodes_lib
 from pallas_kernels.sparse_topk import ref as topk_ref
 from pallas_kernels.sparse_topk import rule as rules
@@ -230,8 +231,9 @@ LAYOUTS = ("row", "shifted_row", "paged")
 def decode_inputs(layout: str, dtype=jnp.float32, H=8, block=BLOCK):
   """(q, k, v, ids, pos, start, base, page table) and the row caches k, v that they stand for."""
   rng = np.random.default_rng(3)
-  B, T, K, G, W, S = 3, 2, 2, 3, 5, 10 * block
-  q = normal(rng, B, T, K * G, H, dtype=dtype)
+  case = cases.TINY["tiny_row"]
+  B, T, K, W, S = case.batch, case.num_queries, case.num_kv_heads, case.num_listed, 10 * block
+  q = normal(rng, B, T, case.num_heads, H, dtype=dtype)
   k, v = normal(rng, B, S, K, H, dtype=dtype), normal(rng, B, S, K, H, dtype=dtype)
   pos = np.array([140 * block // 16, 40 * block // 16, 3], np.int32)[:, None]
   pos = pos + np.arange(T, dtype=np.int32)[None, :]
