@@ -28,9 +28,10 @@ import pathlib
 import sys
 import tempfile
 
-root = next(
-  p for p in [pathlib.Path.cwd(), *pathlib.Path.cwd().parents] if (p / "configs").is_dir()
-)
+folders = [pathlib.Path.cwd(), *pathlib.Path.cwd().parents]
+root = next((p for p in folders if (p / "configs" / "nano.py").is_file()), None)
+if root is None:
+  raise FileNotFoundError(f"{folders[0]}: found no minicpm_jax around it, %cd into a clone first")
 sys.path.insert(0, str(root))
 
 import jax

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -25,9 +27,10 @@ import pathlib
 import sys
 import tempfile
 
-root = next(
-  p for p in [pathlib.Path.cwd(), *pathlib.Path.cwd().parents] if (p / "configs").is_dir()
-)
+folders = [pathlib.Path.cwd(), *pathlib.Path.cwd().parents]
+root = next((p for p in folders if (p / "configs" / "nano.py").is_file()), None)
+if root is None:
+  raise FileNotFoundError(f"{folders[0]}: found no minicpm_jax around it, %cd into a clone first")
 sys.path.insert(0, str(root))
 
 import jax

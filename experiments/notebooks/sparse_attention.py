@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -18,6 +20,7 @@
 # are averaged over short windows, every group of query heads ranks blocks of keys by these means,
 # and attends to the first block, the last few and the best of the rest. No parameter is added, so
 # any trained model can be looked at this way. Here: a real text through a real model.
+# On Colab, clone the repository and install it first: `%pip install -e '.[quickstart]'`.
 
 # %%
 import dataclasses
@@ -27,9 +30,10 @@ import pathlib
 import sys
 import time
 
-root = next(
-  p for p in [pathlib.Path.cwd(), *pathlib.Path.cwd().parents] if (p / "configs").is_dir()
-)
+folders = [pathlib.Path.cwd(), *pathlib.Path.cwd().parents]
+root = next((p for p in folders if (p / "configs" / "nano.py").is_file()), None)
+if root is None:
+  raise FileNotFoundError(f"{folders[0]}: found no minicpm_jax around it, %cd into a clone first")
 sys.path.insert(0, str(root))
 
 import jax

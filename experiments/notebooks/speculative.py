@@ -18,6 +18,7 @@
 # A cheap draft proposes a tree of tokens, one forward of the target checks all of them, and the
 # output is what plain decoding would have written, token for token (MiniCPM4 §4.1). Here the draft
 # is the multi-token-prediction module of pretraining: it drafts without any training of its own.
+# On Colab, clone the repository and install it first: `%pip install -e '.[quickstart]'`.
 
 # %%
 import dataclasses
@@ -26,9 +27,10 @@ import pathlib
 import sys
 import tempfile
 
-root = next(
-  p for p in [pathlib.Path.cwd(), *pathlib.Path.cwd().parents] if (p / "configs").is_dir()
-)
+folders = [pathlib.Path.cwd(), *pathlib.Path.cwd().parents]
+root = next((p for p in folders if (p / "configs" / "nano.py").is_file()), None)
+if root is None:
+  raise FileNotFoundError(f"{folders[0]}: found no minicpm_jax around it, %cd into a clone first")
 sys.path.insert(0, str(root))
 
 import jax
