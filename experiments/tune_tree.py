@@ -58,7 +58,10 @@ def _run() -> None:
   drafters = tune.sizes_for(drafter, [int(n) for n in VALUES.sizes if n.isdigit()])
   bad = [n for n in VALUES.sizes if not n.isdigit() or int(n) not in drafters]
   if bad and VALUES["sizes"].present:
-    raise ValueError(f"--sizes: found {bad}, expected sizes that levels and top_k allow")
+    raise ValueError(
+      f"--sizes: found {', '.join(bad)}, expected more nodes than the {drafter.num_levels} of "
+      f"--spec_num_iter, and no more than levels of {drafter.top_k} (--spec_topk_per_iter) have"
+    )
   most = (VALUES.num_prompts, VALUES.max_prompt_tokens)
   prompts = _bench_drafts.prompts_of(VALUES.prompts, tok, *most)
   sampling = config.SamplingConfig(max_new_tokens=VALUES.new_tokens, temperature=VALUES.temperature)

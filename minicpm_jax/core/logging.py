@@ -37,36 +37,65 @@ class MetricWriter:
     self._board: Any = None
     if not mesh.is_main_process():
       return
-    import tensorboardX
-
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     drop_after(folder / JSONL, resume_step)
     self._file = open(folder / JSONL, "a", encoding="utf-8")
-    self._board = tensorboardX.SummaryWriter(
-      str(folder / "tensorboard"), purge_step=resume_step + 1
-    )
+    self._board = _Board(folder / "tensorboard", resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, types.ArrayLike]) -> None:
     """One line; a number that is not finite is null in it."""
     if self._file is None:
       return
     numbers = {name: float(value) for name, value in values.items()}
-    for name, number in numbers.items():
-      self._board.add_scalar(name, number, step)
     self._file.write(files.as_json({"step": int(step), **numbers}) + "\n")
     self._file.flush()
+    self._board.write(step, numbers)
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
-      self._board.close()
+      try:
+        self._file.close()
+      finally:
+        self._board.close()
 
   def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *_: Any) -> None:
     self.close()
+
+
+class _Board:
+  """TensorBoard events, written by the caller: tensorboardX's own thread dies with a full disk, and
+  whoever then waits for it waits for ever. Steps from `purge_step` on of earlier files are hidden.
+  """
+
+  _FLUSH_SECONDS = 30.0
+
+  def __init__(self, folder: pathlib.Path, purge_step: int):
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event, self._summary = event_pb2.Event, summary
+    suffix = f".{time.time_ns()}"  # the names have seconds: a second writer would empty the file
+    self._writer = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._writer.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    for name, number in numbers.items():
+      value = self._summary.scalar(name, number)
+      self._writer.write_event(self._event(wall_time=time.time(), step=int(step), summary=value))
+    if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+      self._writer.flush()
+      self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 def drop_after(path: str | os.PathLike, step: int) -> None:

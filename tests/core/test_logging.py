@@ -1,7 +1,10 @@
 """JSONL survives a crash and a resume; plain lines without a TTY, rich on one."""
 
+import contextlib
 import io
 import json
+import resource
+import struct
 
 import pytest
 
@@ -76,3 +79,37 @@ def test_a_terminal_gets_a_bar():
     bar.update(4, {"loss": 1.5})
     bar.message("saved [4]")
   assert "4/4" in out.getvalue() and "loss 1.5" in out.getvalue() and "saved [4]" in out.getvalue()
+
+
+def test_a_full_disk_is_an_error_and_never_a_wait(tmp_path):
+  """Files may not grow beyond 64 KiB: what a full disk does to the two files of a run."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  writer = logging.MetricWriter(tmp_path)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+  try:
+    with pytest.raises(OSError, match="too large"):
+      for step in range(10_000):
+        writer.write(step, {"loss": 1.0, "learning_rate": 0.5})
+    with contextlib.suppress(OSError):  # what is left in a buffer does not fit either
+      writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert step > 100 and logging.read_metrics(tmp_path)[0]["loss"] == 1.0
+
+
+def test_events_are_what_tensorboardx_writes(tmp_path):
+  """The values of the file, read record by record: length, two checksums, an Event."""
+  from tensorboardX.proto import event_pb2
+
+  with logging.MetricWriter(tmp_path, resume_step=6) as writer:
+    writer.write(7, {"eval/a/loss": 1.5, "loss": 2.0})
+  (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+  data, events = path.read_bytes(), []
+  while data:
+    (size,) = struct.unpack("Q", data[:8])
+    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  assert events[0].file_version == "brain.Event:2"
+  assert (events[1].step, events[1].session_log.status) == (7, event_pb2.SessionLog.START)
+  values = [(e.step, v.tag, v.simple_value) for e in events[2:] for v in e.summary.value]
+  assert values == [(7, "eval/a/loss", 1.5), (7, "loss", 2.0)]
