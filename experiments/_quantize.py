@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,15 +76,25 @@ def perplexity(
   """exp of the mean next-token loss over all positions of the rows (each starts afresh)."""
 
   @jax.jit
-  def total(params, tokens_BT, segment_ids_BT):
-    logits = model.apply({"params": params}, tokens_BT, segment_ids_BT=segment_ids_BT).logits
-    logprobs = jax.nn.log_softmax(logits[:, :-1])
-    picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(picked * (segment_ids_BT[:, 1:] != 0))
+  def logits(params, tokens_BT, segment_ids_BT):
+    return model.apply({"params": params}, tokens_BT, segment_ids_BT=segment_ids_BT).logits
 
-  parts = batches(rows, batch_size)
-  loss = sum(float(total(params, tokens, segments)) for tokens, segments in parts)
+  return perplexity_of(lambda batch: logits(params, *batch), rows, batch_size)
+
+
+def perplexity_of(
+  forward: Callable[[quantize.Batch], Any], rows: np.ndarray, batch_size: int = 4
+) -> float:
+  """`perplexity` of what gives the logits of a batch."""
+  loss = sum(float(_loss(forward(batch), *batch)) for batch in batches(rows, batch_size))
   return float(np.exp(loss / (len(rows) * (rows.shape[1] - 1))))
+
+
+@jax.jit
+def _loss(logits_BTV, tokens_BT, segment_ids_BT):
+  logprobs = jax.nn.log_softmax(logits_BTV[:, :-1])
+  picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+  return -jnp.sum(picked * (segment_ids_BT[:, 1:] != 0))
 
 
 def work(cfg: ModelConfig, tokens: int) -> dict[str, float]:

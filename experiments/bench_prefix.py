@@ -8,12 +8,11 @@ is the one that is found on the calibration text (quantization.md 5.2), its keys
 float model. Fake quantisation: what is measured is accuracy. Default model: the 135M model.
 """
 
+import functools
 import pathlib
 import sys
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from experiments import _command, _models, _quantize, _results
@@ -31,21 +30,6 @@ _ROWS = _define("integer", "sequences", 8, "Calibration sequences.")
 _LENGTH = _define("integer", "length", 256, "Tokens of a sequence.")
 _EVAL = _define("integer", "eval_sequences", 32, "Evaluation sequences.")
 _GROUP = _define("integer", "group_size", 64, "Inputs that share a weight's scale.")
-
-
-@jax.jit
-def _loss(logits, tokens_BT, ids_BT):
-  logprobs = jax.nn.log_softmax(logits[:, :-1])
-  picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-  return -jnp.sum(picked * (ids_BT[:, 1:] != 0))
-
-
-def _perplexity(model, params, rows, **how):
-  loss = sum(
-    float(_loss(prefix.forward(model, params, (tokens, ids), **how), tokens, ids))
-    for tokens, ids in _quantize.batches(rows, 4)
-  )
-  return float(np.exp(loss / (len(rows) * (rows.shape[1] - 1))))
 
 
 def _run():
@@ -82,7 +66,8 @@ def _run():
     for where, before in prefixes.items():
       static = prefix.activation_scales(model, chosen, batches, before)
       for act, scales in (("f32", "off"), ("8 bits a token", "token"), ("8 bits static", static)):
-        value = _perplexity(model, chosen, rows, before=before, act=scales)
+        forward = functools.partial(prefix.forward, model, chosen, before=before, act=scales)
+        value = _quantize.perplexity_of(forward, rows)
         result["perplexity"][f"weights {weights}, inputs {act}, {where}"] = value
         print(f"weights {weights:5s} inputs {act:15s} {where:10s} {value:.3f}", flush=True)
   files.write_json(pathlib.Path(_OUTPUT.value) / "prefix_ppl.json", result)
