@@ -11,7 +11,7 @@ T x S arrays; under jit, where nobody can look, the others answer such documents
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +236,7 @@ def infllm_attention(
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
   q_offset, kv_length = _known(q_offset), _known(kv_length)
   _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH, kv_length)
+  _check_names(implementation, switch)
   if cfg.use_nope:
     _check_nope(nope, q_BTNH, k_BSKH)
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -332,18 +333,41 @@ def _check_nope(nope, q_BTNH, k_BSKH) -> None:
 
 
 def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH=None, kv_length=None) -> None:
+  for name, x in (("q", q_BTNH), ("k", k_BSKH), ("v", v_BSKH)):
+    if x is not None and x.ndim != 4:
+      raise ValueError(f"{name}: found shape {x.shape}, expected [batch, tokens, heads, width]")
   (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+  if K == 0 or H == 0:
+    raise ValueError(f"k: found {K} heads of width {H}, expected 1 and more")
   if k_BSKH.shape != (B, S, K, H):
     raise ValueError(f"k: found shape {k_BSKH.shape}, expected {(B, S, K, H)}, by q")
   if v_BSKH is not None and v_BSKH.shape[:3] != (B, S, K):
     raise ValueError(f"v: found shape {v_BSKH.shape}, expected {(B, S, K)} and a width, by k")
   if N % K:
     raise ValueError(f"q: found {N} heads, expected a multiple of the {K} key heads")
+  if T > S:
+    raise ValueError(f"k: found {S} keys, expected at least as many as the {T} queries")
+  for name, number in (("q_offset", q_offset), ("kv_length", kv_length)):
+    is_integer = number is None or jnp.issubdtype(jnp.result_type(number), jnp.integer)
+    if not is_integer or np.shape(number) not in ((), (B,)):
+      raise ValueError(f"{name}: found {number}, expected an integer, or {B}: one a row")
   if isinstance(q_offset, int) and not 0 <= q_offset <= S - T:
     raise ValueError(f"q_offset: found {q_offset}, expected 0..{S - T} ({S} keys, {T} queries)")
   if isinstance(kv_length, int) and not 0 <= kv_length <= S:
     raise ValueError(f"kv_length: found {kv_length}, expected 0..{S}, the number of keys")
-  if segment_ids is not None and segment_ids.shape != (B, S):
+  if segment_ids is None:
+    return
+  if np.shape(segment_ids) != (B, S):
     raise ValueError(
-      f"segment_ids: found shape {segment_ids.shape}, expected {(B, S)}, of the keys"
+      f"segment_ids: found shape {np.shape(segment_ids)}, expected {(B, S)}, of the keys"
     )
+  if not jnp.issubdtype(dtype := jnp.asarray(segment_ids).dtype, jnp.integer):
+    raise ValueError(f"segment_ids: found {dtype}, expected integers")
+
+
+def _check_names(implementation: str, switch: str) -> None:
+  """Also where dense attention runs, which has none of these names."""
+  if implementation not in (names := get_args(Implementation)):
+    raise NotImplementedError(f"implementation: found {implementation!r}, expected one of {names}")
+  if switch not in ("sequence", "batch"):
+    raise ValueError(f"switch: found {switch!r}, expected 'sequence' or 'batch'")

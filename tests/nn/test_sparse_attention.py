@@ -616,6 +616,13 @@ def check_shapes(q, *args):
     (lambda q: check_shapes(q, q[..., :4], 0, None), r"k: found shape \(1, 20, 4, 4\)"),
     (lambda q: check_shapes(q, q, 0, None, q[:, :, :2]), r"v: found shape \(1, 20, 2, 8\)"),
     (lambda q: check_shapes(q, q, 0, np.ones((1, 9))), r"segment_ids: found shape \(1, 9\)"),
+    (lambda q: check_shapes(q, q, 0, np.ones((1, 20))), "segment_ids: found float"),
+    (lambda q: check_shapes(q, q[0], 0, None), r"k: found shape \(20, 4, 8\), expected \[batch"),
+    (lambda q: check_shapes(q, q[:, :, :0], 0, None), "k: found 0 heads of width 8"),
+    (lambda q: check_shapes(q, q[:, :9], 0, None), "k: found 9 keys, expected at least as many"),
+    (lambda q: check_shapes(q, q, 0.5, None), "q_offset: found 0.5, expected an integer"),
+    (lambda q: check_shapes(q, q, np.zeros(2, int), None), "q_offset: found .*or 1: one a row"),
+    (lambda q: sparse_attention._check_names("auto", "row"), "switch: found 'row'"),
     (lambda q: oracle.small(topk=1), "topk"),
     (lambda q: oracle.small("split", topk=0), "topk"),
     (lambda q: oracle.small(kernel_size=10), "kernel_size: found 10, expected a multiple"),
@@ -628,3 +635,8 @@ def check_shapes(q, *args):
 def test_bad_input(call, message):
   with pytest.raises(ValueError, match=message):
     call(jnp.zeros((1, 20, 4, 8)))
+
+
+def test_unknown_backends_are_refused_where_dense_attention_runs_too():
+  with pytest.raises(NotImplementedError, match="implementation: found 'cuda', expected one of"):
+    sparse_attention._check_names("cuda", "sequence")
