@@ -254,6 +254,8 @@ def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool)
   """
   if qtensor.is_qtensor(leaf):
     one = jax.tree.map(lambda x: x[t.index] if t.index else x, leaf)
+    if t.path in ("embed/embedding", "lm_head/kernel"):
+      one = qtensor.outputs(one, np.arange(cfg.vocab_size))
     if t.kind == "q4_0" and _fits(t.kind, one):
       return _packed_codes(cfg, t, qtensor.unpack(one))
     leaf, t = qtensor.dequantize(one), dataclasses.replace(t, index=())
@@ -289,7 +291,7 @@ def _interleaved(cfg: config.ModelConfig, t: _Tensor, x: np.ndarray) -> np.ndarr
 
 def _fits(kind: str, qt: qtensor.QTensor) -> bool:
   """Whether a file of this kind holds the codes (q8_0: 127 times a scale in float16)."""
-  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None and not qt.is_table
+  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None
   is_held = (kind, qt.scheme) in (("q4_0", "int4"), ("q8_0", "ternary"))
   return is_held and is_plain and qt.in_size // qt.num_groups % 32 == 0
 

@@ -74,20 +74,24 @@ def select_from_keys(
   """
   rule = sparse_grid.rule_of(cfg)
 
-  leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(nodes))
+  # A grid's offset is that of a device's first query: nodes take the row's committed tokens along.
+  behind = None if nodes is None else (grid.offset, jax.lax.stop_gradient(nodes))
+  leaves, structure = jax.tree.flatten(behind)
 
   def local(q, fine, coarse, *rest):
     *leaves, grid = rest
+    behind = jax.tree.unflatten(structure, leaves)
+    q_offset, nodes = (grid.offset, None) if behind is None else behind
     return sparse_topk.select_blocks(
       q,
       fine,
       coarse,
       rule=rule,
       num_slots=num_slots,
-      q_offset=grid.offset,
+      q_offset=q_offset,
       start_BT=grid.start_BT,
       implementation=implementation,
-      nodes=jax.tree.unflatten(structure, leaves),
+      nodes=nodes,
     )
 
   stop = jax.lax.stop_gradient

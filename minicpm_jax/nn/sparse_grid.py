@@ -150,7 +150,8 @@ KEYS = ("act_batch", None, "act_kv_heads", None)  # whole along the sequence: al
 LISTS = ("act_batch", "act_kv_heads", "act_seq", None)
 COUNTS = LISTS[:3]
 _OWN = (("act_batch",), ("act_batch", "act_seq", None, "act_kv_heads", None))
-NODES = (("act_batch", "act_seq"), *_OWN, *_OWN)  # the leaves of sparse_topk's Nodes
+# The number of committed tokens and the leaves of sparse_topk's Nodes.
+NODES = (("act_batch",), ("act_batch", "act_seq"), *_OWN, *_OWN)
 
 
 def check_mesh(num_kv_heads: int) -> None:

@@ -2,8 +2,8 @@
 
 A node sees the committed tokens of its selected blocks, and its ancestors and itself among the
 nodes. Selection is that of sequential decoding: at the node's own position, with the cached windows
-of committed tokens, which all nodes share, and those that the node's path completes. For the second
-stage every node is a row of its own, so the kernels of decoding serve unchanged.
+of committed tokens, which all nodes share, and those that the node's path completes. The second
+stage is that of decoding, with the nodes as queries of one row.
 """
 
 import functools

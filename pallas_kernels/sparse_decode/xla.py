@@ -66,7 +66,8 @@ def attend_union(q_BTNH, k, v, ids_BKTW, pos_BT, start_BT, base_B, page_table_BM
       sum_R1 = sum_R1 * less_R1 + jnp.sum(probs_Rx, axis=1, keepdims=True)
       return new_R1, sum_R1, out_RV * less_R1 + new_RV
 
-    init = jnp.full((T * G, 1), FLOOR), jnp.zeros((T * G, 1)), jnp.zeros((T * G, V))
+    none_R1 = jnp.zeros((T * G, 1), jnp.float32)
+    init = none_R1 + FLOOR, none_R1, jnp.zeros((T * G, V), jnp.float32)
     steps = -(-jnp.sum(is_any_M, dtype=jnp.int32) // U)
     top_R1, sum_R1, out_RV = jax.lax.fori_loop(0, steps, step, init)
     is_seen_R1 = sum_R1 > 0

@@ -215,6 +215,25 @@ def test_quantised_kernels(tmp_path, kind, tolerance):
     np.testing.assert_allclose(np.asarray(back[leaf]), x, rtol=1e-6, atol=atol, err_msg=leaf)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_head_of_codes_goes_into_q4_0_as_it_is(tmp_path, is_tied, caplog):
+  """Without the columns that fill the vocabulary up, here twice as many as it has."""
+  model, params = make(tie_embeddings=is_tied)
+  params = jax.tree.map(jnp.asarray, params)
+  low = tree.quantize_head(params, "int4", 64, scale_dtype="f16")
+  cfg, low = convert.pad_vocab(model.cfg, low, 2 * V)
+  kinds = dict(kind="f32", embedding_kind="q4_0")
+  gguf_io.save_gguf(tmp_path / "m.gguf", transformer.Transformer(cfg), low, **kinds)
+  back = gguf_io.load_gguf(tmp_path / "m.gguf", dtype="f32")[1]
+  wanted = tree.dequantize_params(low, "float32")
+  if is_tied:
+    found, wanted = back["embed"]["embedding"], wanted["embed"]["embedding"][:V]
+  else:
+    found, wanted = back["lm_head"]["kernel"], wanted["lm_head"]["kernel"][:, :V]
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+  assert "rounded a second time" not in caplog.text
+
+
 def test_sparse_models_become_dense_with_a_warning(tmp_path, caplog):
   model, params = make(sparse=config.SparseAttentionConfig(dense_len=128))
   with caplog.at_level(logging.WARNING):

@@ -13,7 +13,7 @@ from minicpm_jax.ckpt import orbax_io
 from minicpm_jax.config.quant import EMBEDDING, HEAD, PROJECTIONS
 from minicpm_jax.core import trees
 from minicpm_jax.infer import engine as engine_lib
-from minicpm_jax.infer import generate
+from minicpm_jax.infer import frspec, generate
 from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
@@ -121,6 +121,17 @@ def test_drafts_read_the_codes(is_tied, has_fr):
   assert found[0].stats[0].accepted == found[1].stats[0].accepted
   plain = generate.generate(model, codes, [PROMPT], SAMPLING)
   assert found[0].tokens == plain.tokens
+
+
+def test_a_padded_head_of_codes_proposes_no_padding():
+  model, codes, floats = low(False, "int8")
+  cfg = draft_lib.for_target(model.cfg, "minicpm")
+  shapes, _ = draft_lib.abstract_params(cfg)
+  draft = draft_lib.Draft(cfg, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  for params in (codes, floats):
+    padded, params = convert.pad_vocab(model.cfg, params, 8)
+    with pytest.raises(frspec.FrIndexError, match=f"found id {V}, expected 0..{V - 1}"):
+      eagle.make(draft, transformer.Transformer(padded), params, fr_ids=[0, V])
 
 
 def test_conversions_keep_the_function():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from minicpm_jax import config
+from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.nn import kv, sparse_attention, sparse_cache, sparse_tree
+from pallas_kernels.sparse_topk import api as topk_api
 from pallas_kernels.sparse_topk import xla as topk_xla
 
 CFG = config.SparseAttentionConfig(
@@ -105,3 +107,24 @@ def test_nodes_share_the_compressed_keys():
   held = {name: getattr(cache, name) for name in names}
   memory = jax.jit(run).lower(q, k, v, held).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 12 * (cache.fine.nbytes + cache.coarse.nbytes) / 2
+
+
+def test_nodes_on_a_mesh_stand_behind_all_committed_tokens(monkeypatch):
+  """Also those of a device that has later nodes: kernels read `q_offset`, the XLA form does not."""
+  arrays = make(12)
+  expected = jax.jit(attend)(*arrays)
+  mesh = mesh_lib.make_mesh(config.MeshConfig(cp=2, tp=2), jax.devices()[:4])
+  seen = []
+
+  def select(q_BTNH, *args, q_offset, **kwargs):
+    seen.append(q_BTNH.shape)
+    ids, counts = topk_select(q_BTNH, *args, q_offset=q_offset, **kwargs)
+    is_right = jnp.all(jnp.isin(jnp.broadcast_to(q_offset, ids.shape[:1]), jnp.array(LENGTHS)))
+    return jnp.where(is_right, ids, -1), counts
+
+  topk_select = topk_api.select_blocks
+  monkeypatch.setattr(topk_api, "select_blocks", select)
+  with jax.set_mesh(mesh):
+    found = jax.jit(lambda *args: attend(*args))(*arrays)
+  assert seen == [(2, 6, HEADS // 2, WIDTH)]
+  np.testing.assert_allclose(found, expected, atol=1e-6)

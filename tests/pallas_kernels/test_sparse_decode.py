@@ -1,5 +1,8 @@
 """Sparse decoding on rows and pages against a loop over queries in float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +43,16 @@ def test_many_blocks_in_a_row_of_which_queries_list_some_each():
   expected = suite.loop_decode(q, k, v, ids, jnp.asarray(pos), start)
   for x, y in zip(found, expected, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "backend", [gather.attend_gather, xla.attend_union], ids=["one", "several"]
+)
+def test_statistics_are_float32_under_x64(backend):
+  with jax.enable_x64(True):
+    args, _ = suite.decode_inputs("row")
+    shapes = jax.eval_shape(functools.partial(backend, block_size=suite.BLOCK), *args)
+  assert [x.dtype for x in shapes] == [jnp.float32, jnp.float32]
 
 
 @pytest.mark.smoke

@@ -311,6 +311,7 @@ def make(
     if cfg.kind == "eagle3":
       raise ValueError("fr_ids: found a list, expected none for eagle3 (its head has its own ids)")
     ids_R = np.asarray(fr_ids, np.int32)
+    frspec.check_index(ids_R, model.cfg.vocab_size)  # codes have the padding's columns too
     head_DV = transformer.low_bit_head(model.cfg, params)
     if head_DV is None:
       head_DV = transformer.head_weight(model.cfg, params)[:, : model.cfg.vocab_size]
