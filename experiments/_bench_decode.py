@@ -297,7 +297,6 @@ SIDES = {
   "ours, int4 in groups of 64, head too": lambda *args: LowBit(
     *args, scheme="int4", group_size=64, head="int4"
   ),
-  "ours, ternary, head int4": lambda *args: LowBit(*args, scheme="ternary", head="int4"),
   "ours, int4, act order": lambda *args: ActOrder(*args, is_sorted=True),
   "ours, int4, act order as stored": lambda *args: ActOrder(*args, is_sorted=False),
 }
@@ -319,7 +318,7 @@ SUITES = {
   "low_head": (  # "lowbit" with the head, here also the embedding, as codes
     _OURS,
     *("ours, int8, head too", "ours, int4 in groups of 64, head int8"),
-    *("ours, int4 in groups of 64, head too", "ours, ternary, head int4"),
+    "ours, int4 in groups of 64, head too",
   ),
   "act_order": (
     _OURS,
