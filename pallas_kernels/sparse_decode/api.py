@@ -53,6 +53,8 @@ def decode_blocks(
     raise ValueError(f"sparse_decode: pages of {k.shape[1]} tokens, expected {block_size}")
   B, T = q_BTNH.shape[:2]
   pos_BT = jnp.asarray(q_offset, jnp.int32)
+  if pos_BT.ndim == 2 and pos_BT.shape != (B, T):
+    raise ValueError(f"sparse_decode: q_offset of shape {pos_BT.shape}, expected {(B, T)}, by q")
   if pos_BT.ndim < 2:
     pos_BT = jnp.broadcast_to(pos_BT, (B,))[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT

@@ -57,6 +57,10 @@ def select_blocks(
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)
   if nodes is not None:
+    own = [own.keys_BTRKH.shape[:2] for own in (nodes.fine, nodes.coarse)]
+    for name, found in zip(("pos_BT", "fine", "coarse"), (nodes.pos_BT.shape, *own), strict=True):
+      if found != (B, T):
+        raise ValueError(f"nodes.{name}: found {found} rows and nodes, expected {(B, T)}, by q")
     serve = {
       "xla": lambda: xla.select_xla(*args, tiles["xla"], nodes),
       "triton": lambda: triton.select_triton(*args, tiles["triton"], nodes),

@@ -12,6 +12,7 @@ from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.nn import kv, sparse_attention, sparse_cache, sparse_tree
 from pallas_kernels.sparse_topk import api as topk_api
 from pallas_kernels.sparse_topk import xla as topk_xla
+from tests.pallas_kernels import sparse_suite as suite
 
 CFG = config.SparseAttentionConfig(
   kernel_size=8,
@@ -128,3 +129,12 @@ def test_nodes_on_a_mesh_stand_behind_all_committed_tokens(monkeypatch):
     found = jax.jit(lambda *args: attend(*args))(*arrays)
   assert seen == [(2, 6, HEADS // 2, WIDTH)]
   np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_nodes_that_are_not_those_of_the_queries_are_refused():
+  args, nodes = suite.tree_inputs(suite.small_rule("joint", "exact"), 3, slots=100)
+  q, fine, coarse, length, _, rule, slots = args
+  with pytest.raises(ValueError, match=r"nodes.pos_BT: found \(2, 3\) rows .* expected \(2, 2\)"):
+    topk_api.select_blocks(
+      q[:, :2], fine, coarse, rule=rule, num_slots=slots, q_offset=length, nodes=nodes
+    )

@@ -83,6 +83,9 @@ def test_bad_calls_name_what_was_found():
     api.decode_blocks(q, k, v, ids, block_size=64, page_table_BM=table)
   with pytest.raises(ValueError, match="base_B and page_table_BM are both given"):
     api.decode_blocks(q, k, v, ids, block_size=16, page_table_BM=table, base_B=pos[:, 0])
+  with pytest.raises(ValueError, match=r"q_offset of shape \(3, 3\), expected \(3, 2\)"):
+    offset = jnp.zeros((3, 3), jnp.int32)
+    api.decode_blocks(q, k, v, ids, block_size=16, page_table_BM=table, q_offset=offset)
   with pytest.raises(NotImplementedError, match="no 'metal', expected auto or"):
     api.decode_blocks(q, k, v, ids, block_size=16, page_table_BM=table, implementation="metal")
 
