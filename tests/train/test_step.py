@@ -142,8 +142,13 @@ def test_loss_is_the_equation(tiny):
   ids=["fsdp_tp_cp", "fsdp_ep_tp", "fsdp", "tp", "cp", "ep", "dp_ep_cp"],
 )
 def test_sharded_equals_unsharded(tiny, single, batches, kind, mesh_cfg, num_devices):
+  """Parameters within a thousandth of a step: where a gradient is nothing but rounding, Adam makes
+  a step of it all the same (jax 0.12: one number of 16,384 moves by 1.3e-5).
+  """
   trainer = Trainer(kinds(tiny)[kind], mesh_cfg, num_devices=num_devices)
-  assert_same(outcome(trainer, batches), single[kind])
+  found, expected = outcome(trainer, batches), single[kind]
+  assert_same(found[:2], expected[:2])
+  assert_same(found[2:], expected[2:], atol=1e-3 * OPTIM.peak_lr)
 
 
 def test_parameters_and_moments_are_born_sharded(tiny):
