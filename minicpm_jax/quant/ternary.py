@@ -97,7 +97,8 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
       raise FusedWeightsError(f"{path}: found a QTensor, expected latent float weights")
     if isinstance(w, jax.core.Tracer):
       continue
-    if bool(_looks_fused(jnp.asarray(w), cfg.scheme, cfg.group_size, num_in, num_lead)):
+    w = jnp.asarray(w).T if tree.is_table(path) else jnp.asarray(w)
+    if bool(_looks_fused(w, cfg.scheme, cfg.group_size, num_in, num_lead)):
       raise FusedWeightsError(
         f"{path}: found weights that are quantised already (a fused checkpoint), expected latent "
         "ones: quantising twice shrinks them. Load it without quant (its config.json has no 'qat' "

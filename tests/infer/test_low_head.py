@@ -18,7 +18,7 @@ from minicpm_jax.infer.drafters import base, eagle
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.nn import layers
-from minicpm_jax.quant import qat, qtensor, tree
+from minicpm_jax.quant import qat, qtensor, ternary, tree
 from tests.infer import small
 from tests.models import common
 
@@ -172,6 +172,20 @@ def stored(is_tied):
   params = common.build(cfg)[1]
   model = transformer.Transformer(dataclasses.replace(cfg, quant=quant))
   return model, tree.quantize_params(quant, params)
+
+
+def test_a_table_becomes_codes_once():
+  """Of 61 rows in groups of 8 of its 16 channels; what is rounded along these is refused."""
+  model, params = small.make()
+  quant = config.QuantConfig(scheme="int4", group_size=8, include=(EMBEDDING,))
+  cfg = dataclasses.replace(model.cfg, quant=quant)
+  _, codes = convert.to_codes(cfg, params, "packed")
+  jax.tree.map(np.testing.assert_array_equal, codes, tree.quantize_head(params, "int4", 8))
+  for scheme, size in (("int4", 16), ("ternary", 8)):
+    quant = config.QuantConfig(scheme=scheme, group_size=size, include=(EMBEDDING,))
+    fused = tree.dequantize_params(tree.quantize_head(params, scheme, size))
+    with pytest.raises(ternary.FusedWeightsError, match="embed/embedding: found weights that are"):
+      convert.to_codes(dataclasses.replace(cfg, quant=quant), fused)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
