@@ -189,7 +189,10 @@ class _Run:
           "starting again goes on"
         )
     self.store.wait()
-    return self._export()
+    draft = self._export()
+    if self.stop.has_come:  # while the last step was saved or evaluated
+      raise stop.Stopped(f"{self.stop.reason}: step {self.step} was the last, the draft is written")
+    return draft
 
   # --- Start -------------------------------------------------------------------------------------
 

@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import signal
 import threading
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from multiprocessing import resource_tracker
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -262,9 +264,38 @@ class DocumentStream:
     dataset = rest.to_iter_dataset(self._options)
     if self._num_workers:
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+      return _DeafToCtrlC(iter(dataset))
     return iter(dataset)
 
   def describe(self, document: int) -> str:
     return (
       f"document {document} of the stream ({self._source.describe(int(self._order[document]))})"
     )
+
+
+class _DeafToCtrlC:
+  """Documents of grain's worker processes, which the first `next` starts without SIGINT.
+
+  A terminal sends Ctrl-C to them too; without them a run could not take the step that it may still
+  need before it saves and leaves. They end with the process that started them.
+  """
+
+  def __init__(self, documents: Any):
+    self._documents, self._is_started = documents, False
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return self
+
+  def __next__(self) -> np.ndarray:
+    if self._is_started or not hasattr(signal, "pthread_sigmask"):
+      return next(self._documents)
+    resource_tracker.ensure_running()  # its start would end the mask
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit the mask
+    try:
+      return next(self._documents)
+    finally:
+      self._is_started = True
+      signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+  def close(self) -> None:
+    self._documents.close()

@@ -35,7 +35,7 @@ class TrainResult:
   state: step_lib.TrainState
   step: int
   values: dict[str, float]
-  is_stopped: bool  # SIGTERM came before the last step; the state is saved
+  is_stopped: bool  # SIGTERM came, maybe behind the last step; the state is saved
 
 
 def train(
@@ -159,6 +159,7 @@ class _Run:
     if self.step == first:
       self._nothing_to_do()
     self.store.wait()
+    is_stopped = is_stopped or self.stop.has_come  # while the last step was saved or evaluated
     if is_stopped:
       saved = f"{self.stop.reason}: saved step {self.step} in {self.store.directory}, leaving"
       self.bar.message(saved)

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C become "save and leave" at the next step boundary."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -54,8 +55,14 @@ class StopOnSignal:
     if signum == signal.SIGINT:
       self.is_interrupted = True
       signal.signal(signal.SIGINT, signal.default_int_handler)
-      # Not through sys.stderr, whose lock this thread may hold.
-      os.write(2, b"\nCtrl-C: saving after this step (once more: leave at once)\n")
+      with contextlib.suppress(OSError):  # `2>&1 | tee log`: Ctrl-C has ended tee too
+        # Not through sys.stderr, whose lock this thread may hold.
+        os.write(2, b"\nCtrl-C: saving after this step (once more: leave at once)\n")
+
+  @property
+  def has_come(self) -> bool:
+    """Whether this process got a signal; also where no step follows that would ask."""
+    return self._is_set
 
   def is_requested(self, step: int) -> bool:
     """Ask once after every step, with the same step on every process."""

@@ -472,6 +472,35 @@ def test_worker_processes_end_with_the_iterator_or_the_interpreter(tmp_path, fol
   assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
 
 
+@pytest.mark.slow  # an interpreter and a worker process
+def test_worker_processes_outlive_ctrl_c(tmp_path, folder):
+  """A terminal sends it to the whole group; the run still needs them until it has saved."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    "import os, signal, time\n"
+    "from minicpm_jax import config\n"
+    "from minicpm_jax.data import iterator\n"
+    "if __name__ == '__main__':\n"
+    "  signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    f"  source = config.SourceConfig(name='a', path={str(folder / 'a')!r})\n"
+    "  phase = config.PhaseConfig(weights=(('a', 1.0),))\n"
+    "  cfg = config.DataConfig(sources=(source,), phases=(phase,), seq_len=32, batch_size=4,\n"
+    "    num_workers=1)\n"
+    "  it = iterator.make_iterator(cfg)\n"
+    "  next(it)\n"
+    "  try:\n"
+    "    os.killpg(os.getpgrp(), signal.SIGINT)\n"
+    "    time.sleep(60)\n"
+    "  except KeyboardInterrupt:\n"
+    "    time.sleep(2)\n"
+    "    print([next(it)['tokens'].shape for _ in range(300)][-1])\n"
+  )
+  env = os.environ | {"PYTHONPATH": os.getcwd()}
+  options = dict(capture_output=True, text=True, env=env, timeout=300, start_new_session=True)
+  done = subprocess.run([sys.executable, script], **options)
+  assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "(4, 32)", "")
+
+
 @pytest.mark.parametrize("field", ["version", "step", "rows", "cursors", "config"])
 def test_a_damaged_state_is_refused_by_field(folder, field):
   it = iterator.make_iterator(make_config(folder))

@@ -21,7 +21,7 @@ from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees
 from minicpm_jax.data import iterator, sources
 from minicpm_jax.models import transformer
-from minicpm_jax.train import evaluate, loop, start, window
+from minicpm_jax.train import evaluate, loop, start, stop, window
 from minicpm_jax.train import step as step_lib
 from tests import words
 
@@ -369,6 +369,37 @@ def test_sigterm_and_ctrl_c_save_and_leave(straight, train_config, tmp_path):
   assert out.endswith("interrupted\n") and "once more: leave at once" in err
   result = loop.train(dataclasses.replace(cfg, num_steps=last + 2), tmp_path / "run")
   assert result.step == last + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_behind_the_last_step_is_not_lost(number, train_config, tmp_path, monkeypatch):
+  """What comes next is the caller's: the evaluation of the last step is done, no other run starts.
+
+  Ctrl-C may end the reader of stderr too (`2>&1 | tee log`): its pipe is broken here.
+  """
+  cfg = dataclasses.replace(train_config, num_steps=2, eval_sources=("c",), eval_batches=1)
+  evaluate, (reader, writer), stderr = loop._Run._evaluate, os.pipe(), os.dup(2)
+  os.close(reader)
+
+  def told_to_stop(run):
+    os.dup2(writer, 2)
+    try:
+      signal.raise_signal(number)
+    finally:
+      os.dup2(stderr, 2)
+    evaluate(run)
+
+  monkeypatch.setattr(loop._Run, "_evaluate", told_to_stop)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(stop.Stopped, match="stopped at step 2"):
+      loop.train_to_end(cfg, tmp_path)
+  finally:
+    signal.signal(signal.SIGINT, before)
+    os.close(writer)
+    os.close(stderr)
+  assert orbax_io.latest_step(tmp_path) == 2
+  assert any("eval/c/loss" in row for row in logging_lib.read_metrics(tmp_path))
 
 
 def _has_step(log, step):
