@@ -162,8 +162,9 @@ def xml_calls(tools: Sequence[Mapping[str, Any]]) -> str:
       value = simple.get(kind, "TEXT") if isinstance(kind, str) else "TEXT"
       if kind in ("integer", "number"):
         value = _limits(field) or value
-      if "enum" in field:
-        texts = [v if isinstance(v, str) else str(v) for v in field["enum"]]
+      only = field.get("enum", [field["const"]] if "const" in field else None)
+      if only is not None and (kind not in ("array", "object") or "enum" in field):
+        texts = [v if isinstance(v, str) else str(v) for v in only]
         value = "(" + _any_of(texts) + ")"
       elif kind in ("array", "object"):
         value = f"t{index}v{number}"
@@ -243,7 +244,8 @@ def _python_type(field: Mapping[str, Any] | bool) -> str:
 def _python_list(item: str, field: Mapping[str, Any]) -> str:
   """A Lark expression for a list of minItems to maxItems of `item`."""
   least, most = field.get("minItems", 0), field.get("maxItems")
-  if any(type(n) is not int or n < 0 for n in (least, most or 0)) or least > (most or least):
+  bounds = (least,) if most is None else (least, most)
+  if any(type(n) is not int or n < 0 for n in bounds) or least > bounds[-1]:
     raise ValueError(f"tools: found {least} minItems, {most} maxItems, expected 0 <= least <= most")
   if most == 0:
     return '("[" "]")'

@@ -291,6 +291,12 @@ def test_every_random_tool_call_is_python_that_fits_the_schema(compiler, byte_to
   for days, fits in (("14", True), ("15", False), ("0", False)):
     call = f'<function name="f"><param name="days">{days}</param></function>'
     assert _accepts(compiler.lark(grammars.xml_calls([one])), call) == fits
+  fields = {"const": "é"}, {"const": 2}, {"type": "array", "const": [1]}, {"const": ""}
+  for field, text in zip(fields, ("é", "2", "[1]", ""), strict=True):
+    one = {"name": "f", "parameters": {"properties": {"a": field}, "required": ["a"]}}
+    for value, fits in ((text, True), (text + "x", False)):
+      call = f'<function name="f"><param name="a">{value}</param></function>'
+      assert _accepts(compiler.lark(grammars.xml_calls([one])), call) == fits, field
 
 
 # --- Bad input --------------------------------------------------------------------------------
@@ -334,9 +340,10 @@ def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
       make([{"name": "f", "parameters": {"properties": {"a": {"type": 3}}}}])
   with pytest.raises(ValueError, match="tools: f: found parameters 3"):
     grammars.python_calls([{"name": "f", "parameters": 3}])
-  with pytest.raises(ValueError, match="tools: found 3 minItems, 2 maxItems"):
-    field = {"type": "array", "items": {}, "minItems": 3, "maxItems": 2}
-    grammars.python_calls([{"name": "f", "parameters": {"properties": {"a": field}}}])
+  for most in (2, 0):
+    with pytest.raises(ValueError, match=f"tools: found 3 minItems, {most} maxItems"):
+      field = {"type": "array", "items": {}, "minItems": 3, "maxItems": most}
+      grammars.python_calls([{"name": "f", "parameters": {"properties": {"a": field}}}])
   with pytest.raises(ValueError, match="found the name 'a; b'"):
     grammars.sql_select({"a; b": ["x"]})
   with pytest.raises(ValueError, match="tables: found the name 'Select', .*no word of SQL"):

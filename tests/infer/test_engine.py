@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from minicpm_jax import config
 from minicpm_jax.infer import engine as engine_lib
@@ -281,6 +282,13 @@ def test_parameters_of_another_model_are_refused(mup):
   for draft_params, found in ((other, r"\[40, 16\]"), ((), "none")):
     with pytest.raises(ValueError, match=f"^draft_params: found an embedding of {found}, exp"):
       engine_lib.Engine(*mup, CFG, drafter=drafter, draft_params=draft_params)
+
+
+def test_parameters_in_the_boxes_of_init_are_taken():
+  model, params = small.make()
+  boxed = model.init(jax.random.key(0), tokens_BT=jnp.zeros((1, 2), jnp.int32))["params"]
+  expected = engine_lib.Engine(model, nn.unbox(boxed), CFG).generate(PROMPTS[:1], GREEDY).tokens
+  assert engine_lib.Engine(model, boxed, CFG).generate(PROMPTS[:1], GREEDY).tokens == expected
 
 
 def test_a_cache_smaller_than_the_tree_is_refused(mup):

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from minicpm_jax import config
 from minicpm_jax.infer import constrained
@@ -158,7 +159,7 @@ def num_rows(drafter: Any) -> int:
 def check_params(cfg: config.ModelConfig, params: Any, what: str) -> None:
   """ValueError where the embedding is not that of `cfg`: parameters of another model, or none."""
   embed = params.get("embed", {}) if isinstance(params, Mapping) else {}
-  table = embed.get("embedding")
+  table = meta.unbox(embed.get("embedding"))  # `model.init` gives boxes
   found = list(table.full_shape if qtensor.is_qtensor(table) else getattr(table, "shape", ()))
   expected = [cfg.padded_vocab_size, cfg.model_dim]
   if found != expected:
