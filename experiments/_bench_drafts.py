@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,7 +165,8 @@ def measure(
       more = dict(drafter=drafter[0], draft_params=drafter[1], stop_ids=stop_ids)
       engines[name] = engine_lib.Engine(*for_trees, cfg, **more)
   only_prefill = dataclasses.replace(sampling, max_new_tokens=1)
-  while len(pieces.found) < len(prompts) and not pieces.is_over():
+  begun = len(pieces.found)  # one prompt at least: every call goes on, however long loading took
+  while len(pieces.found) < len(prompts) and (len(pieces.found) == begun or not pieces.is_over()):
     prompt, found = prompts[len(pieces.found)], {}
     for name, engine in engines.items():
       out, seconds = _timed(engine, prompt, sampling)
@@ -212,6 +214,30 @@ def rows(
   return found
 
 
+def identity(params: Any, named: dict[str, Drafter | None], prompts: list[list[int]]) -> dict:
+  """What pieces of one measurement have in common beside its flags, as JSON."""
+  root = pathlib.Path(__file__).parents[1]
+  code = [root / "experiments/_bench_drafts.py"]
+  code += [p for part in ("minicpm_jax", "pallas_kernels") for p in (root / part).rglob("*.py")]
+  machine = _results.environment()
+  return {
+    "target weights": _digest(params),
+    "draft weights": {name: _digest(one[1]) for name, one in named.items() if one is not None},
+    "prompt ids": zlib.crc32(json.dumps(prompts).encode()),
+    "code": zlib.crc32(b"".join(path.read_bytes() for path in sorted(code))),
+    "machine": {k: x for k, x in machine.items() if k not in ("load_average", "date")},
+  }
+
+
+def _digest(params: Any) -> int:
+  found = 0
+  for leaf in jax.tree.leaves(params):
+    x = np.ascontiguousarray(leaf)
+    found = zlib.crc32(f"{x.dtype} {x.shape}".encode(), found)
+    found = zlib.crc32(x.reshape(-1).view(np.uint8), found)
+  return found
+
+
 class Pieces:
   """Prompts measured so far, kept in a file: a long measurement in calls of `seconds` each.
 
@@ -225,10 +251,14 @@ class Pieces:
     self._end = time.monotonic() + seconds if seconds else None
     if path is not None and path.exists():
       held = json.loads(path.read_text())
-      if held["about"] != about:
-        raise ValueError(
-          f"{path}: found {held['about']}, expected {about} (remove it to begin anew)"
-        )
+      if not isinstance(held, dict) or set(held) != {"about", "found"}:
+        raise ValueError(f"{path}: found no pieces of a measurement, expected a file of --seconds")
+      for name in sorted({*held["about"], *(about or {})}):
+        found, expected = (x.get(name) for x in (held["about"], about or {}))
+        if found != expected:
+          raise ValueError(
+            f"{path}: {name}: found {found}, expected {expected} (remove it to begin anew)"
+          )
       self.found = held["found"]
 
   def is_over(self) -> bool:

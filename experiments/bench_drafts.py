@@ -7,7 +7,8 @@
 with "turns", "prompt" or "text". --fr: a prepared source whose most frequent tokens are kept, or a
 stored index. A draft may have a tree of its own: --draft=small:DIR:3/1/4 (levels, top_k, nodes).
 Every drafter's tokens are compared with plain decoding's; answers end at the target's stop ids.
---seconds=30 measures in pieces: a call stops then, the same call again goes on (OUTPUT.part.json).
+--seconds=30 measures in pieces: a call stops then, behind one prompt at least, the same call again
+goes on (OUTPUT.part.json; refused where weights, prompts, code or machine are not the same).
 """
 
 import pathlib
@@ -64,6 +65,7 @@ def _run() -> None:
     raise ValueError(f"--only: found {unknown}, expected some of {list(named)}")
   named = {"plain": None} | {k: x for k, x in named.items() if not VALUES.only or k in VALUES.only}
   about = {name: VALUES[name].value for name in _ABOUT} | {"drafters": list(named)}
+  about |= lib.identity(params, named, prompts)
   left = max(VALUES.seconds - (time.monotonic() - began), 1.0) if VALUES.seconds else 0
   pieces = lib.Pieces(pathlib.Path(f"{VALUES.output}.part.json"), about, left)
   more = (tok.stop_ids, pieces, VALUES.max_prompt_tokens)

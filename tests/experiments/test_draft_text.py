@@ -4,6 +4,7 @@ import gzip
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -220,16 +221,37 @@ def test_a_measurement_in_pieces_goes_on_and_answers_end_at_a_stop_id(tmp_path):
   stop = free[1][2]
   path, about = tmp_path / "x.part.json", {"prompts": "p"}
   pieces = _bench_drafts.Pieces(path, about, seconds=1e-9)
-  assert _bench_drafts.measure(model, params, named, prompts, sampling, (stop,), pieces) == []
-  for num in (1, 2, 3):
+  assert len(_bench_drafts.measure(model, params, named, prompts, sampling, (stop,), pieces)) == 1
+  for num in (2, 3):
     pieces = _bench_drafts.Pieces(path, about)
     pieces.is_over = lambda num=num, pieces=pieces: len(pieces.found) == num
     found = _bench_drafts.measure(model, params, named, prompts, sampling, (stop,), pieces)
     assert len(found) == num
   until = [row[: row.index(stop) + 1] if stop in row else row for row in free]
   assert [one["plain"]["tokens"] for one in found] == until
-  with pytest.raises(ValueError, match="part.json: found .*'p'.* expected .*'q'"):
+  with pytest.raises(ValueError, match="part.json: prompts: found p, expected q"):
     _bench_drafts.Pieces(path, {"prompts": "q"})
+  path.write_text("[]")
+  with pytest.raises(ValueError, match="part.json: found no pieces of a measurement"):
+    _bench_drafts.Pieces(path, about)
+
+
+def test_pieces_of_other_weights_or_prompts_are_not_merged(tmp_path):
+  model, params = common.build(common.config(num_layers=1))
+  named = {"plain": None, "small": (ngram.NGramDrafter(num_levels=2), {"w": np.zeros(3)})}
+  about = _bench_drafts.identity(params, named, [[1, 2]])
+  _bench_drafts.Pieces(tmp_path / "x.json", about).add({"plain": {}})
+  again = _bench_drafts.identity(jax.tree.map(jnp.array, params), named, [[1, 2]])
+  assert _bench_drafts.Pieces(tmp_path / "x.json", again).found == [{"plain": {}}]
+  changed = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1), params)
+  trained = named | {"small": (named["small"][0], {"w": np.array([0, 0, 1e-6])})}
+  for what, other in (
+    ("target weights", (changed, named, [[1, 2]])),
+    ("draft weights", (params, trained, [[1, 2]])),
+    ("prompt ids", (params, named, [[1, 3]])),
+  ):
+    with pytest.raises(ValueError, match=f"x.json: {what}: found .*, expected .*remove it"):
+      _bench_drafts.Pieces(tmp_path / "x.json", _bench_drafts.identity(*other))
 
 
 def test_names_with_a_dot_keep_it(tmp_path):
