@@ -232,15 +232,25 @@ def _mla(hf: dict[str, Any], model_dim: int, num_heads: int) -> config.MLAConfig
   )
 
 
+_SPARSE_RULES = {"selection": ("joint", "split"), "lse": ("exact", "coarse")}
+
+
 def _sparse(hf: dict[str, Any]) -> config.SparseAttentionConfig | None:
   sparse = hf.get("sparse_config")
   if sparse is None:
+    found = hf.get("sparse_rules")
+    _check(found is None, "sparse_rules", found, "none without a sparse_config")
     return None
   _check(isinstance(sparse, dict), "sparse_config", sparse, "a dict or null")
   for key, value in sparse.items():
     kind = bool if key == "use_nope" else int
     _check(type(value) is kind, f"sparse_config.{key}", value, f"of type {kind.__name__}")
-  return config.SparseAttentionConfig.from_hf(sparse)
+  rules = hf.get("sparse_rules", {})  # ours: what sparse_config has no keys for
+  _check(isinstance(rules, dict), "sparse_rules", rules, "a dict or no such key")
+  for key, value in rules.items():
+    _check(key in _SPARSE_RULES, "sparse_rules", key, f"only the keys {list(_SPARSE_RULES)}")
+    _check(value in _SPARSE_RULES[key], f"sparse_rules.{key}", value, f"of {_SPARSE_RULES[key]}")
+  return config.SparseAttentionConfig.from_hf(sparse, **rules)
 
 
 def _rope(hf: dict[str, Any], rotary_dim: int) -> config.RopeConfig:
@@ -371,6 +381,10 @@ def to_hf(cfg: config.ModelConfig, params_dtype: config.DTypeName | None = None)
     hf["num_experts_per_tok"] = cfg.moe.experts_per_token
   if cfg.sparse is not None:
     hf["sparse_config"] = cfg.sparse.to_hf()
+    served = config.SparseAttentionConfig.from_hf(hf["sparse_config"])
+    names = [n for n in _SPARSE_RULES if getattr(cfg.sparse, n) != getattr(served, n)]
+    if names:
+      hf["sparse_rules"] = {name: getattr(cfg.sparse, name) for name in names}
   if (qat := hf_qat.to_hf(cfg.quant)) is not None:
     hf["qat"] = qat
   return hf

@@ -133,7 +133,7 @@ class SparseAttentionConfig:
     return math.lcm(windows, self.block_size)
 
   def to_hf(self) -> dict[str, Any]:
-    """The `sparse_config` dict as released (selection and lse are not stored there)."""
+    """The `sparse_config` dict as released (it has no keys for selection and lse)."""
     return {key: getattr(self, key) for key in self._HF_KEYS}
 
 

@@ -1,5 +1,6 @@
 """config.json <-> ModelConfig: released files, traps, refusals (models.md 2, 7.1, 10)."""
 
+import dataclasses
 import json
 import math
 
@@ -185,6 +186,17 @@ def test_sparse_config_is_kept():
   cfg = hf_config.from_hf(hf_folder.MINICPM | {"sparse_config": sparse})
   assert cfg.sparse.topk == 64 and hf_config.to_hf(cfg)["sparse_config"] == sparse
   assert "sparse_config" not in hf_config.to_hf(hf_config.from_hf(hf_folder.MINICPM))
+  assert "sparse_rules" not in hf_config.to_hf(cfg)  # the released rules
+  for rules in ({"lse": "exact"}, {"selection": "split"}, {"selection": "split", "lse": "exact"}):
+    other = dataclasses.replace(cfg, sparse=dataclasses.replace(cfg.sparse, **rules))
+    written = hf_config.to_hf(other)
+    assert written["sparse_config"] == sparse and written["sparse_rules"] == rules
+    assert hf_config.from_hf(written).sparse == other.sparse
+    for bad in ({"lse": "fine"}, {"sum": "exact"}, ["exact"]):
+      with pytest.raises(errors.ConfigError, match="sparse_rules"):
+        hf_config.from_hf(written | {"sparse_rules": bad})
+    with pytest.raises(errors.ConfigError, match="sparse_rules.*sparse_config"):
+      hf_config.from_hf(hf_folder.MINICPM | {"sparse_rules": rules})
   with pytest.raises(errors.ConfigError, match="sparse_config.*topk"):
     hf_config.from_hf(hf_folder.MINICPM | {"sparse_config": sparse | {"topk": "64"}})
   with pytest.raises(errors.ConfigError, match="sparse_config.*blocksize"):
