@@ -1,7 +1,8 @@
 """Attention over selected blocks by gathering them: for a few queries against a long cache.
 
 Moves 2 * W * block_size rows of keys and values a query, which a decode step has to read anyway.
-Also the XLA form of `sparse_decode`. Differentiable as written.
+Also the XLA form of `sparse_decode`, but for several queries of a row on a CPU. Differentiable as
+written.
 """
 
 import jax
