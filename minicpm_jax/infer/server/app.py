@@ -237,13 +237,22 @@ def check(host: str, port: int) -> None:
   for package in ("fastapi", "uvicorn"):
     require_extra(package, extra="serve")
   try:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    with socket.socket(family, kind, protocol) as listener:
-      if os.name == "posix":  # as the server does; elsewhere it would share the port
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      listener.bind(address)
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    failed = []
+    for family, kind, protocol, _, address in found:
+      try:
+        listener = socket.socket(family, kind, protocol)
+      except OSError as error:  # localhost may have an IPv6 address on a machine without IPv6
+        failed.append(error)
+        continue
+      with listener:
+        if os.name == "posix":  # as the server does; elsewhere it would share the port
+          listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+          listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    if len(failed) == len(found):
+      raise failed[0]
   except (OSError, OverflowError) as error:
     reason = getattr(error, "strerror", None) or error
     raise ValueError(f"host, port: cannot listen on {host}:{port}: {reason}") from error

@@ -356,3 +356,25 @@ def test_an_address_in_use_is_refused_before_a_model_is_loaded():
   app.check("127.0.0.1", port)
   with pytest.raises(ValueError, match="cannot listen on 192.0.2.1:8000"):  # nobody's address
     app.check("192.0.2.1", 8000)
+
+
+def test_addresses_of_a_family_that_the_machine_lacks_are_left_out(monkeypatch):
+  """As asyncio does, which then listens: localhost's ::1 in a container without IPv6."""
+  own = socket.socket
+
+  def without_ipv6(family=-1, *args, **kwargs):
+    if family == socket.AF_INET6:
+      raise OSError(97, "Address family not supported by protocol")
+    return own(family, *args, **kwargs)
+
+  known = {"both": ("::1", "127.0.0.1"), "six": ("::1",)}
+
+  def addresses(host, port, **kwargs):
+    families = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
+    return [(families[a], socket.SOCK_STREAM, 6, "", (a, port)) for a in known[host]]
+
+  monkeypatch.setattr(socket, "socket", without_ipv6)
+  monkeypatch.setattr(socket, "getaddrinfo", addresses)
+  app.check("both", 0)
+  with pytest.raises(ValueError, match="cannot listen on six:0: Address family not supported"):
+    app.check("six", 0)
