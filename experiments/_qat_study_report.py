@@ -19,6 +19,8 @@ def load(path: pathlib.Path, size: study_lib.Size) -> dict[str, Any]:
     report = json.loads(path.read_text())
     if report["size"] != dataclasses.asdict(size):
       raise ValueError(f"{path}: found size {report['size']}, expected {dataclasses.asdict(size)}")
+    for run in (run for runs in report["arms"].values() for run in runs.values()):
+      run |= {k: np.nan for k in ("heldout", "loss_at_switch") if run.get(k, 0) is None}
     return report
   return {
     "size": dataclasses.asdict(size),

@@ -170,6 +170,8 @@ def read_perplexity(folder: pathlib.Path, setting: dict[str, Any]) -> dict[str, 
   for name, wanted in setting.items():
     if found.get(name) != wanted:
       raise ValueError(f"{path}: {name}: found {found.get(name)}, expected {wanted}")
+  for name, values in found["perplexity"].items():  # null: not finite
+    found["perplexity"][name] = [float("nan") if value is None else value for value in values]
   return found
 
 

@@ -83,3 +83,17 @@ def test_curves_of_stages_are_as_long_as_their_steps(monkeypatch, tmp_path):
   report_lib.plot(report, tmp_path / "plot.png")
   ends = [line.get_xdata()[[0, -1]].tolist() for line in figures[0].axes[-1].lines]
   np.testing.assert_allclose(ends, [[240, 720], [240, 880]])  # switched after 60% of 400 steps
+
+
+def test_a_run_that_diverged_is_read_back(tmp_path):
+  """JSON has null for what is not finite."""
+  size, path = study_lib.Size(), tmp_path / "a.json"
+  report = report_lib.load(path, size)
+  suite = study_lib.SUITES[0]
+  arms = [arm.name for arm in study_lib.arms_of(suite)][:2]
+  report["arms"] = {
+    name: {"0": {"heldout": x}} for name, x in zip(arms, (1.5, np.nan), strict=True)
+  }
+  files.write_json(path, report)
+  rows = report_lib.table(report_lib.load(path, size), suite)
+  assert rows[0]["mean"] == 1.5 and np.isnan(rows[1]["mean"]) and np.isnan(rows[1]["minus first"])

@@ -85,3 +85,11 @@ def test_work_counts_operations():
   assert work["forward"] == 2 * 32 * (qkv + o + 3 * mlp) == 2 * 7583567872 - 2 * (65 * 4096)
   inputs = 3 * 4096**2 + 16384**2
   assert work["hessian"] == 2 * 32 * (0 + qkv + (qkv + o) + (qkv + o + 2 * mlp) + inputs)
+
+
+def test_a_perplexity_that_is_not_finite_is_read_back(tmp_path):
+  """JSON has null for it; the next value is added and drawn."""
+  _quantize.write_perplexity(tmp_path, {"perplexity": {"rtn": [float("inf"), 2.0]}, "seconds": {}})
+  found = _quantize.read_perplexity(tmp_path, {})
+  assert np.isnan(found["perplexity"]["rtn"][0]) and found["perplexity"]["rtn"][1] == 2
+  _quantize.write_perplexity(tmp_path, found)
