@@ -91,9 +91,8 @@ def test_a_run_that_diverged_is_read_back(tmp_path):
   report = report_lib.load(path, size)
   suite = study_lib.SUITES[0]
   arms = [arm.name for arm in study_lib.arms_of(suite)][:2]
-  report["arms"] = {
-    name: {"0": {"heldout": x}} for name, x in zip(arms, (1.5, np.nan), strict=True)
-  }
+  runs = ({"0": {"heldout": x}} for x in (1.5, np.nan))
+  report["arms"] = dict(zip(arms, runs, strict=True))
   files.write_json(path, report)
   rows = report_lib.table(report_lib.load(path, size), suite)
   assert rows[0]["mean"] == 1.5 and np.isnan(rows[1]["mean"]) and np.isnan(rows[1]["minus first"])
