@@ -1,5 +1,6 @@
 """What surrounds the work of every command: flags of its own, --help, one line for bad input."""
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -100,5 +101,6 @@ def guard(
     )
     return 1
   except KeyboardInterrupt as error:
-    print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # of a reader that Ctrl-C has ended too
+      print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
     return 130

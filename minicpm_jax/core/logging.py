@@ -162,9 +162,7 @@ class Progress:
       shown = {"description": text} if text else {}
       self._bar.update(self._task, completed=step, **shown)
     elif text:
-      print(
-        f"step {step}/{self._total}  {text}  eta {self._eta(step)}", file=self._stream, flush=True
-      )
+      self._say(f"step {step}/{self._total}  {text}  eta {self._eta(step)}")
 
   def message(self, text: str) -> None:
     """A line of its own, above the bar."""
@@ -173,7 +171,15 @@ class Progress:
     if self._bar is not None:
       self._bar.console.print(text, markup=False, highlight=False)
     else:
+      self._say(text)
+
+  def _say(self, text: str) -> None:
+    """Until nobody reads: Ctrl-C ends the tee of `2>&1 | tee log` too, and the run still has to
+    save. The numbers are in the run's metrics file."""
+    try:
       print(text, file=self._stream, flush=True)
+    except BrokenPipeError:
+      self._is_quiet = True
 
   def close(self) -> None:
     if self._bar is not None:

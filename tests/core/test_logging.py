@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import resource
 import struct
 
@@ -113,3 +114,18 @@ def test_events_are_what_tensorboardx_writes(tmp_path):
   assert (events[1].step, events[1].session_log.status) == (7, event_pb2.SessionLog.START)
   values = [(e.step, v.tag, v.simple_value) for e in events[2:] for v in e.summary.value]
   assert values == [(7, "eval/a/loss", 1.5), (7, "loss", 2.0)]
+
+
+def test_a_run_whose_reader_has_gone_goes_on():
+  """`| tee log`: Ctrl-C ends tee first, and the run has to save."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  stream = open(writer, "w", encoding="utf-8")
+  with pytest.raises(BrokenPipeError):
+    print("x", file=stream, flush=True)
+  with logging.progress(3, stream=stream) as bar:
+    bar.update(1, {"loss": 1.0})
+    bar.update(2, {"loss": 1.0})
+    bar.message("saved")
+  with contextlib.suppress(BrokenPipeError):
+    stream.close()
