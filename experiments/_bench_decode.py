@@ -116,12 +116,12 @@ def quantised(
   weights: Weights, scheme: str, group_size: int = -1, head: str | None = None
 ) -> Weights:
   """Projections rounded to nearest by the scheme's own rule; embedding and head stay float32, or
-  are of the scheme `head`."""
+  are of the scheme `head` (its groups where that is the scheme)."""
   quant = config.QuantConfig(scheme=scheme, group_size=group_size, weights="packed")
   params = joined.split_projections(weights.model.cfg, weights.params)
   params = tree.quantize_params(quant, params)
   if head is not None:
-    params = tree.quantize_head(params, head)
+    params = tree.quantize_head(params, head, group_size if head == scheme else -1)
   model = transformer.Transformer(dataclasses.replace(weights.model.cfg, quant=quant))
   model, params = generate.for_decoding(model, params)
   return dataclasses.replace(weights, model=model, params=params)
@@ -290,9 +290,13 @@ SIDES = {
   "ours, int8": lambda *args: LowBit(*args, scheme="int8"),
   "ours, int4 in groups of 64": lambda *args: LowBit(*args, scheme="int4", group_size=64),
   "ours, ternary": lambda *args: LowBit(*args, scheme="ternary"),
-  "ours, int4 in groups of 64, head int8": lambda *args: LowBit(
-    *args, scheme="int4", group_size=64, head="int8"
-  ),
+  "ours, int8, head too": lambda *args: LowBit(*args, scheme="int8", head="int8"),
+  **{
+    f"ours, int4 in groups of 64, head {head}": functools.partial(
+      LowBit, scheme="int4", group_size=64, head=head
+    )
+    for head in ("int8", "int4")
+  },
   "ours, int4, act order": lambda *args: ActOrder(*args, is_sorted=True),
   "ours, int4, act order as stored": lambda *args: ActOrder(*args, is_sorted=False),
 }
@@ -306,13 +310,13 @@ SUITES = {
     *_PEERS,
     _OF_A_FILE,
   ),
-  "lowbit": (
+  "lowbit": (  # head: of a tied model the embedding too
     _OURS,
-    *("ours, int8", "ours, int4 in groups of 64", "ours, ternary"),
+    *("ours, int8", "ours, int8, head too", "ours, int4 in groups of 64"),
+    *("ours, int4 in groups of 64, head int8", "ours, int4 in groups of 64, head int4"),
+    "ours, ternary",
     *("llama.cpp, float32", "llama.cpp, 8 bits", "llama.cpp, Q4_0"),
   ),
-  # The head, here also the embedding, as codes beside those of "lowbit".
-  "low_head": (_OURS, "ours, int4 in groups of 64, head int8"),
   "act_order": (
     _OURS,
     "ours, int4 in groups of 64",

@@ -32,4 +32,4 @@ def test_bad_sizes_are_refused(capsys):
 def test_the_suite_compares_with_float32_of_the_same_process():
   names = _bench_decode.SUITES["lowbit"]
   assert names[0] == "ours, 16 tokens a dispatch" and "llama.cpp, float32" in names
-  assert sum(name.startswith(("ours, int", "ours, ternary")) for name in names) == 3
+  assert sum(name.startswith(("ours, int", "ours, ternary")) for name in names) == 6
