@@ -40,8 +40,8 @@ def backward_xla(residuals, cotangents, *, block_size, num_local=0, config=None)
 
 
 def _static(q_BTNH, k_BSKH, block_size, num_local, config) -> xla.Static:
-  (_, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-  return xla.Static(block_size, num_local, H**-0.5, config or xla.default_config(T, N // K, H))
+  config = config or xla.default_config(q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2])
+  return xla.Static(block_size, num_local, q_BTNH.shape[-1] ** -0.5, config)
 
 
 def _pad(x, axis, multiple, value=0):

@@ -14,12 +14,11 @@ The reference of a query and head is fixed beforehand (`_reference`), so that a 
 matmuls, one exp and one addition. The backward pass is `xla_backward`. Both are bitwise
 deterministic: the order of every sum is fixed. One batch row, key head and chunk at a time: XLA's
 CPU backend uses several cores inside one matmul, in pieces of up to about 490 rows for these
-widths, and not for loops, heads or batches, hence the sizes of tiles. Gathered queries are written
-by one core and read by another: cores without a common cache lose most by that.
-
-Tiles of narrow heads are too little work to share. There the chunk's queries are two lanes, each
-with a loop of its own over the tiles of the other blocks, a core each (`xla_lanes`). Wide heads are
-faster in shared tiles where the cores are near.
+widths, and not for independent loops, heads or batches, hence the sizes of tiles. (Independent
+loops share temporaries in XLA's buffer assignment, and so wait for each other. Written so that they
+need none they ran side by side in a layer by itself, but in most layers of a whole model not: a
+chunk behind 30k tokens took a fifth longer than with shared tiles.) Gathered queries
+are written by one core and read by another: cores without a common cache lose most by that.
 """
 
 import dataclasses
@@ -28,13 +27,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import xla_lanes, xla_layout
+from pallas_kernels.sparse_attention import xla_layout
 
 FLOOR = -1e30  # maximum of nothing
 HIGHEST = 60.0  # of score - reference: sums of exp (1e26 each) times values stay finite in float32
 DEEPEST = 64.0  # of reference - best score: exp still has all its digits
 COPIES = 8  # of a reference, see `_probs`
-NARROW, LEAST_ROWS = 64, 6144  # heads and chunks of two lanes
 NOTHING = 1e30  # lse of a row that sees nothing, so that its probabilities are 0
 
 
@@ -43,13 +41,10 @@ class XlaConfig:
   """Queries a chunk, pairs a tile, queries and keys of a tile of the band.
 
   More queries a chunk fill the tiles of a block better, and take chunk * G * (H + V) numbers.
-  lanes: of a chunk's queries, each with tiles of `lane_tile` pairs in the forward pass; 1: `tile`.
   """
 
   chunk: int = 4096
   tile: int = 60
-  lanes: int = 1
-  lane_tile: int = 32
   band_queries: int = 64
   band_keys: int = 704
 
@@ -58,10 +53,6 @@ class XlaConfig:
       found = getattr(self, field.name)
       if found < 1:
         raise ValueError(f"XlaConfig.{field.name}: found {found}, expected 1 or more")
-    if self.chunk % self.lanes:
-      raise ValueError(
-        f"XlaConfig.chunk: found {self.chunk}, expected a multiple of lanes {self.lanes}"
-      )
     if self.chunk % self.band_queries:
       raise ValueError(
         f"XlaConfig.chunk: found {self.chunk}, expected a multiple of band_queries "
@@ -69,26 +60,17 @@ class XlaConfig:
       )
 
 
-def default_config(num_queries: int, group: int, head_dim: int) -> XlaConfig:
+def default_config(num_queries: int, group: int) -> XlaConfig:
   """Tiles of 960 rows, which XLA's CPU matmul cuts into equal halves for two cores; 65536 a chunk.
 
   A block's last tile is half empty on average: fewer queries make smaller tiles, which one core
   multiplies. Of 2048 queries with groups of 3 at 32k tiles of 320 took 0.76 of the time of 113.
-  Narrow heads leave a shared tile little work: two lanes, with tiles of 512 rows (with fewer XLA
-  would not fuse exp into the matmul), where they have queries enough to fill them.
   """
   band = max(1, min(64, 1024 // group))
   num_queries = max(1, num_queries)
   chunks = -(-num_queries // min(4096, max(64, 65536 // group)))
   chunk = -(-num_queries // (chunks * band)) * band
-  lanes = 2 if head_dim <= NARROW and chunk % 2 == 0 and chunk * group >= LEAST_ROWS else 1
-  return XlaConfig(
-    chunk=chunk,
-    tile=max(4, min(960 // group, chunk // 6)),
-    lanes=lanes,
-    lane_tile=max(4, min(512 // group, chunk // 12)),
-    band_queries=band,
-  )
+  return XlaConfig(chunk=chunk, tile=max(4, min(960 // group, chunk // 6)), band_queries=band)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +140,6 @@ def band_scores(static: Static, q_RH, k_SH, at, size: int, seen=None):
   most_bk = jnp.where(mask_bk, jnp.finfo(jnp.float32).max, 2 * FLOOR)
   scores_bGk = jnp.reshape(scores_Rk, (low_b.shape[0], -1, size))
   return jnp.reshape(jnp.minimum(scores_bGk, most_bk[:, None, :]), scores_Rk.shape), taken
-
-
-def in_lanes(static: Static, tree):
-  """The tree of every lane: its share of the rows."""
-  leaves, structure = jax.tree.flatten(tree)
-  parts = [jnp.split(x, static.config.lanes) for x in leaves]
-  return [jax.tree.unflatten(structure, lane) for lane in zip(*parts, strict=True)]
 
 
 def in_tiles(static: Static, *arrays):
@@ -280,7 +255,7 @@ def _tile_of(chunk: Chunk, at: xla_layout.Layout, i):
 
 def _pairs_top(static: Static, chunk: Chunk, at: xla_layout.Layout, k_MsH, top_CG):
   """The maximum [C, G] of `top` and all scores of the pairs."""
-  P, G = at.token_IP.shape[1], chunk.q_CGH.shape[1]
+  P, G = static.config.tile, chunk.q_CGH.shape[1]
 
   def one_tile(i, top_CG):
     token_P, q_RH = _tile_of(chunk, at, i)
@@ -291,26 +266,23 @@ def _pairs_top(static: Static, chunk: Chunk, at: xla_layout.Layout, k_MsH, top_C
   return jax.lax.fori_loop(0, at.num_tiles, one_tile, top_CG)
 
 
-def _pairs_forward(static: Static, lanes, layouts, k_MsH, v_MsV, refs, states):
-  """`states`, (sum, out) of exp(score - reference) of every lane, with every pair added."""
-  P, G = layouts[0].token_IP.shape[1], lanes[0].q_CGH.shape[1]
+def _pairs_forward(
+  static: Static, chunk: Chunk, at: xla_layout.Layout, k_MsH, v_MsV, ref_CGx, state
+):
+  """`state`, (sum [C, G], out [C, G, V]) of exp(score - reference), with every pair added."""
+  P, G = static.config.tile, chunk.q_CGH.shape[1]
 
-  def one_tile(chunk: Chunk, at: xla_layout.Layout, ref_CGx, i, state):
+  def one_tile(i, state):
     sum_CG, out_CGV = state
     token_P, q_RH = _tile_of(chunk, at, i)
     k_sH, v_sV = k_MsH[at.block_I[i]], v_MsV[at.block_I[i]]
-    ref_Rx = jnp.reshape(ref_CGx.at[token_P].get(mode="clip"), (P * G, COPIES))
-    probs_Rs = _probs(pair_scores(static, chunk, at, i, q_RH, k_sH), ref_Rx)
-    sum_R, out_RV = jnp.sum(probs_Rs, axis=1), dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0))
-    sum_CG = _add_rows(sum_CG, token_P, jnp.reshape(sum_R, (P, G)))
-    out_CGV = _add_rows(out_CGV, token_P, jnp.reshape(out_RV, (P, G, -1)))
-    held = token_P[:, None], q_RH, ref_Rx, k_sH, v_sV, probs_Rs, sum_R, out_RV
-    return (sum_CG, out_CGV), held
+    scores_Rs = pair_scores(static, chunk, at, i, q_RH, k_sH)
+    probs_Rs = _probs(scores_Rs, ref_CGx.at[token_P].get(mode="clip"))
+    sum_PG = jnp.reshape(jnp.sum(probs_Rs, axis=1), (P, G))
+    out_PGV = jnp.reshape(dot(probs_Rs.astype(v_sV.dtype), v_sV, (1, 0)), (P, G, -1))
+    return _add_rows(sum_CG, token_P, sum_PG), _add_rows(out_CGV, token_P, out_PGV)
 
-  tiles = [functools.partial(one_tile, *lane) for lane in zip(lanes, layouts, refs, strict=True)]
-  if len(tiles) == 1:
-    return [jax.lax.fori_loop(0, layouts[0].num_tiles, lambda *x: tiles[0](*x)[0], states[0])]
-  return xla_lanes.loops([at.num_tiles for at in layouts], tiles, states)
+  return jax.lax.fori_loop(0, at.num_tiles, one_tile, state)
 
 
 def blocks(static: Static, x_SH):
@@ -330,7 +302,7 @@ def _probs(scores_Rs, ref_XGx):
   return jnp.exp(scores_Rs - ref_R1)
 
 
-def _reference(static: Static, chunk: Chunk, lanes, layouts, k_SH, longest_key, dtype):
+def _reference(static: Static, chunk: Chunk, at: xla_layout.Layout, k_SH, longest_key, dtype):
   """What is subtracted from the scores [C, G] of a query and head before exp.
 
   Any number gives the same softmax as their maximum does, as long as exp neither overflows nor
@@ -344,9 +316,7 @@ def _reference(static: Static, chunk: Chunk, lanes, layouts, k_SH, longest_key, 
     top_CG = jnp.full(chunk.q_CGH.shape[:2], FLOOR)
     if static.num_local:
       top_CG = _band_top(static, chunk, k_SH)
-    k_MsH, tops = blocks(static, k_SH), in_lanes(static, top_CG)
-    parts = zip(lanes, layouts, tops, strict=True)
-    return jnp.concatenate([_pairs_top(static, x, at, k_MsH, top) for x, at, top in parts])
+    return _pairs_top(static, chunk, at, blocks(static, k_SH), top_CG)
 
   if not static.num_local or dtype == jnp.float16:  # float16 would hold no exp(HIGHEST)
     return exact()
@@ -363,28 +333,20 @@ def _reference(static: Static, chunk: Chunk, lanes, layouts, k_SH, longest_key, 
 def _chunk_forward(static: Static, chunk: Chunk, k_SH, v_SV, longest_key):
   """(out [C, G, V], lse [C, G]); longest_key: the largest length of a key."""
   (C, G, _), V = chunk.q_CGH.shape, v_SV.shape[1]
-  k_MsH, v_MsV = blocks(static, k_SH), blocks(static, v_SV)
-  lanes, config = in_lanes(static, chunk), static.config
-  tile = config.tile if config.lanes == 1 else config.lane_tile
-  layouts = [xla_layout.layout(x.ids_CW, x.is_pair_CW, k_MsH.shape[0], tile) for x in lanes]
-  ref_CG = _reference(static, chunk, lanes, layouts, k_SH, longest_key, v_SV.dtype)
+  num_blocks, tile = k_SH.shape[0] // static.block_size, static.config.tile
+  at = xla_layout.layout(chunk.ids_CW, chunk.is_pair_CW, num_blocks, tile)
+  ref_CG = _reference(static, chunk, at, k_SH, longest_key, v_SV.dtype)
   ref_CGx = jax.lax.optimization_barrier(jnp.repeat(ref_CG[:, :, None], COPIES, axis=2))
   if static.num_local:
     state = _band_forward(static, chunk, k_SH, v_SV, ref_CGx)
   else:
     state = jnp.zeros((C, G), jnp.float32), jnp.zeros((C, G, V), jnp.float32)
-  args = (k_MsH, v_MsV, in_lanes(static, ref_CGx), in_lanes(static, state))
-  states = _pairs_forward(static, lanes, layouts, *args)
-
-  def result(ref_CG, state):
-    sum_CG, out_CGV = state
-    is_seen_CG = sum_CG > 0
-    sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
-    lse_CG = jnp.where(is_seen_CG, ref_CG + jnp.log(sum_CG), NOTHING)
-    return (out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG
-
-  results = [result(*x) for x in zip(in_lanes(static, ref_CG), states, strict=True)]
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+  k_MsH, v_MsV = blocks(static, k_SH), blocks(static, v_SV)
+  sum_CG, out_CGV = _pairs_forward(static, chunk, at, k_MsH, v_MsV, ref_CGx, state)
+  is_seen_CG = sum_CG > 0
+  sum_CG = jnp.where(is_seen_CG, sum_CG, 1.0)
+  lse_CG = jnp.where(is_seen_CG, ref_CG + jnp.log(sum_CG), NOTHING)
+  return (out_CGV / sum_CG[:, :, None]).astype(v_SV.dtype), lse_CG
 
 
 # --- All rows of one head ------------------------------------------------------------------------

@@ -387,9 +387,7 @@ def test_chunks_and_tiles_agree(num_local):
   fine = xla.compress(jnp.asarray(k), rules)
   start = jnp.zeros((1, 150), jnp.int32)
   ids, _ = xla.select_xla(jnp.asarray(q), fine, fine, 10, start, rules, 160)
-  tiny = attention_xla.XlaConfig(
-    chunk=16, tile=4, lanes=2, lane_tile=3, band_queries=8, band_keys=24
-  )
+  tiny = attention_xla.XlaConfig(chunk=16, tile=4, band_queries=8, band_keys=24)
 
   def run(config):
     def f(q, k, v):
