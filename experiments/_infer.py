@@ -107,6 +107,26 @@ def sampling(cfg: config.InferConfig) -> config.SamplingConfig:
   return cfg.sampling(secrets.randbits(31) if cfg.random_seed is None else cfg.random_seed)
 
 
+def with_generation(
+  values: flags.FlagValues, cfg: config.InferConfig, model: config.ModelConfig
+) -> config.InferConfig:
+  """--generation_config: the checkpoint's sampling where neither a flag nor the preset says one.
+
+  Only on demand, for without it CPM.cu's default is promised: greedy.
+  """
+  if not cfg.generation_config:
+    return cfg
+  if model.generation is None:
+    raise ValueError(
+      f"--generation_config: found none in {cfg.model_path}, expected a folder whose "
+      "generation_config.json has more than token ids"
+    )
+  theirs = config.SamplingConfig.from_hf(model.generation)
+  free = {n: getattr(config.InferConfig(), n) for n in cpmcu.SAMPLING if not values[n].present}
+  free = [name for name, default in free.items() if getattr(cfg, name) == default]
+  return dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in free})
+
+
 def _preset(text: str) -> config.InferConfig:
   name, _, arg = text.partition(":")
   if name.endswith(".py") or "/" in name:

@@ -9,8 +9,9 @@ DIR_OR_GGUF is a Hugging Face folder, the folder of a training run (newest check
 a GGUF file. A prompt goes through the tokenizer's chat template where it has one, unless --raw
 (CPM.cu's --nouse_chat_template). The flags are CPM.cu's, their meaning stands in config/cpmcu.py;
 --model, --prompt, --max_new_tokens and --seed are short for model_path, prompt_text, num_generate
-and random_seed. Text goes to stdout, the summary block to stderr. In a chat: /reset forgets, Ctrl-C
-stops the answer, Ctrl-D leaves.
+and random_seed. Sampling is greedy as in CPM.cu; --generation_config takes what no flag says from
+the folder's generation_config.json, as transformers reads it. Text goes to stdout, the summary
+block to stderr. In a chat: /reset forgets, Ctrl-C stops the answer, Ctrl-D leaves.
 """
 
 import dataclasses
@@ -60,11 +61,13 @@ def _answer(cfg: config.InferConfig) -> None:
   cfg = dataclasses.replace(cfg, use_chat_template=cfg.use_chat_template and not VALUES.raw)
   if VALUES.chat:
     loaded = _infer.load(cfg, max_batch=1, num_tokens=CHAT_CONTEXT)
+    cfg = _infer.with_generation(VALUES, cfg, loaded.engine.model.cfg)
     _talk.converse(_talk.Talk(cfg, loaded, VALUES.system))
     return
   # Bytes bound the tokens of the prompt; a little more for the template.
   size = len(text.encode()) + len((VALUES.system or "").encode()) + 256 + cfg.num_generate
   loaded = _infer.load(cfg, max_batch=1, num_tokens=size)
+  cfg = _infer.with_generation(VALUES, cfg, loaded.engine.model.cfg)
   tok = loaded.tok
   talk = _talk.Talk(cfg, loaded, VALUES.system)
   if VALUES.system is not None or (tok.chat_template and cfg.use_chat_template):

@@ -5,7 +5,8 @@
 
 POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /metrics. The flags are
 CPM.cu's (config/cpmcu.py) and --max_queue, --max_body_bytes; those of sampling hold where a request
-says nothing; --model is short for --model_path. It
+says nothing (--generation_config: else what the folder's generation_config.json says; without it
+greedy, as CPM.cu); --model is short for --model_path. It
 listens on the loopback address unless --host says otherwise: there is no authentication. Before, it
 compiles what requests of --warmup_tokens tokens need (--nowarmup: as they come), also those under a
 schema or grammar where they can be served (--nowarmup_constrained: the first one waits).
@@ -13,6 +14,7 @@ Ctrl-C or SIGTERM lets answers under way end. Needs `pip install 'minicpm_jax[se
 (`[constrained]` for response_format, grammars and required tool calls).
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -45,9 +47,10 @@ def make(values: flags.FlagValues) -> service.ChatService:
     port=cfg.port,
     max_queue=values.max_queue,
     max_body_bytes=values.max_body_bytes,
-    sampling=_infer.sampling(cfg),
   )
   loaded = _infer.load(cfg, max_batch=cfg.max_batch)
+  cfg = _infer.with_generation(values, cfg, loaded.engine.model.cfg)
+  server = dataclasses.replace(server, sampling=_infer.sampling(cfg))
   try:
     template = chat_lib.template_for(loaded.engine.model.cfg, loaded.tok)
   except ValueError:  # a base model: text completions work, chat says what is missing

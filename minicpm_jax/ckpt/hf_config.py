@@ -8,9 +8,10 @@ What a round trip changes (documented defaults): absent keys are written out
 a rope scaling goes under `rope_type`, `eos_token_id` is a list only if it has several ids, whole
 `scale_emb` and `scale_depth` are integers (other numbers that are floats in the family stay
 floats). Dropped: `auto_map` (the remote code is not shipped), `_name_or_path`,
-`transformers_version`, sampling defaults.
+`transformers_version`, sampling defaults of old files (generation_config.json goes round whole).
 """
 
+import json
 import math
 from typing import Any
 
@@ -128,6 +129,8 @@ def from_hf(
   stop_ids += _token_ids(generation.get("eos_token_id"), "generation_config: eos_token_id")
   bos_ids = _token_ids(hf.get("bos_token_id", 1), "bos_token_id")
   pad_ids = _token_ids(hf.get("pad_token_id"), "pad_token_id")
+  own = {"bos_token_id", "eos_token_id", *(("pad_token_id",) if pad_ids else ())}
+  more = {key: value for key, value in generation.items() if key not in own}
   try:
     return config.ModelConfig(
       name=str(hf.get("_name_or_path") or "").rstrip("/").split("/")[-1] or "custom",
@@ -152,6 +155,7 @@ def from_hf(
       quant=hf_qat.from_hf(hf),
       bos_id=bos_ids[0] if bos_ids else None,
       stop_ids=tuple(dict.fromkeys(stop_ids)),
+      generation=json.dumps(more) if more else None,
       pad_id=pad_ids[0] if pad_ids else None,
       vocab_multiple=vocab_multiple,
       dtype=dtype,
@@ -391,9 +395,10 @@ def to_hf(cfg: config.ModelConfig, params_dtype: config.DTypeName | None = None)
 
 
 def generation_to_hf(cfg: config.ModelConfig) -> dict[str, Any]:
-  """generation_config.json: the special ids only; sampling is the caller's choice."""
+  """generation_config.json: what was read of one, with the special ids of the config."""
   ids = {"bos_token_id": cfg.bos_id, "eos_token_id": _eos(cfg), "pad_token_id": cfg.pad_id}
-  return {key: value for key, value in ids.items() if value is not None}
+  more = json.loads(cfg.generation or "{}")
+  return dict(sorted((more | {k: v for k, v in ids.items() if v is not None}).items()))
 
 
 def _eos(cfg: config.ModelConfig) -> int | list[int] | None:

@@ -3,7 +3,7 @@
 Loading streams: one HF tensor is in host memory at a time, next to the leaf that it is copied into.
 On a mesh every leaf is born sharded; only the slices of this process's devices are ever allocated.
 Saving streams likewise and puts nothing half-written in place. The MTP head has no tensor names in
-HF layouts and is left out with a notice; sampling defaults are not stored.
+HF layouts and is left out with a notice.
 """
 
 import contextlib

@@ -46,6 +46,7 @@ class InferConfig:
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
+  generation_config: bool = False  # those not given: the checkpoint's generation_config.json
   # Ours
   draft_kind: Literal["eagle", "eagle3", "mtp", "chain", "hier", "bita", "ngram", "none"] | None = (
     None  # None: bita by the draft folder, else eagle3 or eagle by use_eagle3; none without
@@ -115,6 +116,7 @@ class InferConfig:
     )
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SPARSE_ONLY = (
   "sink_window_size",
   "block_window_size",

@@ -1,7 +1,9 @@
 """Configuration of sampling and of the decode engine."""
 
 import dataclasses
+import json
 import math
+from typing import Any
 
 from minicpm_jax.config.validate import require, require_hints
 
@@ -33,6 +35,34 @@ class SamplingConfig:
     limit = self.max_new_tokens
     require(0 < limit <= 2**30, "sampling.max_new_tokens", limit, "1..2^30")
     require(-(2**63) <= self.seed < 2**63, "sampling.seed", self.seed, "a number of 64 bits")
+
+  @classmethod
+  def from_hf(cls, generation: str | dict[str, Any], **fields: Any) -> "SamplingConfig":
+    """What a generation_config.json (or its text) asks for, as transformers' `generate` reads it.
+
+    Without do_sample that is greedy, with the penalty. With it a top_k that the file does not name
+    is transformers' 50, not off; -1 and 0 are off. Lengths and the other keys are not read.
+    `fields` go over the file.
+    """
+    hf = json.loads(generation) if isinstance(generation, str) else generation
+    hf = {key: value for key, value in hf.items() if value is not None}
+    file = "generation_config.json"
+    is_sampled = hf.get("do_sample", False)
+    require(isinstance(is_sampled, bool), f"{file}: do_sample", is_sampled, "true or false")
+    found = {"repetition_penalty": hf.get("repetition_penalty", 1.0)}
+    if is_sampled:
+      defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+      found |= {name: hf.get(name, default) for name, default in defaults.items()}
+      found["top_k"] = 0 if found["top_k"] == -1 else found["top_k"]
+    for name, value in found.items():
+      is_number = isinstance(value, int if name == "top_k" else int | float)
+      require(is_number and not isinstance(value, bool), f"{file}: {name}", value, "a number")
+      found[name] = value if name == "top_k" else float(value)
+    try:
+      cls(**found)
+    except ValueError as error:
+      raise ValueError(f"{file}: {error}") from error
+    return cls(**(found | fields))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

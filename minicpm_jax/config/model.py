@@ -221,6 +221,7 @@ class ModelConfig:
   bos_id: int | None = 1
   stop_ids: tuple[int, ...] = (2,)
   pad_id: int | None = None
+  generation: str | None = None  # the rest of generation_config.json: SamplingConfig.from_hf
   # In-memory form and numerics.
   vocab_multiple: int = 1  # embedding and head rows are padded up to a multiple of this
   dtype: DTypeName = "f32"  # compute

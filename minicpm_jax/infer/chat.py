@@ -110,6 +110,7 @@ class Chat:
   """`say` returns an answer, `stream` yields it piece by piece, `reset` forgets the conversation.
 
   An answer that is interrupted (the stream closed early) stays in the history as far as it came.
+  sampling: None is what the checkpoint's generation_config.json says, greedy where it has none.
   donate: `params` are given up, or they and their decoding form are both held (`for_decoding`).
   """
 
@@ -127,10 +128,13 @@ class Chat:
   ):
     if tok is None:
       raise ValueError("tok: found None, expected a tokenizer (the model folder holds none)")
-    self.template = template_for(model.cfg, tok)  # or refuses, before anything is given up
+    # What may be refused, before anything is given up.
+    self.template = template_for(model.cfg, tok)
+    if sampling is None:
+      sampling = config.SamplingConfig.from_hf(model.cfg.generation or "{}")
+    self.sampling = sampling
     self.model, self.params = generate.for_decoding(model, params, donate=donate)
     self.tok = tok
-    self.sampling = config.SamplingConfig() if sampling is None else sampling
     self.system = system
     self.enable_thinking = enable_thinking
     self.stop = (stop,) if isinstance(stop, str) else tuple(stop)

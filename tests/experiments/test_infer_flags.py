@@ -62,7 +62,7 @@ CLI = {
 SERVER = {"host": "127.0.0.1", "port": 8000}  # the host is ours: loopback
 ADDED = (
   "top-k top-p min-p repetition-penalty draft-kind draft-logit-scale rounds-per-dispatch max-batch "
-  "json-schema grammar-file backend dtype"
+  "json-schema grammar-file backend dtype generation-config"
 ).split()
 
 
