@@ -206,7 +206,8 @@ class EagleDrafter:
   ) -> tuple[Any, Any]:
     """Cumulative float32 scores and full token ids [B, T, k] of the best children.
 
-    Children that the bias forbids have score -inf: they become cut nodes.
+    Children that the bias forbids, and those of logits that are not finite, have score -inf: they
+    become cut nodes.
     """
     cfg, model = self.cfg, draft_lib.DraftModel(self.cfg)
     head_DR, ids_R = params.draft["head_DR"], params.draft["ids_R"]
@@ -230,7 +231,8 @@ class EagleDrafter:
     )
     best_BTK, at_BTK = (jnp.reshape(x, (B, T, self.top_k)) for x in (best, at))
     total_BT1 = _logsumexp(logits_BTR, best_BTK[:, :, :1])
-    best_BTK = jnp.where(jnp.isneginf(best_BTK), -jnp.inf, best_BTK - total_BT1)
+    best_BTK -= total_BT1
+    best_BTK = jnp.where(jnp.isfinite(best_BTK), best_BTK, -jnp.inf)  # a broken draft has NaN
     at_BTK = at_BTK.astype(jnp.int32)
     tokens_BTK = at_BTK if ids_R is None else jnp.asarray(ids_R, jnp.int32)[at_BTK]
     return scores_BT[:, :, None] + best_BTK, tokens_BTK
