@@ -62,7 +62,7 @@ class Runs:
     began = time.monotonic()
     if not (workdir / "draft").exists():
       draft_run.train(dataclasses.replace(cfg, name=workdir.name), workdir, target=self.target)
-    curves = json.loads((workdir / "acceptance.json").read_text())["curves"][HELD_OUT]
+    curves = read_curve(workdir)
     row = {"variant": name, "kind": kind, "changes": list(changes), "rate": rate, "seed": seed}
     row |= {"curve": curves, "seconds": time.monotonic() - began}
     last = {k: v for k, v in curves[-1].items() if k.startswith("acc")}
@@ -70,8 +70,15 @@ class Runs:
     return row
 
 
+def read_curve(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """Acceptance on held-out text over the steps of a finished run."""
+  curves = json.loads((workdir / "acceptance.json").read_text())["curves"]
+  return _results.with_nan(curves[HELD_OUT])
+
+
 def score(row: dict[str, Any]) -> float:
-  return float(np.mean([row["curve"][-1][name] for name in BEST_OF]))
+  """A run that diverged comes last."""
+  return float(np.nan_to_num(np.mean([row["curve"][-1][name] for name in BEST_OF]), nan=-1.0))
 
 
 def write(path: pathlib.Path, values: flags.FlagValues, rows: list[dict[str, Any]]) -> None:

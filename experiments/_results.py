@@ -68,6 +68,15 @@ def save(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> None:
   files.write_json(path, {"environment": environment(), **more, "rows": rows})
 
 
+def with_nan(value: Any) -> Any:
+  """What JSON holds of measured numbers, with NaN where it has null (`files.as_json`)."""
+  if isinstance(value, dict):
+    return {key: with_nan(x) for key, x in value.items()}
+  if isinstance(value, list):
+    return [with_nan(x) for x in value]
+  return float("nan") if value is None else value
+
+
 def recorded(path: pathlib.Path, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Rows of an earlier run with the same setting, of which the environment may be a part."""
   if not path.is_file():

@@ -84,8 +84,9 @@ def draw(seeds: list[dict], path: pathlib.Path) -> None:
   left.set(xlabel="step", ylabel="training loss (answers weigh more)")
   middle.set(xlabel="steps at long length", ylabel="needle accuracy", ylim=(None, 1.01))
   right.set(xlabel="layer . key head", ylabel="needle's block selected", ylim=(0, 1.02))
-  top = max(max(run["losses"][name]) for run in seeds for name in ("full", "sparse"))
-  left.set_ylim(None, 1.1 * top)  # the switch, not the first steps of all
+  long = np.concatenate([run["losses"][name] for run in seeds for name in ("full", "sparse")])
+  top = np.max(long, where=np.isfinite(long), initial=0.0)
+  left.set_ylim(None, 1.1 * top or None)  # the switch, not the first steps of all
   for axis in (left, middle, right):
     axis.legend(fontsize=8)
   pictures.save(figure, path, dpi=120)

@@ -47,7 +47,7 @@ def _setting(plan: toy.Plan) -> dict:
 def _recorded(path: pathlib.Path, plan: toy.Plan) -> list[dict]:
   """Runs in the file, if they are of this plan and model."""
   old = json.loads(path.read_text()) if path.is_file() else {}
-  return old["seeds"] if old | _setting(plan) == old else []
+  return _results.with_nan(old["seeds"]) if old | _setting(plan) == old else []
 
 
 def _run() -> None:
@@ -70,7 +70,7 @@ def _run() -> None:
     }
     files.write_json(path, result, indent=None)
     report.draw(seeds, path.with_suffix(".png"))
-  print(json.dumps(report.summary(plan, seeds), indent=1))
+  print(files.as_json(report.summary(plan, seeds), indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:

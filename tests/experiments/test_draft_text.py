@@ -15,10 +15,12 @@ from experiments import (
   _distill_draft,
   _regenerate,
   bench_drafts,
+  compare_drafts,
   distill_draft,
   tune_tree,
 )
 from minicpm_jax import ckpt, config
+from minicpm_jax.core import files
 from minicpm_jax.data import documents, packing, shards, sources
 from minicpm_jax.infer import generate
 from minicpm_jax.infer.drafters import ngram
@@ -192,6 +194,25 @@ def test_trees_and_variants_are_parsed_or_refused():
   assert found == [("x", "eagle3", ["a.b=1,2", "c=3"]), ("eagle", "eagle", [])]
   with pytest.raises(ValueError, match="--variant: found 'x:other'"):
     list(_compare_drafts.variants(["x:other"]))
+
+
+def test_a_draft_that_diverged_is_read_and_comes_last(tmp_path):
+  """Its curve holds null; the other rate is drawn."""
+  pytest.importorskip("matplotlib")
+  rows = []
+  for rate, last in ((4e-3, float("nan")), (1e-3, 0.0)):
+    curve = [{"step": s, "acc_1": x, "acc_2": x, "acc_3": x} for s, x in ((0, 0.1), (5, last))]
+    curves = {_compare_drafts.HELD_OUT: curve}
+    files.write_json(tmp_path / "acceptance.json", {"curves": curves})
+    row = {"variant": "a", "rate": rate, "curve": _compare_drafts.read_curve(tmp_path)}
+    assert row["curve"][0] == curve[0] and np.isnan(row["curve"][1]["acc_3"]) == np.isnan(last)
+    rows.append(row)
+  assert max(rows, key=_compare_drafts.score)["rate"] == 1e-3
+  values = compare_drafts.VALUES
+  values(["compare_drafts", "--target=t", "--workdir=w"])
+  _compare_drafts.write(tmp_path / "out.json", values, rows)
+  assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["curve"][1]["acc_1"] is None
+  assert (tmp_path / "out.png").stat().st_size > 0
 
 
 def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():

@@ -175,6 +175,35 @@ def test_the_experiment_runs_and_keeps_finished_seeds(tmp_path, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
+def test_a_seed_that_diverged_is_kept_and_drawn(tmp_path, monkeypatch):
+  """Its losses are null in the file; the next seed joins it."""
+  pytest.importorskip("matplotlib")
+  scores = {"needle": 0.5, "easy": 0.5, "nll": 1.0}
+  names, forms = ("short", "full", "sparse"), ("full", "sparse")
+  rows = [{"step": 0} | {f"{form}_{k}": v for form in forms for k, v in scores.items()}]
+  finals = [f"{name}_trained_{form}_attention" for name in names for form in forms]
+
+  def run_seed(plan, seed, say):
+    losses = [2.0] * 3 + [1.5 if seed else float("nan")]
+    return {
+      "seed": seed,
+      "losses": dict.fromkeys(names, losses),
+      "curves": {"full": rows, "sparse": rows},
+      "final": dict.fromkeys(finals, scores),
+      "selection": dict.fromkeys(names, {"selected": [[0.5] * 4] * 2, "right_if_not": None}),
+    }
+
+  monkeypatch.setattr(toy, "run_seed", run_seed)
+  args = ["short_to_long", f"--out={tmp_path}", "--long_steps=4"]
+  for first in range(2):
+    assert short_to_long.main([*args, f"--first={first}", "--seeds=1"]) == 0
+    found = json.loads((tmp_path / "short_to_long.json").read_text())
+    assert [run["losses"]["full"][-1] for run in found["seeds"]] == [None, 1.5][: first + 1]
+    jump = found["summary"]["loss_jump_at_the_switch"]["mean"]
+    assert jump == [None, 0.0][: first + 1]
+  assert (tmp_path / "short_to_long.png").stat().st_size > 0
+
+
 def test_bench_rows_are_medians_of_all_recorded_runs(tmp_path):
   setting = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
   first, second = bench.measure(256, 2, setting)
