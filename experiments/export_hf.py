@@ -34,10 +34,13 @@ _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file, in 1e9 bytes.", f
 
 
 def _fold(model, params):
-  """Llama form, folded in float32: cast last, or the factors round twice."""
+  """Llama form, folded in float32: cast last, or the factors round twice. Weights of QAT: fused."""
   cfg = dataclasses.replace(model.cfg, param_dtype="f32", mtp=None)
   params = {name: leaf for name, leaf in params.items() if name != "mtp"}
-  cfg, params = convert.fold_to_llama(cfg, trees.cast(params, "float32"))
+  params = trees.cast(params, "float32")
+  if cfg.quant is not None and cfg.quant.scheme != "none":
+    cfg, params = convert.fuse(cfg, params)
+  cfg, params = convert.fold_to_llama(cfg, params)
   return type(model)(cfg), params
 
 

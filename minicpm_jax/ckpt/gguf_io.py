@@ -71,7 +71,11 @@ class GGUFFile:
   def get(self, key: str, default: Any = None) -> Any:
     """Value of `<arch>.<key>`; float32 numbers come as the shortest decimal that gives them."""
     value = self.fields.get(f"{self.arch}.{key}", default)
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if not isinstance(value, float):
+      return value
+    if not math.isfinite(value):
+      raise self.error(f"{self.arch}.{key}", value, "a finite number")
+    return float(str(np.float32(value)))
 
   def integer(self, key: str, default: int | None = None) -> int:
     value = self.get(key, default)
@@ -89,9 +93,12 @@ class GGUFFile:
     if found != shape:
       raise self.error(name, f"shape {found}", f"shape {shape}")
     try:
-      return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+      x = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
     except NotImplementedError as error:
       raise self.error(name, f"type {tensor.tensor_type.name}", "a type gguf can read") from error
+    if not np.all(np.isfinite(x)):
+      raise self.error(name, "inf or nan", "finite weights (damaged file?)")
+    return x
 
   def error(self, what: str, found: Any, expected: str) -> errors.CheckpointError:
     return errors.CheckpointError(f"{self.path}: {what}: found {found}, expected {expected}")
@@ -115,7 +122,12 @@ def load_gguf(
   """
   file = GGUFFile(path)
   tok = gguf_vocab.read_tokenizer(file.fields, str(file.path))
-  cfg = read_config(file, tok, logit_scale=logit_scale)
+  try:
+    cfg = read_config(file, tok, logit_scale=logit_scale)
+  except errors.CheckpointError:
+    raise
+  except (ValueError, TypeError) as error:  # of a config, which does not know the file
+    raise errors.CheckpointError(f"{file.path}: {error}") from error
   cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
   model = transformer.Transformer(cfg)
   return model, _read_params(file, model, mesh), tok

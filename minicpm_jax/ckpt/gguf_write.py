@@ -272,12 +272,14 @@ def _packed(cfg: config.ModelConfig, t: _Tensor, leaf: Any, lossy_ternary: bool)
   except ValueError as error:
     raise errors.CheckpointError(f"save_gguf: {t.name}: {error}") from error
   if t.kind in _TERNARY and not lossy_ternary:
-    off = np.abs(gguf_types.unpack(packed, t.kind) - x).max() / max(np.abs(x).max(), 1e-30)
+    blocks = [a.reshape(-1, 256) for a in (gguf_types.unpack(packed, t.kind) - x, x)]
+    off, high = (np.abs(a).max(axis=1) for a in blocks)
+    off = np.max(off / np.maximum(high, 2**-16))  # below, float16 itself is coarser
     if off > 2**-8:  # fused weights in bf16 miss their float16 scale by less
       raise errors.CheckpointError(
-        f"save_gguf: {t.name}: found weights that {t.kind} changes by {off:.1%} of their maximum, "
-        f"expected fused ternary weights with one scale in every 256 (per-channel or groups that "
-        f"are a multiple of 256); lossy_ternary=True re-quantises anyway"
+        f"save_gguf: {t.name}: found weights that {t.kind} changes by {off:.1%} of their block's "
+        "maximum, expected fused ternary weights with one scale in every 256 (per-channel or "
+        "groups that are a multiple of 256); lossy_ternary=True re-quantises anyway"
       )
   return packed.view({"f32": np.float32, "f16": np.float16}.get(t.kind, np.uint8))
 

@@ -33,7 +33,7 @@ from minicpm_jax.config import ModelConfig, QuantConfig, validate
 from minicpm_jax.core import trees, types
 from minicpm_jax.deploy import blocks, smooth
 from minicpm_jax.models import joined, transformer
-from minicpm_jax.quant import awq, calib, gptq, prefix, qtensor, ternary
+from minicpm_jax.quant import awq, calib, gptq, prefix, qat, qtensor, ternary
 
 Method = Literal["rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq"]
 METHODS = ("rtn", "ternary", "gptq", "p-gptq", "s-gptq", "s-p-gptq")
@@ -124,12 +124,7 @@ def _check(
   cfg: QuantizeConfig,
   before: prefix.Prefix | None,
 ) -> None:
-  quant = model_cfg.quant
-  if quant is not None and quant.scheme != "none" and quant.weights == "latent":
-    raise ValueError(
-      f"model.quant: found latent weights of scheme {quant.scheme!r}, expected what the forward "
-      "pass makes of them (models.convert.fuse), or their own codes (models.convert.to_codes)"
-    )
+  qat.check_not_latent(model_cfg.quant)
   for path, leaf in trees.flatten_paths(params, qtensor.is_qtensor).items():
     if qtensor.is_qtensor(leaf):
       raise ValueError(f"{path}: found a QTensor ({leaf.scheme}), expected floats to quantise")

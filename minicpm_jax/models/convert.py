@@ -18,7 +18,7 @@ from minicpm_jax.config import DraftConfig, ModelConfig, MoEConfig
 from minicpm_jax.core import trees, types
 from minicpm_jax.models import draft as draft_lib
 from minicpm_jax.models import joined, transformer
-from minicpm_jax.quant import qtensor, ternary, tree
+from minicpm_jax.quant import qat, qtensor, ternary, tree
 
 Converted = tuple[ModelConfig, types.Params]
 
@@ -47,13 +47,15 @@ def fold_to_llama(cfg: ModelConfig, params: types.Params) -> Converted:
   """muP multipliers multiplied into the weights: a plain Llama (Mixtral for experts), untied.
 
   Exact in real arithmetic; in bf16 the factors round, so fold in float32 and cast last. Not for
-  training: Adam, weight decay and the muP learning rates act on the unfolded tensors. The form of
-  decoding (`models.joined`) is undone first.
+  training: Adam, weight decay and the muP learning rates act on the unfolded tensors, and latent
+  weights are refused (`fuse` them): int4 codes of scaled ones differ. The form of decoding
+  (`models.joined`) is undone first.
   """
   if cfg.mla is not None:
     raise ValueError(f"model.arch: found {cfg.arch!r}, expected 'minicpm' or 'llama' for folding")
   if cfg.mtp is not None:
     raise ValueError("model.mtp: found an MTP module, expected none (drop params['mtp'] first)")
+  qat.check_not_latent(cfg.quant)
   _, params = untie(cfg, joined.split_projections(cfg, params))
   params = _scale_params(params, cfg.scale_emb, cfg.residual_scale, 1.0 / cfg.logit_divisor)
   folded = dataclasses.replace(

@@ -82,7 +82,7 @@ def recover(
   """Codes and scales of fused weights by search of s in {max/7, max/8}; refuses other weights."""
   w_QgO, scale, error = _search(w, group_size, num_in, num_lead)
   worst = float(jnp.max(error))
-  if worst > TOLERANCE:
+  if not worst <= TOLERANCE:  # nan: weights that are not finite
     raise ValueError(
       f"{name}: found a group of {group_size} whose codes are off integers by {worst:.3f}, "
       "expected fused int4 weights (multiples of max/7 or max/8 in every group)"

@@ -137,6 +137,16 @@ def check_running_only(cfg: QuantConfig | None, path: str) -> None:
     )
 
 
+def check_not_latent(cfg: QuantConfig | None) -> None:
+  """Refuses latent weights where those of the forward pass are meant: scaled or turned ones get
+  other codes."""
+  if cfg is not None and cfg.scheme != "none" and cfg.weights == "latent":
+    raise ValueError(
+      f"model.quant: found latent weights of scheme {cfg.scheme!r}, expected what the forward pass "
+      "makes of them (models.convert.fuse), or their own codes (models.convert.to_codes)"
+    )
+
+
 def view(
   cfg: QuantConfig | None, path: str, w: Any, *, num_in: int, num_lead: int = 0, dtype: Any
 ) -> Any:

@@ -146,14 +146,16 @@ def quantize(
   )
 
 
-def _check_scales(scale: Float[types.AnyArray, "..."], w: Float[types.AnyArray, "..."]) -> None:
-  """Refuses scales that are not finite; says nothing about traced arrays."""
+def _check_scales(scale: Float[types.AnyArray, "..."], w: Any = None) -> None:
+  """Refuses scales (of weights `w`) that are not finite; says nothing about traced arrays."""
   if isinstance(scale, jax.core.Tracer) or isinstance(w, jax.core.Tracer):
     return
-  if not bool(jnp.all(jnp.isfinite(scale.astype(jnp.float32)))):
-    high = float(jnp.max(jnp.abs(w.astype(jnp.float32))))
+  if not bool(jnp.all(jnp.isfinite(jnp.asarray(scale).astype(jnp.float32)))):
+    found = "scale: found inf or nan"
+    if w is not None:
+      found = f"kernel: found weights up to {float(jnp.max(jnp.abs(w.astype(jnp.float32)))):.4g}"
     raise ValueError(
-      f"kernel: found weights up to {high:.4g}, expected finite ones whose group scales are within "
+      f"{found}, expected finite weights whose group scales are within "
       f"{jnp.dtype(scale.dtype).name} (at most {float(jnp.finfo(scale.dtype).max):.5g})"
     )
 
@@ -170,7 +172,7 @@ def make(
   g_idx: Any = None,
 ) -> QTensor:
   """A QTensor of given codes [*lead, *in, *out] (from a solver or a file), checked for shape and,
-  where they are not traced, range: the cast to int4 would wrap a code of 9 to -7."""
+  where they are not traced, finite scales and range: a cast to int4 would wrap 9 to -7."""
   rule = schemes.get(scheme)
   lead, shape = tuple(codes.shape[:num_lead]), tuple(codes.shape[num_lead:])
   width = math.prod(shape[:num_in])
@@ -182,6 +184,7 @@ def make(
   ):
     if x is not None and tuple(x.shape) != want:
       raise ValueError(f"{name}: found shape {tuple(x.shape)}, expected {want}")
+  _check_scales(scale)
   codes = jnp.asarray(codes)
   if codes.dtype != rule.dtype or rule.dtype != jnp.int4:
     _check_range(codes, rule)

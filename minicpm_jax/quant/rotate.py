@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import types
-from minicpm_jax.quant import tree
+from minicpm_jax.quant import qat, tree
 
 _R1, _R2 = 1, 2  # streams of the seed
 
@@ -113,12 +113,14 @@ def rotate(
 ) -> tuple[ModelConfig, types.Params]:
   """(untied config, rotated parameters) of a model with grouped-query attention.
 
-  Kernels are floats, every projection its own: joined and quantised ones are refused by name.
+  Kernels are floats, every projection its own: joined and quantised ones are refused by name, and
+  latent weights, which turned ones do not stand for.
   """
   if cfg.mla is not None:
     raise ValueError("model.mla: found latent attention, expected grouped-query attention")
   if cfg.mtp is not None:
     raise ValueError("model.mtp: found an MTP module, expected none (drop params['mtp'] first)")
+  qat.check_not_latent(cfg.quant)
   tree.check_floats(params)
   r1, r2 = rotation(cfg.model_dim, seed), rotation(cfg.head_dim, seed, _R2)
   embedding = params["embed"]["embedding"]

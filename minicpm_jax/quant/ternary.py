@@ -108,11 +108,11 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # one compilation a shape
 def _looks_fused(w: Any, scheme: str, group_size: int, num_in: int, num_lead: int) -> Any:
-  """Ternary of any group size (whose runs of a few inputs have one magnitude each), int4, or of
-  the scheme's own code book."""
+  """Ternary of any group size (whose runs of a few inputs have one magnitude each; a group of one
+  input always has), int4, or of the scheme's own code book."""
   layout = (num_in, num_lead)
   width = math.prod(w.shape[num_lead : num_lead + num_in])
-  sizes = {group_size, -1} | ({_RUN} if width % _RUN == 0 else set())
+  sizes = {group_size, -1} - {1} | ({_RUN} if width % _RUN == 0 else set())
   is_ternary = functools.reduce(jnp.logical_or, (fused_flag(w, size, *layout) for size in sizes))
   is_grid = is_ternary | int4.fused_flag(w, group_size, *layout)
   book = schemes.get(scheme)

@@ -245,6 +245,10 @@ def test_minicpm_without_logit_scale_is_refused_unless_told(tmp_path):
     ({"block_count": L - 1}, "tensors: found unexpected blk.1.attn_k.weight"),
     ({"feed_forward_length": 128}, r"blk.0.ffn_gate.weight: found shape \(96, 64\), expected"),
     ({"attention.head_count": 0}, "attention.head_count: found 0, expected an integer > 0"),
+    ({"attention.head_count": 3}, "m.gguf: model.num_heads: found 3, expected a multiple"),
+    ({"rope.freq_base": 0.0}, "m.gguf: rope.theta: found 0.0, expected a positive number"),
+    ({"rope.freq_base": math.inf}, "m.gguf: llama.rope.freq_base: found inf, expected a finite"),
+    ({"expert_count": 2, "expert_used_count": 3}, "m.gguf: moe.experts_per_token: found 3"),
   ],
 )
 def test_mismatched_metadata(tmp_path, keys, match):
@@ -253,6 +257,16 @@ def test_mismatched_metadata(tmp_path, keys, match):
   )
   with pytest.raises(ValueError, match=match):
     gguf_io.load_gguf(path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+  tensors = gguf_files.stored(gguf_files.random_weights(), "q8_0")
+  data, kind = tensors["blk.1.attn_v.weight"]
+  data = data.copy()
+  data[0, :2] = np.array([np.nan], np.float16).view(np.uint8)  # the scale of its first block
+  tensors["blk.1.attn_v.weight"] = (data, kind)
+  with pytest.raises(errors.CheckpointError, match="m.gguf: blk.1.attn_v.weight: found inf or nan"):
+    gguf_io.load_gguf(gguf_files.write(tmp_path / "m.gguf", tensors))
 
 
 def test_bias_is_refused(tmp_path):

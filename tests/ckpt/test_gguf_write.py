@@ -190,6 +190,11 @@ def test_ternary_is_exact_or_refused(tmp_path, kind, caplog):
     with pytest.raises(errors.CheckpointError, match="blk.0.attn_q.weight: found weights that"):
       gguf_io.save_gguf(path, model, bad, kind=kind)
   assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+  up = np.array(fused["layers"]["mlp"]["up"]["kernel"])
+  up[1, :, 3] = 3e-4 * np.abs(up).max() * np.random.default_rng(0).normal(size=up.shape[1])
+  small = {**fused["layers"], "mlp": {**fused["layers"]["mlp"], "up": {"kernel": up}}}
+  with pytest.raises(errors.CheckpointError, match="blk.1.ffn_up.weight: found weights that"):
+    gguf_io.save_gguf(path, model, {**fused, "layers": small}, kind=kind)  # one row, and small
   gguf_io.save_gguf(path, model, ternary(params, 128), kind=kind, lossy_ternary=True)
   odd, params = make(mlp_dim=320)  # rows of down are no multiple of 256
   with caplog.at_level(logging.WARNING):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minicpm_jax.config import MoEConfig, MTPConfig
+from minicpm_jax.config import MoEConfig, MTPConfig, QuantConfig
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.models import draft as draft_lib
 from tests.models import common
@@ -53,6 +53,8 @@ def test_fold_refuses_what_llama_lacks():
     convert.fold_to_llama(cfg, {})
   with pytest.raises(ValueError, match="model.mtp"):
     convert.fold_to_llama(common.config(mtp=MTPConfig()), {})
+  with pytest.raises(ValueError, match="model.quant: found latent weights of scheme 'int4'"):
+    convert.fold_to_llama(common.config(quant=QuantConfig(scheme="int4", group_size=8)), {})
 
 
 def test_untie(dense):

@@ -223,5 +223,5 @@ def test_scales_beyond_float16_are_refused():
     with pytest.raises(ValueError, match="kernel: found weights up to 6e.05, expected group"):
       run()
   gptq.round_to_nearest(w, gptq.GPTQConfig(group_size=16))
-  with pytest.raises(ValueError, match="kernel: found weights up to 6e.05, expected finite ones"):
+  with pytest.raises(ValueError, match="kernel: found weights up to 6e.05, expected finite w"):
     qtensor.quantize(w, "int4", 16, scale_dtype=jnp.float16)

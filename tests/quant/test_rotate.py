@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from minicpm_jax.config import QuantConfig
 from minicpm_jax.models import convert, transformer
 from minicpm_jax.quant import rotate
 from tests.models import common
@@ -77,3 +78,6 @@ def test_refusals():
   mla = common.config("minicpm3_4b")
   with pytest.raises(ValueError, match="model.mla: found latent attention"):
     rotate.rotate(mla, {})
+  latent = common.config(quant=QuantConfig(scheme="ternary"))
+  with pytest.raises(ValueError, match="model.quant: found latent weights of scheme 'ternary'"):
+    rotate.rotate(latent, {})

@@ -140,3 +140,27 @@ def test_bad_qat_entries(latent, qat, message):
 def test_int8_activations_have_no_place_in_config_json():
   with pytest.raises(errors.ConfigError, match="model.quant.act_bits: found 8, expected None"):
     hf_qat.to_hf(QuantConfig(act_bits=8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_have_no_codes(value):
+  w = np.array(int4.fake(np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32), 16))
+  w[5, 1] = value
+  with pytest.raises(ValueError, match="off integers by nan, expected fused int4"):
+    int4.recover(w, 16)
+  with pytest.raises(ternary.FusedWeightsError, match="found groups of -1 with several magnitudes"):
+    ternary.recover(np.where(np.isfinite(w), 0, w))
+
+
+def test_recovered_scales_fit_their_type():
+  w = np.zeros((16, 3), np.float32)
+  w[2, 1] = 1e6
+  with pytest.raises(ValueError, match="scale: found inf or nan, expected .* float16"):
+    ternary.recover(w, scale_dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "int4"])
+def test_groups_of_one_input_are_no_sign_of_fused_weights(scheme):
+  w = np.random.default_rng(0).normal(size=(2, 24, 5)).astype(np.float32)
+  params = {"layers": {"mlp": {"up": {"kernel": w}}}}
+  ternary.check_latent(QuantConfig(scheme=scheme, group_size=1), params)
