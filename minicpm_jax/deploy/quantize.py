@@ -162,22 +162,23 @@ def _without_data(
   for name in (name for stage in blocks.stages(model_cfg) for name in stage):
     part, kernel = name.split("/")
     w, is_moe = layer[part][kernel]["kernel"], part == "moe"
+    path = f"layers_{i}/{name}"
+    if not jnp.all(jnp.isfinite(w)):
+      raise ValueError(f"{path}: found weights that are not finite")
     if cfg.method == "ternary":
       more = dict(num_in=blocks.num_in(name), num_lead=int(is_moe), scale_dtype=jnp.float16)
       leaf = qtensor.quantize(w, "ternary", -1, **more)
     else:
       kernels = blocks.kernel(layer, name)
-      path = f"layers_{i}/{name}"
       found = [
         gptq.round_to_nearest(one, cfg.solver, name=path)
         for one in (kernels if is_moe else [kernels])
       ]
       leaf = _to_leaf(found, cfg, name, w.shape)
-    off = qtensor.dequantize(leaf) - w.astype(jnp.float32)
-    error = jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(w.astype(jnp.float32).ravel())
-    if not jnp.isfinite(error) and not jnp.all(jnp.isfinite(w)):
-      raise ValueError(f"layers_{i}/{name}: found weights that are not finite")
-    rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": float(error)})
+    size = jnp.linalg.norm(w.astype(jnp.float32).ravel())
+    off = jnp.linalg.norm((qtensor.dequantize(leaf) - w.astype(jnp.float32)).ravel())
+    error = float(off / size) if size > 0 else 0.0
+    rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": error})
     layer = blocks.with_kernel(layer, name, leaf)
   return layer, rows
 

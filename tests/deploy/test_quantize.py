@@ -247,5 +247,10 @@ def test_weights_that_are_not_finite_are_named():
   params = params | {
     "layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"up": {"kernel": bad}}}
   }
-  with pytest.raises(ValueError, match="layers_1/mlp/up: found weights that are not finite"):
-    run(model, params, "rtn", [])
+  for method in ("rtn", "ternary"):
+    with pytest.raises(ValueError, match="layers_1/mlp/up: found weights that are not finite"):
+      run(model, params, method, [])
+  bad = jnp.zeros_like(bad)
+  params["layers"]["mlp"]["up"] = {"kernel": bad}
+  rows = [run(model, params, method, []).report for method in ("rtn", "ternary")]
+  assert all(row["error"] == 0 for row in sum(rows, []) if row["name"] == "mlp/up")
