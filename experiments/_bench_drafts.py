@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import _command, _regenerate, _results
+from experiments import _command, _models, _regenerate, _results
 from minicpm_jax import ckpt, config
 from minicpm_jax.ckpt import bita_io
 from minicpm_jax.core import files, pictures
 from minicpm_jax.data import packing, shards, sources
 from minicpm_jax.infer import engine as engine_lib
 from minicpm_jax.infer import frspec, generate
-from minicpm_jax.infer.drafters import base, bita, eagle, mtp, ngram
+from minicpm_jax.infer.drafters import base, bita, chain, eagle, hierarchical, mtp, ngram
 
 Drafter = tuple[Any, Any]
 TREE = ("num_levels", "top_k", "num_nodes")
@@ -93,6 +93,25 @@ def drafters(
   return found
 
 
+def second_models(
+  named: Sequence[str], sizes: dict[str, int], min_length: int
+) -> dict[str, Drafter]:
+  """A chain from every second model, and the hierarchy that it makes of n-grams."""
+  found: dict[str, Drafter] = {}
+  num_levels = sizes["num_levels"]
+  for text in named:
+    name, _, path = text.partition(":")
+    if not name or not path:
+      raise ValueError(f"--second: found {text!r}, expected NAME:MODEL")
+    small, params, _ = _models.load(path)
+    found[f"{name}, chain"] = chain.ChainDrafter(small, num_levels), params
+    small, params, _ = _models.load(path, num_levels + 1)
+    inner = ngram.NGramDrafter(num_levels=num_levels)
+    drafter = hierarchical.HierarchicalDrafter(small, inner, min_length)
+    found[f"{name}, hier"] = drafter, (params, ())
+  return found
+
+
 def check_read(
   values: flags.FlagValues, model: Any, fr_ids: np.ndarray | None, made: dict[str, Drafter]
 ) -> None:
@@ -100,6 +119,8 @@ def check_read(
   drafts = [d for d, _ in made.values() if isinstance(d, eagle.EagleDrafter)]
   if not drafts:
     _command.refuse_unread(values, ["top_k", "nodes"], "no draft that grows a tree")
+  if not values.second:
+    _command.refuse_unread(values, ["hier_min_length"], "no second model")
   texts = [text for text in values.draft if not bita_io.is_bita(text.split(":")[1])]
   if not texts:
     _command.refuse_unread(values, ["draft_logit_scale"], "no EAGLE draft")

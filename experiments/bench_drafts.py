@@ -6,6 +6,8 @@
 --target as for generate. --prompts: a prepared shard folder (beginnings of its documents) or JSONL
 with "turns", "prompt" or "text". --fr: a prepared source whose most frequent tokens are kept, or a
 stored index. A draft may have a tree of its own: --draft=small:DIR:3/1/4 (levels, top_k, nodes).
+--second=int4:DIR is a second model of the same vocabulary (as --target): it drafts a chain of
+--levels tokens, and in a hierarchy chains of --hier_min_length and more out of n-grams.
 Every drafter's tokens are compared with plain decoding's; answers end at the target's stop ids.
 --seconds=30 measures in pieces: a call stops then, behind one prompt at least, the same call again
 goes on (OUTPUT.part.json; refused where weights, prompts, code or machine are not the same).
@@ -28,6 +30,8 @@ _COUNT = _OWN | {"lower_bound": 1}
 flags.DEFINE_string("target", None, f"Path: {_models.KINDS}.", **_OWN)
 flags.DEFINE_string("prompts", None, "Shard folder or JSONL.", **_OWN)
 flags.DEFINE_multi_string("draft", [], "NAME:FOLDER[:3/4/12]; repeatable.", **_OWN)
+flags.DEFINE_multi_string("second", [], "NAME:MODEL of a second model; repeatable.", **_OWN)
+flags.DEFINE_integer("hier_min_length", 6, "Tokens of a hierarchy's chain.", **_COUNT)
 flags.DEFINE_string("fr", None, "Shard folder or index of FR-Spec.", **_OWN)
 flags.DEFINE_float("fr_share", 0.25, "Share of the vocabulary, with a shard folder.", **_OWN)
 flags.DEFINE_integer("levels", 3, "Levels of the tree.", **_OWN)
@@ -41,7 +45,8 @@ flags.DEFINE_float("temperature", 0.0, "0 is greedy.", **_OWN)
 flags.DEFINE_multi_string("only", [], "Drafters to measure, by name; repeatable.", **_OWN)
 flags.DEFINE_float("seconds", 0.0, "Of one call; 0: all prompts in one.", lower_bound=0.0, **_OWN)
 flags.DEFINE_string("output", "benchmarks/results/drafts", "Without suffix.", **_OWN)
-_ABOUT = ("target", "prompts", "draft", "fr", "fr_share", "levels", "top_k", "nodes")
+_ABOUT = ("target", "prompts", "draft", "second", "hier_min_length", "fr", "fr_share", "levels")
+_ABOUT += ("top_k", "nodes")
 _ABOUT += ("draft_logit_scale", "num_prompts", "max_prompt_tokens", "new_tokens", "temperature")
 
 
@@ -59,6 +64,7 @@ def _run() -> None:
     found = VALUES.draft_logit_scale
     raise ValueError(f"--draft_logit_scale: found {found}, expected numbers > 0") from None
   named = lib.drafters(model, params, VALUES.draft, fr_ids, sizes, scales)
+  named |= lib.second_models(VALUES.second, sizes, VALUES.hier_min_length)
   lib.check_read(VALUES, model, fr_ids, named)
   unknown = [name for name in VALUES.only if name not in named]
   if unknown:

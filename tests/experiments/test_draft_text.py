@@ -234,6 +234,22 @@ def test_rows_of_all_drafters_count_the_tokens_of_every_prompt():
   assert drafted["speedup"] == pytest.approx(ratio)
 
 
+def test_the_target_as_its_own_second_model_is_accepted_whole(monkeypatch):
+  model, params = common.build(common.config(num_layers=1))
+  monkeypatch.setattr(_bench_drafts._models, "load", lambda path, num_rows=1: (model, params, None))
+  sizes = dict(num_levels=2, top_k=1, num_nodes=3)
+  named = {"plain": None} | _bench_drafts.second_models(["own:path"], sizes, min_length=3)
+  assert list(named) == ["plain", "own, chain", "own, hier"]
+  sampling = config.SamplingConfig(max_new_tokens=10)
+  measured = _bench_drafts.measure(model, params, named, [[3, 5, 8]], sampling)
+  _, chain, hier = _bench_drafts.rows(model, params, named, measured)
+  assert chain["tokens_equal_plain"] and hier["tokens_equal_plain"]
+  assert chain["accepted"] == [0, 0, 3]  # nine tokens behind the first, three a round
+  assert len(hier["accepted"]) >= 4 and sum(hier["accepted"]) <= 3  # four and more a round
+  with pytest.raises(ValueError, match="--second: found 'own', expected NAME:MODEL"):
+    _bench_drafts.second_models(["own"], sizes, 3)
+
+
 def test_a_measurement_in_pieces_goes_on_and_answers_end_at_a_stop_id(tmp_path):
   model, params = common.build(common.config(num_layers=1))
   named, prompts = {"plain": None}, [[3, 4, 3, 4], [5, 6], [7]]
