@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minicpm_jax.ckpt import gguf_write
+from minicpm_jax.ckpt import gguf_write, quant_write
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import files, pictures, trees, types
 from minicpm_jax.data import documents
@@ -30,6 +30,9 @@ def token_stream(paths: Sequence[pathlib.Path], tok: Any) -> np.ndarray:
 
 def windows(stream: np.ndarray, num: int, length: int, seed: int | None) -> np.ndarray:
   """`num` rows of `length` tokens: drawn at random, or (seed None) one after the other."""
+  for name, value in (("sequences", num), ("length", length)):
+    if value < 1:
+      raise ValueError(f"--{name}: found {value}, expected 1 or more")
   if len(stream) < length + 1:
     raise ValueError(f"--text: found {len(stream)} tokens, expected more than --length={length}")
   if seed is None:
@@ -68,6 +71,14 @@ def check_output(
       f"--format=marlin: found group_size {solver.group_size}, symmetric {solver.symmetric}, "
       "expected 128 or -1 and symmetric"
     )
+
+
+def check_model(cfg: ModelConfig, output: str, group_size: int, *, format: str) -> None:
+  """`check_output` of what depends on the model."""
+  if output.endswith(".gguf"):
+    gguf_write.check_model(cfg)
+  else:
+    quant_write.check_model(cfg, group_size, is_marlin=format == "marlin")
 
 
 def perplexity(

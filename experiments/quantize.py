@@ -66,6 +66,7 @@ def _run() -> None:
   check = (_OUTPUT.value, _METHOD.value, solver)
   _quantize.check_output(*check, format=_FORMAT.value, kind=_KIND.value)
   model, params, tok = _models.load_floats(pathlib.Path(_MODEL.value))
+  _quantize.check_model(model.cfg, _OUTPUT.value, solver.group_size, format=_FORMAT.value)
   if _ROTATE.value:
     cfg, params = rotate.rotate(model.cfg, params, seed=_SEED.value)
     model = transformer.Transformer(cfg)

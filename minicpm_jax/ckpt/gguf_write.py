@@ -100,7 +100,7 @@ def save_gguf(
   for what, value in (("kind", kind), ("embedding_kind", embedding_kind or "f16")):
     if value not in KINDS:
       raise ValueError(f"{what}: found {value!r}, expected one of {sorted(KINDS)}")
-  _check_model(cfg)
+  check_model(cfg)
   if embedding_kind is None:
     embedding_kind = kind if kind in ("f32", "bf16") else "f16"
   params = joined.split_projections(cfg, nn.unbox(params))
@@ -137,7 +137,9 @@ def save_gguf(
     writer.close()
 
 
-def _check_model(cfg: config.ModelConfig) -> None:
+def check_model(cfg: config.ModelConfig) -> None:
+  """Refuses what has no form in a GGUF file, and warns of sparse attention, which has none."""
+
   def refuse(field: str, found: Any, expected: str) -> None:
     raise errors.CheckpointError(f"save_gguf: model.{field}: found {found!r}, expected {expected}")
 

@@ -10,13 +10,14 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import errors
 from minicpm_jax.core import trees, types
 from minicpm_jax.quant import leaf as leaf_lib
-from minicpm_jax.quant import qtensor
+from minicpm_jax.quant import qtensor, schemes
 
 
 def in_form(cfg: config.ModelConfig, params: types.Params) -> types.Params:
   """`params` with codes packed or not, and scales of the type, as `cfg.quant` says.
 
-  CheckpointError for QTensors that the config does not know, and for scales that its type rounds.
+  CheckpointError for QTensors that the config does not know or knows as others (a run folder holds
+  arrays alone, and the code book is the config's), and for scales that its type rounds.
   """
 
   def one(path: str, x: Any) -> Any:
@@ -30,6 +31,13 @@ def _in_form(quant: config.QuantConfig | None, path: str, qt: qtensor.QTensor) -
     raise errors.CheckpointError(
       f"params: {path}: found a QTensor ({qt.scheme}), expected floats by model.quant: {quant} "
       "(codes are of weights 'codes' or 'packed' there)"
+    )
+  size = leaf_lib.group_size_of(quant, path, qt.in_size)
+  num_groups = schemes.group_count(qt.in_size, size)
+  if (qt.scheme, qt.num_groups) != (quant.scheme, num_groups):
+    raise errors.CheckpointError(
+      f"params: {path}: found {qt.scheme!r} codes in {qt.num_groups} groups, expected "
+      f"{quant.scheme!r} in {num_groups} by model.quant"
     )
   scale = qt.scale.astype(types.dtype_of(quant.scale_dtype))
   if not jnp.array_equal(scale.astype(qt.scale.dtype), qt.scale):

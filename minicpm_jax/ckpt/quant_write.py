@@ -59,6 +59,17 @@ def save_marlin(
   _save(path, model, tensors, tok, "gptq", damp, math.inf)
 
 
+def check_model(cfg: config.ModelConfig, group_size: int, *, is_marlin: bool = False) -> None:
+  """Refuses, by shapes alone, a model whose symmetric int4 codes such a folder cannot hold."""
+  quant = config.QuantConfig(scheme="int4", group_size=group_size, weights="codes")
+  model = transformer.Transformer(dataclasses.replace(cfg, quant=quant))
+  params = transformer.abstract_params(model)[0]
+  if is_marlin:
+    _MarlinTensors(cfg, params, None)
+  else:
+    _GPTQTensors(cfg, params, "gptq", None)
+
+
 def _save(
   path: str | pathlib.Path,
   model: transformer.Transformer,

@@ -134,6 +134,13 @@ def test_codes_that_a_run_folder_could_not_give_back_are_refused(tmp_path):
   quant = QuantConfig(scheme="int4", group_size=8, weights="codes", scale_dtype="bf16")
   with pytest.raises(errors.CheckpointError, match="k/kernel/scale: found float16 scales that mod"):
     orbax_io.import_params(tmp_path / "a", dataclasses.replace(model.cfg, quant=quant), params)
+  for wrong in ({"scheme": "five"}, {"group_size": 16}):  # five: arrays of the same types
+    quant = QuantConfig(**{"scheme": "half", "group_size": 8, "weights": "codes"} | wrong)
+    latent = dataclasses.replace(quant, scheme="half", group_size=8, weights="latent")
+    floats = common.build(model.cfg)[1]
+    codes = convert.to_codes(dataclasses.replace(model.cfg, quant=latent), floats)[1]
+    with pytest.raises(errors.CheckpointError, match="k/kernel: found 'half' codes in 4 groups"):
+      orbax_io.import_params(tmp_path / "a", dataclasses.replace(model.cfg, quant=quant), codes)
   assert not (tmp_path / "a").exists()
 
 

@@ -66,15 +66,41 @@ def test_a_folder_becomes_gptq_and_gguf(folder, capsys):
     (("--output=x.gguf", "--method=ternary", "--kind=q4_0"), "--kind: found q4_0"),
     (("--output=x", "--method=ternary"), "expected a .gguf name"),
     (("--output=x", "--method=rtn", "--format=marlin"), "--format=marlin: found group_size 16"),
+    (("--output=x", "--method=gptq", "--text=text.txt", "--sequences=0"), "--sequences: found 0"),
+    (("--output=x", "--method=gptq", "--text=text.txt", "--length=0"), "--length: found 0"),
   ],
 )
 def test_bad_input(folder, tmp_path, monkeypatch, capsys, more, match):
   monkeypatch.chdir(tmp_path)
+  more = [x.replace("=text.txt", f"={folder / 'text.txt'}") for x in more]
   for name in ("output", "text", "method", "kind", "format"):
     quantize.VALUES[name].unparse()
   assert run(folder, *more) == 1
   error = capsys.readouterr().err
   assert error.startswith("quantize: ") and match in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "name, more, match",
+  [
+    ("minicpm4_0p5b", ("--format=marlin", "--output=x"), "32 inputs and 32 outputs, expected mul"),
+    ("minicpm_moe_8x2b", ("--format=marlin", "--output=x"), "found experts or latent attention"),
+    (
+      "minicpm3_4b",
+      ("--output=x.gguf",),
+      "model.arch: found 'minicpm3', expected llama or minicpm",
+    ),
+  ],
+)
+def test_what_has_no_file_form_is_refused_first(tmp_path, monkeypatch, capsys, name, more, match):
+  monkeypatch.setattr(quantize.quantize, "quantize_model", None)
+  monkeypatch.chdir(tmp_path)
+  model, params = common.build(common.config(name, num_layers=1))
+  monkeypatch.setattr(quantize._models, "load_floats", lambda path: (model, params, None))
+  for flag in ("output", "method", "format", "group_size"):
+    quantize.VALUES[flag].unparse()
+  assert quantize.main(["q", "--model=m", "--method=rtn", "--group_size=-1", *more]) == 1
+  assert match in capsys.readouterr().err
 
 
 def test_work_counts_operations():
