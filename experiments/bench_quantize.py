@@ -5,9 +5,11 @@
 Full precision, RTN and the GGUF types once; GPTQ, P-GPTQ and S-P-GPTQ for every calibration seed;
 METHOD:bound is P- with first positions bounded instead of left out (quantize.p_first), and
 METHOD:bound:bound has them bounded in the smoothing search too (quantize.awq_first). The order to
-expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity. The JSON is
-written after every value, and what it has of the same setting is kept. Default model: the 135M
-model of fetch_model, whose weights are Q4_1 at the source and floats here. 35 CPU-minutes.
+expect (quantization.md 5.3): RTN > GPTQ >= P-GPTQ >= S-P-GPTQ in added perplexity.
+--trained=NAME:RUN adds what quantisation-aware training of the model has come to: the codes of a
+run folder. The JSON is written after every value, and what it has of the same setting is kept.
+Default model: the 135M model of fetch_model, whose weights are Q4_1 at the source and floats here.
+35 CPU-minutes.
 """
 
 import pathlib
@@ -17,7 +19,9 @@ import time
 from absl import flags
 
 from experiments import _command, _models, _quantize, _results
+from minicpm_jax import ckpt
 from minicpm_jax.deploy import quantize
+from minicpm_jax.models import convert, transformer
 from minicpm_jax.quant import gptq
 
 VALUES = flags.FlagValues()
@@ -33,9 +37,11 @@ _EVAL = _define("integer", "eval_sequences", 24, "Evaluation sequences.")
 _GROUP = _define("integer", "group_size", 64, "Inputs that share a scale.")
 _KINDS = _define("list", "kinds", ["q8_0", "q4_1", "q4_0"], "GGUF types of the projections.")
 _METHODS = _define("list", "methods", ["gptq", "p-gptq", "s-p-gptq"], "Calibrated methods.")
+_TRAINED = _define("multi_string", "trained", [], "NAME:RUN[@STEP] of a QAT run; repeatable.")
 
 
 def _run() -> None:
+  trained = dict(_named(text) for text in _TRAINED.value)
   path = _models.path_of(_MODEL.value)
   model, params, tok = _models.load_floats(path)
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
@@ -60,7 +66,7 @@ def _run() -> None:
   def has(name, seed=0):
     return len(result["perplexity"].get(name, ())) > seed
 
-  def record(name, params, seconds=None):
+  def record(name, params, seconds=None, model=model):
     value = _quantize.perplexity(model, params, rows)
     result["perplexity"].setdefault(name, []).append(value)
     if seconds is not None:
@@ -91,6 +97,21 @@ def _run() -> None:
   for kind in _KINDS.value:
     if not has(kind):
       record(kind, _quantize.through_gguf(params, kind))
+  for name, run in trained.items():
+    if not has(name):
+      own, latent, _ = ckpt.load_run(run)
+      if own.cfg.vocab_size != model.cfg.vocab_size:
+        found, expected = own.cfg.vocab_size, model.cfg.vocab_size
+        raise ValueError(f"--trained: {run}: found a vocabulary of {found}, expected {expected}")
+      cfg, codes = convert.to_codes(own.cfg, latent)
+      record(name, codes, model=transformer.Transformer(cfg))
+
+
+def _named(text: str) -> tuple[str, str]:
+  name, _, run = text.partition(":")
+  if not name or not run:
+    raise ValueError(f"--trained: found {text!r}, expected NAME:RUN")
+  return name, run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,15 @@
 """`experiments.quantize` from a folder to GPTQ and GGUF, with its report; bad input in one line."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import _quantize, quantize
-from minicpm_jax import ckpt
+from experiments import _quantize, bench_quantize, quantize
+from minicpm_jax import ckpt, config
+from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.core import trees
 from minicpm_jax.models import zoo
 from minicpm_jax.text import tokenizer
 from tests.models import common
@@ -119,3 +122,30 @@ def test_a_perplexity_that_is_not_finite_is_read_back(tmp_path):
   found = _quantize.read_perplexity(tmp_path, {})
   assert np.isnan(found["perplexity"]["rtn"][0]) and found["perplexity"]["rtn"][1] == 2
   _quantize.write_perplexity(tmp_path, found)
+
+
+def test_a_run_of_ternary_training_is_measured_by_its_codes(folder, tmp_path, capsys):
+  """Codes by the rule as printed: sign and zero of w / mean|w|, a scale an output channel."""
+  model, params, tok = ckpt.load_hf(folder / "hf", dtype="f32")
+  cfg = dataclasses.replace(model.cfg, quant=config.QuantConfig(scheme="ternary"))
+  orbax_io.import_params(tmp_path / "run", cfg, params, tok)
+  args = ["x", f"--model={folder / 'hf'}", f"--text={folder / 'text.txt'}", "--length=16"]
+  args += [f"--heldout={folder / 'text.txt'}", "--group_size=16", "--eval_sequences=4"]
+  args += ["--kinds=", "--methods=", f"--output={tmp_path}"]
+  assert bench_quantize.main([*args, f"--trained=t:{tmp_path / 'run'}"]) == 0
+  found = json.loads((tmp_path / "quantize_ppl.json").read_text())["perplexity"]
+
+  def ternary(path, w):
+    if not path.endswith("kernel"):
+      return w
+    outputs = 2 if path.split("/")[-2] in ("q", "k", "v") else 1
+    inputs = 2 if "attn/o" in path else 1
+    axes = tuple(range(w.ndim - outputs - inputs, w.ndim - outputs))
+    scale = np.mean(np.abs(w), axis=axes, keepdims=True)
+    return scale * np.clip(np.round(w / scale), -1, 1)
+
+  rows = _quantize.windows(_quantize.token_stream([folder / "text.txt"], tok), 4, 16, None)
+  wanted = _quantize.perplexity(model, trees.map_with_path(ternary, params), rows)
+  assert found["t"] == [pytest.approx(wanted, rel=1e-4)] and wanted != found["f32"][0]
+  assert bench_quantize.main([*args, "--trained=t"]) == 1
+  assert "--trained: found 't', expected NAME:RUN" in capsys.readouterr().err
