@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 UNROLL = 32  # inputs of one expression; twice as many spill registers
 _LEAST = 8
-MAX_ROWS = 4  # every row unpacks the codes again
+APART = 4  # rows that have a loop each; more share one, which compiles once and is a third slower
+MAX_ROWS = {2: 12, 4: 12, 8: 8}  # by bits: every row unpacks the codes again
 
 
 def block_size(num_in: int, num_groups: int, bits: int) -> int | None:
@@ -25,7 +26,7 @@ def block_size(num_in: int, num_groups: int, bits: int) -> int | None:
 
 def serves(x_MK, scale_QN, bits: int) -> bool:
   """True for few rows on a CPU where the groups divide into blocks."""
-  is_few = 0 < x_MK.shape[0] <= MAX_ROWS and jax.default_backend() == "cpu"
+  is_few = 0 < x_MK.shape[0] <= MAX_ROWS[bits] and jax.default_backend() == "cpu"
   return is_few and block_size(x_MK.shape[1], scale_QN.shape[0], bits) is not None
 
 
@@ -40,19 +41,21 @@ def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, 
   if zero_QN is not None:
     shift_QN = low - zero_QN.astype(jnp.float32)
 
-  def one(x_QbJ):
-    total_QbN = jnp.sum(x_QbJ, axis=2, keepdims=True) * shift_QN[:, None, :]
+  def rows(x_mQbJ):
+    total_mQbN = jnp.sum(x_mQbJ, axis=3, keepdims=True) * shift_QN[None, :, None]
     for r in range(block // per_byte):
-      bytes_QbN = codes_QbrN[:, :, r].astype(jnp.int32)
+      bytes_1QbN = codes_QbrN[None, :, :, r].astype(jnp.int32)
       for j in range(per_byte):
         # A field in its place in the byte is 2^(bits j) times its code: x takes the power, exactly.
-        field_QbN = bytes_QbN if bits == 8 else bytes_QbN & (mask << (bits * j))
-        x_Qb1 = x_QbJ[:, :, r * per_byte + j, None] * 2.0 ** (-bits * j)
-        total_QbN = total_QbN + field_QbN.astype(jnp.float32) * x_Qb1
+        field_1QbN = bytes_1QbN if bits == 8 else bytes_1QbN & (mask << (bits * j))
+        x_mQb1 = x_mQbJ[..., r * per_byte + j, None] * 2.0 ** (-bits * j)
+        total_mQbN = total_mQbN + field_1QbN.astype(jnp.float32) * x_mQb1
     if Q > 1:
-      total_QbN = total_QbN * scale_QN[:, None, :]
-    parts_PN = jnp.reshape(total_QbN, (-1, N))
-    y_1N = jnp.matmul(jnp.ones((1, parts_PN.shape[0]), jnp.float32), parts_PN)
-    return y_1N if Q > 1 else y_1N * scale_QN
+      total_mQbN = total_mQbN * scale_QN[None, :, None]
+    parts_mPN = jnp.reshape(total_mQbN, (x_mQbJ.shape[0], -1, N))
+    y_mN = jnp.einsum("P,mPN->mN", jnp.ones((parts_mPN.shape[1],), jnp.float32), parts_mPN)
+    return y_mN if Q > 1 else y_mN * scale_QN
 
-  return jnp.concatenate([one(x_MQbJ[m]) for m in range(M)], axis=0).astype(out_dtype or x_MK.dtype)
+  size = 1 if M <= APART else M
+  parts = [rows(x_MQbJ[m : m + size]) for m in range(0, M, size)]
+  return jnp.concatenate(parts, axis=0).astype(out_dtype or x_MK.dtype)

@@ -25,6 +25,8 @@ ROWS = {
   "channel_zero": Case(rows=2, num_in=96, num_out=40, group_size=-1, has_zero=True),
   "groups_of_48": Case(rows=1, num_in=192, num_out=40, group_size=48, has_zero=True),
   "groups_of_128": Case(rows=4, num_in=256, num_out=24, group_size=128),
+  "shared_loop": Case(rows=7, num_in=192, num_out=24, group_size=48, has_zero=True),
+  "shared_loop_channel": Case(rows=12, num_in=100, num_out=24, group_size=-1),
 }
 
 
@@ -44,7 +46,9 @@ def test_few_rows_in_bf16_err_no_more_than_a_bf16_product():
 def test_which_calls_are_served():
   x, scale = jnp.zeros((1, 64)), jnp.zeros((1, 8))
   assert xla_rows.serves(x, scale, 4) == (jax.default_backend() == "cpu")
-  assert not xla_rows.serves(jnp.zeros((xla_rows.MAX_ROWS + 1, 64)), scale, 4)
+  for bits, most in xla_rows.MAX_ROWS.items():
+    assert xla_rows.serves(jnp.zeros((most, 64)), scale, bits) == xla_rows.serves(x, scale, bits)
+    assert not xla_rows.serves(jnp.zeros((most + 1, 64)), scale, bits)
   assert not xla_rows.serves(jnp.zeros((1, 67)), scale, 4)  # a prime number of inputs
   assert not xla_rows.serves(x, jnp.zeros((16, 8)), 4)  # groups of 4
 
