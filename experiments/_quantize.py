@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minicpm_jax import ckpt
 from minicpm_jax.ckpt import gguf_write, quant_write
 from minicpm_jax.config import ModelConfig
 from minicpm_jax.core import files, pictures, trees, types
 from minicpm_jax.data import documents
 from minicpm_jax.deploy import quantize
-from minicpm_jax.models import transformer, zoo
+from minicpm_jax.models import convert, transformer, zoo
 from minicpm_jax.quant import gguf_types, gptq, tree
 
 
@@ -106,6 +107,24 @@ def _loss(logits_BTV, tokens_BT, segment_ids_BT):
   logprobs = jax.nn.log_softmax(logits_BTV[:, :-1])
   picked = jnp.take_along_axis(logprobs, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   return -jnp.sum(picked * (segment_ids_BT[:, 1:] != 0))
+
+
+def named_run(text: str) -> tuple[str, str]:
+  """(name, run) of --trained."""
+  name, _, run = text.partition(":")
+  if not name or not run:
+    raise ValueError(f"--trained: found {text!r}, expected NAME:RUN")
+  return name, run
+
+
+def trained_codes(run: str, vocab_size: int) -> tuple[transformer.Transformer, types.Params]:
+  """(model, params) of a run of quantisation-aware training, with its weights as codes."""
+  model, latent, _ = ckpt.load_run(run)
+  if model.cfg.vocab_size != vocab_size:
+    found = model.cfg.vocab_size
+    raise ValueError(f"--trained: {run}: found a vocabulary of {found}, expected {vocab_size}")
+  cfg, codes = convert.to_codes(model.cfg, latent)
+  return transformer.Transformer(cfg), codes
 
 
 def work(cfg: ModelConfig, tokens: int) -> dict[str, float]:

@@ -19,9 +19,7 @@ import time
 from absl import flags
 
 from experiments import _command, _models, _quantize, _results
-from minicpm_jax import ckpt
 from minicpm_jax.deploy import quantize
-from minicpm_jax.models import convert, transformer
 from minicpm_jax.quant import gptq
 
 VALUES = flags.FlagValues()
@@ -41,7 +39,7 @@ _TRAINED = _define("multi_string", "trained", [], "NAME:RUN[@STEP] of a QAT run;
 
 
 def _run() -> None:
-  trained = dict(_named(text) for text in _TRAINED.value)
+  trained = dict(_quantize.named_run(text) for text in _TRAINED.value)
   path = _models.path_of(_MODEL.value)
   model, params, tok = _models.load_floats(path)
   stream = _quantize.token_stream([pathlib.Path(p) for p in _TEXT.value], tok)
@@ -99,19 +97,8 @@ def _run() -> None:
       record(kind, _quantize.through_gguf(params, kind))
   for name, run in trained.items():
     if not has(name):
-      own, latent, _ = ckpt.load_run(run)
-      if own.cfg.vocab_size != model.cfg.vocab_size:
-        found, expected = own.cfg.vocab_size, model.cfg.vocab_size
-        raise ValueError(f"--trained: {run}: found a vocabulary of {found}, expected {expected}")
-      cfg, codes = convert.to_codes(own.cfg, latent)
-      record(name, codes, model=transformer.Transformer(cfg))
-
-
-def _named(text: str) -> tuple[str, str]:
-  name, _, run = text.partition(":")
-  if not name or not run:
-    raise ValueError(f"--trained: found {text!r}, expected NAME:RUN")
-  return name, run
+      own, codes = _quantize.trained_codes(run, model.cfg.vocab_size)
+      record(name, codes, model=own)
 
 
 def main(argv: list[str] | None = None) -> int:
