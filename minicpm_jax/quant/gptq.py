@@ -63,7 +63,7 @@ class Solution(NamedTuple):
   scale_QO: Float[Array, "Q O"]
   zero_QO: Int[Array, "Q O"]
   g_idx_I: Int[Array, " I"]  # group of every input
-  damp: Float[Array, ""]  # that was used; not finite codes: see `solve`
+  damp: Float[Array, ""]  # that was used
   error: Float[Array, ""]  # ||(Wq - W) X^T|| / ||W X^T||
 
 
@@ -104,14 +104,17 @@ def round_to_nearest(
 
 
 def _check_range(s: Solution, w_IO: Array, cfg: GPTQConfig, name: str) -> None:
-  """Refuses finite weights whose scales are beyond float16 (outside jit)."""
-  if cfg.scale_dtype == "f16" and not isinstance(w_IO, jax.core.Tracer):
-    if bool(jnp.all(jnp.isfinite(w_IO))) and bool(jnp.any(s.scale_QO > 65504)):
-      high = float(jnp.max(jnp.abs(w_IO)))
-      raise ValueError(
-        f"{name}: found weights up to {high:.4g}, expected group scales within float16 (65504); "
-        "scale_dtype='f32' keeps them"
-      )
+  """Refuses weights that are not finite, and scales beyond float16 (outside jit)."""
+  if isinstance(w_IO, jax.core.Tracer):
+    return
+  high = float(jnp.max(jnp.abs(w_IO)))
+  if not math.isfinite(high):
+    raise ValueError(f"{name}: found weights that are not finite")
+  if cfg.scale_dtype == "f16" and bool(jnp.any(s.scale_QO > 65504)):
+    raise ValueError(
+      f"{name}: found weights up to {high:.4g}, expected group scales within float16 (65504); "
+      "scale_dtype='f32' keeps them"
+    )
 
 
 def _wide(w_IO: Float[Array, "I O"]) -> Float[Array, "I O"]:

@@ -142,6 +142,10 @@ def test_bad_input():
   for name, bad in (("bits", 8), ("group_size", 0), ("damp", -1.0)):
     with pytest.raises(ValueError, match=f"gptq.{name}: found"):
       gptq.GPTQConfig(**{name: bad})
+  for value in (jnp.nan, jnp.inf):
+    for run in (gptq.round_to_nearest, lambda w, cfg, name: gptq.solve(w, h, cfg, name)):
+      with pytest.raises(ValueError, match="up: found weights that are not finite"):
+        run(w.at[3, 1].set(value), config(g=32), name="up")
 
 
 # ------------------------------------------------------------------------------ calibration
