@@ -53,6 +53,7 @@ def quantize_kernel(
     num_lead=num_lead,
     scale_dtype=types.dtype_of(cfg.scale_dtype),
     is_table=is_table,
+    name=path,
   )
   return qtensor.pack(qt) if cfg.weights == "packed" else qt
 

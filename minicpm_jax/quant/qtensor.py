@@ -115,6 +115,7 @@ def quantize(
   num_lead: int = 0,
   scale_dtype: Any = jnp.float32,
   is_table: bool = False,
+  name: str = "kernel",
 ) -> QTensor:
   """Codes and scales of a kernel [*lead, *in, *out] by the scheme's own rule (`schemes`).
 
@@ -130,10 +131,10 @@ def quantize(
   lead, shape = w.shape[:num_lead], w.shape[num_lead:]
   if not 0 < num_in < len(shape):
     raise ValueError(f"num_in: found {num_in}, expected 1..{len(shape) - 1} for kernel {shape}")
-  num_groups = schemes.group_count(math.prod(shape[:num_in]), group_size)
+  num_groups = schemes.group_count(math.prod(shape[:num_in]), group_size, name)
   w_QgO = grouped(w, num_in, num_groups, num_lead)
   scale = rule.scale(w_QgO).astype(scale_dtype)
-  _check_scales(scale, w)
+  _check_scales(scale, w, name)
   codes = rule.codes(w_QgO, scale.astype(jnp.float32))
   return QTensor(
     codes=codes.astype(jnp.int8).astype(rule.dtype).reshape(w.shape),
@@ -146,14 +147,14 @@ def quantize(
   )
 
 
-def _check_scales(scale: Float[types.AnyArray, "..."], w: Any = None) -> None:
+def _check_scales(scale: Float[types.AnyArray, "..."], w: Any = None, name: str = "") -> None:
   """Refuses scales (of weights `w`) that are not finite; says nothing about traced arrays."""
   if isinstance(scale, jax.core.Tracer) or isinstance(w, jax.core.Tracer):
     return
   if not bool(jnp.all(jnp.isfinite(jnp.asarray(scale).astype(jnp.float32)))):
     found = "scale: found inf or nan"
     if w is not None:
-      found = f"kernel: found weights up to {float(jnp.max(jnp.abs(w.astype(jnp.float32)))):.4g}"
+      found = f"{name}: found weights up to {float(jnp.max(jnp.abs(w.astype(jnp.float32)))):.4g}"
     raise ValueError(
       f"{found}, expected finite weights whose group scales are within "
       f"{jnp.dtype(scale.dtype).name} (at most {float(jnp.finfo(scale.dtype).max):.5g})"

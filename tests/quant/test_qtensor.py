@@ -125,6 +125,12 @@ def test_zero_points_and_group_index():
       ),
       "expected packed uint8",
     ),
+    (
+      lambda: tree.quantize_params(
+        QuantConfig(weights="codes"), {"mlp": {"up": {"kernel": jnp.full((4, 2), jnp.nan)}}}
+      ),
+      "mlp/up/kernel: found weights up to nan, expected finite",
+    ),
     (lambda: QuantConfig(group_size=0), "quant.group_size: found 0"),
     (lambda: QuantConfig(include=("(",)), "quant.include"),
     (lambda: QuantConfig(group_size=64, scale_shards=2), "quant.scale_shards: found 2"),
