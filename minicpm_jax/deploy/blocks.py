@@ -225,12 +225,24 @@ def layer_params(cfg: ModelConfig, params: types.Params, i: int) -> types.Params
   """Subtree of layer i, whichever form the model has."""
   if not cfg.scan_layers:
     return params[f"layers_{i}"]
-  return jax.tree.map(lambda x: x[i], params["layers"])
+  leaves = jax.tree.leaves(params["layers"])
+  at = _at if all(isinstance(x, jax.Array) for x in leaves) else _at.__wrapped__
+  return at(params["layers"], i)
+
+
+@jax.jit  # one program, not one a shape
+def _at(stacked: Any, i: Any) -> Any:
+  return jax.tree.map(lambda x: x[i], stacked)
+
+
+@jax.jit
+def _stacked(layers: list[Any]) -> Any:
+  return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def with_layers(cfg: ModelConfig, params: types.Params, done: list[types.Params]) -> types.Params:
   """`params` with its layers replaced, stacked again where the model stacks them."""
   rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers")}
   if cfg.scan_layers:
-    return {**rest, "layers": jax.tree.map(lambda *x: jnp.stack(x), *done)}
+    return {**rest, "layers": _stacked(done)}
   return {**rest, **{f"layers_{i}": layer for i, layer in enumerate(done)}}

@@ -20,6 +20,7 @@ floats. Activations are kept batch by batch on the host; one block's work is on 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -145,14 +146,50 @@ def _check(
   )  # not a fused checkpoint
 
 
+# Eager, the few operations of each of these would be a dozen programs a shape to compile.
+
+
 def _to_leaf(
-  solutions: Sequence[gptq.Solution], cfg: QuantizeConfig, name: str, shape: tuple[int, ...]
-) -> qtensor.QTensor:
-  """The leaf of a kernel of `shape`: one solution, or one an expert."""
-  if not name.startswith("moe/"):
-    return gptq.to_qtensor(solutions[0], cfg.solver, shape, num_in=blocks.num_in(name))
-  leaves = [gptq.to_qtensor(one, cfg.solver, shape[1:]) for one in solutions]
-  return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+  solutions: Sequence[gptq.Solution], cfg: QuantizeConfig, name: str, w: Array
+) -> tuple[qtensor.QTensor, Array, Array]:
+  """(leaf, the floats it stands for, their distance from w) of the kernel `w`: of one solution, or
+  of one an expert. The distance is a share of w's norm, 0 where that is 0."""
+  return _leaf(list(solutions), w, cfg.solver, blocks.num_in(name), name.startswith("moe/"))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _leaf(solutions: Any, w: Array, cfg: gptq.GPTQConfig, num_in: int, is_moe: bool) -> Any:
+  if is_moe:
+    leaves = [gptq.to_qtensor(one, cfg, w.shape[1:]) for one in solutions]
+    leaf = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+  else:
+    leaf = gptq.to_qtensor(solutions[0], cfg, w.shape, num_in=num_in)
+  floats = qtensor.dequantize(leaf)
+  return leaf, floats, _distance(floats, w)
+
+
+@jax.jit
+def _distance(found: Array, w: Array) -> Float[Array, ""]:
+  w = w.astype(jnp.float32)
+  size = jnp.linalg.norm(w.ravel())
+  return jnp.where(size > 0, jnp.linalg.norm((found - w).ravel()) / size, 0.0)
+
+
+@jax.jit
+def _cut(whole: gptq.Solution, kernels: list[Array], hessian: Array) -> list[gptq.Solution]:
+  """The solutions of kernels that were solved joined."""
+  found, start = [], 0
+  for w_IO in kernels:
+    out = slice(start, start + w_IO.shape[1])
+    start = out.stop
+    one = whole._replace(
+      codes_IO=whole.codes_IO[:, out],
+      scale_QO=whole.scale_QO[:, out],
+      zero_QO=whole.zero_QO[:, out],
+    )
+    error = gptq.relative_error(gptq.dequantize(one), w_IO, hessian)
+    found.append(one._replace(error=error))
+  return found
 
 
 def _without_data(
@@ -168,17 +205,15 @@ def _without_data(
     if cfg.method == "ternary":
       more = dict(num_in=blocks.num_in(name), num_lead=int(is_moe), scale_dtype=jnp.float16)
       leaf = qtensor.quantize(w, "ternary", -1, **more)
+      error = _distance(qtensor.dequantize(leaf), w)
     else:
       kernels = blocks.kernel(layer, name)
       found = [
         gptq.round_to_nearest(one, cfg.solver, name=path)
         for one in (kernels if is_moe else [kernels])
       ]
-      leaf = _to_leaf(found, cfg, name, w.shape)
-    size = jnp.linalg.norm(w.astype(jnp.float32).ravel())
-    off = jnp.linalg.norm((qtensor.dequantize(leaf) - w.astype(jnp.float32)).ravel())
-    error = float(off / size) if size > 0 else 0.0
-    rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": error})
+      leaf, _, error = _to_leaf(found, cfg, name, w)
+    rows.append({"layer": i, "name": name, "shape": list(w.shape), "error": float(error)})
     layer = blocks.with_kernel(layer, name, leaf)
   return layer, rows
 
@@ -228,9 +263,9 @@ class _Work:
       start = time.perf_counter()
       for name, solutions in self.solve(stage, layer, hessian, i).items():
         part, kernel = name.split("/")
-        leaf = _to_leaf(solutions, self.cfg, name, layer[part][kernel]["kernel"].shape)
+        leaf, floats, _ = _to_leaf(solutions, self.cfg, name, layer[part][kernel]["kernel"])
         stored = blocks.with_kernel(stored, name, leaf)
-        layer = blocks.with_kernel(layer, name, qtensor.dequantize(leaf))
+        layer = blocks.with_kernel(layer, name, floats)
         rows.append(
           {
             "layer": i,
@@ -281,21 +316,10 @@ class _Work:
     self, kernels: list[Array], hessian: Float[Array, "I I"], path: str
   ) -> list[gptq.Solution]:
     """Kernels of one input solved together: outputs are independent of one another."""
-    if not bool(jnp.any(jnp.diag(hessian) > 0)):  # an expert without a token
+    if not np.any(np.asarray(jnp.diag(hessian)) > 0):  # an expert without a token
       return [gptq.round_to_nearest(w_IO, self.cfg.solver, name=path) for w_IO in kernels]
     whole = gptq.solve(jnp.concatenate(kernels, axis=1), hessian, self.cfg.solver, path)
-    found, start = [], 0
-    for w_IO in kernels:
-      out = slice(start, start + w_IO.shape[1])
-      start = out.stop
-      one = whole._replace(
-        codes_IO=whole.codes_IO[:, out],
-        scale_QO=whole.scale_QO[:, out],
-        zero_QO=whole.zero_QO[:, out],
-      )
-      error = gptq.relative_error(gptq.dequantize(one), w_IO, hessian)
-      found.append(one._replace(error=error))
-    return found
+    return _cut(whole, kernels, hessian)
 
   def smooth(
     self, layer: types.Params, hidden: list[np.ndarray], before: Any = None

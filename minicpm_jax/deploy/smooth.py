@@ -12,6 +12,7 @@ v and o do not match and their pair is left out.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,23 @@ from minicpm_jax.core import types
 from minicpm_jax.deploy import blocks
 from minicpm_jax.quant import awq, calib, gptq
 
+# Eager, the few operations of each would be a dozen programs a shape to compile.
 _rounded = jax.jit(awq.rounded, static_argnames="cfg")
+_fold_norm = jax.jit(awq.fold_norm, static_argnums=(1, 2))
+_fold_v_o = jax.jit(awq.fold_v_o)
+_fold_up_down = jax.jit(awq.fold_up_down)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _update(update: Callable[..., Any], total: Any, x_BTI: Array, factor_BT: Array) -> Any:
+  """`calib.abs_update` or `hessian_update` with tokens that count as much as their factor."""
+  return update(total, x_BTI * factor_BT[..., None], factor_BT > 0)
+
+
+@jax.jit
+def _square_error(found_BTD: Array, want_BTD: Array, factor_BT: Array) -> Float[Array, ""]:
+  off = (found_BTD - want_BTD).astype(jnp.float32) * factor_BT[..., None]
+  return jnp.sum(jnp.where(factor_BT[..., None] > 0, off, 0) ** 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +82,17 @@ def smooth(
   run = _Search(model_cfg, text, cfg, num_ratios)
   for norm, names in pairs(model_cfg):
     best = run.behind_norm(layer, names)
-    layer = awq.fold_norm(layer, norm, awq.readers(layer, norm), best.factor_I)
+    layer = _fold_norm(layer, norm, awq.readers(layer, norm), best.factor_I)
     found[names[0]] = best.ratio
     if "attn/v" in names and model_cfg.num_heads == model_cfg.num_kv_heads:
       best = run.own(layer, "attn/o")
-      layer = awq.fold_v_o(layer, best.factor_I)
+      layer = _fold_v_o(layer, best.factor_I)
       found["attn/o"] = best.ratio
   if model_cfg.moe is None:
     best = run.own(layer, "mlp/down")
-    return awq.fold_up_down(layer, best.factor_I), found | {"mlp/down": best.ratio}
+    return _fold_up_down(layer, best.factor_I), found | {"mlp/down": best.ratio}
   experts = [run.own(layer, "moe/down", e) for e in range(model_cfg.moe.num_experts)]
-  layer = awq.fold_up_down(layer, jnp.stack([one.factor_I for one in experts]))
+  layer = _fold_up_down(layer, jnp.stack([one.factor_I for one in experts]))
   return layer, found | {"moe/down": [one.ratio for one in experts]}
 
 
@@ -109,7 +126,7 @@ class _Search:
   def _mean_abs(self, batches: list[Array], factors: list[Array]) -> Float[Array, " I"]:
     total = (jnp.zeros(batches[0].shape[-1]), jnp.zeros(()))
     for x, f in zip(batches, factors, strict=True):
-      total = calib.abs_update(total, x * f[..., None], f > 0)
+      total = _update(calib.abs_update, total, x, f)
     return total[0] / jnp.maximum(total[1], 1)
 
   def _best(self, mean_abs_I: Array, loss: Callable[[Array], Any]) -> awq.Smoothing:
@@ -137,8 +154,7 @@ class _Search:
         )
       total = 0.0
       for found, want, f in zip(branch(changed), wanted, factors, strict=True):
-        off = (found - want).astype(jnp.float32) * f[..., None]
-        total += jnp.sum(jnp.where(f[..., None] > 0, off, 0) ** 2)
+        total += _square_error(found, want, f)
       return total
 
     return self._best(self._mean_abs(normed, self._factors(normed)), loss)
@@ -157,7 +173,7 @@ class _Search:
       w_IO = blocks.kernel(layer, name)[e]
     factors, total = self._factors(inputs, own), calib.hessian_init(w_IO.shape[0])
     for x, f in zip(inputs, factors, strict=True):
-      total = calib.hessian_update(total, x * f[..., None], f > 0)
+      total = _update(calib.hessian_update, total, x, f)
 
     def loss(t_I: Array) -> Float[Array, ""]:
       return gptq.relative_error(_rounded(w_IO, t_I, cfg=self.cfg), w_IO, total)

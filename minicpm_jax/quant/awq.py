@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -34,6 +35,7 @@ class Smoothing(NamedTuple):
   losses: tuple[float, ...]
 
 
+@jax.jit
 def factor(mean_abs_I: Float[Array, " I"], ratio: Any) -> Float[Array, " I"]:
   """t = max(a^ratio, 1e-4) / sqrt(max t min t); ratio 0 gives ones."""
   t_I = jnp.maximum(mean_abs_I.astype(jnp.float32) ** ratio, 1e-4)

@@ -23,6 +23,7 @@ def positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
   return slots_1T - jax.lax.cummax(start_BT, axis=1)
 
 
+@functools.partial(jax.jit, static_argnames="skip")
 def keep_mask(segment_ids_BT: Int[Array, "B T"], skip: int = 0) -> Bool[Array, "B T"]:
   """Tokens that count: not padding (segment 0), not among a document's first `skip` positions."""
   if skip < 0:

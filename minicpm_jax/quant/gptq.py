@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from minicpm_jax.config import validate
@@ -84,7 +85,7 @@ def solve(
     )
   solution = _solve(w_IO, hessian_II.astype(w_IO.dtype), cfg)
   _check_range(solution, w_IO, cfg, name)
-  if not bool(jnp.isfinite(solution.error)):
+  if not np.isfinite(solution.error):
     raise ValueError(
       f"{name}: found a Hessian or weights that are not finite, or a Hessian that stays indefinite "
       f"at damp {float(solution.damp):.3g}, expected finite values (more calibration text?)"
@@ -107,14 +108,19 @@ def _check_range(s: Solution, w_IO: Array, cfg: GPTQConfig, name: str) -> None:
   """Refuses weights that are not finite, and scales beyond float16 (outside jit)."""
   if isinstance(w_IO, jax.core.Tracer):
     return
-  high = float(jnp.max(jnp.abs(w_IO)))
+  high, scale = (float(x) for x in _largest(w_IO, s.scale_QO))
   if not math.isfinite(high):
     raise ValueError(f"{name}: found weights that are not finite")
-  if cfg.scale_dtype == "f16" and bool(jnp.any(s.scale_QO > 65504)):
+  if cfg.scale_dtype == "f16" and scale > 65504:
     raise ValueError(
       f"{name}: found weights up to {high:.4g}, expected group scales within float16 (65504); "
       "scale_dtype='f32' keeps them"
     )
+
+
+@jax.jit
+def _largest(w_IO: Array, scale_QO: Array) -> tuple[Array, Array]:
+  return jnp.max(jnp.abs(w_IO)), jnp.max(scale_QO)
 
 
 def _wide(w_IO: Float[Array, "I O"]) -> Float[Array, "I O"]:

@@ -123,28 +123,37 @@ def quantize(
   [V, D] (see QTensor). Raises ValueError where group_size does not divide the inputs, and (outside
   jit) where a scale is beyond `scale_dtype`.
   """
-  rule, w = schemes.get(scheme), jnp.asarray(w)
+  w = jnp.asarray(w)
   if is_table:
     if w.ndim != 2 or num_lead:
       raise ValueError(f"table: found shape {w.shape} behind {num_lead} axes, expected [V, D]")
     w = w.T
-  lead, shape = w.shape[:num_lead], w.shape[num_lead:]
+  shape = w.shape[num_lead:]
   if not 0 < num_in < len(shape):
     raise ValueError(f"num_in: found {num_in}, expected 1..{len(shape) - 1} for kernel {shape}")
   num_groups = schemes.group_count(math.prod(shape[:num_in]), group_size, name)
-  w_QgO = grouped(w, num_in, num_groups, num_lead)
-  scale = rule.scale(w_QgO).astype(scale_dtype)
+  codes, scale = _quantized(w, scheme, num_in, num_groups, num_lead, jnp.dtype(scale_dtype))
   _check_scales(scale, w, name)
-  codes = rule.codes(w_QgO, scale.astype(jnp.float32))
   return QTensor(
-    codes=codes.astype(jnp.int8).astype(rule.dtype).reshape(w.shape),
-    scale=scale.reshape(*lead, num_groups, *shape[num_in:]),
+    codes=codes,
+    scale=scale,
     scheme=scheme,
     group_size=group_size,
     shape=tuple(shape),
     num_in=num_in,
     is_table=is_table,
   )
+
+
+# Eager, one program a shape instead of fifteen; inline: under jit the caller's program stays.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
+def _quantized(w, scheme, num_in, num_groups, num_lead, scale_dtype):
+  rule, lead, shape = schemes.get(scheme), w.shape[:num_lead], w.shape[num_lead:]
+  w_QgO = grouped(w, num_in, num_groups, num_lead)
+  scale = rule.scale(w_QgO).astype(scale_dtype)
+  codes = rule.codes(w_QgO, scale.astype(jnp.float32))
+  codes = codes.astype(jnp.int8).astype(rule.dtype).reshape(w.shape)
+  return codes, scale.reshape(*lead, num_groups, *shape[num_in:])
 
 
 def _check_scales(scale: Float[types.AnyArray, "..."], w: Any = None, name: str = "") -> None:
@@ -218,8 +227,11 @@ def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme) -> 
 
 def pack(qt: QTensor) -> QTensor:
   """The same tensor with 8 / bits codes a byte along the inputs."""
-  if qt.is_packed:
-    return qt
+  return qt if qt.is_packed else _packed(qt)
+
+
+@functools.partial(jax.jit, inline=True)
+def _packed(qt: QTensor) -> QTensor:
   rule = schemes.get(qt.scheme)
   per_byte, num_lead = 8 // rule.bits, len(qt.lead)
   flat = qt.codes.astype(jnp.int8).reshape(*qt.lead, qt.in_size, *qt.out_shape)
