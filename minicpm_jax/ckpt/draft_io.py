@@ -116,6 +116,8 @@ def load_draft(
     raise errors.ConfigError(f"{folder}: {error}") from error
   low = draft_quant.find(folder, names(cfg), source)
   settings = quant_io.read_settings(folder, raw) if low else None
+  if settings is not None and settings.is_marlin:
+    quant_io.check_joined(cfg.layer, {full: reader for reader, full in source.values()})
   _check(cfg, source, folder, low)
   stored = _majority(cfg, source, low)
   chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)

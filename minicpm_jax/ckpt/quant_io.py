@@ -131,6 +131,8 @@ def load_quantized(
   low = {path: leaf for path, leaf in table.items() if quant.selects(path)}
   plain = {path: leaf for path, leaf in table.items() if path not in low}
   _check_names(cfg, folder, source, low, plain, settings)
+  if settings.is_marlin:
+    check_joined(cfg, source)
   blocks = _check_plain(cfg, source, plain)
   stored = hf_tensors.majority_dtype(blocks, source)
   chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)
@@ -210,6 +212,19 @@ def _check_names(
       f"{folder}: {len(missing)} missing tensors: {hf_tensors.listed(missing)}; "
       f"{len(unexpected)} unexpected tensors: {hf_tensors.listed(unexpected)}"
     )
+
+
+def check_joined(cfg: config.ModelConfig, source: Mapping[str, safetensors_file.Reader]) -> None:
+  """Marlin's q|k|v and gate|up hold exactly their parts: k and v are counted from the end."""
+  qkv = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+  for name, reader in source.items():
+    for joined, out in (("qkv_proj", qkv), ("gate_up_proj", 2 * cfg.mlp_dim)):
+      found = reader.tensors[name].shape
+      if name.endswith(f".{joined}.qweight") and found[-1:] != (2 * out,):
+        raise errors.CheckpointError(
+          f"{reader.path}: {name}: found shape {list(found)}, expected [in / 16, {2 * out}] of "
+          f"{out} outputs"
+        )
 
 
 def _check_plain(

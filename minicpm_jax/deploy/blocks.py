@@ -194,8 +194,15 @@ def expert_down(
 def embed(
   model: transformer.Transformer, params: types.Params, tokens_BT: Int[Array | np.ndarray, "B T"]
 ) -> Float[Array, "B T D"]:
-  """Input of the first block."""
-  return model.apply({"params": params}, jnp.asarray(tokens_BT), method="embed")
+  """Input of the first block; ids beyond the vocabulary (another tokenizer's?) are refused."""
+  ids_BT, high = np.asarray(tokens_BT), model.cfg.vocab_size - 1
+  is_ids = ids_BT.ndim == 2 and np.issubdtype(ids_BT.dtype, np.integer)
+  if not is_ids or ids_BT.min(initial=0) < 0 or ids_BT.max(initial=0) > high:
+    ids = f"{ids_BT.min()}..{ids_BT.max()}" if ids_BT.size else "none"
+    raise ValueError(
+      f"tokens: found {ids_BT.dtype}{list(ids_BT.shape)} of {ids}, expected ids 0..{high} [B, T]"
+    )
+  return model.apply({"params": params}, jnp.asarray(ids_BT), method="embed")
 
 
 def num_in(name: str) -> int:

@@ -136,6 +136,20 @@ def test_marlin_refusals(tmp_path):
   assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("fused", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_joined_projections_hold_exactly_their_parts(tmp_path, fused):
+  """64 outputs less: k and v, found from the end, would be columns of q."""
+  model, params = marlin_model(128)
+  ckpt.save_marlin(tmp_path / "m", model, params)
+  file, name = tmp_path / "m/model_gptq.safetensors", f"model.layers.0.{fused}"
+  tensors = load_file(file)
+  for part, width in (("qweight", 128), ("scales", 64)):
+    tensors[f"{name}.{part}"] = np.ascontiguousarray(tensors[f"{name}.{part}"][:, :-width])
+  save_file(tensors, file)
+  with pytest.raises(errors.CheckpointError, match=rf"{name}.qweight: found shape \[8, "):
+    ckpt.load_hf(tmp_path / "m")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("gptq") / "m"

@@ -241,6 +241,15 @@ def test_refusals_of_models_and_batches():
     run(model, params, "gptq", calibration(1) + calibration(1, (2, 25)))
 
 
+@pytest.mark.parametrize("change", [1000, -300])
+def test_calibration_takes_ids_of_the_vocabulary(change):
+  """Ids beyond the table would be read as other rows of it."""
+  model, params = make()
+  tokens, segments = calibration(1)[0]
+  with pytest.raises(ValueError, match=r"tokens: found .* expected ids 0..255 \[B, T\]"):
+    blocks.embed(model, params, tokens + change)
+
+
 def test_weights_that_are_not_finite_are_named():
   model, params = make()
   bad = params["layers"]["mlp"]["up"]["kernel"].at[1, 2, 3].set(jnp.nan)
