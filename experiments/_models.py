@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from minicpm_jax import ckpt
-from minicpm_jax.ckpt import orbax_io, run_config
+from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import fetch, types
 from minicpm_jax.infer import generate
 from minicpm_jax.models import transformer
@@ -32,7 +32,7 @@ def load(
   elif (path / "config.json").is_file():
     dtype = "f32" if is_cpu else None
     model, params, tok = ckpt.load_hf(path, dtype=dtype, scan_layers=generate.is_scanned())
-  elif (orbax_io.split_step(spec)[0] / run_config.FILE_NAME).is_file():
+  elif (run_config.split_step(spec)[0] / run_config.FILE_NAME).is_file():
     model, params, tok = ckpt.load_run(spec)
   else:
     raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")

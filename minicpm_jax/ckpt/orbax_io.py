@@ -323,11 +323,7 @@ def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
 # --- Whole runs --------------------------------------------------------------------------------
 
 
-def split_step(path: str | os.PathLike[str]) -> tuple[pathlib.Path, int | None]:
-  """'runs/a@500' -> (runs/a, 500); without @STEP the step is None (the newest)."""
-  text = os.fspath(path)
-  folder, sep, step = text.rpartition("@")
-  return (pathlib.Path(folder), int(step)) if sep and step.isdigit() else (pathlib.Path(text), None)
+split_step = run_config.split_step
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[CheckpointStore, int, config.TrainConfig]:

@@ -75,3 +75,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     path = f"{prefix}.{field.name}" if prefix else field.name
     found.update(differences(getattr(old, field.name), getattr(new, field.name), path))
   return found
+
+
+def split_step(path: str | os.PathLike[str]) -> tuple[pathlib.Path, int | None]:
+  """'runs/a@500' -> (runs/a, 500); without @STEP the step is None (the newest)."""
+  text = os.fspath(path)
+  folder, sep, step = text.rpartition("@")
+  return (pathlib.Path(folder), int(step)) if sep and step.isdigit() else (pathlib.Path(text), None)

@@ -383,3 +383,12 @@ def test_the_serve_command_builds_the_service_of_its_flags(folder, capfd):
   assert "requests say them" in capfd.readouterr().err
   with pytest.raises(flags.Error):
     parse(serve, "--prompt=x")
+
+
+def test_decoding_commands_start_without_what_only_training_needs():
+  """Of a process of its own: nothing heavy is imported for --help, or for a folder's weights."""
+  heavy = ["orbax", "grain", "optax", "torch", "transformers", "tensorflow", "matplotlib"]
+  text = "import sys, experiments.generate, experiments.serve; print(*sys.modules)"
+  done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+  assert "minicpm_jax.infer.engine" in done.stdout.split()
+  assert not set(heavy) & set(done.stdout.split())
