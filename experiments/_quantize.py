@@ -11,7 +11,7 @@ import numpy as np
 
 from minicpm_jax import ckpt
 from minicpm_jax.ckpt import gguf_write, quant_write
-from minicpm_jax.config import ModelConfig
+from minicpm_jax.config import ModelConfig, QuantConfig
 from minicpm_jax.core import files, pictures, trees, types
 from minicpm_jax.data import documents
 from minicpm_jax.deploy import quantize
@@ -167,7 +167,7 @@ def through_gguf(params: types.Params, kind: str) -> types.Params:
   """The model as GGUF blocks of one type leave it (projections only)."""
 
   def one(path, w):
-    if not path.endswith("kernel") or "lm_head" in path:
+    if not QuantConfig().selects(path):
       return w
     num_in, num_lead = tree.layout(path)
     width = int(np.prod(w.shape[num_lead : num_lead + num_in]))

@@ -79,6 +79,7 @@ def unfold_from_llama(
   """
   if llama_cfg.arch != "llama":
     raise ValueError(f"llama_cfg.arch: found {llama_cfg.arch!r}, expected 'llama' (folded weights)")
+  qat.check_not_latent(original_cfg.quant)
   for name in ("vocab_size", "model_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads"):
     found, expected = getattr(llama_cfg, name), getattr(original_cfg, name)
     if found != expected:

@@ -106,6 +106,14 @@ def test_what_has_no_file_form_is_refused_first(tmp_path, monkeypatch, capsys, n
   assert match in capsys.readouterr().err
 
 
+def test_blocks_of_a_file_leave_the_router_as_it_is():
+  """It is F32 in every GGUF file; experts are rounded."""
+  params = common.build(common.config("minicpm_moe_8x2b", num_layers=1))[1]
+  before, after = params["layers"]["moe"], _quantize.through_gguf(params, "q4_0")["layers"]["moe"]
+  np.testing.assert_array_equal(after["router"]["kernel"], before["router"]["kernel"])
+  assert 0 < np.abs(after["up"]["kernel"] - before["up"]["kernel"]).max() < 0.1
+
+
 def test_work_counts_operations():
   """One token through one layer and its Hessians, counted by hand for the 8B shape."""
   cfg = zoo.ZOO["minicpm4_8b"]()

@@ -55,6 +55,9 @@ def test_fold_refuses_what_llama_lacks():
     convert.fold_to_llama(common.config(mtp=MTPConfig()), {})
   with pytest.raises(ValueError, match="model.quant: found latent weights of scheme 'int4'"):
     convert.fold_to_llama(common.config(quant=QuantConfig(scheme="int4", group_size=8)), {})
+  original = common.config(quant=QuantConfig(scheme="int4", group_size=8))
+  with pytest.raises(ValueError, match="model.quant: found latent weights of scheme 'int4'"):
+    convert.unfold_from_llama(dataclasses.replace(common.config(), arch="llama"), {}, original)
 
 
 def test_untie(dense):

@@ -1,6 +1,7 @@
 """Ternary and int4: hand examples, the zero share, fused checkpoints recognised and recovered."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,27 @@ def test_bad_qat_entries(latent, qat, message):
   hf = hf_config.to_hf(latent[0].cfg) | {"qat": qat}
   with pytest.raises(errors.ConfigError, match=message):
     hf_config.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+  "qat, message",
+  [
+    (
+      {"group_size": 7},
+      r"qat: layers/attn/\w/kernel: group_size: found 7, expected -1 or a divisor",
+    ),
+    (
+      {"group_size": -1, "scale_shards": 5},
+      "qat: layers/attn/o/kernel: quant.scale_shards: found 5",
+    ),
+  ],
+)
+def test_groups_that_do_not_divide_the_kernels_name_the_file(latent, tmp_path, qat, message):
+  ckpt.save_hf(tmp_path / "m", *latent)
+  hf = json.loads((tmp_path / "m/config.json").read_text()) | {"qat": {"type": "ternary"} | qat}
+  (tmp_path / "m/config.json").write_text(json.dumps(hf))
+  with pytest.raises(errors.ConfigError, match=f"m/config.json: {message}"):
+    ckpt.load_hf(tmp_path / "m")
 
 
 def test_int8_activations_have_no_place_in_config_json():
