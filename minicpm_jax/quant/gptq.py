@@ -106,7 +106,7 @@ def round_to_nearest(
 
 def _check_range(s: Solution, w_IO: Array, cfg: GPTQConfig, name: str) -> None:
   """Refuses weights that are not finite, and scales beyond float16 (outside jit)."""
-  if isinstance(w_IO, jax.core.Tracer):
+  if isinstance(s.scale_QO, jax.core.Tracer):
     return
   high, scale = (float(x) for x in _largest(w_IO, s.scale_QO))
   if not math.isfinite(high):

@@ -160,7 +160,9 @@ def _check_scales(scale: Float[types.AnyArray, "..."], w: Any = None, name: str 
   """Refuses scales (of weights `w`) that are not finite; says nothing about traced arrays."""
   if isinstance(scale, jax.core.Tracer) or isinstance(w, jax.core.Tracer):
     return
-  if not bool(jnp.all(jnp.isfinite(jnp.asarray(scale).astype(jnp.float32)))):
+  with jax.ensure_compile_time_eval():  # under jit too, scales that are known are checked
+    is_finite = bool(jnp.all(jnp.isfinite(jnp.asarray(scale).astype(jnp.float32))))
+  if not is_finite:
     found = "scale: found inf or nan"
     if w is not None:
       found = f"{name}: found weights up to {float(jnp.max(jnp.abs(w.astype(jnp.float32)))):.4g}"

@@ -133,6 +133,12 @@ def test_indefinite_hessians_get_more_damping_or_are_refused():
     gptq.solve(w, jnp.asarray(-10.0 * np.eye(32), jnp.float32), config(g=32))
 
 
+def test_known_weights_may_meet_a_trace():
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
+  found = jax.jit(lambda: gptq.round_to_nearest(w, config(g=32)))()
+  np.testing.assert_array_equal(found.codes_IO, gptq.round_to_nearest(w, config(g=32)).codes_IO)
+
+
 def test_bad_input():
   w, h = jnp.ones((96, 4)), jnp.eye(96)
   with pytest.raises(ValueError, match="up: group_size: found 64, expected -1 or a divisor of 96"):

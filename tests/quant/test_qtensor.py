@@ -273,6 +273,12 @@ def test_known_codes_may_meet_a_trace():
     np.testing.assert_array_equal(found.codes.astype(jnp.int8), codes)
   with pytest.raises(ValueError, match="codes: found codes -7..8"):
     jax.jit(lambda: make(beyond))()
+  scale = jnp.array([[1.0, jnp.nan]])
+  with pytest.raises(ValueError, match="scale: found inf or nan"):
+    jax.jit(lambda: qtensor.make(codes, scale, "int4", group_size=-1))()
+  scale = jnp.ones((1, 2))
+  found = jax.jit(lambda: qtensor.make(codes, scale, "int4", group_size=-1))()
+  np.testing.assert_array_equal(found.scale, scale)
 
 
 def test_initial_parameters_are_quantised_normals():
