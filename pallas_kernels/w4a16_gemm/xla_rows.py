@@ -32,6 +32,8 @@ def serves(x_MK, scale_QN, bits: int) -> bool:
 
 def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, out_dtype=None):
   """As `xla.matmul_xla`, for calls that `serves`."""
+  # In a loop over rows or steps XLA would unpack all codes before it, and read them at four bytes.
+  x_MK, codes_RN = jax.lax.optimization_barrier((x_MK, codes_RN))
   (M, K), (Q, N) = x_MK.shape, scale_QN.shape
   block, per_byte, mask = block_size(K, Q, bits), 8 // bits, 2**bits - 1
   x_MQbJ = jnp.reshape(x_MK.astype(jnp.float32), (M, Q, -1, block))

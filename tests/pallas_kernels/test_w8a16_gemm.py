@@ -53,6 +53,18 @@ def test_which_calls_are_served():
   assert not xla_rows.serves(x, jnp.zeros((16, 8)), 4)  # groups of 4
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form for CPUs")
+def test_a_loop_over_rows_holds_no_unpacked_codes():
+  arrays = jnp.ones((8, 256)), jnp.ones((128, 512), jnp.uint8), jnp.ones((4, 512))
+
+  def loop(x_MK, codes_RN, scale_QN):
+    one = lambda x: xla_rows.matmul_rows(x[None], codes_RN, scale_QN, bits=4, low=-8)  # noqa: E731
+    return jax.lax.map(one, x_MK)
+
+  compiled = jax.jit(loop).lower(*arrays).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * arrays[1].size
+
+
 def test_gradients_of_few_rows_are_those_of_the_reference():
   (x, codes, scale, _), _ = suite.inputs(ROWS["groups_of_128"], 4)
   loss = lambda f: lambda x, s: jnp.sum(jnp.sin(f(x, codes, s, bits=4, low=-8)))  # noqa: E731
