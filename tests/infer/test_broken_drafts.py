@@ -23,12 +23,7 @@ SAMPLINGS = [config.SamplingConfig(max_new_tokens=24, temperature=t) for t in (0
 
 @pytest.fixture(scope="module")
 def target():
-  """Almost a bigram model, so that a simple draft is often right."""
-  model, params = small.make(tie_embeddings=False, mtp=config.MTPConfig())
-  params = trees.map_with_path(
-    lambda path, x: 0.1 * x if path.endswith(("o/kernel", "down/kernel")) else x, params
-  )
-  return model, params
+  return small.almost_bigram()
 
 
 @pytest.fixture(scope="module")

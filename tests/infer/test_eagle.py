@@ -29,12 +29,7 @@ SIZES = dict(num_levels=3, top_k=4, num_nodes=12)
 
 @pytest.fixture(scope="module")
 def target():
-  """Almost a bigram model (its branches are small), so that a simple draft is often right."""
-  model, params = small.make(tie_embeddings=False, mtp=config.MTPConfig())
-  params = trees.map_with_path(
-    lambda path, x: 0.1 * x if path.endswith(("o/kernel", "down/kernel")) else x, params
-  )
-  return model, params
+  return small.almost_bigram()
 
 
 def make_draft(target, kind, seed=0, **changes):
