@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import _command, _ultraclean_report
 from minicpm_jax import config
-from minicpm_jax.ckpt import orbax_io
+from minicpm_jax.ckpt import run_config
 from minicpm_jax.core import logging as logging_lib
 from minicpm_jax.data import documents
 from minicpm_jax.text import tokenizer as tokenizer_lib
@@ -69,7 +69,7 @@ def _eval_sets() -> list[likelihood.EvalSet]:
 def _run() -> None:
   logging_lib.quiet_libraries()
   name, path = _pair("candidate", VALUES.candidate)
-  folder = VALUES.tokenizer or orbax_io.split_step(VALUES.checkpoint[0])[0] / "tokenizer"
+  folder = VALUES.tokenizer or run_config.split_step(VALUES.checkpoint[0])[0] / "tokenizer"
   tok = tokenizer_lib.load_tokenizer(folder)
   if tok is None:
     raise ValueError(f"--tokenizer: found none in {folder}")

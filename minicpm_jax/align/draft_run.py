@@ -45,7 +45,7 @@ VOCAB_DOCUMENTS = 20_000  # of every source, counted for a reduced vocabulary
 
 def load_target(path: str) -> Target:
   """(model, params, tokenizer) of an HF folder, a run folder[@step] or a GGUF file."""
-  folder, _ = orbax_io.split_step(path)
+  folder, _ = run_config.split_step(path)
   if path.endswith(".gguf"):
     return ckpt.load_gguf(path)
   if (folder / run_config.FILE_NAME).is_file():

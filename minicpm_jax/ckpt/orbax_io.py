@@ -323,12 +323,9 @@ def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
 # --- Whole runs --------------------------------------------------------------------------------
 
 
-split_step = run_config.split_step
-
-
 def open_run(path: str | os.PathLike[str]) -> tuple[CheckpointStore, int, config.TrainConfig]:
   """(store, step, config) of 'workdir[@step]', read only."""
-  workdir, step = split_step(path)
+  workdir, step = run_config.split_step(path)
   cfg = run_config.read(workdir)
   store = CheckpointStore(workdir, is_read_only=True)
   step = store.latest_step() if step is None else step
@@ -361,7 +358,7 @@ def load_run(
   model = transformer.Transformer(cfg.model)
   with store:
     params = store.params(step, abstract_params(model, mesh))
-  return model, params, load_tokenizer(split_step(path)[0])
+  return model, params, load_tokenizer(run_config.split_step(path)[0])
 
 
 def load_tokenizer(workdir: str | os.PathLike[str]) -> Any:

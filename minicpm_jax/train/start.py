@@ -180,7 +180,7 @@ def begin(
     source, step, _ = orbax_io.open_run(cfg.branch_from)
     with source:
       begun = _restore(source, step, abstract, f"branched from {cfg.branch_from}")
-    tok = orbax_io.load_tokenizer(orbax_io.split_step(cfg.branch_from)[0])
+    tok = orbax_io.load_tokenizer(run_config.split_step(cfg.branch_from)[0])
     return dataclasses.replace(begun, tokenizer=tok, is_branch=True)
   tok = None
   if cfg.init_from is not None:
@@ -313,7 +313,7 @@ def load_weights(
 def _loader(path: str) -> Callable[..., Any]:
   from minicpm_jax import ckpt
 
-  folder, _ = orbax_io.split_step(path)
+  folder, _ = run_config.split_step(path)
   if (folder / run_config.FILE_NAME).is_file():
     return orbax_io.load_run
   if path.endswith(".gguf"):

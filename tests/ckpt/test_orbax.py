@@ -239,8 +239,8 @@ def test_a_model_that_is_sparse_from_its_first_tokens_on_is_imported(tmp_path):
 
 
 def test_split_step():
-  assert orbax_io.split_step("runs/a@12") == (pathlib.Path("runs/a"), 12)
-  assert orbax_io.split_step("runs/me@home") == (pathlib.Path("runs/me@home"), None)
+  assert run_config.split_step("runs/a@12") == (pathlib.Path("runs/a"), 12)
+  assert run_config.split_step("runs/me@home") == (pathlib.Path("runs/me@home"), None)
 
 
 @pytest.mark.smoke
