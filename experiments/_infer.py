@@ -119,7 +119,7 @@ def with_generation(
   if model.generation is None:
     raise ValueError(
       f"--generation_config: found none in {cfg.model_path}, expected a folder whose "
-      "generation_config.json has more than token ids"
+      "generation_config.json has more than token ids, or a GGUF file with general.sampling keys"
     )
   theirs = config.SamplingConfig.from_hf(model.generation)
   free = {n: getattr(config.InferConfig(), n) for n in cpmcu.SAMPLING if not values[n].present}

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, gguf_vocab, gguf_write
+from minicpm_jax.ckpt import errors, gguf_sampling, gguf_vocab, gguf_write
 from minicpm_jax.core import mesh as mesh_lib
 from minicpm_jax.core import trees, types
 from minicpm_jax.core.extras import require_extra
@@ -181,6 +181,7 @@ def read_config(
     bos_id=file.fields.get("tokenizer.ggml.bos_token_id"),
     stop_ids=stop_ids,
     pad_id=file.fields.get("tokenizer.ggml.padding_token_id"),
+    generation=gguf_sampling.read(file.fields),
     init_std=0.1 if file.arch == "minicpm" else 0.02,
     **(_read_mup(file, width, layers, logit_scale) if file.arch == "minicpm" else {}),
   )

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from minicpm_jax import config
-from minicpm_jax.ckpt import errors, gguf_vocab, hf_names, hf_tensors
+from minicpm_jax.ckpt import errors, gguf_sampling, gguf_vocab, hf_names, hf_tensors
 from minicpm_jax.core import files, trees, types
 from minicpm_jax.core.extras import require_extra
 from minicpm_jax.models import joined, transformer
@@ -113,6 +113,7 @@ def save_gguf(
   with files.replacing(path) as partial:
     writer = gguf.GGUFWriter(partial, cfg.arch)
     _write_metadata(writer, cfg, kind)
+    gguf_sampling.write(writer, cfg.generation)
     gguf_vocab.write_tokenizer(writer, tok, cfg)
     extra = _rope_tensors(cfg)
     for name, value in extra.items():

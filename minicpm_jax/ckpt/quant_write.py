@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from absl import logging
 
 from minicpm_jax import config
 from minicpm_jax.ckpt import errors, hf_config, hf_io, hf_names, hf_tensors, quant_io
@@ -103,9 +104,15 @@ def layer_codes(qt: qtensor.QTensor, at: tuple[int, ...], base: str) -> gptq_for
   """Codes 0..15 of layer `at` of an unpacked int4 QTensor; `base` names it in errors."""
   width, out, groups = qt.in_size, math.prod(qt.out_shape), qt.num_groups
   pick = lambda x: np.asarray(x[at] if at else x)  # noqa: E731
-  scale = pick(qt.scale).astype(np.float16).reshape(groups, out)
+  exact = pick(qt.scale).astype(np.float32).reshape(groups, out)
+  scale = exact.astype(np.float16)
   if not np.all(np.isfinite(scale.astype(np.float32))):
     raise errors.CheckpointError(f"save_gptq: {base}.scales: found beyond float16's range")
+  if num_coarse := np.sum(np.abs(scale - exact) > 2**-10 * np.abs(exact)):
+    logging.warning(
+      "save_gptq: %s.scales: %d of %d lie below float16's normal range (6e-5) and lose digits",
+      *(base, num_coarse, exact.size),
+    )
   zero = np.full((groups, out), gptq_format.SYMMETRIC_ZERO, np.uint8)
   if qt.zero is not None:
     zero = (pick(qt.zero).astype(np.int16) + 8).astype(np.uint8).reshape(groups, out)

@@ -141,9 +141,7 @@ def _check(
   for name in (name for stage in blocks.stages(model_cfg) for name in stage):
     gptq.check_groups(blocks.kernel(layer, name).shape[-2], size, name)
   scheme = "ternary" if cfg.method == "ternary" else "int4"
-  ternary.check_latent(
-    QuantConfig(scheme=scheme, group_size=size), params
-  )  # not a fused checkpoint
+  ternary.check_latent(QuantConfig(scheme=scheme, group_size=size), params)
 
 
 # Eager, the few operations of each of these would be a dozen programs a shape to compile.

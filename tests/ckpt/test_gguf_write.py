@@ -164,6 +164,42 @@ def test_keys(tmp_path):
   assert not [k for k in gguf.GGUFReader(tmp_path / "l.gguf").fields if k.endswith("_scale")]
 
 
+@pytest.mark.parametrize(
+  "generation",
+  [
+    {"do_sample": True, "temperature": 0.8, "top_p": 0.8},
+    {"do_sample": True, "top_k": 0, "min_p": 0.05, "repetition_penalty": 1.1},
+    {"repetition_penalty": 1.3},
+    {"temperature": 0.8},  # greedy: llama.cpp has no word for it
+    None,
+  ],
+)
+def test_sampling_goes_round(tmp_path, generation):
+  model, params = make(generation=None if generation is None else json.dumps(generation))
+  gguf_io.save_gguf(tmp_path / "m.gguf", model, params)
+  back = gguf_io.load_gguf(tmp_path / "m.gguf")[0].cfg.generation
+  wanted = config.SamplingConfig.from_hf(generation or {})
+  assert config.SamplingConfig.from_hf(back or "{}") == wanted
+  fields = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+  names = gguf.Keys.General  # the names that llama.cpp reads
+  assert math.isclose(fields.get(names.SAMPLING_TEMP, 0), wanted.temperature, rel_tol=1e-6)
+  assert fields.get(names.SAMPLING_TOP_K, 0) == wanted.top_k
+  penalty = fields.get(names.SAMPLING_PENALTY_REPEAT, 1)
+  assert math.isclose(penalty, wanted.repetition_penalty, rel_tol=1e-6)
+  if penalty != 1:
+    assert fields[names.SAMPLING_PENALTY_LAST_N] == -1  # all tokens, as transformers
+
+
+def test_a_sampling_key_of_the_wrong_type_is_refused(tmp_path):
+  model, params = make(generation=json.dumps({"do_sample": True}))
+  gguf_io.save_gguf(tmp_path / "m.gguf", model, params)
+  data = (tmp_path / "m.gguf").read_bytes()
+  at = data.index(b"general.sampling.temp") + len(b"general.sampling.temp") + 4
+  (tmp_path / "m.gguf").write_bytes(data[:at] + np.float32(np.nan).tobytes() + data[at + 4 :])
+  with pytest.raises(errors.CheckpointError, match="general.sampling.temp: found nan, expected a"):
+    gguf_io.load_gguf(tmp_path / "m.gguf")
+
+
 def test_padded_vocabulary_and_bf16_parameters(tmp_path):
   model, params = make()
   cfg, padded = convert.pad_vocab(model.cfg, params, 64)

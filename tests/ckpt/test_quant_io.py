@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -254,6 +255,20 @@ def test_only_quantised_trees_are_written(tmp_path):
   ternary = quantize.quantize_model(model, params, [], quant).params
   with pytest.raises(errors.CheckpointError, match="ternary.*expected one kind, scheme int4"):
     ckpt.save_gptq(tmp_path / "m", model, ternary)
+
+
+def test_scales_that_float16_cannot_hold_are_named(tmp_path, caplog):
+  model, params = make("rtn")
+  down = params["layers"]["mlp"]["down"]
+  for power, is_told in ((-17, True), (-4, False)):
+    scale = np.asarray(down["kernel"].scale, np.float32)
+    small = scale * np.float32(2.0**power / scale.max())
+    down["kernel"] = dataclasses.replace(down["kernel"], scale=small)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="absl"):
+      ckpt.save_gptq(tmp_path / f"m{power}", model, params)
+    assert ("layers.0.mlp.down_proj.scales: " in caplog.text) == is_told
+    assert ("below float16's normal range" in caplog.text) == is_told
 
 
 @pytest.mark.oracle
