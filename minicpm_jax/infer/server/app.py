@@ -24,6 +24,9 @@ STATIC = pathlib.Path(__file__).parent / "static"
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _POLICY = "default-src 'self'; img-src 'self' data:"
 _PAGE_HEADERS = {"Content-Security-Policy": _POLICY, "X-Frame-Options": "DENY"}
+# What /openapi.json says of bodies; `schemas` checks them.
+_BODY = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+_ERRORS = {"4XX": {"description": "OpenAI's error body"}, "5XX": {"description": "the same"}}
 
 
 class Gone(Exception):
@@ -49,7 +52,9 @@ def make_app(chat_service: service.ChatService) -> Any:
     yield
     await asyncio.to_thread(chat_service.close)
 
-  app = fastapi.FastAPI(title="minicpm_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
+  app = fastapi.FastAPI(
+    title="minicpm_jax", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS
+  )
 
   class Stream(fastapi_responses.StreamingResponse):
     """Cancels its answer however it ends, also where nothing could be sent at all."""
@@ -66,8 +71,9 @@ def make_app(chat_service: service.ChatService) -> Any:
       finally:
         self.answer.cancel()
 
-  def failure(error: schemas.ApiError):
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+  def failure(error: schemas.ApiError, headers=None):
+    if error.status in (429, 503):
+      headers = {"Retry-After": "1"}
     return fastapi_responses.JSONResponse(error.body(), error.status, headers)
 
   async def generate(kind: schemas.Kind, request: fastapi.Request):
@@ -90,11 +96,11 @@ def make_app(chat_service: service.ChatService) -> Any:
     except Gone:
       return fastapi_responses.Response(status_code=499)  # nobody reads it
 
-  @app.post("/v1/chat/completions")
+  @app.post("/v1/chat/completions", openapi_extra={"requestBody": _BODY})
   async def chat_completions(request: fastapi.Request):
     return await generate("chat", request)
 
-  @app.post("/v1/completions")
+  @app.post("/v1/completions", openapi_extra={"requestBody": _BODY})
   async def completions(request: fastapi.Request):
     return await generate("completion", request)
 
@@ -119,7 +125,7 @@ def make_app(chat_service: service.ChatService) -> Any:
   async def metrics():
     return chat_service.report()
 
-  @app.get("/")
+  @app.get("/", include_in_schema=False)
   async def page():
     return fastapi_responses.FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
 
@@ -128,7 +134,8 @@ def make_app(chat_service: service.ChatService) -> Any:
   @app.exception_handler(starlette.HTTPException)
   async def http_error(_, error):
     message = f"{error.detail} (see / and /v1/models)" if error.status_code == 404 else error.detail
-    return failure(schemas.ApiError(str(message), status=error.status_code))
+    # A 405 names the methods there are in a header.
+    return failure(schemas.ApiError(str(message), status=error.status_code), error.headers)
 
   @app.exception_handler(Exception)
   async def crash(_, error):

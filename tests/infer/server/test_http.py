@@ -134,6 +134,7 @@ def test_openai_errors_and_the_server_goes_on(real_server):
     assert response.status_code == status, (path, body and body[:20])
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and error["message"], path
+    assert response.headers.get("allow") == ("POST" if status == 405 else None)  # RFC 9110 15.5.6
   chunked = httpx.post(url + "/v1/completions", content=iter([b" " * 2**20] * 5))
   assert chunked.status_code == 413
   out = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
@@ -144,6 +145,19 @@ def test_openai_errors_and_the_server_goes_on(real_server):
   assert caught.value.code == "model_not_found"
   assert httpx.get(url + "/health").json()["status"] == "ok"
   assert httpx.get(url + "/metrics").json()["requests_completed"] > 0
+
+
+def test_the_openapi_document_says_what_the_routes_take_and_give(real_server):
+  url, _ = real_server
+  paths = httpx.get(url + "/openapi.json").json()["paths"]
+  posts = ("/v1/chat/completions", "/v1/completions")
+  gets = ("/v1/models", "/v1/models/{name}", "/health", "/metrics")
+  assert sorted(paths) == sorted((*posts, *gets))  # JSON alone: not the chat page
+  for path in posts:
+    body = paths[path]["post"]["requestBody"]
+    assert body["required"] and body["content"]["application/json"]["schema"] == {"type": "object"}
+  for path, (operation,) in ((path, found.values()) for path, found in paths.items()):
+    assert set(operation["responses"]) == {"200", "4XX", "5XX"}, path  # never fastapi's 422
 
 
 # --- A scripted engine ------------------------------------------------------------------------
