@@ -6,6 +6,7 @@ written without torch.
 """
 
 import io
+import math
 import os
 import pathlib
 import pickle
@@ -53,7 +54,7 @@ def mix(
   """Frequencies of a mixture: domain d gives share weights[d] / sum, whatever its size."""
   if len(counts) != len(weights):
     raise FrIndexError(f"weights: found {len(weights)}, expected one for each of {len(counts)}")
-  if any(w < 0 for w in weights) or not sum(weights) > 0:
+  if any(w < 0 for w in weights) or not 0 < sum(weights) < math.inf:
     raise FrIndexError(f"weights: found {list(weights)}, expected numbers >= 0 with a sum > 0")
   total = np.zeros(counts[0].shape, np.float64)
   for i, (counts_V, weight) in enumerate(zip(counts, weights, strict=True)):

@@ -49,8 +49,9 @@ def test_domains_are_mixed_by_share_not_by_size():
     frspec.mix([small, large], [1])
   with pytest.raises(frspec.FrIndexError, match="counts.1.: found no token"):
     frspec.mix([small, 0 * large], [1, 1])
-  with pytest.raises(frspec.FrIndexError, match="weights"):
-    frspec.mix([small, large], [0, 0])
+  for weights in ([0, 0], [1, float("inf")]):
+    with pytest.raises(frspec.FrIndexError, match="weights"):
+      frspec.mix([small, large], weights)
 
 
 def test_files_round_trip_and_sizes_are_checked(tmp_path):
