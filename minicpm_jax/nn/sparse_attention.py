@@ -232,10 +232,11 @@ def infllm_attention(
   Query t stands at slot q_offset + t and sees keys up to its own. The length that decides is
   kv_length (default q_offset + T), or that of each document where segment_ids (of the S slots, 0 =
   padding, output 0) are given; `switch` "batch": one long document makes all sparse. Slots at or
-  beyond kv_length are unused. `nope`: q and k before RoPE, needed with `cfg.use_nope`.
-  Gradients reach q, k and v; the selection is a constant (section 11). implementation: as in
-  `select_blocks`; a named one that cannot serve the call raises. Where the static length makes all
-  dense, "ref" and "xla" are those of dense attention and the sparse kernels' names mean "auto".
+  beyond kv_length are unused, and queries there give 0. `nope`: q and k before RoPE, needed with
+  `cfg.use_nope`. Gradients reach q, k and v; the selection is a constant (section 11).
+  implementation: as in `select_blocks`; a named one that cannot serve the call raises. Where the
+  static length makes all dense, "ref" and "xla" are those of dense attention and the sparse
+  kernels' names mean "auto".
   """
   q_BTNH, k_BSKH, v_BSKH = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKH)
   q_offset, kv_length = _known(q_offset), _known(kv_length)
@@ -253,21 +254,26 @@ def infllm_attention(
     k_BSKH, v_BSKH = clear(k_BSKH), clear(v_BSKH)
     nope = None if nope is None else (nope[0], clear(nope[1]))
   if sparse_grid.is_always_dense(cfg, length if isinstance(length, int) else S):
-    slots_BT = None
+    slots_BT = jnp.reshape(jnp.asarray(q_offset), (-1, 1)) + jnp.arange(T)[None, :]
+    slots_BT = jnp.broadcast_to(slots_BT, q_BTNH.shape[:2])
+    ids_BT = None
     if segment_ids is not None:
       segment_ids = sparse_grid.documents(jnp.asarray(segment_ids))
-      offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (q_BTNH.shape[0],))
-      slots_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    return flash.flash_attention(
+      ids_BT = jnp.take_along_axis(segment_ids, slots_BT, 1)
+    out_BTNV = flash.flash_attention(
       q_BTNH,
       k_BSKH,
       v_BSKH,
       q_offset=q_offset,
       kv_length=kv_length,
-      q_segment_ids_BT=None if slots_BT is None else jnp.take_along_axis(segment_ids, slots_BT, 1),
+      q_segment_ids_BT=ids_BT,
       kv_segment_ids_BS=segment_ids,
       implementation=implementation if implementation in ("ref", "xla") else "auto",
     )
+    if kv_length is None:
+      return out_BTNV
+    is_used_BT = slots_BT < jnp.reshape(jnp.asarray(kv_length), (-1, 1))
+    return jnp.where(is_used_BT[:, :, None, None], out_BTNV, 0)
   grid = _grid(q_BTNH, k_BSKH, cfg, q_offset, kv_length, segment_ids, switch)
   if isinstance(length, int) and segment_ids is None:
     grid = grid.replace(is_dense_BT=None)  # the static length has decided: sparse

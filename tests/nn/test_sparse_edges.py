@@ -28,6 +28,22 @@ def test_unused_slots_may_hold_anything(num, dense_len):
   assert np.isfinite(found[0][0])
 
 
+@pytest.mark.parametrize("dense_len", [-1, 30, 1000], ids=["sparse", "each", "dense"])
+def test_queries_beyond_the_length_give_nothing(dense_len):
+  """On both sides of the switch, decided by the shape or by the data; no gradient from there."""
+  cfg = oracle.small(dense_len=dense_len)
+  q, k, v = oracle.draw(7, 20, 40, 2, 1, 8, B=2)
+
+  def total(k, v, lengths):
+    out = sparse_attention.infllm_attention(q, k, v, cfg, q_offset=20, kv_length=lengths)
+    return jnp.sum(out[0, 5:]) + jnp.sum(out[1, 15:]), out
+
+  run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+  (beyond, out), gradients = run(k, v, np.array([25, 35]))
+  assert beyond == 0 and np.all(out[0, :5] != 0) and np.all(out[1, :15] != 0)
+  assert not any(np.any(x) for x in gradients)
+
+
 @pytest.mark.parametrize("dense_len", [-1, 1000], ids=["sparse", "dense"])
 def test_an_id_that_comes_twice_is_two_documents(dense_len):
   """A document is a run of equal ids (section 12), on both sides of the switch."""
