@@ -28,6 +28,7 @@ from minicpm_jax import config
 from minicpm_jax.ckpt import (
   draft_quant,
   errors,
+  hf_config,
   hf_io,
   hf_names,
   hf_tensors,
@@ -102,8 +103,11 @@ def load_draft(
   if not folder.is_dir():
     raise errors.MissingFileError(f"{folder}: found no such folder, expected a draft checkpoint")
   raw = hf_tensors.read_json(folder / "config.json")
-  source = _strip(quant_io.open_tensors(folder), folder)
-  cfg = _config(raw, source, target, folder)
+  readers = quant_io.open_tensors(folder)
+  source = _strip(readers, folder)
+  with errors.inside(folder):
+    cfg = _config(raw, source, target, folder)
+  hf_tensors.check_counts(cfg.layer, readers, folder)
   if is_plain:
     cfg = draft_lib.plain(cfg)
   if window_size is not None:
@@ -152,12 +156,6 @@ def _strip(readers: Mapping[str, safetensors_file.Reader], folder: pathlib.Path)
 def _config(
   raw: dict[str, Any], source: Source, target: config.ModelConfig, folder: pathlib.Path
 ) -> config.DraftConfig:
-  def number(key: str, default: Any = None) -> Any:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise errors.ConfigError(f"{folder}/config.json: {key}: found {value!r}, expected a number")
-    return value
-
   kind = "eagle"
   if any(name.startswith("midlayer.") for name in source):
     kind = "eagle3"
@@ -170,41 +168,62 @@ def _config(
   ):
     if kind != "eagle3" and key in raw and raw[key] != ours:
       raise errors.ConfigError(
-        f"{folder}/config.json: {key}: found {raw[key]!r}, expected the target's {ours!r}"
+        f"config.json: {key}: found {raw[key]!r}, expected the target's {ours!r}"
       )
   base = draft_lib.for_target(target, kind)
-  heads = int(number("num_attention_heads"))
+  heads = hf_config.integer(raw, "num_attention_heads")
+  width = hf_config.integer(raw, "hidden_size")
+  act = raw.get("hidden_act", "silu")
+  if act != "silu":
+    raise errors.ConfigError(f"config.json: hidden_act: found {act!r}, expected 'silu'")
   rope = base.layer.rope
   if rope.kind == "longrope":  # CPM.cu applies no attention factor anywhere
     rope = dataclasses.replace(rope, factor=1.0)
-  layer = dataclasses.replace(
-    base.layer,
-    name=folder.name,
-    model_dim=int(number("hidden_size")),
-    mlp_dim=int(number("intermediate_size")),
-    num_layers=int(number("num_hidden_layers", 1)),
-    num_heads=heads,
-    num_kv_heads=int(number("num_key_value_heads", heads)),
-    head_dim=int(number("head_dim", number("hidden_size") // heads)),
-    vocab_size=int(number("vocab_size", target.vocab_size)),
-    norm_eps=float(number("rms_norm_eps", target.norm_eps)),
-    rope=rope,
-  )
-  fields: dict[str, Any] = {"layer": layer, "fc_bias": "fc.bias" in source}
-  fields["draft_logit_scale"] = 1.0
-  if kind == "eagle3" and "draft_vocab_size" in raw:
-    fields["draft_vocab_size"] = int(number("draft_vocab_size"))
-  ours = raw.get(_OURS, {})
-  known = ("residual_scale", "draft_logit_scale", "feature_scale", "window_size", "feature_layers")
-  unknown = sorted(set(ours) - set(known))
-  if unknown:
-    raise errors.ConfigError(f"{folder}/config.json: {_OURS}: found {unknown}, expected {known}")
-  if "feature_layers" in ours:
-    ours = ours | {"feature_layers": tuple(ours["feature_layers"])}
+  ours = _own_fields(raw.get(_OURS, {}), base)
   try:
+    layer = dataclasses.replace(
+      base.layer,
+      name=folder.name,
+      model_dim=width,
+      mlp_dim=hf_config.integer(raw, "intermediate_size"),
+      num_layers=hf_config.integer(raw, "num_hidden_layers", 1),
+      num_heads=heads,
+      num_kv_heads=hf_config.integer(raw, "num_key_value_heads", heads),
+      head_dim=hf_config.integer(raw, "head_dim", max(width // heads, 1)),
+      vocab_size=hf_config.integer(raw, "vocab_size", target.vocab_size),
+      norm_eps=hf_config.number(raw, "rms_norm_eps", target.norm_eps),
+      rope=rope,
+    )
+    fields: dict[str, Any] = {"layer": layer, "fc_bias": "fc.bias" in source}
+    fields["draft_logit_scale"] = 1.0
+    if kind == "eagle3" and "draft_vocab_size" in raw:
+      fields["draft_vocab_size"] = hf_config.integer(raw, "draft_vocab_size")
     return dataclasses.replace(base, **fields | ours)
+  except errors.ConfigError:
+    raise
   except ValueError as error:
-    raise errors.ConfigError(f"{folder}/config.json: {error}") from error
+    raise errors.ConfigError(f"config.json: {error}") from error
+
+
+def _own_fields(ours: Any, base: config.DraftConfig) -> dict[str, Any]:
+  """Our entry of config.json: what `save_draft` writes, checked."""
+  scales = ("residual_scale", "draft_logit_scale", "feature_scale")
+  if not isinstance(ours, dict):
+    raise errors.ConfigError(f"config.json: {_OURS}: found {ours!r:.80}, expected a dict")
+  found: dict[str, Any] = {}
+  for key, value in ours.items():
+    if key in scales:
+      found[key] = hf_config.number(ours, key, getattr(base, key), where=f"{_OURS}.")
+    elif key == "window_size" and type(value) is int:
+      found[key] = value
+    elif key == "feature_layers" and isinstance(value, list):
+      if all(type(i) is int for i in value):
+        found[key] = tuple(value)
+  if unknown := sorted(set(ours) - set(found)):
+    known = (*scales, "window_size (an integer)", "feature_layers (integers)")
+    shown = unknown if len(unknown) > 1 else f"{unknown} with {ours[unknown[0]]!r:.60}"
+    raise errors.ConfigError(f"config.json: {_OURS}: found {shown}, expected {known}")
+  return found
 
 
 def _check(

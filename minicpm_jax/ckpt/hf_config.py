@@ -57,7 +57,7 @@ def _check(ok: bool, key: str, found: Any, expected: str) -> None:
     raise errors.ConfigError(f"config.json: {key}: found {shown}, expected {expected}")
 
 
-def _integer(hf: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+def integer(hf: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
   """A positive integer, or `default` where the key is absent or null."""
   value = default if hf.get(key) is None else hf[key]
   ok = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
@@ -65,7 +65,7 @@ def _integer(hf: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
   return value
 
 
-def _number(hf: dict[str, Any], key: str, default: Any = _REQUIRED, where: str = "") -> Any:
+def number(hf: dict[str, Any], key: str, default: Any = _REQUIRED, where: str = "") -> Any:
   """A finite positive number as float, or `default` where the key is absent or null."""
   value = default if hf.get(key) is None else hf[key]
   if value is None:
@@ -103,9 +103,9 @@ def from_hf(
   arch = architecture(hf)
   for key, allowed in _NEUTRAL.items():
     _check(hf.get(key) in allowed, key, hf.get(key), f"{allowed[-1]} (nothing else is built)")
-  num_heads = _integer(hf, "num_attention_heads")
-  model_dim = _integer(hf, "hidden_size")
-  num_kv_heads = _integer(hf, "num_key_value_heads", num_heads)
+  num_heads = integer(hf, "num_attention_heads")
+  model_dim = integer(hf, "hidden_size")
+  num_kv_heads = integer(hf, "num_key_value_heads", num_heads)
   expected = f"a divisor of num_attention_heads {num_heads}"
   _check(num_heads % num_kv_heads == 0, "num_key_value_heads", num_kv_heads, expected)
   mla = _mla(hf, model_dim, num_heads) if arch == "minicpm3" else None
@@ -115,7 +115,7 @@ def from_hf(
     _check(model_dim % num_heads == 0, "hidden_size", model_dim, expected)
     head_dim = model_dim // num_heads
   elif head_dim is None:
-    head_dim = _integer(hf, "head_dim")
+    head_dim = integer(hf, "head_dim")
   rotary_dim = head_dim if mla is None else mla.qk_rope_head_dim
   act, act_threshold = _activation(hf)
   tie = _TIED_BY_DEFAULT[arch] if hf.get("tie_word_embeddings") is None else None
@@ -135,16 +135,16 @@ def from_hf(
     return config.ModelConfig(
       name=str(hf.get("_name_or_path") or "").rstrip("/").split("/")[-1] or "custom",
       arch=arch,
-      vocab_size=_integer(hf, "vocab_size"),
+      vocab_size=integer(hf, "vocab_size"),
       model_dim=model_dim,
-      mlp_dim=_integer(hf, "intermediate_size"),
-      num_layers=_integer(hf, "num_hidden_layers"),
+      mlp_dim=integer(hf, "intermediate_size"),
+      num_layers=integer(hf, "num_hidden_layers"),
       num_heads=num_heads,
       num_kv_heads=num_kv_heads,
       head_dim=head_dim,
-      max_position=_integer(hf, "max_position_embeddings"),
+      max_position=integer(hf, "max_position_embeddings"),
       rope=_rope(hf, rotary_dim),
-      norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+      norm_eps=number(hf, "rms_norm_eps", 1e-6),
       tie_embeddings=tie,
       **_mup(hf, arch),
       act=act,
@@ -161,7 +161,7 @@ def from_hf(
       dtype=dtype,
       param_dtype=dtype,
       scan_layers=scan_layers,
-      init_std=_number(hf, "initializer_range", _INIT_STD[arch]),
+      init_std=number(hf, "initializer_range", _INIT_STD[arch]),
     )
   except errors.ConfigError:
     raise
@@ -192,10 +192,10 @@ def _mup(hf: dict[str, Any], arch: str) -> dict[str, Any]:
   for key in ("scale_emb", "scale_depth", "dim_model_base"):
     _check(key in hf, key, _REQUIRED, f"this muP constant in a {_CLASSES[arch]} config")
   return {
-    "scale_emb": _number(hf, "scale_emb"),
-    "scale_depth": _number(hf, "scale_depth", None),  # null: no scaling, as in transformers
-    "dim_model_base": _integer(hf, "dim_model_base", None),
-    "mup_denominator": _integer(hf, "mup_denominator", None),
+    "scale_emb": number(hf, "scale_emb"),
+    "scale_depth": number(hf, "scale_depth", None),  # null: no scaling, as in transformers
+    "dim_model_base": integer(hf, "dim_model_base", None),
+    "mup_denominator": integer(hf, "mup_denominator", None),
   }
 
 
@@ -216,9 +216,9 @@ def _moe(hf: dict[str, Any], arch: str) -> config.MoEConfig | None:
   key = "num_local_experts" if is_mixtral else "num_experts"
   if not is_mixtral and hf.get(key) in (None, 0):
     return None
-  num_experts = _integer(hf, key)
+  num_experts = integer(hf, key)
   _check(is_mixtral or arch == "minicpm", key, num_experts, f"no experts in {_CLASSES[arch]}")
-  used = _integer(hf, "num_experts_per_tok")
+  used = integer(hf, "num_experts_per_tok")
   _check(used <= num_experts, "num_experts_per_tok", used, f"at most {key} {num_experts}")
   return config.MoEConfig(num_experts=num_experts, experts_per_token=used)
 
@@ -228,11 +228,11 @@ def _mla(hf: dict[str, Any], model_dim: int, num_heads: int) -> config.MLAConfig
   not the width of a head here and is left alone."""
   derived = model_dim // num_heads
   return config.MLAConfig(
-    q_lora_rank=_integer(hf, "q_lora_rank"),
-    kv_lora_rank=_integer(hf, "kv_lora_rank"),
-    qk_nope_head_dim=_integer(hf, "qk_nope_head_dim"),
-    qk_rope_head_dim=_integer(hf, "qk_rope_head_dim"),
-    v_head_dim=_integer(hf, "v_head_dim", derived),
+    q_lora_rank=integer(hf, "q_lora_rank"),
+    kv_lora_rank=integer(hf, "kv_lora_rank"),
+    qk_nope_head_dim=integer(hf, "qk_nope_head_dim"),
+    qk_rope_head_dim=integer(hf, "qk_rope_head_dim"),
+    v_head_dim=integer(hf, "v_head_dim", derived),
   )
 
 
@@ -265,7 +265,7 @@ def _rope(hf: dict[str, Any], rotary_dim: int) -> config.RopeConfig:
     if hf.get(key)
   ]
   if not found:
-    return config.RopeConfig(theta=_number(hf, "rope_theta", 10000.0))
+    return config.RopeConfig(theta=number(hf, "rope_theta", 10000.0))
   expected = "the same as rope_parameters"
   _check(found[0] == found[-1], "rope_scaling", hf.get("rope_scaling"), expected)
   return found[0]
@@ -283,11 +283,11 @@ def _rope_from(hf: dict[str, Any], key: str, scaling: Any, rotary_dim: int) -> c
   _check(not unknown, f"{key} ({kind})", unknown, f"only the keys {sorted(known)}")
   partial = scaling.get("partial_rotary_factor")
   _check(partial in (None, 1), f"{key}.partial_rotary_factor", partial, "1.0 (the whole head)")
-  theta = _number(hf, "rope_theta", 10000.0)
-  theta = _number(scaling, "rope_theta", theta, where=f"{key}.")
+  theta = number(hf, "rope_theta", 10000.0)
+  theta = number(scaling, "rope_theta", theta, where=f"{key}.")
   if kind == "none":
     return config.RopeConfig(theta=theta)
-  factor = _number(scaling, "factor", None, where=f"{key}.")
+  factor = number(scaling, "factor", None, where=f"{key}.")
   if kind != "longrope":
     _check(factor is not None and factor >= 1, f"{key}.factor", factor, f"a number >= 1 for {kind}")
     original = scaling.get("original_max_position_embeddings")
@@ -295,8 +295,8 @@ def _rope_from(hf: dict[str, Any], key: str, scaling: Any, rotary_dim: int) -> c
     same = original in (None, hf.get("max_position_embeddings"))
     _check(same, f"{key}.original_max_position_embeddings", original, expected)
     return config.RopeConfig(kind=kind, theta=theta, factor=factor)
-  nested = _integer(scaling, "original_max_position_embeddings", None)
-  top = _integer(hf, "original_max_position_embeddings", nested)
+  nested = integer(scaling, "original_max_position_embeddings", None)
+  top = integer(hf, "original_max_position_embeddings", nested)
   name = f"{key}.original_max_position_embeddings"
   _check(nested in (None, top), name, nested, f"{top} as stored beside {key}")
   return config.RopeConfig(
@@ -305,7 +305,7 @@ def _rope_from(hf: dict[str, Any], key: str, scaling: Any, rotary_dim: int) -> c
     factor=factor,
     short_factor=_factors(scaling, key, "short_factor", rotary_dim),
     long_factor=_factors(scaling, key, "long_factor", rotary_dim),
-    original_max_position=top or _integer(hf, "max_position_embeddings"),
+    original_max_position=top or integer(hf, "max_position_embeddings"),
   )
 
 

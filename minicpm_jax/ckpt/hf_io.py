@@ -72,12 +72,13 @@ def load_hf(
       scan_layers=scan_layers,
       vocab_multiple=1 if mesh is None else vocab_shards(mesh),
     )
+  source = hf_tensors.open_tensors(folder)
+  hf_tensors.check_counts(cfg, source, folder)
   if cfg.quant is not None:
     try:
       transformer.abstract_params(transformer.Transformer(cfg))  # groups divide the kernels' inputs
     except ValueError as error:
       raise errors.ConfigError(f"{folder}/config.json: qat: {error}") from error
-  source = hf_tensors.open_tensors(folder)
   shapes = hf_tensors.check_tensors(cfg, source, folder)
   stored = hf_tensors.majority_dtype(shapes, source)
   chosen = stored if dtype is None else hf_tensors.dtype_name(dtype)

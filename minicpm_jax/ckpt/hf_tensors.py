@@ -5,6 +5,7 @@ Used by `hf_io.load_hf`. One tensor is in host memory at a time, next to the lea
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.MissingFileError(f"{path}: found no such file, expected it in an HF folder")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise errors.CheckpointError(f"{path}: found broken JSON ({error})") from error
   if not isinstance(value, dict):
     raise errors.CheckpointError(f"{path}: found a {type(value).__name__}, expected a JSON object")
@@ -94,20 +95,34 @@ def listed(names: Sequence[str]) -> str:
 def check_counts(
   cfg: config.ModelConfig, source: Mapping[str, safetensors_file.Reader], folder: pathlib.Path
 ) -> None:
-  """Refuses a number of layers that the files cannot hold, before their names fill the memory."""
+  """Refuses layers and widths that the files cannot hold, before names or tables fill the memory.
+
+  Any width divides the size of some tensor; a stored word holds at most 8 codes.
+  """
   experts = 1 if cfg.moe is None else cfg.moe.num_experts
-  if cfg.num_layers * experts > max(len(source), 100_000):
+  if cfg.num_layers * experts > max(len(source), 200):
     raise errors.CheckpointError(
       f"{folder}/config.json: num_hidden_layers, num_experts: found {cfg.num_layers} layers of "
       f"{experts}, expected what {len(source)} tensors can hold"
     )
+  most = 8 * max((math.prod(r.tensors[name].shape) for name, r in source.items()), default=0)
+  heads = cfg.num_heads * cfg.head_dim
+  for key, found in (
+    ("hidden_size", cfg.model_dim),
+    ("intermediate_size", cfg.mlp_dim),
+    ("num_attention_heads * head_dim", heads),
+  ):
+    if found > most:
+      raise errors.CheckpointError(
+        f"{folder}/config.json: {key}: found {found}, expected what the tensors can hold (the "
+        f"largest is of {most // 8} numbers)"
+      )
 
 
 def check_tensors(
   cfg: config.ModelConfig, source: Mapping[str, safetensors_file.Reader], folder: pathlib.Path
 ) -> dict[str, tuple[int, ...]]:
   """HF name -> shape of that tensor in our layout; refuses any other set of tensors or shapes."""
-  check_counts(cfg, source, folder)
   quantized = [name for name in source if hf_names.is_quantized(name)]
   if quantized:
     raise errors.QuantizedCheckpointError(

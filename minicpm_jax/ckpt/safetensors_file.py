@@ -20,6 +20,8 @@ from minicpm_jax.ckpt import errors
 
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 INTEGERS = {"I32": jnp.int32}  # words of packed codes: read and written only where asked for
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_SIZES |= {"U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes a number, of what may be beside the model
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors package
 _LFS = b"version https://git-lfs"
 
@@ -53,7 +55,7 @@ class Reader:
       header = json.loads(text)
       self.metadata = header.pop("__metadata__", None) or {}
       self.tensors = {name: _info(entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise errors.CheckpointError(f"{path}: the header is not that of safetensors") from error
     self._check_layout(8 + length, size)
 
@@ -63,7 +65,12 @@ class Reader:
         raise errors.CheckpointError(
           f"{self.path}: {name}: found bytes {info.start}..{info.end}, expected a start at {begin}"
         )
-      begin = info.end
+      begin, size_each = info.end, _SIZES.get(info.dtype)
+      if size_each and info.end - info.start != math.prod(info.shape) * size_each:
+        raise errors.CheckpointError(
+          f"{self.path}: {name}: found {info.end - info.start} bytes, expected shape "
+          f"{list(info.shape)} of {info.dtype}"
+        )
     if begin != size:
       what = "truncated" if size < begin else "found data after the last tensor"
       raise errors.CheckpointError(
@@ -81,11 +88,6 @@ class Reader:
         f"{self.path}: {name}: found dtype {info.dtype}, expected one of {list(allowed)}"
       )
     dtype = np.dtype(allowed[info.dtype])
-    if info.end - info.start != math.prod(info.shape) * dtype.itemsize:
-      raise errors.CheckpointError(
-        f"{self.path}: {name}: found {info.end - info.start} bytes, expected shape {info.shape} "
-        f"of {info.dtype}"
-      )
     raw = np.fromfile(self.path, np.uint8, count=info.end - info.start, offset=info.start)
     if raw.size != info.end - info.start:
       raise errors.CheckpointError(
@@ -95,9 +97,10 @@ class Reader:
 
 
 def _info(entry: dict[str, Any], begin: int) -> TensorInfo:
-  start, end = entry["data_offsets"]
-  shape = tuple(int(n) for n in entry["shape"])
-  return TensorInfo(str(entry["dtype"]), shape, begin + int(start), begin + int(end))
+  shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+  if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+    raise ValueError(f"found shape {shape} and bytes {start}..{end}, expected integers >= 0")
+  return TensorInfo(str(entry["dtype"]), shape, begin + start, begin + end)
 
 
 def ordered(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]:

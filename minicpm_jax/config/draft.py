@@ -38,8 +38,10 @@ class DraftConfig:
     require(is_plain, "draft.layer", "experts or latent attention", "a dense layer with GQA")
     require(not self.fc_bias or self.kind == "eagle", "draft.fc_bias", True, "False")
     for name in ("residual_scale", "draft_logit_scale", "feature_scale"):
-      require(getattr(self, name) > 0, f"draft.{name}", getattr(self, name), "> 0")
-    require(self.window_size >= 0, "draft.window_size", self.window_size, "tokens >= 0")
+      found = getattr(self, name)
+      require(0 < found < 2**31, f"draft.{name}", found, "a number > 0, below 2**31")
+    found = self.window_size
+    require(0 <= found < 2**31, "draft.window_size", found, "tokens >= 0, of 31 bits")
     is_3 = self.kind == "eagle3"
     expected = "three layer numbers >= 0" if is_3 else "none"
     ok = len(self.feature_layers) == (3 if is_3 else 0) and all(i >= 0 for i in self.feature_layers)

@@ -238,7 +238,8 @@ class ModelConfig:
     require_hints(self, "model.")
     sizes = ("vocab_size", "model_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads")
     for name in sizes + ("head_dim", "max_position", "vocab_multiple", "scan_unroll"):
-      require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "an integer > 0")
+      found = getattr(self, name)
+      require(0 < found < 2**31, f"model.{name}", found, "an integer > 0 of 31 bits")
     require(
       self.num_heads % self.num_kv_heads == 0,
       "model.num_heads",

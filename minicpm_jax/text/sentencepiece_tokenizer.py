@@ -142,8 +142,14 @@ def _added_tokens(
   path = folder / "added_tokens.json"
   added = tokenizer.read_json(path)
   special = dict(added)
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    text = entry["content"]
+  own, decoder = folder / "tokenizer_config.json", config.get("added_tokens_decoder", {})
+  for index, entry in decoder.items() if isinstance(decoder, dict) else [("?", decoder)]:
+    text = entry.get("content") if isinstance(entry, dict) else None
+    if not (isinstance(text, str) and index.isdecimal() and int(index) < tokenizer.MAX_ID):
+      raise tokenizer.TokenizerError(
+        f"{own}: added_tokens_decoder: found {{{index!r}: {entry!r:.60}}}, expected an id and "
+        "{'content': text}"
+      )
     if added.get(text, int(index)) != int(index):
       raise tokenizer.TokenizerError(
         f"{path}: {text!r} has id {added[text]}, tokenizer_config.json says {index}"
@@ -151,8 +157,7 @@ def _added_tokens(
     for flag in ("lstrip", "rstrip", "single_word"):
       if entry.get(flag):
         raise tokenizer.TokenizerError(
-          f"{folder / 'tokenizer_config.json'}: added token {text!r} has {flag}=true, "
-          f"which is not supported"
+          f"{own}: added token {text!r} has {flag}=true, which is not supported"
         )
     added[text] = int(index)
     if entry.get("special", False):
@@ -160,8 +165,8 @@ def _added_tokens(
     else:
       special.pop(text, None)
   for text, index in added.items():
-    if not isinstance(index, int):
+    if type(index) is not int or not 0 <= index < tokenizer.MAX_ID:
       raise tokenizer.TokenizerError(
-        f"{path}: id of {text!r}: found {index!r}, expected an integer"
+        f"{path}: id of {text!r}: found {index!r}, expected an integer 0..{tokenizer.MAX_ID - 1}"
       )
   return added, special

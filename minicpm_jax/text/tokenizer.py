@@ -21,6 +21,7 @@ from minicpm_jax.core.extras import require_extra
 from minicpm_jax.text import bytes_map, templates
 
 Lookup = Callable[[str], int | None]  # token text -> id, None where there is no such token
+MAX_ID = 1 << 24  # no vocabulary has as many tokens
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
@@ -165,6 +166,11 @@ class HFTokenizer(TraitsMixin):
     self.backend.no_truncation()
     self.backend.no_padding()
     self.traits = traits
+    vocab = backend.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocab.values(), default=-1) + 1
+    if self.vocab_size > MAX_ID:  # before to_str, which goes through all ids up to it
+      found = self.vocab_size - 1
+      raise TokenizerError(f"vocabulary: found token id {found}, expected ids below {MAX_ID}")
     spec = json.loads(backend.to_str())
     decoder = json.dumps(spec["decoder"] or {})
     if '"ByteLevel"' in decoder:
@@ -177,8 +183,6 @@ class HFTokenizer(TraitsMixin):
       raise TokenizerError(f"decoder: found {found!r}, expected ByteLevel or ByteFallback")
     self._added = {t["id"]: t["content"] for t in spec["added_tokens"]}
     self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
-    vocab = backend.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocab.values(), default=-1) + 1
 
   def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = True) -> list[int]:
     backend = self.backend if parse_special else self._plain
@@ -244,7 +248,7 @@ def _load_hf(folder: pathlib.Path) -> HFTokenizer:
   except Exception as error:  # the Rust side raises the bare class
     raise TokenizerError(f"{path}: damaged or unknown tokenizer.json: {error}") from error
   config = read_json(folder / "tokenizer_config.json")
-  bos = token_id(backend.token_to_id, config, "bos_token")
+  bos = token_id(folder / "tokenizer_config.json", backend.token_to_id, config, "bos_token")
   first = backend.encode("", add_special_tokens=True).ids[:1]
   defaults = {"add_bos_token": bos is not None and first == [bos]}
   traits = read_traits(folder, backend.token_to_id, defaults)
@@ -325,50 +329,80 @@ def read_traits(folder: pathlib.Path, lookup: Lookup, defaults: dict[str, Any]) 
   Stop ids: those of generation_config.json, else of config.json, else of our own key; the
   tokenizer's EOS is always among them.
   """
-  config = defaults | read_json(folder / "tokenizer_config.json")
-  generation = read_json(folder / "generation_config.json")
-  model = read_json(folder / "config.json")
-  eos_id = token_id(lookup, config, "eos_token")
-  stops = generation.get("eos_token_id", model.get("eos_token_id", config.get("stop_token_ids")))
-  stops = [stops] if isinstance(stops, int) else list(stops or [])
+  own, other, third = (folder / f"{name}config.json" for name in ("tokenizer_", "generation_", ""))
+  config, generation, model = defaults | read_json(own), read_json(other), read_json(third)
+  eos_id = token_id(own, lookup, config, "eos_token")
+  for path, found, key in (
+    (other, generation, "eos_token_id"),
+    (third, model, "eos_token_id"),
+    (own, config, "stop_token_ids"),
+  ):
+    stops = _ids(path, found, key)
+    if key in found:
+      break
   if eos_id is not None and eos_id not in stops:
     stops.append(eos_id)
-  pad_id = token_id(lookup, config, "pad_token")
+  pad_id = token_id(own, lookup, config, "pad_token")
   if eos_id is None and stops:
     eos_id = stops[0]
-  bos_id = token_id(lookup, config, "bos_token")
-  bos_id = model.get("bos_token_id") if bos_id is None else bos_id
+  bos_id = token_id(own, lookup, config, "bos_token")
+  add_bos = config["add_bos_token"]
+  if not isinstance(add_bos, bool | None):
+    raise TokenizerError(f"{own}: add_bos_token: found {add_bos!r}, expected true, false or null")
+  if bos_id is None:
+    bos_id = next(iter(_ids(third, model, "bos_token_id")), None)
+  if pad_id is None:
+    pad_id = next(iter(_ids(other, generation, "pad_token_id")), None)
   return Traits(
     bos_id=bos_id,
     eos_id=eos_id,
-    pad_id=generation.get("pad_token_id") if pad_id is None else pad_id,
+    pad_id=pad_id,
     stop_ids=tuple(stops),
-    add_bos=bool(config["add_bos_token"]) and bos_id is not None,
-    chat_template=_chat_template(folder, config),
+    add_bos=bool(add_bos) and bos_id is not None,
+    chat_template=_chat_template(folder, config.get("chat_template")),
   )
 
 
-def _chat_template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
+def _ids(path: pathlib.Path, config: dict[str, Any], key: str) -> list[int]:
+  value = config.get(key)
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(type(i) is int and 0 <= i < MAX_ID for i in ids):
+    raise TokenizerError(
+      f"{path}: {key}: found {value!r:.80}, expected a token id, a list of token ids or null"
+    )
+  return list(ids)
+
+
+def _chat_template(folder: pathlib.Path, template: Any) -> str | None:
   path = folder / "chat_template.jinja"
   if path.is_file():
-    return read_bytes(path).decode()
-  template = config.get("chat_template")
+    try:
+      return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+      raise TokenizerError(f"{path}: found no UTF-8: {error}") from error
+  found = template
   if isinstance(template, list):  # older files: [{"name": "default", "template": ...}, ...]
-    named = {entry["name"]: entry["template"] for entry in template}
-    return named.get("default")
+    is_named = all(isinstance(e, dict) and {"name", "template"} <= set(e) for e in template)
+    named = [e["template"] for e in template if e["name"] == "default"] if is_named else [template]
+    template = named[-1] if named else None
+  if not isinstance(template, str | None):
+    raise TokenizerError(
+      f"{folder / 'tokenizer_config.json'}: chat_template: found {found!r:.80}, expected a text or "
+      "a list of {name, template}"
+    )
   return template
 
 
-def token_id(lookup: Lookup, config: dict[str, Any], key: str) -> int | None:
+def token_id(path: pathlib.Path, lookup: Lookup, config: dict[str, Any], key: str) -> int | None:
   """Id of a token that tokenizer_config.json names as text or as {"content": text}."""
   token = config.get(key)
   if isinstance(token, dict):
     token = token.get("content")
   if token is None:
     return None
-  found = lookup(token)
+  found = lookup(token) if isinstance(token, str) else None
   if found is None:
-    raise TokenizerError(f"tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+    raise TokenizerError(f"{path}: {key} {token!r:.80} is not in the vocabulary")
   return found
 
 
@@ -385,9 +419,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The JSON object in the file; {} where there is no file."""
   if not path.is_file():
     return {}
+  data = read_bytes(path)
   try:
-    value = json.loads(read_bytes(path))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    value = json.loads(data)
+  except (ValueError, RecursionError) as error:
     raise TokenizerError(f"{path}: not valid JSON: {error}") from error
   if not isinstance(value, dict):
     raise TokenizerError(f"{path}: found a {type(value).__name__}, expected a JSON object")

@@ -191,6 +191,19 @@ def put(name, value):
     ("minicpm", None, {"scale_emb": 1.0}, "scale_emb: found 1.0, expected the target's 12.0"),
     ("minicpm", None, {"intermediate_size": "x"}, "intermediate_size: found 'x'"),
     ("minicpm", None, {"minicpm_jax": {"oops": 1}}, r"minicpm_jax: found \['oops'\]"),
+    ("minicpm", None, {"minicpm_jax": [1]}, r"minicpm_jax: found \[1\], expected a dict"),
+    ("eagle3", None, {"minicpm_jax": {"feature_layers": 1}}, r"\['feature_layers'\] with 1"),
+    ("eagle3", None, {"minicpm_jax": {"feature_scale": 2**70}}, "config.json: draft.feature_scale"),
+    ("eagle", None, {"num_hidden_layers": 10**9}, "num_hidden_layers.*found 1000000000 layers"),
+    (
+      "eagle",
+      None,
+      {"num_hidden_layers": float("inf")},
+      "config.json: num_hidden_layers: found inf",
+    ),
+    ("eagle", None, {"head_dim": 10**9}, "head_dim: found .*000000000, expected what the tensors"),
+    ("eagle", None, {"hidden_size": -1}, "config.json: hidden_size: found -1"),
+    ("eagle", None, {"hidden_act": "gelu"}, "config.json: hidden_act: found 'gelu'"),
   ],
 )
 def test_refusals_name_the_tensor_or_field(tmp_path, target, kind, change, changes, match):

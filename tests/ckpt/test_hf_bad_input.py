@@ -173,6 +173,23 @@ def test_a_number_of_layers_that_no_file_holds(tmp_path, weights):
   )
 
 
+@pytest.mark.parametrize(
+  "change, key",
+  [
+    ({"head_dim": 10**9}, r"head_dim: found 4000000000, expected what the tensors"),
+    (
+      {"intermediate_size": 10**9},
+      "intermediate_size: found 1000000000, expected what the tensors",
+    ),
+    ({"vocab_size": 2**70}, f"vocab_size: found {2**70}, expected an integer > 0 of 31 bits"),
+  ],
+)
+def test_widths_that_no_tensor_holds(tmp_path, weights, change, key):
+  """Refused before a table of that width is made (rotation: 8 bytes an entry)."""
+  hf_folder.write(tmp_path, HF | change, weights)
+  _refused(tmp_path, re.escape(f"{tmp_path}/config.json: "), key)
+
+
 def test_errors_of_the_config_name_the_folder(tmp_path, weights):
   hf_folder.write(tmp_path, {k: v for k, v in HF.items() if k != "hidden_size"}, weights)
   _refused(tmp_path, re.escape(f"{tmp_path}/config.json: hidden_size"), kind=errors.ConfigError)

@@ -120,6 +120,17 @@ def test_damaged_files_are_named(tmp_path, data):
     frspec.load_index(path)
 
 
+@pytest.mark.parametrize("offset, byte", [(10, 0), (12, 0x7B), (30, 0x28), (60, 0x5B), (6, 9)])
+def test_damaged_headers_of_arrays_are_named(tmp_path, offset, byte):
+  """numpy reads the header as Python: a broken one is a SyntaxError or a TokenError."""
+  path = [p for p in frspec.save_index(tmp_path, [3, 1]) if p.suffix == ".npy"][0]
+  data = bytearray(path.read_bytes())
+  data[offset] = byte
+  path.write_bytes(data)
+  with pytest.raises(frspec.FrIndexError, match="freq_2.npy: not a numpy file"):
+    frspec.load_index(path)
+
+
 def test_bad_counts_and_indices_are_refused(tmp_path):
   for counts in ([1.0, np.nan, 3.0], [-1.0, 2.0, 3.0]):
     with pytest.raises(frspec.FrIndexError, match="^counts: found float64 of shape"):

@@ -284,6 +284,18 @@ def test_a_folder_without_tokenizer_gives_none(tmp_path):
     ("tokenizer_config.json", b"[]", "found a list, expected a JSON object"),
     ("tokenizer_config.json", b'{"eos_token": "<nope>"}', "eos_token '<nope>' is not in the voc"),
     ("added_tokens.json", b'{"<|im_end|>": 5}', "'<|im_end|>' has id 5"),
+    ("tokenizer_config.json", b'{"eos_token": 5}', "eos_token 5 is not in the vocabulary"),
+    ("tokenizer_config.json", b'{"add_bos_token": "no"}', "add_bos_token: found 'no'"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": 1}]}', "chat_template: found"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "added_tokens_decoder: found"),
+    (
+      "tokenizer_config.json",
+      b'{"added_tokens_decoder": {"x": {}}}',
+      "added_tokens_decoder: found",
+    ),
+    ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not valid JSON"),
+    ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id: found '2', expected"),
+    ("chat_template.jinja", b"\xff", "chat_template.jinja: found no UTF-8"),
     ("added_tokens.json", b'{"<new>": "5"}', "id of '<new>': found '5', expected an integer"),
   ],
 )
@@ -291,6 +303,18 @@ def test_damaged_files_are_named(copied, name, data, match):
   (copied / name).write_bytes(data)
   with pytest.raises(tokenizer.TokenizerError, match=match.replace("|", r"\|")):
     tokenizer.load_tokenizer(copied)
+
+
+def test_an_id_that_no_vocabulary_has(trained, tmp_path):
+  trained.save(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  spec = json.loads(path.read_text())
+  spec["model"]["vocab"]["cat"] = 10**9  # the library would walk through all ids below
+  path.write_text(json.dumps(spec))
+  with pytest.raises(
+    tokenizer.TokenizerError, match="tokenizer.json: vocabulary: found token id 1"
+  ):
+    tokenizer.load_tokenizer(tmp_path)
 
 
 def test_truncated_model_file(copied):
