@@ -235,11 +235,11 @@ def node_masks(
   tok_BP, parent_BP = np.array(tree.tok_BP), np.asarray(tree.parent_BP)
   mask_BPW = np.full((*tok_BP.shape, num_words), -1, np.int32)
   for job in live:
-    if job.request.constraint is not None:
-      b, mask_PW = job.row - first, np.zeros(mask_BPW.shape[1:], np.int32)
+    if (constraint := job.request.constraint) is not None:
+      b = job.row - first
+      tree_P = (tok_BP[b], parent_BP[b], mask_BPW[b])
       with blaming(job):
-        tok_BP[b] = tree_lib.walk(job.request.constraint, tok_BP[b], parent_BP[b], mask_PW)
-      mask_BPW[b] = mask_PW
+        tok_BP[b] = tree_lib.walk(constraint, *tree_P, fast_forward=job.request.fast_forward)
   return tok_BP, mask_BPW
 
 

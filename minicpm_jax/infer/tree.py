@@ -119,14 +119,20 @@ def seen_by_nodes(
 
 
 def walk(
-  constraint: Any, tok_P: np.ndarray, parent_P: np.ndarray, mask_PW: np.ndarray
+  constraint: Any,
+  tok_P: np.ndarray,
+  parent_P: np.ndarray,
+  mask_PW: np.ndarray,
+  *,
+  fast_forward: bool = False,
 ) -> np.ndarray:
   """Fills row i of int32 mask_PW with the tokens that may follow node i; tok_P with nodes cut.
 
   `constraint` (fill_mask, consume, rollback, is_stopped) stands behind the root, node 0, and stands
   there again afterwards. Nodes that it forbids are cut with all below them (inference.md 16);
   their rows, and those of nodes behind which nothing may follow, allow everything: nobody samples
-  there.
+  there. fast_forward: a node behind which tokens are forced is cut too. The round then ends with
+  its token, and what follows is appended as without a draft, in no cut of the draft's.
   """
   children: list[list[int]] = [[] for _ in tok_P]
   for node in range(1, len(tok_P)):
@@ -142,6 +148,9 @@ def walk(
     if not is_entry:
       constraint.rollback(1)
     elif tok_P[node] >= 0 and constraint.consume(int(tok_P[node])):
+      if fast_forward and len(constraint.forced_tokens()) > 1:
+        constraint.rollback(1)
+        continue
       out_P[node] = tok_P[node]
       if not constraint.is_stopped():
         constraint.fill_mask(mask_PW[node])

@@ -143,6 +143,33 @@ def test_forced_tokens_go_in_as_a_chunk_and_change_nothing(name, target):
     assert fast.new_tokens - 1 <= num_said <= fast.new_tokens - 1 + (3 if name == "self" else 0)
 
 
+class TwoCuts(Spells):
+  """What is spelled out may be cut otherwise too; `forced_tokens` knows one cut."""
+
+  def allowed(self):
+    found = super().allowed()
+    return found if len(found) > 1 else [found[0], (found[0] + 1) % small.VOCAB]
+
+  def forced_tokens(self):
+    spells = Spells(self.limit)
+    spells.said = self.said
+    return spells.forced_tokens()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_draft_does_not_go_past_what_is_forced(sampling):
+  """A draft may be right about another cut of it: the tokens are those without a draft."""
+  model, params = small.make()
+  drafter = dict(drafter=chain.ChainDrafter(model, num_levels=3), draft_params=params)
+  outs = []
+  for more in ({}, drafter):
+    request = engine_lib.Request(PROMPTS[0], sampling, constraint=TwoCuts(27), fast_forward=True)
+    outs.append(engine_lib.Engine(model, params, CFG, **more).collect([request]))
+  assert outs[0].tokens == outs[1].tokens
+  assert outs[0].stats[0].forced_tokens == outs[1].stats[0].forced_tokens > 0
+  assert max(outs[1].stats[0].accepted) > 1
+
+
 def test_forced_tokens_end_at_limits_and_stop_ids():
   engine = engine_lib.Engine(*small.make(), CFG)
 
