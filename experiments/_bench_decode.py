@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_jax import ckpt, config
-from minicpm_jax.core import trees
+from minicpm_jax.core import host_memory, trees
 from minicpm_jax.infer import engine, generate
 from minicpm_jax.infer.drafters import base, ngram
 from minicpm_jax.models import joined, transformer, zoo
@@ -368,6 +368,7 @@ def measure(
   weights: Weights, names: Sequence[str], settings: Settings, repeats: int
 ) -> list[dict[str, Any]]:
   """Medians of `repeats` rounds, the sides in turn; a round before compiles and warms up."""
+  host_memory.keep()  # as generate and serve do
   prompt = weights.prompt(settings.num_prompt, settings.text)
   sides = {name: SIDES[name](weights, settings) for name in names}
   warm = {name: side.run(prompt, settings.num_new) for name, side in sides.items()}

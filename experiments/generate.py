@@ -22,7 +22,7 @@ from absl import flags
 from experiments import _command, _infer, _talk
 from minicpm_jax import config
 from minicpm_jax.config import cpmcu
-from minicpm_jax.core import compilation_cache
+from minicpm_jax.core import compilation_cache, host_memory
 
 CHAT_CONTEXT = 8192  # tokens of a chat, where model and memory have as many
 ALIASES = {"model": "model_path", "prompt": "prompt_text", "seed": "random_seed"}
@@ -85,4 +85,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep()
   sys.exit(main())

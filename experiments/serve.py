@@ -24,7 +24,7 @@ from absl import flags
 from experiments import _command, _infer
 from minicpm_jax import config
 from minicpm_jax.config import cpmcu
-from minicpm_jax.core import compilation_cache
+from minicpm_jax.core import compilation_cache, host_memory
 from minicpm_jax.infer import chat as chat_lib
 from minicpm_jax.infer.server import app, service
 
@@ -87,4 +87,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  host_memory.keep()
   sys.exit(main())

@@ -5,7 +5,8 @@ memory before a dot, which costs what packing saved, and its own reductions (or 
 same. Here up to UNROLL inputs are added in one elementwise expression whose lanes are the outputs:
 XLA emits a single loop that reads bytes, masks, converts and multiplies in registers, on all cores.
 The partial sums, one a block of inputs, are added by a product with ones: a reduction would be
-fused with the loop again, and more slowly.
+fused with the loop again, and more slowly. Rows follow one another: sums of all rows at once leave
+the cache.
 """
 
 import jax
@@ -13,8 +14,7 @@ import jax.numpy as jnp
 
 UNROLL = 32  # inputs of one expression; twice as many spill registers
 _LEAST = 8
-APART = 4  # rows that have a loop each; more share one, which compiles once and is a third slower
-MAX_ROWS = {2: 12, 4: 12, 8: 8}  # by bits: every row unpacks the codes again
+MAX_ROWS = {2: 16, 4: 16, 8: 8}  # by bits: every row unpacks the codes again
 
 
 def block_size(num_in: int, num_groups: int, bits: int) -> int | None:
@@ -32,8 +32,6 @@ def serves(x_MK, scale_QN, bits: int) -> bool:
 
 def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, out_dtype=None):
   """As `xla.matmul_xla`, for calls that `serves`."""
-  # In a loop over rows or steps XLA would unpack all codes before it, and read them at four bytes.
-  x_MK, codes_RN = jax.lax.optimization_barrier((x_MK, codes_RN))
   (M, K), (Q, N) = x_MK.shape, scale_QN.shape
   block, per_byte, mask = block_size(K, Q, bits), 8 // bits, 2**bits - 1
   x_MQbJ = jnp.reshape(x_MK.astype(jnp.float32), (M, Q, -1, block))
@@ -43,21 +41,22 @@ def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, 
   if zero_QN is not None:
     shift_QN = low - zero_QN.astype(jnp.float32)
 
-  def rows(x_mQbJ):
-    total_mQbN = jnp.sum(x_mQbJ, axis=3, keepdims=True) * shift_QN[None, :, None]
+  def row(x_QbJ):
+    # In a loop over rows or steps XLA would unpack all codes before it, and read them at four bytes.
+    x_QbJ, bytes_QbrN = jax.lax.optimization_barrier((x_QbJ, codes_QbrN))
+    total_QbN = jnp.sum(x_QbJ, axis=2, keepdims=True) * shift_QN[:, None]
     for r in range(block // per_byte):
-      bytes_1QbN = codes_QbrN[None, :, :, r].astype(jnp.int32)
+      bytes_QbN = bytes_QbrN[:, :, r].astype(jnp.int32)
       for j in range(per_byte):
         # A field in its place in the byte is 2^(bits j) times its code: x takes the power, exactly.
-        field_1QbN = bytes_1QbN if bits == 8 else bytes_1QbN & (mask << (bits * j))
-        x_mQb1 = x_mQbJ[..., r * per_byte + j, None] * 2.0 ** (-bits * j)
-        total_mQbN = total_mQbN + field_1QbN.astype(jnp.float32) * x_mQb1
+        field_QbN = bytes_QbN if bits == 8 else bytes_QbN & (mask << (bits * j))
+        x_Qb1 = x_QbJ[..., r * per_byte + j, None] * 2.0 ** (-bits * j)
+        total_QbN = total_QbN + field_QbN.astype(jnp.float32) * x_Qb1
     if Q > 1:
-      total_mQbN = total_mQbN * scale_QN[None, :, None]
-    parts_mPN = jnp.reshape(total_mQbN, (x_mQbJ.shape[0], -1, N))
-    y_mN = jnp.einsum("P,mPN->mN", jnp.ones((parts_mPN.shape[1],), jnp.float32), parts_mPN)
-    return y_mN if Q > 1 else y_mN * scale_QN
+      total_QbN = total_QbN * scale_QN[:, None]
+    parts_PN = jnp.reshape(total_QbN, (-1, N))
+    y_N = jnp.einsum("P,PN->N", jnp.ones((parts_PN.shape[0],), jnp.float32), parts_PN)
+    return y_N if Q > 1 else y_N * scale_QN[0]
 
-  size = 1 if M <= APART else M
-  parts = [rows(x_MQbJ[m : m + size]) for m in range(0, M, size)]
-  return jnp.concatenate(parts, axis=0).astype(out_dtype or x_MK.dtype)
+  y_MN = row(x_MQbJ[0])[None] if M == 1 else jax.lax.map(row, x_MQbJ)
+  return y_MN.astype(out_dtype or x_MK.dtype)
