@@ -100,9 +100,9 @@ def check_latent(cfg: QuantConfig | None, params: types.Params) -> None:
     w = jnp.asarray(w).T if tree.is_table(path) else jnp.asarray(w)
     if bool(_looks_fused(w, cfg.scheme, cfg.group_size, num_in, num_lead)):
       raise FusedWeightsError(
-        f"{path}: found weights that are quantised already (those of a fused checkpoint or of a low-bit "
-        "file), expected unrounded ones: quantising twice loses more. Load a fused one without quant "
-        "(its config.json has no 'qat' entry), or recover its codes (quant.ternary.recover, "
+        f"{path}: found weights that are quantised already (a fused checkpoint or a low-bit file), "
+        "expected unrounded ones: quantising twice loses more. Load a fused one without quant (its "
+        "config.json has no 'qat' entry), or recover its codes (quant.ternary.recover, "
         "quant.int4.recover)"
       )
 

@@ -42,7 +42,7 @@ def matmul_rows(x_MK, codes_RN, scale_QN, zero_QN=None, *, bits: int, low: int, 
     shift_QN = low - zero_QN.astype(jnp.float32)
 
   def row(x_QbJ):
-    # In a loop over rows or steps XLA would unpack all codes before it, and read them at four bytes.
+    # In a loop (over rows, steps) XLA would unpack all codes before it and read them at four bytes.
     x_QbJ, bytes_QbrN = jax.lax.optimization_barrier((x_QbJ, codes_QbrN))
     total_QbN = jnp.sum(x_QbJ, axis=2, keepdims=True) * shift_QN[:, None]
     for r in range(block // per_byte):
