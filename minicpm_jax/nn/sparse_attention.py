@@ -357,14 +357,16 @@ def _check_shapes(q_BTNH, k_BSKH, q_offset, segment_ids, v_BSKH=None, kv_length=
     raise ValueError(f"q: found {N} heads, expected a multiple of the {K} key heads")
   if T > S:
     raise ValueError(f"k: found {S} keys, expected at least as many as the {T} queries")
-  for name, number in (("q_offset", q_offset), ("kv_length", kv_length)):
+  bounds = (("q_offset", q_offset, S - T), ("kv_length", kv_length, S))
+  for name, number, most in bounds:
     is_integer = number is None or jnp.issubdtype(jnp.result_type(number), jnp.integer)
     if not is_integer or np.shape(number) not in ((), (B,)):
       raise ValueError(f"{name}: found {number}, expected an integer, or {B}: one a row")
-  if isinstance(q_offset, int) and not 0 <= q_offset <= S - T:
-    raise ValueError(f"q_offset: found {q_offset}, expected 0..{S - T} ({S} keys, {T} queries)")
-  if isinstance(kv_length, int) and not 0 <= kv_length <= S:
-    raise ValueError(f"kv_length: found {kv_length}, expected 0..{S}, the number of keys")
+    if isinstance(number, jax.core.Tracer) or not getattr(number, "is_fully_addressable", True):
+      continue
+    known = 0 if number is None else np.asarray(number)
+    if np.any((known < 0) | (known > most)):
+      raise ValueError(f"{name}: found {number}, expected 0..{most} ({S} keys, {T} queries)")
   if segment_ids is None:
     return
   if np.shape(segment_ids) != (B, S):

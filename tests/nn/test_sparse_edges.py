@@ -73,12 +73,16 @@ def test_under_jit_documents_off_the_grid_get_no_blocks():
   assert not np.any(counts[0, 0, 33:]) and np.all(np.asarray(lists)[0, 0, 33:] == -1)
 
 
-def test_numbers_of_numpy_are_checked_as_those_of_python():
+def test_numbers_in_arrays_are_checked_as_those_of_python():
   cfg = oracle.small()
   q, k, v = oracle.draw(6, 3, 20, 2, 1, 8)
   with pytest.raises(ValueError, match="q_offset: found 18, expected 0..17"):
     sparse_attention.infllm_attention(q, k, v, cfg, q_offset=np.int64(18))
   with pytest.raises(ValueError, match="kv_length: found 21, expected 0..20"):
     sparse_attention.infllm_attention(q, k, v, cfg, kv_length=np.int32(21))
+  with pytest.raises(ValueError, match=r"kv_length: found \[ 3 21\], expected 0..20"):
+    sparse_attention.infllm_attention(
+      *(np.concatenate((x, x)) for x in (q, k, v)), cfg, kv_length=jnp.array([3, 21])
+    )
   with pytest.raises(ValueError, match="q_offset: found -1, expected 0..17"):
     sparse_attention.select_blocks(q, k, cfg, q_offset=np.int64(-1))
