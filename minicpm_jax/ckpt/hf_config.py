@@ -253,7 +253,9 @@ def _sparse(hf: dict[str, Any]) -> config.SparseAttentionConfig | None:
   _check(isinstance(rules, dict), "sparse_rules", rules, "a dict or no such key")
   for key, value in rules.items():
     _check(key in _SPARSE_RULES, "sparse_rules", key, f"only the keys {list(_SPARSE_RULES)}")
-    _check(value in _SPARSE_RULES[key], f"sparse_rules.{key}", value, f"of {_SPARSE_RULES[key]}")
+    _check(
+      value in _SPARSE_RULES[key], f"sparse_rules.{key}", value, f"one of {_SPARSE_RULES[key]}"
+    )
   return config.SparseAttentionConfig.from_hf(sparse, **rules)
 
 
