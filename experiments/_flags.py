@@ -52,6 +52,9 @@ def get_config(values: flags.FlagValues) -> Any:
   if values.config is None:
     raise ValueError(f"--config: found none, expected one of {', '.join(names())} or a path.py")
   cfg = load(values.config)
+  if not isinstance(cfg, config.TrainConfig):
+    found = f"{values.config}, a {type(cfg).__name__}"
+    raise ValueError(f"--config: found {found}, expected a TrainConfig")
   if values.data:
     cfg = with_sources(cfg, values.data)
   return config.overrides(cfg, values["set"].value)

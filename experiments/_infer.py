@@ -310,7 +310,9 @@ def _draft(cfg: config.InferConfig, model: transformer.Transformer, params: type
   if kind == "chain":
     from minicpm_jax.infer.drafters import chain
 
-    small, small_params, _ = _models.load(cfg.draft_model_path)  # writes token by token
+    small, small_params, _ = _models.load(
+      cfg.draft_model_path, flag="--draft_model_path"
+    )  # writes token by token
     return chain.ChainDrafter(small, num_levels=max(1, cfg.spec_num_iter)), small_params
   if kind == "hier":
     return _hierarchical(cfg)
@@ -326,7 +328,9 @@ def _hierarchical(cfg: config.InferConfig) -> Any:
   """The small model of --draft_model_path, and its own drafter: --hier_draft_path or n-grams."""
   from minicpm_jax.infer.drafters import hierarchical, ngram
 
-  small, small_params, _ = _models.load(cfg.draft_model_path, cfg.spec_tree_size)
+  small, small_params, _ = _models.load(
+    cfg.draft_model_path, cfg.spec_tree_size, flag="--draft_model_path"
+  )
   inner: tuple[Any, Any] = (ngram.NGramDrafter(num_levels=max(1, cfg.spec_num_iter)), ())
   if cfg.hier_draft_path is not None:
     own = dataclasses.replace(cfg, draft_model_path=cfg.hier_draft_path)

@@ -21,10 +21,10 @@ KINDS = (
 
 
 def load(
-  spec: str, num_rows: int = 1, quant_head: str = "none"
+  spec: str, num_rows: int = 1, quant_head: str = "none", *, flag: str = "--model"
 ) -> tuple[transformer.Transformer, types.Params, tokenizer.Tokenizer]:
   """(model, params, tokenizer) of an HF folder, `workdir[@step]` or a GGUF file; num_rows as in
-  `generate.for_decoding`. quant_head: a scheme for the output head, or none."""
+  `generate.for_decoding`. quant_head: a scheme for the output head, or none. flag: in errors."""
   path = pathlib.Path(spec)
   is_cpu = jax.default_backend() == "cpu"
   if path.is_file() and path.suffix == ".gguf":
@@ -35,9 +35,9 @@ def load(
   elif (run_config.split_step(spec)[0] / run_config.FILE_NAME).is_file():
     model, params, tok = ckpt.load_run(spec)
   else:
-    raise ValueError(f"--model: {spec}: found {_what_is(path)}, expected {KINDS}")
+    raise ValueError(f"{flag}: {spec}: found {_what_is(path)}, expected {KINDS}")
   if tok is None:
-    raise ValueError(f"--model: {spec}: found no tokenizer, expected one beside the weights")
+    raise ValueError(f"{flag}: {spec}: found no tokenizer, expected one beside the weights")
   if quant_head != "none":
     params = with_low_head(model, params, quant_head)
   model, params = generate.for_decoding(model, params, num_rows, donate=True)

@@ -53,7 +53,7 @@ _ABOUT += ("draft_logit_scale", "num_prompts", "max_prompt_tokens", "new_tokens"
 def _run() -> None:
   began = time.monotonic()
   logging_lib.quiet_libraries()
-  model, params, tok = _models.load(VALUES.target)
+  model, params, tok = _models.load(VALUES.target, flag="--target")
   sampling = config.SamplingConfig(max_new_tokens=VALUES.new_tokens, temperature=VALUES.temperature)
   prompts = lib.prompts_of(VALUES.prompts, tok, VALUES.num_prompts, VALUES.max_prompt_tokens)
   fr_ids = lib.fr_index(VALUES, model.cfg.vocab_size, tok.stop_ids)

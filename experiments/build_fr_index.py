@@ -71,6 +71,8 @@ def _run() -> None:
     lines = itertools.chain.from_iterable(doc.text.splitlines() for doc in docs)
     lines = itertools.islice((line for line in lines if line.strip()), VALUES.max_lines)
     counts.append(frspec.count_tokens(map(tok.encode, lines), vocab_size))
+    if not counts[-1].any():
+      raise ValueError(f"--corpus: {path}: found no text, expected some")
     print(f"{path}: {counts[-1].sum():,} tokens, {(counts[-1] > 0).sum():,} of {vocab_size} ids")
   weights = weights or [float(c.sum()) for c in counts]
   mixed = frspec.mix(counts, weights)

@@ -57,7 +57,8 @@ def _run() -> None:
   if VALUES.target is None:
     if not (workdir / run_config.FILE_NAME).exists():
       raise ValueError(f"--target: found none and no {workdir / run_config.FILE_NAME}")
-    cfg = config.overrides(run_config.read(workdir), VALUES["set"].value)
+    cfg = run_config.read(workdir, config.DistillConfig)
+    cfg = config.overrides(cfg, VALUES["set"].value)
     draft_run.train(cfg, workdir)
     return
   if VALUES.prompts and not VALUES.regenerate:

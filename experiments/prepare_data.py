@@ -3,7 +3,7 @@
   python -m experiments.prepare_data --input=corpus/ --output=data/web --name=web \\
       --tokenizer=MiniCPM4-0.5B                       # a folder with tokenizer.json or .model
   python -m experiments.prepare_data --input=a.jsonl.zst --input=b.parquet --output=data/own \\
-      --train_tokenizer_vocab=8192                    # trains a BPE on the text first
+      --train_tokenizer_vocab=8192         # first trains a BPE on the text, OUTPUT-tokenizer
 
 Reads .jsonl, .txt, .md (also .gz, .zst) and .parquet, files or folders; --text_field=messages reads
 conversations (chat template, loss on the assistant only). The same command again goes on where a
@@ -60,13 +60,16 @@ def _tokenizer(output: pathlib.Path) -> tokenizer_lib.Tokenizer:
   if (_TOKENIZER.value is None) == (_VOCAB.value is None):
     raise ValueError("--tokenizer, --train_tokenizer_vocab: expected exactly one of them")
   folder = pathlib.Path(_TOKENIZER.value or f"{output}-tokenizer")
-  if _VOCAB.value is not None and not (folder / "tokenizer.json").exists():
+  is_new = _VOCAB.value is not None and not (folder / "tokenizer.json").exists()
+  if is_new:
     print(f"training a BPE of {_VOCAB.value} tokens")
     texts = documents.head((doc.text for doc in _read()), _BPE_CHARS)
     tokenizer_lib.train_bpe(texts, _VOCAB.value).save(folder)
   loaded = tokenizer_lib.load_tokenizer(folder)
   if loaded is None:
     raise ValueError(f"--tokenizer: found no tokenizer.json or tokenizer.model in {folder}")
+  if _VOCAB.value is not None:
+    print(f"{folder}: {loaded.vocab_size} tokens{'' if is_new else ' (kept)'}")
   return loaded
 
 

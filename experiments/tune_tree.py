@@ -43,7 +43,7 @@ flags.DEFINE_string("output", "benchmarks/results/tune_tree", "Without suffix.",
 
 def _run() -> None:
   logging_lib.quiet_libraries()
-  model, params, tok = _models.load(VALUES.target)
+  model, params, tok = _models.load(VALUES.target, flag="--target")
   shape = dict(num_levels=VALUES.spec_num_iter, top_k=VALUES.spec_topk_per_iter)
   shape["num_nodes"] = shape["num_levels"] + 1
   name, _, path = VALUES.draft.partition(":")

@@ -356,7 +356,7 @@ def _head_of(
 def _check_workdir(cfg: config.DistillConfig, workdir: pathlib.Path) -> None:
   if not (workdir / run_config.FILE_NAME).exists():
     return
-  found = run_config.differences(run_config.read(workdir), cfg)
+  found = run_config.differences(run_config.read(workdir, config.DistillConfig), cfg)
   wrong = {k: v for k, v in found.items() if not k.startswith(MAY_CHANGE)}
   if wrong:
     lines = [f"  {name}: found {a!r}, expected {b!r}" for name, (a, b) in wrong.items()]

@@ -125,6 +125,11 @@ class CheckpointStore:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that a read-only manager is read only
     try:
       self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      raise errors.CheckpointError(
+        f"{self.directory}: the metadata of a step cannot be read, it is damaged: "
+        f"{_first_line(error)}"
+      ) from error
     finally:
       logging.set_verbosity(level)
     if not is_read_only and self.cfg.keep_every_tokens:
@@ -249,10 +254,12 @@ class CheckpointStore:
       metadata = self._manager.item_metadata(step)[item]
       if metadata is None:
         raise KeyError(f"no metadata of {item}")
-      return trees.flatten_paths(metadata.tree)
-    except Exception as error:
-      if not _is_damage(error):
-        raise
+      found = trees.flatten_paths(metadata.tree)
+      for path, leaf in found.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+          raise KeyError(f"no array at {path}")
+      return found
+    except Exception as error:  # Orbax trusts what it reads: any kind
       raise errors.CheckpointError(
         f"{where}: found no readable metadata, expected a complete checkpoint "
         f"({_first_line(error)})"
@@ -326,7 +333,7 @@ def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
 def open_run(path: str | os.PathLike[str]) -> tuple[CheckpointStore, int, config.TrainConfig]:
   """(store, step, config) of 'workdir[@step]', read only."""
   workdir, step = run_config.split_step(path)
-  cfg = run_config.read(workdir)
+  cfg = run_config.read(workdir, config.TrainConfig)
   store = CheckpointStore(workdir, is_read_only=True)
   step = store.latest_step() if step is None else step
   if step is None:

@@ -387,6 +387,11 @@ def _marlin_layer(
   fc of MiniCPM4's drafts is stored in halves: that of the first K/2 inputs beside the other.
   """
   words, stored = reader.read(f"{name}.qweight", is_words=True), _scales(reader, f"{name}.scales")
+  if words.ndim != 2 or stored.ndim != 2:
+    raise errors.CheckpointError(
+      f"{reader.path}: {name}: found qweight {list(words.shape)} and scales {list(stored.shape)}, "
+      "expected two matrices"
+    )
   halves = 2 if name.endswith("fc") and 32 * words.shape[0] == width else 1
   inputs = width // halves
   groups = 1 if settings.group_size == -1 else inputs // settings.group_size

@@ -20,8 +20,8 @@ def write(workdir: str | os.PathLike[str], cfg: Any, *, header: str = "") -> pat
   return path
 
 
-def read(workdir: str | os.PathLike[str]) -> Any:
-  """The config that `write` wrote. Only literals and `config.X(field=...)` are accepted."""
+def read(workdir: str | os.PathLike[str], kind: type | None = None) -> Any:
+  """The config that `write` wrote, of this class. Only literals and `config.X(field=...)` pass."""
   path = pathlib.Path(workdir) / FILE_NAME
   if not path.is_file():
     raise ValueError(f"{workdir}: found no {FILE_NAME}, expected the folder of a training run")
@@ -38,6 +38,9 @@ def read(workdir: str | os.PathLike[str]) -> Any:
         found = _evaluate(value.value, path)
         if not dataclasses.is_dataclass(found):
           raise ValueError(f"{path}: get_config: found {found!r:.60}, expected a config")
+        if kind is not None and not isinstance(found, kind):
+          what = " (the run of a draft; WORKDIR/draft holds it)" * hasattr(found, "draft")
+          raise ValueError(f"{path}: found {type(found).__name__}{what}, expected {kind.__name__}")
         return found
   raise ValueError(f"{path}: found no get_config() that ends in a return, expected one")
 

@@ -305,6 +305,11 @@ class BatchIterator(grain.DatasetIterator):
     return self._position.step
 
   @property
+  def sources(self) -> dict[str, sources.Source]:
+    """The sources that some phase uses, by name."""
+    return self._rows.sources
+
+  @property
   def phase_name(self) -> str:
     """The phase of the last batch returned (of the first one before any)."""
     return mixture.phase_at(self._rows.cfg.phases, max(self.step - 1, 0)).name

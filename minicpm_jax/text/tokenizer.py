@@ -400,7 +400,8 @@ def token_id(path: pathlib.Path, lookup: Lookup, config: dict[str, Any], key: st
     token = token.get("content")
   if token is None:
     return None
-  found = lookup(token) if isinstance(token, str) else None
+  is_text = isinstance(token, str) and not any("\ud800" <= char <= "\udfff" for char in token)
+  found = lookup(token) if is_text else None
   if found is None:
     raise TokenizerError(f"{path}: {key} {token!r:.80} is not in the vocabulary")
   return found

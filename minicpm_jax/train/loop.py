@@ -110,6 +110,7 @@ class _Run:
     start.check_tokenizer(tok, cfg)
     self.batches = start.open_data(cfg, self.mesh)
     stack.callback(self.batches.close)
+    start.check_tokenizer(tok, cfg, self.batches.sources)
     self.store = stack.enter_context(orbax_io.CheckpointStore(workdir, cfg.checkpoint))
     begun = start.begin(cfg, model, optimizer, self.abstract, self.mesh, self.store)
     self.state, self.step, self.tokens = begun.state, begun.step, begun.tokens

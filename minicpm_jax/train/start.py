@@ -11,7 +11,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,8 +82,12 @@ def check_workdir(workdir: pathlib.Path, cfg: config.TrainConfig) -> list[str]:
   A run that left no checkpoint (it ended before the first) holds nothing: all of it may change.
   """
   if not (workdir / run_config.FILE_NAME).exists():
+    if (workdir / "config.json").exists():  # two models in one folder: which would be loaded?
+      raise WorkdirError(
+        f"{workdir}: found config.json of a Hugging Face folder, expected a run or a new folder"
+      )
     return []
-  old = run_config.read(workdir)
+  old = run_config.read(workdir, config.TrainConfig)
   found = run_config.differences(old, cfg)
   wrong = {
     name: pair
@@ -220,13 +224,24 @@ def _restore(
   return Start(state, step, int(meta["tokens"]), store.data(step), f"{how}, step {step}")
 
 
-def check_tokenizer(tok: Any, cfg: config.TrainConfig) -> None:
-  """Refuses a tokenizer (None: no opinion) with ids that the model has no row for."""
-  if tok is not None and tok.vocab_size > cfg.model.vocab_size:
+def check_tokenizer(
+  tok: Any, cfg: config.TrainConfig, data: Mapping[str, Any] | None = None
+) -> None:
+  """Refuses a tokenizer (None: no opinion) with ids that the model has no row for, and one of
+  another vocabulary than that of the shards (the hash also changes with a chat template)."""
+  if tok is None:
+    return
+  if tok.vocab_size > cfg.model.vocab_size:
     raise ValueError(
       f"model.vocab_size: found {cfg.model.vocab_size}, expected at least {tok.vocab_size}, the "
       "size of the tokenizer"
     )
+  for name, source in (data or {}).items():
+    if source.tokenizer_hash and source.vocab_size != tok.vocab_size:
+      raise ValueError(
+        f"tokenizer: found {tok.vocab_size} tokens, expected the {source.vocab_size} of the "
+        f"tokenizer that source {name} was made with"
+      )
 
 
 def open_data(cfg: config.TrainConfig, mesh: jax.sharding.Mesh) -> iterator.BatchIterator:

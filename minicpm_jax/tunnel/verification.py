@@ -92,7 +92,7 @@ class Runs:
 def plan(cfg: VerificationConfig, checkpoint: str, workdir: str | os.PathLike[str]) -> Runs:
   """The runs that branch from one checkpoint; candidate and baseline differ in `replace` only."""
   base_workdir, step = run_config.split_step(checkpoint)
-  base = run_config.read(base_workdir)
+  base = run_config.read(base_workdir, config.TrainConfig)
   start = orbax_io.latest_step(base_workdir) if step is None else step
   middle, stop = start + cfg.stage1_steps, start + cfg.stage1_steps + cfg.stage2_steps
   weights = cfg.default or mixture.phase_at(base.data.phases, start).weights

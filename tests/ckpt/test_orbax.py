@@ -172,6 +172,35 @@ def test_a_checkpoint_without_a_file_is_refused(tmp_path, name):
       store.params(1, target(tree()))
 
 
+@pytest.mark.parametrize(
+  "name, key, value",
+  [
+    ("params/_METADATA", "tree_metadata", []),
+    ("params/_METADATA", "value_metadata", None),
+    ("params/_METADATA", "key_metadata", [1]),
+    ("params/_METADATA", "skip_deserialize", True),
+    ("_CHECKPOINT_METADATA", "init_timestamp_nsecs", "x"),
+    ("_CHECKPOINT_METADATA", "item_handlers", 1),
+  ],
+)
+def test_damaged_metadata_is_refused(tmp_path, name, key, value):
+  with orbax_io.CheckpointStore(tmp_path) as store:
+    save(store, 1, tree())
+  file = tmp_path / "checkpoints/1" / name
+
+  def damaged(x):
+    if isinstance(x, dict):
+      return {k: value if k == key else damaged(v) for k, v in x.items()}
+    return x
+
+  whole = json.loads(file.read_text())
+  file.write_text(json.dumps(damaged(whole)))
+  assert json.loads(file.read_text()) != whole
+  with pytest.raises(errors.CheckpointError, match=f"{tmp_path}/checkpoints.*metadata"):
+    with orbax_io.CheckpointStore(tmp_path, is_read_only=True) as store:
+      store.params(1, target(tree()))
+
+
 def test_missing_steps_and_items(tmp_path):
   with pytest.raises(errors.CheckpointError, match="no checkpoints folder"):
     orbax_io.CheckpointStore(tmp_path / "nowhere", is_read_only=True)
@@ -292,6 +321,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     orbax_io.load_run(tmp_path)
   (tmp_path / "config.py").write_text(json.dumps({}))
   with pytest.raises(ValueError, match="no get_config"):
+    orbax_io.load_run(tmp_path)
+  run_config.write(tmp_path, small_model())
+  with pytest.raises(ValueError, match="config.py: found ModelConfig, expected Train"):
     orbax_io.load_run(tmp_path)
 
 

@@ -149,6 +149,11 @@ def test_joined_projections_hold_exactly_their_parts(tmp_path, fused):
   save_file(tensors, file)
   with pytest.raises(errors.CheckpointError, match=rf"{name}.qweight: found shape \[8, "):
     ckpt.load_hf(tmp_path / "m")
+  ckpt.save_marlin(tmp_path / "m", model, params)
+  whole = load_file(file)
+  save_file(whole | {f"{name}.scales": whole[f"{name}.scales"][None]}, file)
+  with pytest.raises(errors.CheckpointError, match=f"{file.name}: .*expected two matrices"):
+    ckpt.load_hf(tmp_path / "m")
 
 
 @pytest.fixture(scope="module")

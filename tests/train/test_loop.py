@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -400,6 +401,22 @@ def test_a_signal_behind_the_last_step_is_not_lost(number, train_config, tmp_pat
     os.close(stderr)
   assert orbax_io.latest_step(tmp_path) == 2
   assert any("eval/c/loss" in row for row in logging_lib.read_metrics(tmp_path))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(train_config):
+  def of(size, digest="x"):
+    return types.SimpleNamespace(vocab_size=size, tokenizer_hash=digest)
+
+  start.check_tokenizer(of(30), train_config, {"web": of(30), "parquet": of(7, None)})
+  with pytest.raises(ValueError, match="found 30 tokens, expected the 31 .* source web was made"):
+    start.check_tokenizer(of(30), train_config, {"web": of(31)})
+
+
+def test_a_workdir_that_is_a_model_folder_is_refused(train_config, tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(start.WorkdirError, match="found config.json of a Hugging Face folder"):
+    loop.train(train_config, tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def _has_step(log, step):
