@@ -60,6 +60,7 @@ def split_projections(cfg: ModelConfig, params: types.Params) -> types.Params:
   is_stored = lambda x: isinstance(x, output_major.OutputMajor)  # noqa: E731
   restored = lambda x: output_major.restore(x) if is_stored(x) else x  # noqa: E731
   params = jax.tree.map(restored, params, is_leaf=is_stored)
+  params = tree.map_qtensors(lambda qt: qtensor.unpack(qt) if qt.is_by_output else qt, params)
 
   def split(path: str, block: types.Params, rule: _Rule) -> types.Params:
     name, sizes, axis = rule

@@ -8,7 +8,8 @@ lie along the inputs, flattened in memory order (which is HF's order of columns)
 
 group(k) is k // group_size, or g_idx[k] where act order was used. Packed codes share bytes along
 the inputs: byte r holds inputs r*f .. r*f+f-1, the first in its lowest bits, as unsigned
-code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`). Act order
+code - low (f = 8 / bits; the last byte of an uneven length is filled with code `low`). int8 codes
+have a form for running on a CPU, `store_by_output`: a matrix [out, in]. Act order
 has a form for running too, `sort_groups`: rows of packed codes in the order of their groups, so
 that the packed matmuls serve it and only the inputs x are permuted.
 """
@@ -34,7 +35,8 @@ from pallas_kernels.w8a16_gemm import api as w8a16_api
 class QTensor:
   """Codes, scales and what they mean; `shape` is that of one kernel without leading axes.
 
-  codes: [*lead, *in, *out] int4/int8, or packed uint8 [*lead, ceil(in / f), *out].
+  codes: [*lead, *in, *out] int4/int8, or packed uint8 [*lead, ceil(in / f), *out], or by output
+    int8 [out, in], both flattened.
   scale: [*lead, Q, *out] float; zero: like scale, integers, None = symmetric;
   g_idx: [*lead, in] int32 group of every input, None = consecutive groups;
   order: [*lead, in] int32, of packed codes alone: row r of the codes is input order[r], and in this
@@ -54,6 +56,7 @@ class QTensor:
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
   num_in: int = flax.struct.field(pytree_node=False, default=1)
   is_packed: bool = flax.struct.field(pytree_node=False, default=False)
+  is_by_output: bool = flax.struct.field(pytree_node=False, default=False)
   act_bits: int | None = flax.struct.field(pytree_node=False, default=None)
   is_table: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -229,7 +232,7 @@ def _check_range(codes: Shaped[types.AnyArray, "..."], rule: schemes.Scheme) -> 
 
 def pack(qt: QTensor) -> QTensor:
   """The same tensor with 8 / bits codes a byte along the inputs."""
-  return qt if qt.is_packed else _packed(qt)
+  return qt if qt.is_packed else _packed(unpack(qt))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -267,8 +270,25 @@ def sort_groups(qt: QTensor) -> QTensor:
   return pack(qt.replace(codes=codes.reshape(qt.codes.shape), g_idx=None, order=order))
 
 
+def can_store_by_output(qt: QTensor) -> bool:
+  """True for one int8 kernel with a scale an output, its inputs in their order."""
+  is_plain = qt.zero is None and qt.g_idx is None and qt.order is None
+  return qt.scheme == "int8" and qt.num_groups == 1 and is_plain and not qt.lead
+
+
+def store_by_output(qt: QTensor) -> QTensor:
+  """The same tensor with int8 codes [out, in], where it `can_store_by_output`: the products of
+  integers on a CPU read it so (`pallas_kernels.w8a16_gemm.xla`). `unpack` goes back."""
+  if qt.is_by_output:
+    return qt
+  codes_NK = unpack(qt).codes.reshape(qt.in_size, -1).T
+  return qt.replace(codes=codes_NK, is_packed=False, is_by_output=True)
+
+
 def unpack(qt: QTensor) -> QTensor:
   """The same tensor with one code an element, in the kernel's shape and the order of its inputs."""
+  if qt.is_by_output:
+    return qt.replace(codes=qt.codes.T.reshape(qt.shape), is_by_output=False)
   if not qt.is_packed:
     return qt
   rule = schemes.get(qt.scheme)
@@ -332,8 +352,12 @@ def outputs(qt: QTensor, index: Int[types.AnyArray, " n"]) -> QTensor:
   """The kernel [in, n] of chosen outputs of a kernel [in, out] without leading axes."""
   if qt.lead or len(qt.out_shape) != 1:
     raise ValueError(f"kernel: found {qt.full_shape} with {qt.num_in} inputs, expected [in, out]")
-  take = lambda x: None if x is None else jnp.take(jnp.asarray(x), index, axis=-1)  # noqa: E731
-  arrays = {name: take(getattr(qt, name)) for name in ("codes", "scale", "zero")}
+
+  def take(name: str) -> Any:
+    x, is_first = getattr(qt, name), qt.is_by_output and name == "codes"
+    return None if x is None else jnp.take(jnp.asarray(x), index, axis=0 if is_first else -1)
+
+  arrays = {name: take(name) for name in ("codes", "scale", "zero")}
   return qt.replace(**arrays, shape=(*qt.shape[:-1], len(index)))
 
 
@@ -356,10 +380,10 @@ def matmul(
   """x [*rows, *in] times the kernel, in `dtype` (None: x's).
 
   With `act_bits` the rows of x are rounded first (`fake_rows`; no gradient in x).
-  Packed int4, int8 and ternary codes in consecutive or sorted groups go through the packed matmuls
-  of `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others:
-  with one scale an output channel and no zero point y = (x @ T) s, exact codes in the product and
-  the scale after it; groups dequantised in float32, cast, multiplied.
+  Codes by output, and packed int4, int8 and ternary ones in consecutive or sorted groups, go
+  through the matmuls of `pallas_kernels` (on a mesh as `mesh.by_rows` says). Others: with one
+  scale an output channel and no zero point y = (x @ T) s, exact codes in the product and the scale
+  after it; groups dequantised in float32, cast, multiplied.
   """
   width, lead, qt = qt.in_size, x.shape[: x.ndim - qt.num_in], qt.replace(is_table=False)
   dtype = x.dtype if dtype is None else dtype
@@ -370,7 +394,10 @@ def matmul(
   x_MK = x.reshape(-1, width)
   x_MK = x_MK if qt.act_bits is None else fake_rows(x_MK)
   rule = schemes.get(qt.scheme)
-  if has_packed_matmul(qt):
+  if qt.is_by_output:
+    op = functools.partial(w8a16_api.matmul_by_output, out_dtype=dtype)
+    y_MN = mesh.by_rows(op, (x_MK,), (qt.codes, qt.scale.reshape(1, -1)))
+  elif has_packed_matmul(qt):
     x_MK = x_MK if qt.order is None else jnp.take(x_MK, qt.order, axis=1)
     y_MN = _packed_matmul(x_MK, qt, dtype)
   elif qt.num_groups == 1 and qt.zero is None and not rule.offset:
