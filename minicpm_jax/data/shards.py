@@ -173,6 +173,8 @@ def read_index(folder: str | os.PathLike) -> Index:
     raise ShardError(f"{path}: not a shard index ({error!r})") from None
   if version != VERSION:
     raise ShardError(f"{path}: found version {version}, expected {VERSION}")
+  if not index.shards:
+    raise ShardError(f"{path}: shards: found none, expected at least one")
   for shard in index.shards:
     file = path.parent / shard.file
     found = file.stat().st_size if file.exists() else "no file"
@@ -310,9 +312,12 @@ def _finished(cfg: ShardConfig, chunk: _Chunk, folder: pathlib.Path) -> ShardInf
   sidecar = folder / f"part-{chunk.number:05d}.json"
   if not sidecar.exists():
     return None
-  body = json.loads(sidecar.read_text())
-  info = ShardInfo(**body["shard"])
-  if body["config"] != dataclasses.asdict(cfg) or info.input_sha256 != chunk.sha256:
+  try:
+    body = json.loads(sidecar.read_text())
+    body, info = body["config"], ShardInfo(**body["shard"])
+  except (ValueError, KeyError, TypeError):  # damaged: the part is made again
+    return None
+  if body != dataclasses.asdict(cfg) or info.input_sha256 != chunk.sha256:
     return None
   renamed = sorted(folder.glob(f"{cfg.name}-{chunk.number:05d}-of-*.arrayrecord"))
   for path in [folder / info.file, *renamed]:

@@ -175,10 +175,11 @@ def test_a_damaged_part_is_made_again(tmp_path):
     _prepare(tmp_path / "out", _failing_docs(30))
   part = tmp_path / "out.partial" / "part-00001.arrayrecord"
   part.write_bytes(part.read_bytes()[:-1] + b"x")
+  part.with_name("part-00002.json").write_text('{"config": ')
   kept = []
   index = _prepare(tmp_path / "out", on_shard=lambda info, was_kept: kept.append(was_kept))
   assert index == straight
-  assert kept[:3] == [True, False, True]
+  assert kept[:3] == [True, False, False]
 
 
 def test_parts_of_another_config_or_text_are_not_kept(tmp_path):
@@ -360,6 +361,7 @@ def test_a_mask_of_another_length_and_bad_messages_are_refused(tmp_path):
     (lambda body: body["shards"][0].update(num_documents=-1), "num_documents: found -1"),
     (lambda body: body["config"].update(vocab_size="x"), "index.json: not a shard index"),
     (lambda body: body.update(shards={"a": 1}), "not a shard index"),
+    (lambda body: body.update(shards=[]), "index.json: shards: found none"),
   ],
 )
 def test_an_index_of_other_values_is_refused(tmp_path, change, message):
