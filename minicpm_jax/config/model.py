@@ -107,6 +107,9 @@ class SparseAttentionConfig:
       f"{least} or more: init_blocks {self.init_blocks} (and the block that joint adds) are in it",
     )
     require(self.dense_len >= -1, "sparse.dense_len", self.dense_len, "-1 or tokens >= 0")
+    for name, width in (("kernel_size", 1), ("topk", self.block_size), ("window_size", 1)):
+      found = getattr(self, name)
+      require(found * width < 2**31, f"sparse.{name}", found, "positions of 31 bits")
 
   @classmethod
   def from_hf(

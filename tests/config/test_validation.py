@@ -46,6 +46,11 @@ def untyped(kind, **fields):
     (lambda: config.SparseAttentionConfig(dense_len=-2), r"sparse\.dense_len: found -2"),
     (lambda: config.SparseAttentionConfig.from_hf({"block": 1}), r"sparse_config: found \['block'"),
     (lambda: untyped(config.SparseAttentionConfig, topk=64.5), r"sparse\.topk: found 64\.5"),
+    (lambda: config.SparseAttentionConfig(topk=2**26), r"sparse\.topk: found .*of 31 bits"),
+    (
+      lambda: config.SparseAttentionConfig(window_size=2**40),
+      r"sparse\.window_size: found .*31 bits",
+    ),
     (lambda: untyped(config.SparseAttentionConfig, use_nope="no"), r"sparse\.use_nope: found 'no'"),
     (lambda: zoo.nano(num_heads=3), r"model\.num_heads: found 3, expected a multiple"),
     (lambda: zoo.nano(arch="minicpm3"), r"model\.mla: found None"),
