@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 
 Implementation = Literal["auto", "mosaic_gpu", "triton", "mosaic_tpu", "xla", "ref"]
 Result = TypeVar("Result")
@@ -48,6 +49,22 @@ def configs(
       f"{implementation!r}"
     )
   return {n: config if isinstance(config, c) else None for n, c in classes.items()}
+
+
+def check_shape(op: str, name: str, x: Any, expected: tuple[int | None, ...]) -> None:
+  """ValueError where x, if there is one, has another shape; None stands for any size."""
+  found = expected if x is None else np.shape(x)
+  is_same = len(found) == len(expected)
+  if not is_same or any(e not in (None, f) for f, e in zip(found, expected, strict=True)):
+    sizes = ", ".join("any" if size is None else str(size) for size in expected)
+    raise ValueError(f"{op}: {name}: found shape {found}, expected ({sizes})")
+
+
+def check_heads(op: str, num_heads: int, num_kv_heads: int) -> None:
+  if num_kv_heads == 0 or num_heads % num_kv_heads:
+    raise ValueError(
+      f"{op}: q: found {num_heads} heads, expected a multiple of the {num_kv_heads} key heads"
+    )
 
 
 def requested(config: Any, interpret: bool | None) -> Any:

@@ -48,7 +48,6 @@ def attend_blocks(
   of the implementation of its class; others that `auto` tries take their own. `interpret` is of
   the Mosaic ones: None = on a CPU.
   """
-  del counts_BKT
   tiles = spec.configs(
     "sparse_attention",
     implementation,
@@ -58,7 +57,20 @@ def attend_blocks(
     triton=triton.TritonConfig,
     mosaic_tpu=mosaic_tpu.TpuConfig,
   )
-  B, T = q_BTNH.shape[:2]
+  spec.check_shape("sparse_attention", "q", q_BTNH, (None,) * 4)
+  B, T, N, H = q_BTNH.shape
+  spec.check_shape("sparse_attention", "k", k_BSKH, (B, None, None, H))
+  S, K = k_BSKH.shape[1:3]
+  spec.check_shape("sparse_attention", "v", v_BSKV, (B, S, K, None))
+  spec.check_shape("sparse_attention", "ids", ids_BKTW, (B, K, T, None))
+  spec.check_shape("sparse_attention", "counts", counts_BKT, (B, K, T))
+  spec.check_shape("sparse_attention", "start", start_BT, (B, T))
+  spec.check_heads("sparse_attention", N, K)
+  if block_size < 1 or num_local < 0:
+    raise ValueError(
+      f"sparse_attention: block_size, num_local: found {block_size}, {num_local}, expected at "
+      "least 1, 0"
+    )
   offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
   pos_BT = offset_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
@@ -85,8 +97,6 @@ def attend_blocks(
       "mosaic_tpu": lambda: mosaic_tpu.attend_tpu(
         *args, **sizes, config=tiles["mosaic_tpu"], interpret=interpret
       ),
-      "ref": lambda: ref.attend_ref(
-        *args[:3], ref.grid_mask(*args[3:], k_BSKH.shape[1], block_size)
-      ),
+      "ref": lambda: ref.attend_ref(*args[:3], ref.grid_mask(*args[3:], S, block_size)),
     },
   )

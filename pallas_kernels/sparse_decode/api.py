@@ -47,11 +47,21 @@ def decode_blocks(
     triton=triton.TritonConfig,
     mosaic_tpu=tpu_config.TpuConfig,
   )
+  spec.check_shape("sparse_decode", "q", q_BTNH, (None,) * 4)
+  B, T, N, H = q_BTNH.shape
+  rows = B if page_table_BM is None else None
+  spec.check_shape("sparse_decode", "k", k, (rows, None, None, H))
+  K = k.shape[2]
+  spec.check_shape("sparse_decode", "v", v, (*k.shape[:3], None))
+  spec.check_shape("sparse_decode", "ids", ids_BKTW, (B, K, T, None))
+  spec.check_shape("sparse_decode", "start", start_BT, (B, T))
+  spec.check_shape("sparse_decode", "base", base_B, (B,))
+  spec.check_shape("sparse_decode", "page_table", page_table_BM, (B, None))
+  spec.check_heads("sparse_decode", N, K)
   if page_table_BM is not None and base_B is not None:
     raise ValueError("sparse_decode: base_B and page_table_BM are both given, expected one at most")
   if page_table_BM is not None and k.shape[1] != block_size:
     raise ValueError(f"sparse_decode: pages of {k.shape[1]} tokens, expected {block_size}")
-  B, T = q_BTNH.shape[:2]
   pos_BT = jnp.asarray(q_offset, jnp.int32)
   if pos_BT.ndim == 2 and pos_BT.shape != (B, T):
     raise ValueError(f"sparse_decode: q_offset of shape {pos_BT.shape}, expected {(B, T)}, by q")

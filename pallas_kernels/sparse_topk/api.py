@@ -50,9 +50,15 @@ def select_blocks(
     triton=triton.TritonConfig,
     mosaic_tpu=mosaic_tpu.TpuConfig,
   )
-  B, T = q_BTNH.shape[:2]
+  spec.check_shape("sparse_topk", "q", q_BTNH, (None,) * 4)
+  B, T, N, H = q_BTNH.shape
+  spec.check_shape("sparse_topk", "fine", fine_BFKH, (B, None, None, H))
+  K = fine_BFKH.shape[2]
+  spec.check_shape("sparse_topk", "coarse", coarse_BCKH, (B, None, K, H))
+  spec.check_shape("sparse_topk", "start", start_BT, (B, T))
+  spec.check_heads("sparse_topk", N, K)
   if B * T == 0:  # no backend has a program for nothing
-    shape = (B, fine_BFKH.shape[2], T)
+    shape = (B, K, T)
     return jnp.zeros((*shape, rule.num_selected), jnp.int32), jnp.zeros(shape, jnp.int32)
   start_BT = jnp.zeros((B, T), jnp.int32) if start_BT is None else start_BT
   args = (q_BTNH, fine_BFKH, coarse_BCKH, q_offset, start_BT, rule, num_slots)

@@ -168,3 +168,30 @@ def test_a_named_server_refuses_a_config_of_another(call, implementation, expect
 def test_triton_is_there_where_it_can_be_imported(monkeypatch, module, found):
   monkeypatch.setitem(sys.modules, "jax_triton", module)  # None: an ImportError
   assert gpu.has_triton() is found
+
+
+Q, KEYS, IDS = draw(1, T, 2, 8), draw(1, T, 1, 8), jnp.zeros((1, 1, T, 1), jnp.int32)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: attention.attend_blocks(Q, KEYS[..., :4], KEYS, IDS), "k: found .*any, any, 8"),
+    (lambda: attention.attend_blocks(Q, KEYS, KEYS[:, 1:], IDS), "v: found .*1, 32, 1, any"),
+    (lambda: attention.attend_blocks(Q, KEYS, KEYS, IDS[:, :, 1:]), "ids: found .*1, 1, 32, any"),
+    (lambda: attention.attend_blocks(Q, KEYS, KEYS, IDS, IDS), "counts: found .*1, 1, 32.$"),
+    (
+      lambda: attention.attend_blocks(KEYS, Q, Q, IDS.repeat(2, 1)),
+      "q: found 1 heads, expected a multiple of the 2 key heads",
+    ),
+    (lambda: attention.attend_blocks(Q, KEYS, KEYS, IDS, num_local=-1), "found 64, -1, expected"),
+    (lambda: decode.decode_blocks(Q, KEYS, KEYS, IDS[0]), "sparse_decode: ids: found"),
+    (lambda: decode.decode_blocks(Q, KEYS, KEYS, IDS, base_B=jnp.zeros(2)), "base: found .*.1.$"),
+    (lambda: topk.select_blocks(Q, KEYS[..., :4], KEYS, rule=RULE, num_slots=T), "fine: found"),
+    (lambda: topk.select_blocks(Q, KEYS, Q, rule=RULE, num_slots=T), "coarse: found"),
+    (lambda: topk.select_blocks(Q[0], KEYS, KEYS, rule=RULE, num_slots=T), "q: found shape"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused_by_name(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
