@@ -77,6 +77,14 @@ class GGUFFile:
       raise self.error(f"{self.arch}.{key}", value, "a finite number")
     return float(str(np.float32(value)))
 
+  def number(self, key: str, default: float | None = None) -> float | None:
+    value = self.get(key, default)
+    if value is None:
+      return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise self.error(f"{self.arch}.{key}", value, "a number")
+    return float(value)
+
   def integer(self, key: str, default: int | None = None) -> int:
     value = self.get(key, default)
     if not isinstance(value, int) or value <= 0:
@@ -191,7 +199,7 @@ def _read_mup(file: GGUFFile, width: int, layers: int, logit_scale: float | None
   """scale_emb, scale_depth, dim_model_base; the defaults of the first two are llama.cpp's."""
   if logit_scale is not None and not 0 < logit_scale < math.inf:
     raise file.error("logit_scale", logit_scale, "a number > 0")
-  stored = file.get("logit_scale")
+  stored = file.number("logit_scale")
   if stored is None and logit_scale is None:
     raise file.error(
       "minicpm.logit_scale",
@@ -203,9 +211,9 @@ def _read_mup(file: GGUFFile, width: int, layers: int, logit_scale: float | None
   base = round(width / divisor) if divisor > 0 else 0
   if base < 1 or abs(width / base - divisor) > 1e-4 * divisor:
     raise file.error("minicpm.logit_scale", divisor, f"{width} / an integer (a divisor)")
-  residual = file.get("residual_scale", 1.4 / math.sqrt(layers))
+  residual = file.number("residual_scale", 1.4 / math.sqrt(layers))
   return {
-    "scale_emb": file.get("embedding_scale", 12.0),
+    "scale_emb": file.number("embedding_scale", 12.0),
     "scale_depth": round(residual * math.sqrt(layers), 6),
     "dim_model_base": base,
   }

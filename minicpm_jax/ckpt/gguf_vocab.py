@@ -36,8 +36,32 @@ PRE: dict[str, tuple[str, ...] | None] = {
 }
 
 
+# What is read of the metadata, by type: of one value, and of all in an array.
+_VALUES: dict[str, type] = {f"tokenizer.ggml.{name}": str for name in ("model", "pre")}
+_VALUES |= {f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "padding")}
+_VALUES |= {"tokenizer.ggml.add_bos_token": bool, "tokenizer.chat_template": str}
+_ARRAYS: dict[str, Any] = {"tokens": str, "merges": str, "token_type": int, "scores": int | float}
+
+
+def _check_types(fields: Mapping[str, Any], source: str) -> None:
+  for key, kind in _VALUES.items():
+    if (value := fields.get(key)) is not None and type(value) is not kind:
+      raise errors.CheckpointError(
+        f"{source}: {key}: found {value!r:.60}, expected one of type {kind.__name__}"
+      )
+  for name, kind in _ARRAYS.items():
+    key = f"tokenizer.ggml.{name}"
+    value = fields.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+      shown = getattr(kind, "__name__", kind)
+      raise errors.CheckpointError(
+        f"{source}: {key}: found {value!r:.60}, expected an array of {shown}"
+      )
+
+
 def read_tokenizer(fields: Mapping[str, Any], source: str) -> tokenizer.Tokenizer | None:
   """The tokenizer of the metadata, None where the file holds none; `source` is for messages."""
+  _check_types(fields, source)
   kind = fields.get("tokenizer.ggml.model")
   builders: dict[str, Callable[..., tokenizer.Tokenizer]] = {"gpt2": _bpe, "llama": _spm}
   if kind is None or kind == "none":

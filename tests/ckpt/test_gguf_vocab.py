@@ -123,6 +123,8 @@ def test_byte_level_bpe_inside(tmp_path, shared_dir, pre):
     ({"merges": ["a c"]}, "tokenizer.ggml.merges: "),
     ({"tokens": ["a", "b", "ab", "c"], "types": [1] * 4}, "number of tokens: found 4, expected 3"),
     ({"eos": 7}, "eos_token_id: found 7, expected < 3"),
+    ({"merges": [1.5]}, r"m.gguf: tokenizer.ggml.merges: found \[1.5\], expected an array of str"),
+    ({"types": ["x"] * 3}, "tokenizer.ggml.token_type: found .'x'.*, expected an array of int"),
   ],
 )
 def test_bad_vocabulary(tmp_path, changes, match):
