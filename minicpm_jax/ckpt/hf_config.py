@@ -246,8 +246,9 @@ def _sparse(hf: dict[str, Any]) -> config.SparseAttentionConfig | None:
     _check(found is None, "sparse_rules", found, "none without a sparse_config")
     return None
   _check(isinstance(sparse, dict), "sparse_config", sparse, "a dict or null")
+  defaults = config.SparseAttentionConfig().to_hf()
   for key, value in sparse.items():
-    kind = bool if key == "use_nope" else int
+    kind = type(defaults.get(key, value))  # from_hf refuses unknown keys
     _check(type(value) is kind, f"sparse_config.{key}", value, f"of type {kind.__name__}")
   rules = hf.get("sparse_rules", {})  # ours: what sparse_config has no keys for
   _check(isinstance(rules, dict), "sparse_rules", rules, "a dict or no such key")
@@ -256,7 +257,11 @@ def _sparse(hf: dict[str, Any]) -> config.SparseAttentionConfig | None:
     _check(
       value in _SPARSE_RULES[key], f"sparse_rules.{key}", value, f"one of {_SPARSE_RULES[key]}"
     )
-  return config.SparseAttentionConfig.from_hf(sparse, **rules)
+  try:
+    return config.SparseAttentionConfig.from_hf(sparse, **rules)
+  except ValueError as error:  # names our field
+    text = str(error).replace("sparse.", "sparse_config.", 1)
+    raise errors.ConfigError(f"config.json: {text}") from error
 
 
 def _rope(hf: dict[str, Any], rotary_dim: int) -> config.RopeConfig:

@@ -197,10 +197,14 @@ def test_sparse_config_is_kept():
         hf_config.from_hf(written | {"sparse_rules": bad})
     with pytest.raises(errors.ConfigError, match="sparse_rules.*sparse_config"):
       hf_config.from_hf(hf_folder.MINICPM | {"sparse_rules": rules})
-  with pytest.raises(errors.ConfigError, match="sparse_config.*topk"):
-    hf_config.from_hf(hf_folder.MINICPM | {"sparse_config": sparse | {"topk": "64"}})
-  with pytest.raises(errors.ConfigError, match="sparse_config.*blocksize"):
-    hf_config.from_hf(hf_folder.MINICPM | {"sparse_config": sparse | {"blocksize": 64}})
+  for bad, message in (
+    ({"topk": "64"}, "sparse_config.topk: found '64', expected of type int"),
+    ({"kernel_size": 30}, "sparse_config.kernel_size: found 30, expected a multiple of"),
+    ({"blocksize": 64}, "sparse_config: found .'blocksize'., expected only"),
+    ({"note": "text"}, "sparse_config: found .'note'., expected only"),
+  ):
+    with pytest.raises(errors.ConfigError, match=message):
+      hf_config.from_hf(hf_folder.MINICPM | {"sparse_config": sparse | bad})
 
 
 _REFUSED = {
