@@ -120,7 +120,7 @@ def python_calls(tools: Sequence[Mapping[str, Any]]) -> str:
     arguments = []
     for number, (key, field) in enumerate(properties.items()):
       _check_identifier(f"tools: {name}", key)
-      rules.append(f"t{index}a{number}: {quote(key + '=')} {_python_type(field)}")
+      rules.append(f"t{index}a{number}: {quote(key + '=')} {_python_type(field, rules)}")
       arguments.append((f"t{index}a{number}", key in required))
     rules += _argument_rules(f"t{index}", arguments)
     names.append(f"{quote(name + '(')} t{index}f0 {quote(')')}")
@@ -214,8 +214,12 @@ def _argument_rules(prefix: str, arguments: Sequence[tuple[str, bool]]) -> list[
   return rules
 
 
-def _python_type(field: Mapping[str, Any] | bool) -> str:
-  """A Lark expression for one value of the JSON schema `field`, in Python's spelling."""
+def _python_type(field: Mapping[str, Any] | bool, rules: list[str]) -> str:
+  """A Lark expression for one value of the JSON schema `field`, in Python's spelling.
+
+  The items of lists, which stand in it more than once, become rules of their own: written out,
+  lists of lists would double the text at every level.
+  """
   if not isinstance(field, Mapping):
     return "value"  # true: anything
   if "enum" in field:
@@ -224,11 +228,16 @@ def _python_type(field: Mapping[str, Any] | bool) -> str:
     return quote(_literal(field["const"]))
   kind = field.get("type")
   if isinstance(kind, list):
-    return "(" + " | ".join(_python_type({**field, "type": k}) for k in kind) + ")"
+    return (
+      "(" + " | ".join(_python_type({**field, "type": k}, rules) for k in dict.fromkeys(kind)) + ")"
+    )
   if limits := _limits(field):
     return limits  # numbers and strings of JSON are Python's too
   if kind == "array" and isinstance(field.get("items"), Mapping):
-    return _python_list(_python_type(field["items"]), field)
+    items = _python_type(field["items"], rules)
+    name = f"items{len(rules)}"
+    rules.append(f"{name}: {items}")
+    return _python_list(name, field)
   simple = {
     "string": "STRING",
     "integer": "integer",

@@ -326,6 +326,20 @@ def test_bad_grammars_are_refused_with_the_reason(compiler, make, message):
     make(compiler)
 
 
+def test_lists_of_lists_in_python_calls_grow_with_their_depth_alone(compiler):
+  """A request may nest 100 levels: text that doubled at each would end the process."""
+  field, sizes = {"type": ["integer", "null"]}, {}
+  for depth in range(1, 61):
+    field = {"type": ["array", "array"], "items": field, "maxItems": 2}
+    if depth in (20, 40, 60):
+      tools = [{"name": "f", "parameters": {"properties": {"a": field, "b": field}}}]
+      sizes[depth] = len(grammars.python_calls(tools))
+  assert sizes[60] - sizes[40] <= 1.1 * (sizes[40] - sizes[20])
+  for items, is_good in (("1, None", True), ("1, 2, 3", False), ("[]", False)):
+    text = f"f(b={'[' * 60}{items}{']' * 60})"
+    assert _accepts(compiler.python_calls(tools), text) is is_good
+
+
 def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
   with pytest.raises(ValueError, match="found the name 'a b', expected a Python identifier"):
     grammars.python_calls([{"name": "a b"}])
