@@ -351,9 +351,13 @@ class BatchIterator(grain.DatasetIterator):
       if not isinstance(state.get(field), kind):
         found = f"{state.get(field)!r:.60}"
         raise DataStateError(f"data state: {field}: found {found}, expected {kind.__name__}")
+    _check_numbers(state)
     mismatch = self._mismatch(state)
     if mismatch and not force:
       raise DataStateError(mismatch)
+    for name in {} if mismatch else state["config"]["sources"]:
+      if name not in state["cursors"]:
+        raise DataStateError(f"data state: cursors.{name}: found none, expected the place in it")
     cursors = {name: dict(cursor) for name, cursor in state["cursors"].items()}
     if mismatch:
       cursors = {name: {"document": cursor["document"]} for name, cursor in cursors.items()}
@@ -377,6 +381,19 @@ class BatchIterator(grain.DatasetIterator):
       atexit.unregister(self._end)
       self._end()
     super().close()
+
+
+def _check_numbers(state: dict) -> None:
+  """Refuses counts that are none; a cursor holds at least its document."""
+  counts = {"step": state["step"]} | {f"rows.{n}": found for n, found in state["rows"].items()}
+  for name, cursor in state["cursors"].items():
+    if not isinstance(cursor, dict) or "document" not in cursor:
+      found = f"{cursor!r:.60}"
+      raise DataStateError(f"data state: cursors.{name}: found {found}, expected a document")
+    counts |= {f"cursors.{name}.{key}": found for key, found in cursor.items()}
+  for field, found in counts.items():
+    if type(found) is not int or not 0 <= found < 2**62:
+      raise DataStateError(f"data state: {field}: found {found!r:.60}, expected an integer >= 0")
 
 
 def _end(ahead: prefetch_lib.Prefetcher, rows: _Rows) -> None:

@@ -510,6 +510,32 @@ def test_a_damaged_state_is_refused_by_field(folder, field):
       it.set_state(damaged)
 
 
+@pytest.mark.parametrize(
+  "path, value",
+  [
+    (("rows", "a"), "x"),
+    (("cursors", "a"), None),
+    (("cursors", "a", "document"), -1),
+    (("cursors", "a", "document"), 2**70),
+    (("cursors", "a", "offset"), 1.5),
+  ],
+)
+def test_a_damaged_count_is_refused_by_field(folder, path, value):
+  it = iterator.make_iterator(make_config(folder))
+  next(it)
+  state = json.loads(json.dumps(it.get_state()))
+  at = state
+  for key in path[:-1]:
+    at = at[key]
+  at[path[-1]] = value
+  with pytest.raises(iterator.DataStateError, match=f"data state: {'.'.join(path)}: found"):
+    it.set_state(state)
+  del state["cursors"]["a"]
+  state["rows"] = {}
+  with pytest.raises(iterator.DataStateError, match="data state: cursors.a: found none"):
+    it.set_state(state)
+
+
 @pytest.mark.parametrize("sizes", [{"batch_size_per_host": 0}, {"process_count": 0}])
 def test_sizes_below_one_are_refused(folder, sizes):
   with pytest.raises(ValueError, match=f"{next(iter(sizes))}: found 0"):
