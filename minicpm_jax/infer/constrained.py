@@ -11,7 +11,9 @@ canonical cut where the bytes are forced; its `no_forcing` switches that off.) N
 """
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from minicpm_jax.core.extras import require_extra
 from minicpm_jax.infer import grammars
 from minicpm_jax.text import tokenizer
 
+MAX_GRAMMAR = 2**18  # characters: 30,000 rules at most
+STACK_BYTES = 2**29  # of the thread that compiles; only what is used of it is ever there
+_STACK = threading.Lock()  # around the size of new threads' stacks, which is the process's
 _EVERY_CUT = '\n%llguidance {"no_forcing": true}\n'
 
 
@@ -262,6 +267,19 @@ class GrammarCompiler:
     return self.lark(f"{start}\n{grammars.python_calls(tools)}")
 
   def _constraint(self, grammar: str, what: str) -> Constraint:
+    """llguidance recurses into rules: a chain of 3,000 names ends a process on a usual stack."""
+    if len(grammar) > MAX_GRAMMAR:
+      raise GrammarError(f"{what}: found {len(grammar)} characters, expected at most {MAX_GRAMMAR}")
+    with futures.ThreadPoolExecutor(1) as pool:
+      with _STACK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+          made = pool.submit(self._compile, grammar, what)
+        finally:
+          threading.stack_size(before)
+      return made.result()
+
+  def _compile(self, grammar: str, what: str) -> Constraint:
     matcher_class = self._llguidance.LLMatcher
     grammar = matcher_class.grammar_from_lark(grammar + _EVERY_CUT)
     matcher = matcher_class(self._tokenizer, grammar, log_level=0)

@@ -340,6 +340,16 @@ def test_lists_of_lists_in_python_calls_grow_with_their_depth_alone(compiler):
     assert _accepts(compiler.python_calls(tools), text) is is_good
 
 
+def test_a_long_chain_of_rules_is_compiled_or_refused(compiler):
+  """It is a text that a client sends: llguidance's recursion must not end the process."""
+  rules = [f"a{i}: a{i + 1}" for i in range(9000)]
+  assert _accepts(compiler.lark("\n".join(["start: a0", *rules, 'a9000: "x"'])), "x")
+  chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(9000)}
+  schema = {"$defs": chain | {"d9000": {"type": "boolean"}}, "$ref": "#/$defs/d0"}
+  with pytest.raises(constrained.GrammarError, match="json_schema: found .* at most 262144"):
+    compiler.json_schema(schema)
+
+
 def test_bad_presets_and_tokenizers_are_refused(byte_tokenizer):
   with pytest.raises(ValueError, match="found the name 'a b', expected a Python identifier"):
     grammars.python_calls([{"name": "a b"}])
