@@ -4,8 +4,10 @@ Each takes a float kernel once (`prepare`) and is then a function of (x [1, D], 
 say what is stored and how the sum is written; the one that the model uses is "fused rows".
 """
 
+import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from minicpm_jax.quant import qtensor
 from pallas_kernels.w4a16_gemm import packed, xla_rows
+from pallas_kernels.w8a16_gemm import xla as by_output
 
 TILE = 64  # outputs of a tile
 
@@ -61,6 +64,22 @@ def _int8_dot(contract: int) -> Callable[..., Any]:
     dims = (((1,), (contract,)), ((), ()))
     y_1F = jax.lax.dot_general(x8_1D, codes, dims, preferred_element_type=jnp.int32)
     return y_1F.astype(jnp.float32) * (s * scale_1F)
+
+  return apply
+
+
+def _integer_library(num_digits: int) -> Callable[..., Any]:
+  """Products of integers by the library inside XLA, which takes two rows or more."""
+
+  def apply(x_1D: Any, codes_FD: Any, scale_1F: Any) -> Any:
+    if num_digits == by_output.DIGITS:
+      return by_output.integer_products(x_1D, codes_FD) * scale_1F
+    s = jnp.max(jnp.abs(x_1D)) / 127
+    x8_2D = jnp.concatenate([jnp.rint(x_1D / s), jnp.zeros_like(x_1D)]).astype(jnp.int8)
+    dims = (((1,), (1,)), ((), ()))
+    x8_2D = jax.lax.optimization_barrier(x8_2D)
+    y_2F = jax.lax.dot_general(x8_2D, codes_FD, dims, preferred_element_type=jnp.int32)
+    return y_2F[:1].astype(jnp.float32) * (s * scale_1F)
 
   return apply
 
@@ -134,6 +153,12 @@ FORMULATIONS = {
   "float32: dot": Formulation(lambda w: (w,), jnp.matmul),
   "int8: int8 activations, int32 dot [D, F]": Formulation(_codes("int8"), _int8_dot(0)),
   "int8: int8 activations, int32 dot [F, D]": Formulation(_transposed, _int8_dot(1)),
+  "int8: int8 activations beside a row of zeros, YNNPACK": Formulation(
+    _transposed, _integer_library(1)
+  ),
+  "int8: three int8 digits of float32, YNNPACK": Formulation(
+    _transposed, _integer_library(by_output.DIGITS)
+  ),
   "int8: convert, dot": Formulation(
     _codes("int8"), lambda x, c, s: (x @ c.astype(jnp.float32)) * s
   ),
@@ -154,12 +179,58 @@ FORMULATIONS = {
 }
 
 
+def torch_sides(kernels: list[np.ndarray], x_1D: np.ndarray) -> dict[str, Callable[[], Any]]:
+  """The products of torch's own libraries over all kernels: what a call into one could bring.
+
+  {} without torch. float32 (MKL), int8 of inputs and weights (oneDNN, FBGEMM), and 4 bits in groups
+  of 64 for inputs in bfloat16.
+  """
+  try:
+    import torch
+  except ImportError:
+    return {}
+  x = torch.from_numpy(np.array(x_1D))
+  floats = [torch.from_numpy(np.array(w)) for w in kernels]
+  layers = [torch.nn.Sequential(torch.nn.Linear(*w.shape, bias=False)) for w in floats]
+  for layer, w in zip(layers, floats, strict=True):
+    layer[0].weight.data = w.T.contiguous()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao has succeeded this API
+    ints = [torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}) for layer in layers]
+  pack, product = (
+    getattr(torch.ops.aten, name)
+    for name in ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+  )
+  half, fours = x.to(torch.bfloat16), []
+  for w in floats:  # scale and middle of a group; the code 8 is 0
+    groups = w.T.reshape(w.shape[1], -1, 64)
+    scale = groups.abs().amax(-1).clamp(min=1e-12) / 7
+    codes = (groups / scale[..., None]).round().clamp(-8, 7).to(torch.int32) + 8
+    scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1)
+    fours.append((pack(codes.reshape(w.shape[1], -1), 1), scales.to(torch.bfloat16).contiguous()))
+
+  def run(call: Callable[[Any], Any], arrays: list[Any]) -> Callable[[], Any]:
+    def all_of_them() -> Any:
+      with torch.inference_mode():
+        for a in arrays:
+          y = call(a)
+      return y.float().numpy()
+
+    return all_of_them
+
+  return {
+    "torch: float32": run(lambda w: x @ w, floats),
+    "torch: int8 activations, int8": run(lambda layer: layer(x), ints),
+    "torch: bfloat16, int4 in groups of 64": run(lambda a: product(half, a[0], 64, a[1]), fours),
+  }
+
+
 def measure(num_in: int, num_out: int, layers: int, repeats: int) -> list[dict[str, Any]]:
   """Medians of `repeats` passes over `layers` kernels of [num_in, num_out], in turn."""
   rng = np.random.default_rng(0)
   kernels = [jnp.asarray(rng.normal(size=(num_in, num_out)), jnp.float32) for _ in range(layers)]
   x_1D = jnp.asarray(rng.normal(size=(1, num_in)), jnp.float32)
-  programs, errors, found = {}, {}, {name: [] for name in FORMULATIONS}
+  programs, errors = {}, {}
   for name, form in FORMULATIONS.items():
     arrays = [form.prepare(w) for w in kernels]
 
@@ -170,26 +241,30 @@ def measure(num_in: int, num_out: int, layers: int, repeats: int) -> list[dict[s
       return y
 
     program = jax.jit(run).lower(x_1D, arrays).compile()
-    exact = np.asarray(x_1D, np.float64) @ np.asarray(kernels[-1], np.float64)
-    error = np.asarray(program(x_1D, arrays)) - exact
+    size = sum(a.nbytes for a in jax.tree.leaves(arrays))
+    programs[name] = (functools.partial(program, x_1D, arrays), size)
+  for name, call in torch_sides([np.asarray(w) for w in kernels], np.asarray(x_1D)).items():
+    programs[name] = (call, None)
+  exact = np.asarray(x_1D, np.float64) @ np.asarray(kernels[-1], np.float64)
+  for name, (call, _) in programs.items():
+    error = np.asarray(call()) - exact
     errors[name] = float(np.linalg.norm(error) / np.linalg.norm(exact))
-    programs[name] = (program, arrays)
+  found = {name: [] for name in programs}
   for _ in range(repeats):
-    for name, (program, arrays) in programs.items():
+    for name, (call, _) in programs.items():
       start = time.perf_counter()
-      jax.block_until_ready(program(x_1D, arrays))
+      jax.block_until_ready(call())
       found[name].append(time.perf_counter() - start)
   rows, weights = [], num_in * num_out * layers
   base = statistics.median(found["float32: dot"])
   for name, seconds in found.items():
-    size = sum(a.nbytes for a in jax.tree.leaves(programs[name][1]))
-    middle = statistics.median(seconds)
+    size, middle = programs[name][1], statistics.median(seconds)
     rows.append(
       {
         "formulation": name,
         "us a product": 1e6 * middle / layers,
         "G weights/s": weights / middle / 1e9,
-        "GB/s": size / middle / 1e9,
+        "GB/s": None if size is None else size / middle / 1e9,
         "times float32": base / middle,
         "relative error": errors[name],
       }

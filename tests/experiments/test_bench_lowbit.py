@@ -24,6 +24,18 @@ def test_formulation_is_the_product(name):
   assert error < (0.02 if "int8 activations" in name else 1e-5)
 
 
+def test_torch_sides_are_the_products():
+  pytest.importorskip("torch")
+  rng = np.random.default_rng(1)
+  kernels = [rng.normal(size=(64, 128)).astype(np.float32) for _ in range(2)]
+  x = rng.normal(size=(1, 64)).astype(np.float32)
+  bars = {"torch: float32": 1e-5, "torch: int8 activations, int8": 0.02}
+  for name, call in _bench_lowbit.torch_sides(kernels, x).items():
+    expected = x.astype(np.float64) @ kernels[-1]
+    error = np.linalg.norm(call() - expected) / np.linalg.norm(expected)
+    assert error < bars.get(name, 0.2), name  # 4 bits, rounded
+
+
 def test_bad_sizes_are_refused(capsys):
   assert bench_lowbit.main(["bench_lowbit", "--num_in=100"]) == 1
   assert "--num_in: found 100, expected a multiple of 64" in capsys.readouterr().err
