@@ -97,7 +97,8 @@ def _run() -> None:
   if cfg.is_calibrated and model.cfg.moe is None and model.cfg.mla is None:
     hours = _quantize.cost_of(done, model.cfg, tokens, "minicpm4_8b", 1024 * 2048)
     report["hours_for_minicpm4_8b"] = hours
-    print(f"MiniCPM4-8B with 1024 x 2048 tokens here: {sum(hours.values()):.1f} h")
+    what = f"reckoned from a width of {model.cfg.model_dim}"
+    print(f"MiniCPM4-8B with 1024 x 2048 tokens here, {what}: {sum(hours.values()):.1f} h")
   _save(_OUTPUT.value, model, done.params, tok)
   beside = pathlib.Path(_OUTPUT.value.rstrip("/") + ".report.json")
   if before is not None:
