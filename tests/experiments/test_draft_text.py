@@ -146,7 +146,7 @@ def test_tune_tree_ends_with_status_0_and_writes_its_choice(tmp_path, monkeypatc
   draft = draft_lib.Draft(draft_cfg, draft_lib.init_params(draft_cfg, jax.random.key(0)))
   ckpt.save_draft(tmp_path / "d", draft, model.cfg)
   np.save(tmp_path / "fr.npy", np.arange(0, 64, 2, dtype=np.int32))
-  monkeypatch.setattr(tune_tree._models, "load", lambda path: (model, params, ChatIds(64)))
+  monkeypatch.setattr(tune_tree._models, "load", lambda path, flag: (model, params, ChatIds(64)))
   path = jsonl(tmp_path / "p.jsonl", [{"prompt": "10"}])
   args = ["x", "--target=t", f"--draft=a:{tmp_path / 'd'}", f"--prompts={path}", "--repeats=1"]
   args += [f"--fr={tmp_path / 'fr.npy'}", "--new_tokens=4", "--length=8", "--sizes=4"]
