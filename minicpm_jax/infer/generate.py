@@ -60,8 +60,7 @@ def for_decoding(
   first for more (a step of 4 rows of a 135M model takes a quarter less processor time so, of 12 a
   fifth, of one a tenth more), and the weights in memory of large pages (`core.huge_pages`).
   Quantised weights keep their codes, packed where the packed matmuls serve them, int8 for several
-  rows with their outputs first (a step of 4 rows of 12 layers of MiniCPM4-0.5B takes two thirds of
-  the time so, of one row a tenth more).
+  rows with their outputs first.
   """
   if is_scanned():
     return model, params
